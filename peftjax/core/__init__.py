@@ -1,0 +1,1 @@
+"""The mechanism: typed weight leaves, the one einsum, path rules, tree splitting."""

@@ -1,0 +1,129 @@
+"""`describe`: what every leaf of a parameter tree is, and how the model uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from peftjax.core import paths, tree
+from peftjax.core.weight import is_weight
+
+
+class Leaf(NamedTuple):
+  """One row of a description."""
+
+  path: str
+  type: str
+  shape: tuple[int, ...]
+  dtype: str
+  bytes: int
+  trainable: int  # parameters that are trained
+  computed: str  # "factored", "materialised", "unused", or "" for a plain array
+
+
+class Description(tuple[Leaf, ...]):
+  """Rows of `Leaf`; prints as a table with totals."""
+
+  def __str__(self) -> str:
+    table = Table(box=None, pad_edge=False)
+    for column in Leaf._fields:
+      table.add_column(column, justify="right" if column in ("bytes", "trainable") else "left")
+    for row in self:
+      cells = row._replace(bytes=f"{row.bytes:,}", trainable=f"{row.trainable:,}")
+      table.add_row(*map(str, cells))
+    totals = (sum(row.bytes for row in self), sum(row.trainable for row in self))
+    table.add_row("total", "", "", "", f"{totals[0]:,}", f"{totals[1]:,}", "", style="bold")
+    text = io.StringIO()
+    Console(file=text, width=160).print(table)
+    return text.getvalue()
+
+
+def describe(
+  params: Any,
+  trainable: Any | None = None,
+  *,
+  model: Any | None = None,
+  example: Sequence[Any] = (),
+) -> Description:
+  """Path, type, shape, dtype, bytes and trained parameters of every leaf.
+
+  Args:
+    params: a parameter tree, of arrays or `jax.ShapeDtypeStruct`.
+    trainable: a mask, as `method.trainable(params)` gives it.
+    model, example: a linen module and inputs for it. They are traced once, abstractly, to say of
+      every `Weight` whether the model computes with its factors or with the dense array.
+  """
+  flags = trainable if trainable is not None else jax.tree.map(lambda _: False, params)
+  chosen = tree.restore_ranks(tree.partition(params, flags)[0], params)
+  counts = {p: _count(leaf) for p, leaf in paths.leaves(chosen).items()}
+  computed = _trace(model, params, example) if model is not None else {}
+  return Description(
+    Leaf(
+      path,
+      _type_name(leaf),
+      tuple(leaf.shape),
+      str(leaf.dtype),
+      sum(_bytes(x) for x in jax.tree.leaves(leaf)),
+      counts.get(path, 0),
+      computed.get(path, "unused" if model is not None and is_weight(leaf) else ""),
+    )
+    for path, leaf in paths.leaves(params).items()
+  )
+
+
+def _count(leaf: Any) -> int:
+  return leaf.true_size() if is_weight(leaf) else leaf.size
+
+
+def _bytes(x: Any) -> int:
+  return x.size * np.dtype(x.dtype).itemsize
+
+
+def _type_name(leaf: Any) -> str:
+  """`array`, or the nesting of weights: `LoRA(NF4)`."""
+  if not is_weight(leaf):
+    return "array"
+  base = getattr(leaf, "base", None)
+  return f"{type(leaf).__name__}({_type_name(base)})" if is_weight(base) else type(leaf).__name__
+
+
+class _Probe:
+  """Stands in for a weight's `einsum`, `take` and `materialize`, and notes which was used."""
+
+  def __init__(self) -> None:
+    self.seen: dict[str, str] = {}
+
+  def wrap(self, path: str, leaf: Any) -> Any:
+    if not is_weight(leaf):
+      return leaf
+    seen = self.seen
+
+    class Probed(type(leaf)):  # type: ignore[misc]
+      def materialize(self) -> jax.Array:
+        seen[path] = "materialised"
+        return super().materialize()
+
+      def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+        seen.setdefault(path, "factored")  # a fall-back to the dense array overwrites it
+        return super().einsum(eqn, x)
+
+      def take(self, ids: jax.Array) -> jax.Array:
+        seen.setdefault(path, "factored")
+        return super().take(ids)
+
+    return Probed(**{f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)})
+
+
+def _trace(model: Any, params: Any, example: Iterable[Any]) -> dict[str, str]:
+  from peftjax.linen import apply  # describe is the one thing of core that looks at a model
+
+  probe = _Probe()
+  jax.eval_shape(lambda p, *a: apply(model, p, *a), paths.map_leaves(probe.wrap, params), *example)
+  return probe.seen

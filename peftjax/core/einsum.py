@@ -1,0 +1,58 @@
+"""`einsum` and `take`: the only place that asks whether a weight is a `Weight`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core.weight import Weight
+
+
+def einsum(eqn: str, x: jax.Array, w: jax.Array | Weight) -> jax.Array:
+  """`jnp.einsum(eqn, x, W)` where W may be any `Weight`, in the dtype of `x`.
+
+  Args:
+    eqn: two operands and an explicit result, e.g. `"...i,io->...o"`.
+    x: activations; their dtype is the compute dtype.
+    w: the weight, cast to the dtype of `x` at use.
+  """
+  if isinstance(w, Weight):
+    return w.einsum(eqn, x)
+  return jnp.einsum(eqn, x, w.astype(x.dtype))
+
+
+def take(w: jax.Array | Weight, ids: jax.Array) -> jax.Array:
+  """Rows `W[ids]` of a `[V, D]` table, `[..., D]`; an id outside `[0, V)` gives NaN."""
+  return w.take(ids) if isinstance(w, Weight) else jnp.take(w, ids, axis=0)
+
+
+def attend(w: jax.Array | Weight, x: jax.Array) -> jax.Array:
+  """Logits `x Wᵀ`, `[..., V]`, of a tied `[V, D]` table, in the dtype of `x`."""
+  return w.attend(x) if isinstance(w, Weight) else x @ w.astype(x.dtype).T
+
+
+def split_subscripts(eqn: str) -> tuple[str, str, str]:
+  """`"...i,io->...o"` to `("...i", "io", "...o")`.
+
+  Raises:
+    ValueError: if there is not exactly one comma and one arrow.
+  """
+  left, arrow, out = eqn.replace(" ", "").partition("->")
+  operands = left.split(",")
+  if not arrow or len(operands) != 2:
+    raise ValueError(
+      f'einsum of a weight takes two operands and "->", like "...i,io->...o": {eqn!r}'
+    )
+  return operands[0], operands[1], out
+
+
+def free_letter(*subscripts: str) -> str:
+  """A subscript letter that none of `subscripts` uses."""
+  return next(c for c in "rRzZyYxX" + "abcdefghijklmnopqstuvw" if c not in "".join(subscripts))
+
+
+def without(subscript: str, letters: Sequence[str] | str) -> str:
+  """`subscript` less `letters`."""
+  return "".join(c for c in subscript if c not in letters)

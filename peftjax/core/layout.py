@@ -1,0 +1,44 @@
+"""Which axes of a kernel are contracted, which are outputs; the rest are stacked layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Axes(NamedTuple):
+  """Contracted and output axes of a kernel, counted from the end; the leading rest is a stack."""
+
+  ins: tuple[int, ...] = (-2,)
+  outs: tuple[int, ...] = (-1,)
+
+  def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[: len(shape) - len(self.ins) - len(self.outs)])
+
+
+# Axes of every kernel by path: what `peftjax.linen.layout` records.
+Layout = Mapping[str, Axes]
+
+
+def axes_of(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
+  """The axes of the kernel at `path`.
+
+  A matrix contracts its first axis. A kernel of more axes is ambiguous, as `(4, 64, 64)` may be
+  four layers or four heads, so it has to be in `layout`.
+
+  Raises:
+    ValueError: on a vector, or a kernel of more than two axes that `layout` does not know.
+  """
+  if len(shape) < 2:
+    raise ValueError(f"{path} {shape} is no matrix; target kernels or embedding tables")
+  if layout and path in layout:
+    return layout[path]
+  if len(shape) == 2:
+    return Axes()
+  why = "is in no module that layout() knows" if layout else "may be stacked layers or heads"
+  raise ValueError(
+    f"{path} {shape} has more than two axes and {why}.\n"
+    "Write layout = peftjax.linen.layout(model, *example_inputs) and "
+    "method.attach(key, params, layout); for a module of your own, add its path to the layout: "
+    "{**layout, path: peftjax.core.layout.Axes(ins=(-2,), outs=(-1,))}."
+  )

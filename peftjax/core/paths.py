@@ -1,0 +1,144 @@
+"""Paths of leaves, and rules that select them: full matches only, and never silently nothing."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.core import meta
+
+# What holds the weight inside a module: Flax's own names.
+_WEIGHT_NAMES = ("kernel", "embedding")
+# Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
+_HEADS = ("head", "classifier", "score", "lm_head", "mlm_head", "qa_outputs", "regressor")
+
+
+def is_leaf(node: Any) -> bool:
+  """Weights and Flax boxes count as one leaf."""
+  return isinstance(node, meta.AxisMetadata)
+
+
+def name(key_path: tuple[Any, ...]) -> str:
+  """`a/b/c` of a JAX key path."""
+  return "/".join(
+    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path
+  )
+
+
+def leaves(params: Any) -> dict[str, Any]:
+  """Every leaf of `params` by path, in tree order; a `Weight` is one leaf."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+  return {name(path): leaf for path, leaf in flat}
+
+
+def map_leaves(fn: Callable[[str, Any], Any], params: Any) -> Any:
+  """`fn(path, leaf)` on every leaf of `params`; a `Weight` is one leaf."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: fn(name(path), leaf), params, is_leaf=is_leaf
+  )
+
+
+def matches(pattern: str, path: str) -> bool:
+  """Whether a target names a leaf.
+
+  A plain word is the name of a module or parameter: `query` matches `a/query/kernel`,
+  `a/query/embedding` and `a/query`. Anything else is a regular expression that must match the
+  whole path.
+  """
+  if re.fullmatch(r"\w+", pattern):
+    parts = path.split("/")
+    return parts[-1] == pattern or (parts[-1] in _WEIGHT_NAMES and parts[-2:-1] == [pattern])
+  return re.fullmatch(pattern, path) is not None
+
+
+def is_body_linear(path: str, leaf: Any) -> bool:
+  """Whether "all-linear" means this leaf: a kernel of the body, not of a head."""
+  parts = path.split("/")
+  return parts[-1] == "kernel" and len(leaf.shape) >= 2 and parts[0] not in _HEADS
+
+
+def select(params: Any, targets: str | Sequence[str]) -> list[str]:
+  """Paths that `targets` name, in tree order.
+
+  Args:
+    params: any parameter tree.
+    targets: `"all-linear"` (every linear kernel of the body: no embedding, no task or
+      language-model head), one pattern, or several (see `matches`).
+
+  Raises:
+    ValueError: if any one pattern matches nothing; near misses are listed.
+  """
+  flat = leaves(params)
+  patterns = [targets] if isinstance(targets, str) else list(targets)
+  if not patterns:
+    raise ValueError(
+      'targets is empty; name modules (["query", "value"]), a regex, or "all-linear"'
+    )
+  chosen: set[str] = set()
+  for pattern in patterns:
+    if pattern == "all-linear":
+      found = [p for p, leaf in flat.items() if is_body_linear(p, leaf)]
+    else:
+      found = [p for p in flat if matches(pattern, p)]
+    if not found:
+      raise ValueError(_nothing_matched(pattern, flat))
+    chosen.update(found)
+  return [p for p in flat if p in chosen]
+
+
+def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
+  words = sorted({part for path in flat for part in path.split("/")[:-1]})
+  near = difflib.get_close_matches(pattern, [*words, *flat], n=5, cutoff=0.5)
+  lines = [f"target {pattern!r} matches no parameter."]
+  if near:
+    lines.append(f"Did you mean: {', '.join(near)}?")
+  lines.append(
+    'Write a module name ("query"), a regex for a whole path, or "all-linear". Paths are:'
+  )
+  kernels = [p for p, leaf in flat.items() if len(leaf.shape) >= 2]
+  lines += [f"  {p}" for p in kernels[:12]]
+  if len(kernels) > 12:
+    lines.append(f"  ... and {len(kernels) - 12} more")
+  return "\n".join(lines)
+
+
+def layer_paths(path: str, stack: tuple[int, ...]) -> list[str]:
+  """The path of each slice of a stacked leaf, in C order.
+
+  A scanned `layers/attn/kernel` is named as its unrolled twin, `layers_0/attn/kernel`, ...;
+  a stack under another name gets `path[0]`, ... An unstacked leaf is its own only slice. Rules
+  and keys use these names, so scanned and unrolled models are treated alike.
+  """
+  if not stack:
+    return [path]
+  indices = itertools.product(*map(range, stack))
+  if len(stack) == 1 and "layers" in path.split("/"):
+    head, _, tail = f"/{path}".partition("/layers/")
+    return [f"{head}/layers_{i}/{tail}"[1:] for (i,) in indices]
+  return [path + "".join(f"[{i}]" for i in index) for index in indices]
+
+
+def fold_in_path(key: jax.Array, path: str) -> jax.Array:
+  """A key for `path`: the same in every process (crc32, not `hash`), whatever else exists."""
+  return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+  """The value of the first pattern that matches `path`, or `default`."""
+  return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def check_all_used(patterns: Iterable[str], candidates: Iterable[str], what: str) -> None:
+  """Raises `ValueError` if a pattern of `what` matches none of `candidates`."""
+  candidates = list(candidates)
+  for pattern in patterns:
+    if not any(matches(pattern, path) for path in candidates):
+      shown = "\n  ".join(candidates[:8])
+      raise ValueError(
+        f"{what}: {pattern!r} matches none of the targeted weights. They are (first 8):\n  {shown}"
+      )

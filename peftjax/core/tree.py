@@ -1,0 +1,122 @@
+"""Splitting a parameter tree in two and putting it together again; the one-tree route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from peftjax.core import paths
+from peftjax.core.weight import Weight, children, materialize
+
+
+def partition(params: Any, mask: Any) -> tuple[Any, Any]:
+  """Two trees with `None` holes: the leaves where `mask` is true, and the rest.
+
+  Differentiate, optimise, donate, checkpoint and `vmap` the first; pass the second to jit as an
+  argument (a closure would bake it into the program as constants). `combine(*partition(p, m))`
+  is `p` again. None of the arrays is copied.
+  """
+  chosen = jax.tree.map(lambda m, leaf: leaf if m else None, mask, params)
+  rest = jax.tree.map(lambda m, leaf: None if m else leaf, mask, params)
+  return chosen, rest
+
+
+def combine(*trees: Any) -> Any:
+  """One tree from trees whose `None` holes complement each other; the first non-`None` wins."""
+  return jax.tree.map(
+    lambda *leaves: next((leaf for leaf in leaves if leaf is not None), None),
+    *trees,
+    is_leaf=lambda leaf: leaf is None,
+  )
+
+
+def merge(params: Any) -> Any:
+  """Ordinary arrays: every `Weight` replaced by the dense array it stands for."""
+  return jax.tree.map(materialize, params, is_leaf=paths.is_leaf)
+
+
+def made_mask(params: Any) -> Any:
+  """True on every array that `attach` made, false on every array the model came with."""
+
+  def of(leaf: Any) -> Any:
+    if not isinstance(leaf, Weight):
+      return False
+    return leaf.replace(
+      **{
+        field: of(child) if field in leaf.pretrained else jax.tree.map(lambda _: True, child)
+        for field, child in children(leaf).items()
+      }
+    )
+
+  return jax.tree.map(of, params, is_leaf=paths.is_leaf)
+
+
+def adapter_mask(params: Any, trainable: Any) -> Any:
+  """True on all that did not come from the pretrained files as it is: made or trained arrays.
+
+  `partition(params, adapter_mask(...))` splits a model into what has to be saved, or swapped
+  between tasks, and the base that every task shares.
+  """
+  return jax.tree.map(lambda made, trained: made or trained, made_mask(params), trainable)
+
+
+def value_and_grad(
+  fn: Callable[..., Any], mask: Any, *, has_aux: bool = False
+) -> Callable[..., Any]:
+  """`jax.value_and_grad(fn)` with respect to the leaves of its first argument where `mask` holds.
+
+  The gradient is a tree with `None` on every other leaf: no gradient of a frozen array is
+  computed, and packed integer leaves are fine.
+  """
+
+  def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
+    train, frozen = partition(params, mask)
+    inner = lambda t: fn(combine(t, frozen), *args, **kwargs)
+    return jax.value_and_grad(inner, has_aux=has_aux)(train)
+
+  return wrapped
+
+
+def with_dropout_keys(params: Any, key: jax.Array | None) -> Any:
+  """`params` with a key in every weight that has dropout.
+
+  The key of a slice depends on its path alone (`paths.layer_paths`), so a scanned stack and its
+  unrolled twin draw the same masks.
+
+  Raises:
+    ValueError: if a weight has dropout and `key` is None.
+  """
+
+  def give(path: str, leaf: Any) -> Any:
+    if not getattr(leaf, "dropout", 0.0):
+      return leaf
+    if key is None:
+      raise ValueError(
+        f'{path} has dropout {leaf.dropout}, so training needs rngs={{"dropout": key}}; '
+        "for evaluation leave train=False"
+      )
+    return leaf.with_key(key, path)
+
+  return paths.map_leaves(give, params)
+
+
+def count(params: Any, mask: Any | None = None) -> int:
+  """Number of parameters (where `mask` holds): padding rows of a stack are not counted.
+
+  Counts what a model owner would: the arrays of the model and the factors a method trains, not
+  scales, ranks and keys.
+  """
+  chosen = params if mask is None else partition(params, mask)[0]
+  return sum(_true_size(leaf) for leaf in paths.leaves(restore_ranks(chosen, params)).values())
+
+
+def restore_ranks(chosen: Any, params: Any) -> Any:
+  """Puts each weight's recorded rank back into a tree that a partition has taken it from."""
+  fill = lambda c, p: c.replace(rank=p.rank) if getattr(p, "rank", None) is not None else c
+  return jax.tree.map(fill, chosen, params, is_leaf=lambda n: n is None or paths.is_leaf(n))
+
+
+def _true_size(leaf: Any) -> int:
+  return leaf.true_size() if isinstance(leaf, Weight) else leaf.size

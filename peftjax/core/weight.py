@@ -1,0 +1,116 @@
+"""`Weight`: a pytree node that stands for one dense array."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax.sharding import PartitionSpec as P
+
+
+class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
+  """One dense array in another form. A weight *is* its `materialize()`; all else is speed.
+
+  Invariants that every subclass keeps:
+
+  * `einsum(eqn, x) == jnp.einsum(eqn, x, materialize())` and `take(ids) == materialize()[ids]`
+    (a weight that holds a dropout `key` excepted: it has no dense form and raises).
+  * `shape` is computed from the children, never stored, so it survives `vmap` and `nn.scan`.
+  * Static fields describe every slice of a stack alike and count axes from the end; whatever
+    varies by layer, adapter or trial is an array child.
+  * Nodes never validate themselves: masks, shardings, `None` and vmap axes pass through them.
+
+  Being a Flax box (`meta.AxisMetadata`) makes a weight work inside unmodified linen modules:
+  `self.param(...)` unboxes it, which materialises.
+  """
+
+  # Names of the mesh (or logical) axes of the dense array, where a model annotated them.
+  names: tuple[str | None, ...] | None = flax.struct.field(
+    pytree_node=False, default=None, kw_only=True
+  )
+
+  # Children that came from the pretrained files; the rest was made by a method's `attach`.
+  pretrained: ClassVar[frozenset[str]] = frozenset({"base"})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    raise NotImplementedError
+
+  @property
+  def dtype(self) -> Any:
+    raise NotImplementedError
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  def materialize(self) -> jax.Array:
+    """The dense array this weight stands for, of `shape` and `dtype`."""
+    raise NotImplementedError
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """`einsum(eqn, x, W)` in the dtype of `x`."""
+    return jnp.einsum(eqn, x, self.materialize().astype(x.dtype))
+
+  def take(self, ids: jax.Array) -> jax.Array:
+    """Rows `W[ids]` of a `[V, D]` table: `[..., D]` for integer ids `[...]`."""
+    return jnp.take(self.materialize(), ids, axis=0)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Logits `x Wᵀ` of a tied `[V, D]` table: `[..., V]` for x `[..., D]`."""
+    return self.einsum("...d,vd->...v", x)
+
+  # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
+
+  def unbox(self) -> jax.Array:
+    return self.materialize()
+
+  def replace_boxed(self, val: Any) -> Any:
+    raise TypeError(
+      f"{type(self).__name__} cannot be overwritten with a dense array; "
+      "write to its children with .replace(...), or pj.merge(params) first"
+    )
+
+  def add_axis(self, index: int, params: dict[Any, Any]) -> Weight:
+    return self
+
+  def remove_axis(self, index: int, params: dict[Any, Any]) -> Weight:
+    return self
+
+  def child_specs(self, spec: P) -> Weight:
+    """This node with a `PartitionSpec` for each child, derived from the dense array's `spec`."""
+    raise NotImplementedError
+
+  def get_partition_spec(self) -> Any:
+    return self.child_specs(P(*(self.names or ())))
+
+  def get_sharding(self, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(
+      lambda spec: jax.sharding.NamedSharding(mesh, spec),
+      self.get_partition_spec(),
+      is_leaf=lambda spec: isinstance(spec, P),
+    )
+
+
+def children(weight: Weight) -> dict[str, Any]:
+  """The pytree children of a weight by field name (static fields left out)."""
+  fields = dataclasses.fields(weight)
+  return {f.name: getattr(weight, f.name) for f in fields if f.metadata.get("pytree_node", True)}
+
+
+def is_weight(leaf: Any) -> bool:
+  return isinstance(leaf, Weight)
+
+
+def materialize(leaf: Any) -> jax.Array:
+  """The dense array of a leaf: itself, or what the weight stands for."""
+  return leaf.materialize() if isinstance(leaf, Weight) else leaf

@@ -1,0 +1,22 @@
+"""Texts to batches: corpora, splits, token ids, batch plans and the pipeline."""
+
+from peftjax.data.corpora import load
+from peftjax.data.examples import Corpus, Examples
+from peftjax.data.pipeline import Batch, Stream, batches
+from peftjax.data.plan import Plan, batch_plan, buckets
+from peftjax.data.tokenise import Tokens, encode, load_tokenizer
+
+__all__ = [
+  "Batch",
+  "Corpus",
+  "Examples",
+  "Plan",
+  "Stream",
+  "Tokens",
+  "batch_plan",
+  "batches",
+  "buckets",
+  "encode",
+  "load",
+  "load_tokenizer",
+]

@@ -1,0 +1,81 @@
+"""Corpora by name."""
+
+import dataclasses
+
+import numpy as np
+
+from peftjax.data import glue, local, samples, split
+from peftjax.data.examples import Corpus, Examples
+
+__all__ = ["Corpus", "Examples", "load"]
+
+NAMES = ("bbc", "sentiment", "files", *(f"glue/{task}" for task in glue.TASKS))
+
+
+def load(
+  name: str,
+  *,
+  seed: int,
+  train_file: str | None = None,
+  validation_file: str | None = None,
+  test_file: str | None = None,
+  text_column: str = "text",
+  pair_column: str | None = None,
+  label_column: str = "label",
+  regression: bool = False,
+  glue_dir: str | None = None,
+) -> Corpus:
+  """The corpus `name`, in train, validation and test splits that depend on it and `seed` alone.
+
+  In this order: examples with an empty text (or second text) are dropped; splits that the corpus
+  does not have are carved out of train, stratified (`split.complete`); GLUE, whose test labels are
+  secret, instead has its validation split halved into validation and test; texts that are also in
+  a later one of train, validation, test are dropped (`split.drop_duplicates`). `Corpus.dropped`
+  counts "empty", "train_duplicates", "validation_duplicates" and, for GLUE files, "malformed".
+
+  Args:
+    name: "bbc" and "sentiment" are read from their sample packages; "files" from `train_file` and,
+      if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl); "glue/<task>" from
+      `glue_dir`/<TASK>/{train,dev}.tsv or, without `glue_dir`, through the `datasets` library.
+    seed: of the splits that are made here.
+    text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts.
+    regression: for "files", that labels are numbers and not classes.
+
+  Raises:
+    ValueError: naming what is wrong with the name, a file (with its line), a class or a split.
+  """
+  paths = {"train": train_file, "validation": validation_file, "test": test_file}
+  files = {part: path for part, path in paths.items() if path is not None}
+  if name not in NAMES:
+    raise ValueError(f"No corpus {name!r}. Allowed: {', '.join(NAMES)}.")
+  if (name == "files") != ("train" in files) or (name != "files" and files):
+    raise ValueError(
+      f"The corpus {name!r} came with the files {files or 'none'}. Allowed: 'files' with train_file"
+      " and, if you have them, validation_file and test_file; every other name without them."
+    )
+  if name == "files":
+    corpus = local.read(files, text_column, pair_column, label_column, regression)
+  elif name.startswith("glue/"):
+    corpus = glue.read(name.removeprefix("glue/"), glue_dir)
+  else:
+    corpus = {"bbc": samples.bbc, "sentiment": samples.sentiment}[name]()
+  return _finish(corpus, seed)
+
+
+def _finish(corpus: Corpus, seed: int) -> Corpus:
+  """The corpus without empty texts, with all three splits, and without texts in two of them."""
+  names = corpus.label_names
+  splits = {part: _without_empty(examples) for part, examples in corpus.splits.items()}
+  empty = sum(map(len, corpus.splits.values())) - sum(map(len, splits.values()))
+  if corpus.name.startswith("glue/"):
+    splits["validation"], splits["test"] = split.halve(splits["validation"], names, seed)
+  splits, duplicates = split.drop_duplicates(split.complete(splits, names, seed))
+  split.check(splits, names)
+  return dataclasses.replace(
+    corpus, splits=splits, dropped={"empty": empty, **duplicates, **corpus.dropped}
+  )
+
+
+def _without_empty(examples: Examples) -> Examples:
+  """The examples that have a text and, of pairs, both."""
+  return examples.take(np.flatnonzero([all(key) for key in examples.keys()]))

@@ -1,0 +1,60 @@
+"""Labelled texts, and the corpus they belong to."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+  """N labelled texts, or N labelled pairs of texts.
+
+  Attributes:
+    texts: the N texts.
+    pairs: the N second texts of a sentence-pair task, or None.
+    labels: int32 [N] class indices, or float32 [N] regression targets.
+  """
+
+  texts: list[str]
+  pairs: list[str] | None
+  labels: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.texts)
+
+  def take(self, rows: np.ndarray) -> "Examples":
+    """The examples at `rows` (int [M]), in that order."""
+    rows = np.asarray(rows, np.int64)
+    return Examples(
+      [self.texts[row] for row in rows],
+      None if self.pairs is None else [self.pairs[row] for row in rows],
+      self.labels[rows],
+    )
+
+  def keys(self) -> list[tuple[str, ...]]:
+    """What makes two examples duplicates: their texts, every run of whitespace being one space."""
+    columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
+    return [tuple(" ".join(text.split()) for text in row) for row in zip(*columns, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+  """A task: its texts in splits, what its labels mean, and how it is scored.
+
+  Attributes:
+    name: the name it was loaded by.
+    label_names: class names by class index; empty for regression.
+    metrics: names of the task's metrics, the one to select models by first.
+    splits: "train", "validation" and "test".
+    dropped: how many examples were left out, by reason.
+  """
+
+  name: str
+  label_names: tuple[str, ...]
+  metrics: tuple[str, ...]
+  splits: dict[str, Examples]
+  dropped: dict[str, int]
+
+
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
+REGRESSION_METRICS = ("pearson", "spearman")

@@ -1,0 +1,156 @@
+"""The GLUE tasks, from a local directory or through the `datasets` library.
+
+Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language
+Understanding", ICLR 2019, table 1.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import numpy as np
+
+from peftjax.data import tables
+from peftjax.data.examples import REGRESSION_METRICS, Corpus, Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Where a task's columns are: in the official TSV files and in the `datasets` library.
+
+  Attributes:
+    folder: the official directory.
+    columns: the official names of the text column or columns and, last, the label's.
+    hub_columns: the library's names of the text column or columns (its label is "label").
+    label_names: by class index; the TSV files write the name or the index; empty for regression.
+    metrics: the task's official metrics.
+    header: the column names of files that have no header line.
+    validation: the stem of the validation file, and the library's name for that split.
+  """
+
+  folder: str
+  columns: tuple[str, ...]
+  hub_columns: tuple[str, ...]
+  label_names: tuple[str, ...]
+  metrics: tuple[str, ...] = ("accuracy",)
+  header: tuple[str, ...] = ()
+  validation: tuple[str, str] = ("dev", "validation")
+
+
+_SENTENCES = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {
+  "cola": Task(
+    "CoLA",
+    ("sentence", "label"),
+    ("sentence",),
+    ("unacceptable", "acceptable"),
+    ("matthews",),
+    header=("source", "label", "star", "sentence"),
+  ),
+  "sst2": Task("SST-2", ("sentence", "label"), ("sentence",), ("negative", "positive")),
+  "mrpc": Task(
+    "MRPC",
+    ("#1 String", "#2 String", "Quality"),
+    _SENTENCES,
+    ("not_equivalent", "equivalent"),
+    ("accuracy", "f1"),
+  ),
+  "stsb": Task("STS-B", (*_SENTENCES, "score"), _SENTENCES, (), REGRESSION_METRICS),
+  "qqp": Task(
+    "QQP",
+    ("question1", "question2", "is_duplicate"),
+    ("question1", "question2"),
+    ("not_duplicate", "duplicate"),
+    ("accuracy", "f1"),
+  ),
+  "mnli": Task(
+    "MNLI",
+    (*_SENTENCES, "gold_label"),
+    ("premise", "hypothesis"),
+    ("entailment", "neutral", "contradiction"),
+    validation=("dev_matched", "validation_matched"),
+  ),
+  "qnli": Task("QNLI", ("question", "sentence", "label"), ("question", "sentence"), _ENTAILMENT),
+  "rte": Task("RTE", (*_SENTENCES, "label"), _SENTENCES, _ENTAILMENT),
+  "wnli": Task("WNLI", (*_SENTENCES, "label"), _SENTENCES, ("not_entailment", "entailment")),
+}
+
+
+def read(name: str, glue_dir: str | None) -> Corpus:
+  """The task `name`'s "train" and "validation" splits (for mnli, validation_matched).
+
+  Reads `glue_dir`/<TASK>/train.tsv and dev.tsv if a directory is given, else asks `datasets`. A
+  truncated line of the official files (qqp has some) is left out and counted as "malformed".
+
+  Raises:
+    ValueError: for an unknown task, a missing file, column or library, or an unknown label.
+  """
+  if name not in TASKS:
+    raise ValueError(f"No GLUE task {name!r}. Allowed: {', '.join(TASKS)}; write glue/<task>.")
+  task = TASKS[name]
+  if glue_dir is None:
+    splits, dropped = _from_library(name, task), {}
+  else:
+    folder = pathlib.Path(glue_dir) / task.folder
+    train, broken_train = _from_tsv(str(folder / "train.tsv"), task)
+    validation, broken = _from_tsv(str(folder / f"{task.validation[0]}.tsv"), task)
+    splits = {"train": train, "validation": validation}
+    dropped = {"malformed": broken_train + broken}
+  return Corpus(f"glue/{name}", task.label_names, task.metrics, splits, dropped)
+
+
+def _from_tsv(path: str, task: Task) -> tuple[Examples, int]:
+  """The examples of an official TSV file, which knows no quoting, and its count of short lines."""
+  lines = [
+    line.rstrip("\r").split("\t") for line in tables.decode(path).split("\n") if line.strip()
+  ]
+  header = list(task.header or (lines.pop(0) if lines else ()))
+  missing = [column for column in task.columns if column not in header]
+  if missing:
+    raise ValueError(
+      f"{path}: no column {missing[0]!r}. The file has: {', '.join(map(repr, header)) or 'none'}."
+      " Use the official GLUE file of this task."
+    )
+  places = [header.index(column) for column in task.columns]
+  whole = [fields for fields in lines if len(fields) >= len(header)]
+  *texts, labels = ([fields[place] for fields in whole] for place in places)
+  numbers = [_label(path, task, label) for label in labels]
+  return _examples(task, texts, numbers), len(lines) - len(whole)
+
+
+def _label(path: str, task: Task, label: str) -> float:
+  """A label of a TSV file as a number."""
+  allowed = [*task.label_names, *map(str, range(len(task.label_names)))]
+  if not task.label_names:
+    try:
+      return float(label)
+    except ValueError:
+      allowed = ["a number"]
+  if label not in allowed:
+    raise ValueError(f"{path}: unknown label {label!r}. Allowed: {', '.join(allowed)}.")
+  return allowed.index(label) % len(task.label_names)
+
+
+def _from_library(name: str, task: Task) -> dict[str, Examples]:
+  """Both splits through the `datasets` library, which keeps or downloads them."""
+  if importlib.util.find_spec("datasets") is None:
+    raise ValueError(
+      f"glue/{name} needs its files. Either set glue_dir to the directory that holds"
+      f" {task.folder}/train.tsv and {task.folder}/{task.validation[0]}.tsv, or let a library fetch"
+      " them:\n  pip install datasets"
+    )
+  import datasets  # optional, so not at the top
+
+  splits = {}
+  for split, stored in (("train", "train"), ("validation", task.validation[1])):
+    table = datasets.load_dataset("nyu-mll/glue", name, split=stored)
+    texts = [list(table[column]) for column in task.hub_columns]
+    splits[split] = _examples(task, texts, list(table["label"]))
+  return splits
+
+
+def _examples(task: Task, texts: list[list[str]], labels: list[float]) -> Examples:
+  """Texts (one list, or two for pairs) and labels, as integers if the task has classes."""
+  kind = np.int32 if task.label_names else np.float32
+  return Examples(texts[0], texts[1] if len(texts) > 1 else None, np.asarray(labels, kind))

@@ -1,0 +1,121 @@
+"""Batches of arrays, read ahead by index, so that the position is the next batch to consume."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from peftjax.data.plan import Plan, batch_plan
+from peftjax.data.tokenise import Tokens
+
+Batch = dict[str, np.ndarray]
+
+# Gathering a batch takes microseconds, a step milliseconds: one thread keeps the buffer full.
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+
+
+def read_batch(
+  tokens: Tokens, labels: np.ndarray, index_B: np.ndarray, length: int, pad_id: int
+) -> Batch:
+  """The examples `index_B` (int32 [B], -1 for an empty row), padded to T = `length` tokens.
+
+  Returns:
+    "tokens" int32 [B, T], "mask" bool [B, T] (true at tokens), "types" int32 [B, T], "labels" [B]
+    in their dtype, "weights" float32 [B] (1, or 0 for an empty row). An empty row has label 0 and
+    only `pad_id`, but its mask is true in the first place: a softmax over nothing would be NaN,
+    which weight 0 does not remove.
+  """
+  real_B = index_B >= 0
+  rows_B = np.where(real_B, index_B, 0)
+  start_B, end_B = tokens.offsets[rows_B], tokens.offsets[rows_B + 1]
+  at_BT = start_B[:, None] + np.arange(length)
+  mask_BT = (at_BT < end_B[:, None]) & real_B[:, None]
+  at_BT = np.where(mask_BT, at_BT, 0)
+  batch = {
+    "tokens": np.where(mask_BT, tokens.ids[at_BT], np.int32(pad_id)),
+    "types": np.where(mask_BT, tokens.types[at_BT], np.uint8(0)).astype(np.int32),
+    "labels": np.where(real_B, labels[rows_B], labels.dtype.type(0)),
+    "weights": real_B.astype(np.float32),
+  }
+  mask_BT[~real_B, 0] = True
+  return batch | {"mask": mask_BT}
+
+
+def batches(
+  tokens: Tokens,
+  labels: np.ndarray,
+  plan: Plan,
+  *,
+  pad_id: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  start: int = 0,
+) -> Iterator[Batch]:
+  """This process's rows of the batches `start`, `start` + 1, ... of a plan; see `read_batch`."""
+  read = functools.partial(_read_step, tokens, labels, pad_id, process_index, process_count, plan)
+  return _iterate(read, start, len(plan))
+
+
+class Stream:
+  """The training batches of all epochs, one after the other, by global step from 0.
+
+  Step s is batch s mod S of the plan of epoch ⌊s/S⌋, S being `steps_per_epoch`. Batches depend on
+  the step and the arguments alone, so a run that stopped after consuming k batches goes on with
+  `iterate(k, stop)`, whatever had been read ahead.
+
+  Args:
+    tokens, labels: N examples; labels int32 or float32 [N].
+    buckets, batch_size, seed: see `plan.batch_plan`; the batch size is over all processes.
+    pad_id: the token id of padding.
+    process_index, process_count: batches hold the rows of this process only.
+
+  Attributes:
+    steps_per_epoch: the number of batches of an epoch, the same for every one.
+  """
+
+  def __init__(
+    self,
+    tokens: Tokens,
+    labels: np.ndarray,
+    buckets: Sequence[int],
+    batch_size: int,
+    seed: int,
+    *,
+    pad_id: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    # Two plans are kept: at the end of an epoch the read-ahead is already in the next.
+    self._plan = functools.lru_cache(maxsize=2)(
+      lambda epoch: batch_plan(tokens.lengths, buckets, batch_size, seed, epoch, process_count)
+    )
+    self._read = functools.partial(_read_step, tokens, labels, pad_id, process_index, process_count)
+    self.steps_per_epoch = len(self._plan(0))
+
+  def batch(self, step: int) -> Batch:
+    """This process's rows of one batch; see `read_batch`."""
+    epoch, place = divmod(step, self.steps_per_epoch)
+    return self._read(self._plan(epoch), place)
+
+  def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+    """The batches of steps `start` to `stop` - 1, read ahead by a thread."""
+    return _iterate(self.batch, start, stop)
+
+
+def _read_step(
+  tokens: Tokens,
+  labels: np.ndarray,
+  pad_id: int,
+  process_index: int,
+  process_count: int,
+  plan: Plan,
+  step: int,
+) -> Batch:
+  """One process's rows of one batch of a plan."""
+  index_B = np.split(plan.index[step], process_count)[process_index]
+  return read_batch(tokens, labels, index_B, int(plan.length[step]), pad_id)
+
+
+def _iterate(read: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+  return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ_AHEAD))

@@ -1,0 +1,196 @@
+"""Flax linen: `apply`, the bridge to third-party modules, and the layout of their kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import tree
+from peftjax.core.einsum import attend, einsum, split_subscripts, take
+from peftjax.core.layout import Axes, Layout
+from peftjax.core.weight import Weight
+from peftjax.nn.linear import Embedding, Linear
+
+
+def apply(
+  model: nn.Module,
+  params: Any,
+  *args: Any,
+  train: bool = False,
+  rngs: Mapping[str, jax.Array] | None = None,
+  variables: Mapping[str, Any] | None = None,
+  **kwargs: Any,
+) -> Any:
+  """`model.apply({"params": params}, ...)` where any leaf of `params` may be a `Weight`.
+
+  Dense, DenseGeneral, Einsum, MultiHeadDotProductAttention and Embed compute with the factors;
+  any other module that reads such a parameter gets the dense array.
+
+  Args:
+    model: a linen module, ours or not.
+    params: its `params` collection.
+    *args: of the module's method.
+    train: turns on the dropout of adapters, and is passed on to a module that takes `train`.
+    rngs: passed on; `rngs["dropout"]` also feeds the adapters' dropout.
+    variables: other collections, such as `batch_stats`.
+    **kwargs: passed on: `method`, `mutable`, the module's own arguments.
+
+  Raises:
+    ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing.
+  """
+  if train:
+    params = tree.with_dropout_keys(params, (rngs or {}).get("dropout"))
+  method = kwargs.get("method") or type(model).__call__
+  if isinstance(method, str):
+    method = getattr(type(model), method)
+  if "train" in inspect.signature(method).parameters:
+    kwargs["train"] = train
+  with bridge():
+    return model.apply({"params": params, **(variables or {})}, *args, rngs=rngs, **kwargs)
+
+
+@contextlib.contextmanager
+def bridge() -> Iterator[None]:
+  """Within it, the common linen layers compute with the factors of a `Weight`, read-only."""
+
+  def intercept(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    name, handler = _HANDLERS.get((type(module), context.method_name), ("", None))
+    weight = _param(module, name) if handler else None
+    if isinstance(weight, Weight):
+      return handler(module, weight, *args, **kwargs)
+    return next_fn(*args, **kwargs)
+
+  with nn.intercept_methods(intercept):
+    yield
+
+
+def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
+  """Contracted and output axes of every kernel and table, from one abstract trace of `model`.
+
+  Inside its module a kernel has its own axes; what it has more of in the parameter tree is a
+  stack of layers (`nn.scan`, `nn.vmap`) that lies before them.
+
+  Args:
+    model: any linen module.
+    *args, **kwargs: example inputs; `jax.ShapeDtypeStruct` will do.
+
+  Returns:
+    A dict from path to axes, for `method.attach(key, params, layout)`.
+  """
+  found: dict[str, Axes] = {}
+
+  def intercept(next_fn: Callable[..., Any], fargs: Any, fkwargs: Any, context: Any) -> Any:
+    module = context.module
+    name, axes = _AXES.get(type(module), ("", None))
+    if axes is not None and context.method_name == "__call__":
+      found["/".join((*module.path, name))] = axes(module, *fargs, **fkwargs)
+    return next_fn(*fargs, **fkwargs)
+
+  def init(*args: Any, **kwargs: Any) -> Any:
+    keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+    with nn.intercept_methods(intercept):
+      return model.init(keys, *args, **kwargs)
+
+  jax.eval_shape(init, *args, **kwargs)
+  return found
+
+
+def _param(module: nn.Module, name: str) -> Any:
+  """The raw parameter, not unboxed; None where the module has none by that name (yet)."""
+  return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def _finish(module: Any, y: jax.Array) -> jax.Array:
+  bias = _param(module, "bias")
+  return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _cast(module: Any, x: jax.Array, weight: Weight) -> jax.Array:
+  """`x` in the module's compute dtype, as linen's `promote_dtype` would choose it."""
+  return x.astype(module.dtype or jnp.result_type(x, weight.dtype))
+
+
+def _dense(module: nn.Dense, weight: Weight, x: jax.Array) -> jax.Array:
+  y = einsum("...i,io->...o", _cast(module, x, weight), weight)
+  return _finish(module, y)
+
+
+def _dense_general(module: nn.DenseGeneral, weight: Weight, x: jax.Array) -> jax.Array:
+  axes = [axis % x.ndim for axis in _tuple(module.axis)]
+  batch = [axis % x.ndim for axis in _tuple(module.batch_dims)]
+  letters = "abcdefghijklm"[: x.ndim]
+  outs = "stuvwxyz"[: len(_tuple(module.features))]
+  ins = "".join(letters[axis] for axis in axes)
+  lead = "".join(letters[axis] for axis in batch)
+  rest = "".join(c for i, c in enumerate(letters) if i not in axes and i not in batch)
+  y = einsum(f"{letters},{lead}{ins}{outs}->{lead}{rest}{outs}", _cast(module, x, weight), weight)
+  bias = _param(module, "bias")
+  if bias is None:
+    return y
+  ones = (1,) * len(rest)
+  shape = (*bias.shape[: len(lead)], *ones, *bias.shape[len(lead) :])
+  return y + bias.astype(y.dtype).reshape(shape)
+
+
+def _einsum(module: nn.Einsum, weight: Weight, x: jax.Array, eqn: str | None = None) -> jax.Array:
+  eqn = (eqn or module.einsum_str or "").replace(" ", "")
+  y = einsum(eqn, _cast(module, x, weight), weight)
+  bias = _param(module, "bias")
+  if bias is None:
+    return y
+  _, w_s, out_s = split_subscripts(eqn)
+  sizes = iter(bias.shape)  # nn.Einsum keeps them in the result's order
+  shape = [next(sizes) if c in w_s else 1 for c in out_s.replace("...", "")]
+  return y + bias.astype(y.dtype).reshape(shape)
+
+
+def _embed(module: nn.Embed, weight: Weight, ids: jax.Array) -> jax.Array:
+  return take(weight, ids).astype(module.dtype or weight.dtype)
+
+
+def _attend(module: nn.Embed, weight: Weight, x: jax.Array) -> jax.Array:
+  return attend(weight, _cast(module, x, weight))
+
+
+def _tuple(value: Any) -> tuple[int, ...]:
+  return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _dense_general_axes(module: nn.DenseGeneral, x: jax.Array) -> Axes:
+  outs, ins = len(_tuple(module.features)), len(_tuple(module.axis))
+  return Axes(tuple(range(-outs - ins, -outs)), tuple(range(-outs, 0)))
+
+
+def _einsum_axes(module: nn.Einsum, x: jax.Array, eqn: str | None = None) -> Axes:
+  x_s, w_s, out_s = split_subscripts(eqn or module.einsum_str or "")
+  at = lambda keep: tuple(i - len(w_s) for i, c in enumerate(w_s) if keep(c))
+  return Axes(at(lambda c: c not in out_s), at(lambda c: c in out_s and c not in x_s))
+
+
+_matrix_axes = lambda module, *args, **kwargs: Axes()
+
+# Which module computes how with a `Weight`, and how its kernel's axes are found.
+_HANDLERS: dict[Any, tuple[str, Callable[..., Any]]] = {
+  (nn.Dense, "__call__"): ("kernel", _dense),
+  (nn.DenseGeneral, "__call__"): ("kernel", _dense_general),
+  (nn.Einsum, "__call__"): ("kernel", _einsum),
+  (nn.Embed, "__call__"): ("embedding", _embed),
+  (nn.Embed, "attend"): ("embedding", _attend),
+  # `setup` would read, and so materialise, the table.
+  (nn.Embed, "setup"): ("embedding", lambda module, weight: None),
+}
+_AXES: dict[Any, tuple[str, Callable[..., Axes]]] = {
+  nn.Dense: ("kernel", _matrix_axes),
+  nn.DenseGeneral: ("kernel", _dense_general_axes),
+  nn.Einsum: ("kernel", _einsum_axes),
+  nn.Embed: ("embedding", _matrix_axes),
+  Linear: ("kernel", _matrix_axes),
+  Embedding: ("embedding", _matrix_axes),
+}

@@ -1,0 +1,1 @@
+"""One file a method; `base` has the protocol and `chain`."""

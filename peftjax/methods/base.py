@@ -1,0 +1,101 @@
+"""The protocol of a method, and `chain`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from peftjax import optim
+from peftjax.core import paths
+from peftjax.core.weight import Weight, children
+
+
+class Method(Protocol):
+  """A parameter-efficient method: a pure transform of a parameter tree, and what it trains."""
+
+  def claims(self, params: Any) -> list[str]:
+    """Paths of the leaves this method changes or trains; raises if its rules match nothing."""
+    ...
+
+  def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
+    """`params` with the claimed leaves replaced; the model's outputs stay as they were."""
+    ...
+
+  def trainable(self, params: Any) -> Any:
+    """A tree of booleans over the arrays of attached `params`."""
+    ...
+
+  def optimizer(
+    self,
+    tx: optax.GradientTransformation,
+    total_steps: int,
+    *,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+  ) -> optax.GradientTransformation:
+    """The outermost transform: clips, accumulates, and whatever the method adds."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+  """Several methods on disjoint leaves; see `chain`."""
+
+  methods: tuple[Method, ...]
+
+  def claims(self, params: Any) -> list[str]:
+    owner: dict[str, Method] = {}
+    for method in self.methods:
+      for path in method.claims(params):
+        if path in owner:
+          raise ValueError(
+            f"two methods claim {path}:\n  {owner[path]}\n  {method}\n"
+            "Every leaf belongs to one method: narrow the targets of one of them."
+          )
+        owner[path] = method
+    return [path for path in owner]
+
+  def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
+    self.claims(params)
+    for method in self.methods:
+      params = method.attach(key, params, layout)
+    return params
+
+  def trainable(self, params: Any) -> Any:
+    masks = [method.trainable(params) for method in self.methods]
+    return jax.tree.map(lambda *ms: any(ms), *masks)
+
+  def optimizer(
+    self,
+    tx: optax.GradientTransformation,
+    total_steps: int,
+    *,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+  ) -> optax.GradientTransformation:
+    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate)
+
+
+def chain(*methods: Method) -> Chain:
+  """Methods on disjoint leaves as one: each attaches its own, and the union is trained.
+
+  Raises (at `attach`):
+    ValueError: if two of them claim one leaf.
+  """
+  return Chain(methods)
+
+
+def trainable_mask(params: Any, claimed: set[str], trained: frozenset[str]) -> Any:
+  """True on the children named `trained` of the claimed weights."""
+
+  def of(path: str, leaf: Any) -> Any:
+    mask = jax.tree.map(lambda _: False, leaf)
+    if path not in claimed or not isinstance(leaf, Weight):
+      return mask
+    on = {f: jax.tree.map(lambda _: True, c) for f, c in children(leaf).items() if f in trained}
+    return mask.replace(**on)
+
+  return paths.map_leaves(of, params)

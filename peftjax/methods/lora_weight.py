@@ -1,0 +1,166 @@
+"""The LoRA leaf: a weight plus a low-rank product."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from peftjax.core import paths
+from peftjax.core.dropout import dropout
+from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
+from peftjax.core.layout import Axes
+from peftjax.core.weight import Weight, materialize
+
+
+class LoRA(Weight):
+  """W = base + scale · (b a)ᵀ (Hu et al. 2021, eq. 3), for a Flax kernel `[*stack, in, out]`.
+
+  Attributes:
+    base: the pretrained weight, an array or any `Weight`.
+    a: `[*stack, R, in]`; several input axes are flattened into one.
+    b: `[*stack, out, R]`; several output axes are flattened into one.
+    scale: `[*stack]` float32, α/r or α/√r of each layer's own rank.
+    rank: `[*stack]` int32, the true rank; rows of `a` and columns of `b` beyond it are zero, and
+      a zero row meeting a zero column has no gradient, so they stay zero.
+    key: `[*stack]` keys of the dropout on the branch's input while training, else None.
+    axes: which axes of the kernel are inputs and outputs.
+    dropout: rate of that dropout.
+    residual: `base` is no longer the pretrained array (PiSSA took its principal part).
+  """
+
+  base: Any
+  a: Any
+  b: Any
+  scale: Any
+  rank: Any
+  key: Any = None
+  axes: Axes = flax.struct.field(pytree_node=False, default=Axes())
+  dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+  residual: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def pretrained(self) -> frozenset[str]:  # type: ignore[override]
+    return frozenset() if self.residual else frozenset({"base"})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.base.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.base.dtype
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    return tuple(self.a.shape[:-2])
+
+  def true_size(self) -> int:
+    """Parameters of the base and the factors that are here (not None), padding left out."""
+    size = 0 if self.base is None else self.base.size
+    for factor, rank_axis, other in ((self.a, -2, -1), (self.b, -1, -2)):
+      if factor is not None:
+        known = isinstance(self.rank, (jax.Array, np.ndarray))
+        layers = math.prod(factor.shape[:-2])
+        ranks = int(np.sum(self.rank)) if known else layers * factor.shape[rank_axis]
+        size += ranks * factor.shape[other]
+    return size
+
+  def delta(self) -> jax.Array:
+    """ΔW = scale · (b a)ᵀ in the kernel's shape and the factors' dtype."""
+    s = len(self.stack)
+    low = (self.b * self.scale[..., None, None]) @ self.a
+    low = low.reshape(*self.stack, *self._dims(self.axes.outs), *self._dims(self.axes.ins))
+    order = [*range(s), *(self.ndim + i for i in (*self.axes.outs, *self.axes.ins))]
+    return low.transpose([order.index(i) for i in range(self.ndim)])
+
+  def materialize(self) -> jax.Array:
+    """base + scale · (b a)ᵀ.
+
+    Raises:
+      ValueError: with a dropout key inside: dropout acts on the branch's input, not on W.
+    """
+    if self.key is not None:
+      raise ValueError(
+        "a LoRA weight with dropout was used as a dense array, which would skip its dropout: "
+        "the module that reads it is none that peftjax.linen bridges.\n"
+        "Write pj.lora(..., dropout=0.0), or call peftjax.core.einsum.einsum in that module."
+      )
+    base = materialize(self.base)
+    return base + self.delta().astype(base.dtype)
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """einsum(eqn, x, base) + s · B(A dropout(x)), in the dtype of `x`."""
+    branch = self._branch(eqn)
+    if branch is None:
+      return super().einsum(eqn, x)
+    down_eqn, up_eqn, transposed = branch
+    a = self.a.reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
+    b = self.b * self.scale[..., None, None]
+    b = b.reshape(*self.stack, *self._dims(self.axes.outs), b.shape[-1])
+    down, up = (b, a) if transposed else (a, b)
+    low = jnp.einsum(down_eqn, self._dropped(x), down.astype(x.dtype))
+    return einsum(eqn, x, self.base) + jnp.einsum(up_eqn, low, up.astype(x.dtype))
+
+  def take(self, ids: jax.Array) -> jax.Array:
+    """base[ids] + s · A[:, ids]ᵀ Bᵀ: the branch's table is never built."""
+    rows = jnp.take(self.a.T, ids, axis=0)
+    return take(self.base, ids) + (rows @ (self.b * self.scale).T).astype(self.dtype)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Logits of the *base* table: an adapter on a tied table changes the lookup only (as PEFT)."""
+    return attend(self.base, x)
+
+  def with_key(self, key: jax.Array, path: str) -> LoRA:
+    keys = [paths.fold_in_path(key, p) for p in paths.layer_paths(path, self.stack)]
+    return self.replace(key=jnp.stack(keys).reshape(self.stack))
+
+  def child_specs(self, spec: P) -> LoRA:
+    """A is split along its inputs as the kernel is, B along its outputs; the rank never.
+
+    A flattened group of several axes is split as its first one.
+    """
+    ndim = len(self.stack) + len(self.axes.ins) + len(self.axes.outs)
+    full = (*spec, *[None] * (ndim - len(spec)))
+    stack = full[: len(self.stack)]
+    base = self.base.child_specs(spec) if isinstance(self.base, Weight) else spec
+    return self.replace(
+      base=base,
+      a=P(*stack, None, full[self.axes.ins[0]]),
+      b=P(*stack, full[self.axes.outs[0]], None),
+      scale=P(*stack),
+      rank=P(*stack),
+      key=None if self.key is None else P(*stack),
+    )
+
+  def _dropped(self, x: jax.Array) -> jax.Array:
+    if self.key is None:
+      return x
+    if self.stack:
+      raise ValueError("a whole stack of LoRA layers with dropout cannot be used in one einsum")
+    return dropout(self.key, x, self.dropout)
+
+  def _dims(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(self.shape[axis] for axis in axes)
+
+  def _branch(self, eqn: str) -> tuple[str, str, bool] | None:
+    """`"...i,io->...o"` to (`"...i,ri->...r"`, `"...r,or->...o"`, False); None if it cannot."""
+    x_s, w_s, out_s = split_subscripts(eqn)
+    ins, outs = ("".join(w_s[axis] for axis in axes) for axes in self.axes)
+    stack = w_s[: len(self.stack)]
+    contracted = set(w_s) - set(out_s)
+    if contracted not in (set(ins), set(outs)) or not contracted <= set(x_s):
+      return None
+    r = free_letter(eqn)
+    down, up = f"{stack}{r}{ins}", f"{stack}{outs}{r}"
+    transposed = contracted == set(outs)
+    if transposed:
+      down, up = up, down
+    batch = "".join(c for c in stack if c not in x_s)
+    low = "".join(c for c in x_s if c not in contracted) + batch + r
+    return f"{x_s},{down}->{low}", f"{low},{up}->{out_s}", transposed

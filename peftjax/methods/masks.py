@@ -1,0 +1,60 @@
+"""`train`: full fine-tuning, head only, BitFit, norms: a mask and nothing attached."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peftjax import optim
+from peftjax.core import paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """Trains the leaves that `targets` name, as they are; see `train`."""
+
+  targets: str | Sequence[str]
+
+  def claims(self, params: Any) -> list[str]:
+    return paths.select(params, self.targets)
+
+  def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
+    flat = paths.leaves(params)
+    for path in self.claims(params):
+      if paths.is_leaf(flat[path]) or not jnp.issubdtype(flat[path].dtype, jnp.floating):
+        raise ValueError(
+          f"pj.train cannot train {path}: it is {type(flat[path]).__name__}, not a float array. "
+          "Train adapters on it with a method such as pj.lora, or leave it out of the regex."
+        )
+    return params
+
+  def trainable(self, params: Any) -> Any:
+    claimed = set(self.claims(params))
+    return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
+
+  def optimizer(
+    self,
+    tx: optax.GradientTransformation,
+    total_steps: int,
+    *,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+  ) -> optax.GradientTransformation:
+    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate)
+
+
+def train(targets: str | Sequence[str]) -> Train:
+  """Trains what `targets` names and freezes the rest.
+
+  Full fine-tuning is `train(".*")`, the head `train("head/.*")`, BitFit
+  `train([".*/bias", "head/.*"])` (Ben Zaken et al. 2022, section 3).
+
+  Args:
+    targets: a regex for whole paths, a module name, or several (`core.paths.select`).
+  """
+  return Train(targets)

@@ -1,0 +1,296 @@
+"""BERT and RoBERTa encoders with a classification or regression head."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from peftjax.core.dropout import dropout
+from peftjax.nn.attention import attention
+from peftjax.nn.ffn import ACTIVATIONS
+from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.norm import LayerNorm
+
+# Parameters a checkpoint may lack, because they are new with the task, ...
+NEW = r"head/.*|bert/pooler/.*"
+# ... and tensors it may have that a classifier does not use: buffers and pretraining heads.
+UNUSED = r".*position_ids|cls\..*|lm_head\..*|(roberta\.)?pooler\..*"
+
+_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+def hf_name(path: str) -> str:
+  """The Hugging Face tensor of a parameter.
+
+  >>> hf_name("bert/encoder/layers_0/attention/self/query/kernel")
+  'bert.encoder.layer.0.attention.self.query.weight'
+  """
+  *modules, leaf = path.removeprefix("head/").split("/")
+  return re.sub(r"\blayers_(\d+)", r"layer.\1", ".".join([*modules, _TORCH[leaf]]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+  """The shape of a model; one letter is what the shapes in this file are named by."""
+
+  family: str  # "bert" or "roberta": also the name of the body in the parameter tree
+  vocab: int  # V
+  width: int  # D
+  layers: int  # L
+  heads: int  # N
+  ffn: int  # F
+  positions: int
+  types: int
+  activation: str
+  eps: float
+  dropout: float
+  attention_dropout: float
+  head_dropout: float
+  pad_id: int
+  labels: int  # outputs of the head; 1 is a regression
+  scan_layers: bool = False
+  dtype: Any = jnp.float32  # of activations; parameters stay as they are
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> BertConfig:
+    """Reads a Hugging Face `config.json`.
+
+    Raises:
+      ValueError: on a field this encoder does not have (relative positions, a decoder).
+    """
+    kind = config.get("position_embedding_type", "absolute")
+    if kind != "absolute" or config.get("is_decoder"):
+      raise ValueError(
+        f"config.json asks for position_embedding_type={kind!r}, is_decoder="
+        f"{config.get('is_decoder', False)}; only absolute positions in an encoder are supported"
+      )
+    if config["hidden_act"] not in ACTIVATIONS:
+      raise ValueError(
+        f"hidden_act {config['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
+      )
+    fields = dict(
+      family=config["model_type"],
+      vocab=config["vocab_size"],
+      width=config["hidden_size"],
+      layers=config["num_hidden_layers"],
+      heads=config["num_attention_heads"],
+      ffn=config["intermediate_size"],
+      positions=config["max_position_embeddings"],
+      types=config["type_vocab_size"],
+      activation=config["hidden_act"],
+      eps=config["layer_norm_eps"],
+      dropout=config["hidden_dropout_prob"],
+      attention_dropout=config["attention_probs_dropout_prob"],
+      head_dropout=_or(config.get("classifier_dropout"), config["hidden_dropout_prob"]),
+      pad_id=config.get("pad_token_id", 0),
+      labels=len(config.get("id2label", {0: "", 1: ""})),
+    )
+    return cls(**{**fields, **overrides})
+
+  @property
+  def max_length(self) -> int:
+    """Longest sequence: RoBERTa's positions start behind the padding id."""
+    return self.positions - (self.pad_id + 1 if self.family == "roberta" else 0)
+
+
+def _or(value: Any, default: Any) -> Any:
+  return default if value is None else value
+
+
+class Embeddings(nn.Module):
+  """Sum of word, position and type embeddings, normalised."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, tokens_BT: jax.Array, types_BT: jax.Array, key: jax.Array | None) -> jax.Array:
+    c = self.config
+    if c.family == "roberta":
+      real = (tokens_BT != c.pad_id).astype(jnp.int32)
+      positions = jnp.cumsum(real, axis=1) * real + c.pad_id
+    else:
+      positions = jnp.arange(tokens_BT.shape[1])[None, :]
+    x = Embedding(c.vocab, c.width, c.dtype, name="word_embeddings")(tokens_BT)
+    x = x + Embedding(c.types, c.width, c.dtype, name="token_type_embeddings")(types_BT)
+    x = x + Embedding(c.positions, c.width, c.dtype, name="position_embeddings")(positions)
+    return dropout(key, LayerNorm(c.eps, name="LayerNorm")(x), c.dropout)
+
+
+class SelfAttention(nn.Module):
+  """Projections to query, key and value, and attention among them."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+    c = self.config
+    q, k, v = (Linear(c.width, name=name)(x_BTD) for name in ("query", "key", "value"))
+    return attention(q, k, v, bias, c.heads, key=key, rate=c.attention_dropout)
+
+
+class Output(nn.Module):
+  """LayerNorm(residual + dropout(dense(x)))."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, residual: jax.Array, key: jax.Array | None) -> jax.Array:
+    y = Linear(self.config.width, name="dense")(x)
+    y = residual + dropout(key, y, self.config.dropout)
+    return LayerNorm(self.config.eps, name="LayerNorm")(y)
+
+
+class Attention(nn.Module):
+  """Self-attention and its output projection."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, bias: jax.Array, keys: Any) -> jax.Array:
+    y = SelfAttention(self.config, name="self")(x, bias, keys[0])
+    return Output(self.config, name="output")(y, x, keys[1])
+
+
+class Intermediate(nn.Module):
+  """act(dense(x)), `[B, T, F]`."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return ACTIVATIONS[self.config.activation](Linear(self.config.ffn, name="dense")(x))
+
+
+class Layer(nn.Module):
+  """One block; a scan step: (x, inputs) to (x, None)."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> Any:
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    x = Attention(self.config, name="attention")(x, bias, keys[:2])
+    y = Intermediate(self.config, name="intermediate")(x)
+    return Output(self.config, name="output")(y, x, keys[2]), None
+
+
+class Encoder(nn.Module):
+  """The stack of layers, unrolled or scanned: `layers_0`, `layers_1`, ... or `layers`."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+    c = self.config
+    # A layer's key depends on its number alone, so scanned and unrolled draw the same masks.
+    keys = (
+      None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(c.layers))
+    )
+    if c.scan_layers:
+      layers = nn.scan(
+        Layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        length=c.layers,
+      )
+      return layers(c, name="layers")(x, bias, keys)[0]
+    for i in range(c.layers):
+      x, _ = Layer(c, name=f"layers_{i}")(x, bias, None if keys is None else keys[i])
+    return x
+
+
+class Body(nn.Module):
+  """Tokens to the last hidden state `[B, T, D]` and, for BERT, the pooled first token."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, mask: jax.Array, types: jax.Array, key: Any) -> Any:
+    c = self.config
+    keys = (None, None) if key is None else jax.random.split(key)
+    # As in the reference implementation: a row without any token attends evenly, not to NaN.
+    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
+    x = Embeddings(c, name="embeddings")(tokens, types, keys[0])
+    x_BTD = Encoder(c, name="encoder")(x, bias, keys[1])
+    if c.family == "roberta":
+      return x_BTD, x_BTD[:, 0]
+    return x_BTD, Pooler(c, name="pooler")(x_BTD)
+
+
+class Pooler(nn.Module):
+  """tanh(dense(first token))."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    return jnp.tanh(Linear(self.config.width, name="dense")(x_BTD[:, 0]))
+
+
+class RobertaHead(nn.Module):
+  """RoBERTa's classifier: dropout, dense, tanh, dropout, projection."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array, keys: Any) -> jax.Array:
+    c = self.config
+    x = jnp.tanh(Linear(c.width, name="dense")(dropout(keys[0], x_BD, c.head_dropout)))
+    return Linear(c.labels, name="out_proj")(dropout(keys[1], x, c.head_dropout))
+
+
+class Head(nn.Module):
+  """Features of the first token to logits `[B, labels]`."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array, key: jax.Array | None) -> jax.Array:
+    c = self.config
+    keys = (None, None) if key is None else jax.random.split(key)
+    if c.family == "roberta":
+      return RobertaHead(c, name="classifier")(x_BD, keys)
+    return Linear(c.labels, name="classifier")(dropout(keys[0], x_BD, c.head_dropout))
+
+
+class BertClassifier(nn.Module):
+  """An encoder and a task head; parameters `{config.family: ..., "head": ...}`."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    types: Int[Array, "B T"] | None = None,
+    *,
+    train: bool = False,
+    hidden: bool = False,
+  ) -> Float[Array, "B K"] | tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
+    """Logits, float32; for a regression K = 1.
+
+    Args:
+      tokens: ids below the vocabulary's size.
+      mask: true on tokens, false on padding; by default all true.
+      types: 0 for the first text, 1 for the second; by default all 0.
+      train: applies dropout, from the `"dropout"` rng.
+      hidden: return the last hidden state and the head's input instead.
+    """
+    c = self.config
+    if tokens.shape[1] > c.max_length:
+      raise ValueError(f"{tokens.shape[1]} tokens, but this model has {c.max_length} positions")
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    types = jnp.zeros_like(tokens) if types is None else types
+    keys = jax.random.split(self.make_rng("dropout")) if train else (None, None)
+    x_BTD, first_BD = Body(c, name=c.family)(tokens, mask, types, keys[0])
+    logits = Head(c, name="head")(first_BD, keys[1]).astype(jnp.float32)
+    return (x_BTD, first_BD) if hidden else logits

@@ -1,0 +1,1 @@
+"""Layers of our own models; their weights may be any `Weight`."""

@@ -1,0 +1,45 @@
+"""`Linear` and `Embedding`, whose weights may be any `Weight`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from peftjax.core.einsum import einsum, take
+
+normal = nn.initializers.normal(0.02)
+
+
+def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+  """The parameter as it is in the tree. (`Module.param` would unbox, so materialise, it.)"""
+  if module.has_variable("params", name):
+    return module.get_variable("params", name)
+  return module.param(name, init, shape, jnp.float32)
+
+
+class Linear(nn.Module):
+  """y = x W + b with W `[in, out]`, in the dtype of x."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = weight(self, "kernel", normal, (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    return einsum("...i,io->...o", x, kernel) + bias.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+  """Rows of a `[V, D]` table, in `dtype`."""
+
+  vocab: int
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    table = weight(self, "embedding", normal, (self.vocab, self.features))
+    return take(table, ids).astype(self.dtype)

@@ -1,0 +1,63 @@
+"""Layer normalisation with its closed-form derivative."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from peftjax.core.fence import fence
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+  """(x − mean) / √(var + eps) · scale + bias over the last axis (Ba et al. 2016).
+
+  Statistics are float32, the result has the dtype of `x`. Keeps `x`, the mean and the reciprocal
+  deviation for the backward pass.
+
+  Args:
+    x: `[..., D]`.
+    scale, bias: `[D]`.
+    eps: added to the variance.
+  """
+  return _forward(x, scale, bias, eps)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> Any:
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
+  x, mean, inverse = fence((x, mean, inverse))
+  y = (x.astype(jnp.float32) - mean) * inverse * scale + bias
+  return fence(y.astype(x.dtype)), (x, mean, inverse, scale)
+
+
+def _backward(eps: float, saved: Any, g: jax.Array) -> Any:
+  x, mean, inverse, scale = saved
+  g = fence(g)
+  wide = g.astype(jnp.float32)
+  normed = (x.astype(jnp.float32) - mean) * inverse
+  gs = wide * scale
+  across = (gs * normed).mean(-1, keepdims=True)
+  dx = inverse * (gs - gs.mean(-1, keepdims=True) - normed * across)
+  batch = tuple(range(x.ndim - 1))
+  return fence(dx.astype(x.dtype)), (wide * normed).sum(batch), wide.sum(batch)
+
+
+layer_norm.defvjp(_forward, _backward)
+
+
+class LayerNorm(nn.Module):
+  """`layer_norm` with its parameters."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+    return layer_norm(x, scale, bias, self.eps)

@@ -1,0 +1,94 @@
+"""Optimizers on ordinary optax: schedules, AdamW, freezing, the wrapper every method shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from peftjax.core import paths
+
+
+def schedule(kind: str, peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+  """Linear warm-up from 0 to `peak`, then linear or cosine decay to 0, or constant.
+
+  Args:
+    kind: `"linear"`, `"cosine"` or `"constant"`.
+    peak: the learning rate after warm-up.
+    total_steps: updates in all, warm-up included.
+    warmup_steps: updates of warm-up, fewer than `total_steps`.
+
+  Raises:
+    ValueError: on another kind, or a warm-up that does not fit.
+  """
+  if not 0 <= warmup_steps < max(total_steps, 1):
+    raise ValueError(f"warm-up of {warmup_steps} steps does not fit in {total_steps} steps")
+  rest = total_steps - warmup_steps
+  if kind == "linear":
+    after = optax.linear_schedule(peak, 0.0, rest)
+  elif kind == "cosine":
+    after = optax.cosine_decay_schedule(peak, rest)
+  elif kind == "constant":
+    after = optax.constant_schedule(peak)
+  else:
+    raise ValueError(f'schedule {kind!r} is not one of "linear", "cosine", "constant"')
+  if not warmup_steps:
+    return after
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps]
+  )
+
+
+def decay_mask(train: Any) -> Any:
+  """Where weight decay applies: everything but biases and norm scales (the usual convention)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: paths.name(path).split("/")[-1] not in ("bias", "scale"), train
+  )
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+  """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor norm scales."""
+  return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+
+
+def wrap(
+  tx: optax.GradientTransformation, *, clip_norm: float | None, accumulate: int
+) -> optax.GradientTransformation:
+  """`tx` after clipping by the global norm, once every `accumulate` calls on the mean gradient.
+
+  Raises:
+    ValueError: if `tx` is itself an `optax.MultiSteps`: its calls would be counted as updates.
+  """
+  if isinstance(tx, optax.MultiSteps):
+    raise ValueError("pass the inner optimizer and accumulate=N instead of an optax.MultiSteps")
+  if clip_norm is not None:
+    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+  if accumulate > 1:
+    tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
+  return tx
+
+
+def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformationExtraArgs:
+  """`tx` on the leaves where `mask` holds, and no update nor state for the rest.
+
+  `tx` sees a tree of the trained leaves alone, so global-norm clipping and weight decay cannot
+  reach a frozen one. (`optax.masked` alone would pass the raw gradients of the rest through.)
+  The update of a frozen leaf is the scalar -0.0, the one float that changes no bit when added.
+  """
+  tx = optax.with_extra_args_support(tx)
+  chosen = lambda tree: jax.tree.map(lambda m, leaf: leaf if m else None, mask, tree)
+
+  def update(updates, state, params=None, **extra):
+    trained = None if params is None else chosen(params)
+    new, state = tx.update(chosen(updates), state, trained, **extra)
+    return jax.tree.map(lambda m, u: u if m else -0.0, mask, new), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: tx.init(chosen(params)), update)

@@ -1,0 +1,111 @@
+"""Meshes, and where every leaf of a parameter tree lies on one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from peftjax.core import paths
+from peftjax.core.weight import Weight
+
+AXES = ("data", "fsdp", "tensor")
+
+# Path pattern to the mesh axes of the *last* axes of the dense array; stacked layers before them
+# are not split. Megatron's pairing: what widens splits its outputs, what narrows its inputs.
+RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
+  (r".*/(query|key|value)/kernel", ("fsdp", "tensor")),
+  (r".*/intermediate/dense/kernel", ("fsdp", "tensor")),
+  (r".*/(query|key|value|intermediate/dense)/bias", ("tensor",)),
+  (r".*/output/dense/kernel", ("tensor", "fsdp")),
+  (r".*/word_embeddings/embedding", ("tensor", "fsdp")),
+  (r"(.*/)?kernel", ("fsdp", None)),
+  (r".*", ()),
+)
+
+
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh from `"data:2,fsdp:2,tensor:2"`; axes left out have size 1.
+
+  Raises:
+    ValueError: on an unknown axis, a bad size, or a product that is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dict.fromkeys(AXES, 1)
+  for part in filter(None, text.split(",")):
+    match = re.fullmatch(r"\s*(\w+):(\d+)\s*", part)
+    if not match or match[1] not in AXES or int(match[2]) < 1:
+      raise ValueError(
+        f"mesh {text!r}: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)}; "
+        'write e.g. "data:2,fsdp:2,tensor:2"'
+      )
+    sizes[match[1]] = int(match[2])
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+      f"mesh {text!r} has {math.prod(sizes.values())} places for {len(devices)} devices. On a CPU, "
+      "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight."
+    )
+  return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+  """A `PartitionSpec` for every array of `params`.
+
+  The first rule that matches a leaf's path gives the spec of its dense array; the children of a
+  `Weight` derive theirs from it. A mesh axis that does not divide an array's axis is dropped
+  there. An array that a model annotated (`nn.Partitioned`) keeps its own axes.
+
+  Raises:
+    ValueError: if no rule matches a leaf, or a rule names an axis the mesh lacks.
+  """
+
+  def of(path: str, leaf: Any) -> Any:
+    names = getattr(leaf, "names", None) or _rule(path, rules)
+    for name in names:
+      if name is not None and name not in mesh.shape:
+        raise ValueError(f"rule for {path} names the axis {name!r}; the mesh has {mesh.axis_names}")
+    spec = P(*[None] * (len(leaf.shape) - len(names)), *names)
+    tree = leaf.child_specs(spec) if isinstance(leaf, Weight) else spec
+    is_spec = lambda x: isinstance(x, P)
+    return jax.tree.map(lambda s, x: _divisible(s, x.shape, mesh), tree, leaf, is_leaf=is_spec)
+
+  return paths.map_leaves(of, params)
+
+
+def shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+  """`specs` as `NamedSharding`: for `jax.device_put` or the `out_shardings` of an init."""
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec),
+    specs(params, mesh, rules),
+    is_leaf=lambda x: isinstance(x, P),
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch are split over both data axes."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def _rule(path: str, rules: Sequence[tuple[str, Any]]) -> tuple[str | None, ...]:
+  for pattern, names in rules:
+    if re.fullmatch(pattern, path):
+      return names
+  raise ValueError(f'no sharding rule matches {path}; end the rules with (".*", ())')
+
+
+def _divisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+  def size(names: Any) -> int:
+    group = names if isinstance(names, tuple) else (names,)
+    return math.prod(mesh.shape[name] for name in group)
+
+  kept = [
+    name if name is not None and axis % size(name) == 0 else None
+    for name, axis in zip(spec, shape, strict=False)
+  ]
+  return P(*kept)

@@ -1,0 +1,122 @@
+import importlib.util
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from peftjax import data
+from peftjax.data import glue
+
+
+@pytest.fixture
+def write(tmp_path):
+  """Writes a task's train and validation files in the official layout."""
+
+  def write_files(folder, train, validation, stem="dev"):
+    (tmp_path / folder).mkdir()
+    for name, lines in (("train", train), (stem, validation)):
+      (tmp_path / folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return str(tmp_path)
+
+  return write_files
+
+
+def test_cola_has_no_header_and_its_validation_is_halved(write):
+  train = [f"g\t{i % 2}\t\ttrain\u2028{i}" for i in range(20)]
+  validation = [f"g\t{i % 2}\t*\tdev {i}" for i in range(8)]
+  corpus = data.load("glue/cola", seed=0, glue_dir=write("CoLA", train, validation))
+  assert corpus.label_names == ("unacceptable", "acceptable")
+  assert corpus.metrics == ("matthews",)
+  assert {part: len(examples) for part, examples in corpus.splits.items()} == {
+    "train": 20,
+    "validation": 4,
+    "test": 4,
+  }
+  assert corpus.splits["train"].texts[3] == "train\u20283" and corpus.splits["train"].labels[3] == 1
+  assert sorted(corpus.splits["test"].labels) == [0, 0, 1, 1]
+  for part in ("validation", "test"):
+    assert all(text.startswith("dev") for text in corpus.splits[part].texts)
+
+
+def test_mnli_reads_the_matched_validation_and_labels_by_name(write):
+  header = "index\tsentence1\tsentence2\tgold_label"
+  names = ("entailment", "neutral", "contradiction")
+  rows = [f'{i}\t"p {i}\th {i}\t{names[i % 3]}' for i in range(12)]
+  other = [row.replace("p ", "q ") for row in rows]
+  glue_dir = write("MNLI", [header, *rows], [header, *other], "dev_matched")
+  corpus = data.load("glue/mnli", seed=0, glue_dir=glue_dir)
+  train = corpus.splits["train"]
+  assert (train.texts[1], train.pairs[1], train.labels[1]) == ('"p 1', "h 1", 1)
+
+
+def test_stsb_is_regression(write):
+  header = "index\tsentence1\tsentence2\tscore"
+  rows = [f"{i}\ta {i}\tb {i}\t{i / 2}" for i in range(10)]
+  other = [row.replace("a ", "c ") for row in rows]
+  corpus = data.load(
+    "glue/stsb", seed=0, glue_dir=write("STS-B", [header, *rows], [header, *other])
+  )
+  assert corpus.label_names == () and corpus.metrics == ("pearson", "spearman")
+  assert corpus.splits["train"].labels.dtype == np.float32
+  assert corpus.splits["train"].labels.tolist() == [i / 2 for i in range(10)]
+
+
+def test_truncated_lines_are_counted(write):
+  header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+  rows = [f"{i}\t1\t2\tq {i}\tr {i}\t{i % 2}" for i in range(8)]
+  other = [row.replace("q ", "s ") for row in rows]
+  glue_dir = write("QQP", [header, *rows, "9\t1\t2\thalf a"], [header, *other])
+  corpus = data.load("glue/qqp", seed=0, glue_dir=glue_dir)
+  assert corpus.dropped["malformed"] == 1 and len(corpus.splits["train"]) == 8
+  assert corpus.metrics == ("accuracy", "f1")
+
+
+@pytest.mark.parametrize(
+  "train, named",
+  [
+    (["sentence\tclass", "x\t1"], "train.tsv: no column 'label'.*'sentence', 'class'"),
+    (["sentence\tlabel", "x\t2"], "train.tsv: unknown label '2'.*negative, positive, 0, 1"),
+    ([], "train.tsv: no column 'sentence'.*none"),
+  ],
+)
+def test_wrong_files_are_named(write, train, named):
+  with pytest.raises(ValueError, match=named):
+    data.load("glue/sst2", seed=0, glue_dir=write("SST-2", train, []))
+
+
+def test_a_missing_directory_is_named(tmp_path):
+  with pytest.raises(ValueError, match="RTE/train.tsv: cannot be read"):
+    data.load("glue/rte", seed=0, glue_dir=str(tmp_path))
+
+
+def test_without_files_or_library_the_error_says_what_to_do(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"MNLI/dev_matched.tsv(.|\n)*pip install datasets"):
+    data.load("glue/mnli", seed=0)
+
+
+def test_the_datasets_library_is_asked_for_the_same_splits(monkeypatch):
+  asked = []
+
+  def load_dataset(path, name, split):
+    asked.append((path, name, split))
+    rows = range(12)
+    return {
+      "premise": [f"{split} {i}" for i in rows],
+      "hypothesis": [f"h {i}" for i in rows],
+      "label": [i % 3 for i in rows],
+    }
+
+  library = types.SimpleNamespace(load_dataset=load_dataset)
+  monkeypatch.setitem(sys.modules, "datasets", library)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: library)
+  corpus = data.load("glue/mnli", seed=0)
+  assert [split for _, _, split in asked] == ["train", "validation_matched"]
+  assert len(corpus.splits["train"]) == 12 and corpus.splits["train"].pairs[5] == "h 5"
+  assert len(corpus.splits["validation"]) == len(corpus.splits["test"]) == 6
+
+
+def test_every_task_has_text_and_label_columns():
+  for task in glue.TASKS.values():
+    assert len(task.columns) == len(task.hub_columns) + 1
