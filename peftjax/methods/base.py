@@ -56,7 +56,7 @@ class Chain:
             "Every leaf belongs to one method: narrow the targets of one of them."
           )
         owner[path] = method
-    return [path for path in owner]
+    return list(owner)
 
   def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
     self.claims(params)
