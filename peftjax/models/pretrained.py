@@ -149,3 +149,8 @@ def _find(name: str, available: set[str]) -> str | None:
       if spelled in available:
         return spelled
   return None
+
+
+def pad_id(directory: str | Path) -> int:
+  """The token id that pads a batch for this model."""
+  return read_config(directory).get("pad_token_id") or 0

@@ -29,7 +29,8 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = weight(self, "kernel", normal, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    return einsum("...i,io->...o", x, kernel) + bias.astype(x.dtype)
+    y = einsum("...i,io->...o", x, kernel)
+    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Embedding(nn.Module):

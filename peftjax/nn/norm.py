@@ -32,7 +32,7 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> Any
   mean = wide.mean(-1, keepdims=True)
   inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
   x, mean, inverse = fence((x, mean, inverse))
-  y = (x.astype(jnp.float32) - mean) * inverse * scale + bias
+  y = (x.astype(jnp.float32) - mean) * inverse * _row(scale, x) + _row(bias, x)
   return fence(y.astype(x.dtype)), (x, mean, inverse, scale)
 
 
@@ -41,11 +41,16 @@ def _backward(eps: float, saved: Any, g: jax.Array) -> Any:
   g = fence(g)
   wide = g.astype(jnp.float32)
   normed = (x.astype(jnp.float32) - mean) * inverse
-  gs = wide * scale
+  gs = wide * _row(scale, x)
   across = (gs * normed).mean(-1, keepdims=True)
   dx = inverse * (gs - gs.mean(-1, keepdims=True) - normed * across)
   batch = tuple(range(x.ndim - 1))
   return fence(dx.astype(x.dtype)), (wide * normed).sum(batch), wide.sum(batch)
+
+
+def _row(vector: jax.Array, x: jax.Array) -> jax.Array:
+  """`[D]` with leading axes of size 1, as many as `x` has."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 layer_norm.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Configurations: every file has get_config(arg)."""

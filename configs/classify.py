@@ -1,0 +1,86 @@
+"""Fine-tunes an encoder to classify texts.
+
+  python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=runs/bbc
+
+method: lora, head, full, bitfit. data: bbc, sentiment, glue/<task>, or files with
+  --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
+Every field below can be given as a flag: --config.method.rank=4.
+
+Two CPU cores: lora on bbc takes about three minutes, installation aside, and reaches a test
+accuracy of about 0.97 (`make quickstart` measures it).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+METHODS = {
+  "lora": dict(
+    name="lora",
+    rank=8,
+    alpha=16.0,
+    targets=("query", "value"),
+    dropout=0.1,
+    rslora=False,
+    init="kaiming",
+    rank_pattern=(),  # e.g. (r".*/layers_0/.*=4", "value=16"),
+    alpha_pattern=(),
+    head=True,
+  ),
+  "head": dict(name="train", targets=("head/.*",), head=False),
+  "full": dict(name="train", targets=(".*",), head=False),
+  "bitfit": dict(name="train", targets=(".*/bias", "head/.*"), head=False),
+}
+
+# What suits each method; the rest is common.
+LEARNING_RATES = {"lora": 2e-3, "head": 1e-2, "full": 2e-4, "bitfit": 2e-3}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The configuration for `arg`, e.g. "method=lora,data=bbc"."""
+  given = {"method": "lora", "data": "bbc"}
+  for part in filter(None, arg.split(",")):
+    key, _, value = part.partition("=")
+    if key not in given:
+      raise ValueError(f"classify.py takes method=... and data=..., not {part!r}")
+    given[key] = value
+  if given["method"] not in METHODS:
+    raise ValueError(f"method={given['method']!r} is not one of {', '.join(METHODS)}")
+  return ConfigDict(
+    dict(
+      seed=0,
+      model=dict(directory="", scan_layers=False, dtype="float32"),
+      method=METHODS[given["method"]],
+      data=dict(
+        name=given["data"],
+        max_length=64,
+        train_file=placeholder(str),
+        validation_file=placeholder(str),
+        test_file=placeholder(str),
+        text_column="text",
+        pair_column=placeholder(str),
+        label_column="label",
+        regression=False,
+        glue_dir=placeholder(str),
+      ),
+      optimizer=dict(
+        learning_rate=LEARNING_RATES[given["method"]],
+        schedule="linear",
+        warmup=0.06,
+        weight_decay=0.01,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        clip_norm=1.0,
+        accumulate=1,
+      ),
+      train=dict(
+        batch_size=32,
+        epochs=3.0,
+        steps=placeholder(int),
+        eval_batch_size=64,
+        log_every=10,
+        save_every=placeholder(int),
+      ),
+      compilation_cache="~/.cache/peftjax",
+    )
+  )

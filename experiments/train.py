@@ -1,0 +1,41 @@
+"""Fine-tunes a pretrained model.
+
+  python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=DIR
+
+Any field of the config is a flag: --config.method.rank=4. Run the same command again to go on
+after an interruption. See configs/classify.py for the fields.
+"""
+
+import time
+
+STARTED = time.perf_counter()
+
+import json
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import runtime
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGUMENT].")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+MESH = flags.DEFINE_string("mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2".')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
+  runtime.set_up(CONFIG.value.get("compilation_cache"))
+  from peftjax.train.loop import train_and_evaluate
+
+  with runtime.readable_errors():
+    result = train_and_evaluate(CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED)
+  shown = ("method", "trainable_params", "total_params", "metrics", "best_step", "seconds")
+  json.dump({key: result[key] for key in shown}, sys.stdout, indent=2)
+  print(f"\n\nAll of it: {WORKDIR.value}/result.json")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

@@ -1,0 +1,1 @@
+"""Training: `step` is pure, `loop` is the only place with side effects."""

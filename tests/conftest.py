@@ -1,0 +1,15 @@
+"""Eight CPU devices for the sharding tests, and no silent broadcasting between ranks."""
+
+import os
+
+# Before jax is imported. The compilation cache would hide what a change does to a program.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  ).strip()
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,39 @@
+"""What a program computes, read from its jaxpr."""
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def equations(jaxpr):
+  """Every equation of a jaxpr and of all jaxprs inside it (jit, scan, remat, custom_vjp, cond)."""
+  if isinstance(jaxpr, ClosedJaxpr):
+    jaxpr = jaxpr.jaxpr
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.tree.leaves(
+      list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))
+    ):
+      if isinstance(inner, (Jaxpr, ClosedJaxpr)):
+        yield from equations(inner)
+
+
+def producers(fn, shapes, *args, allow=()):
+  """Names of the primitives of `fn(*args)` that yield a float array of one of `shapes`.
+
+  Args:
+    fn, args: traced, not run.
+    shapes: of weights; the same with the last two axes swapped counts too.
+    allow: primitives that may.
+  """
+  shapes = {tuple(s) for s in shapes} | {(*s[:-2], s[-1], s[-2]) for s in shapes}
+  return sorted(
+    {
+      eqn.primitive.name
+      for eqn in equations(jax.make_jaxpr(fn)(*args))
+      for out in eqn.outvars
+      if eqn.primitive.name not in allow
+      and tuple(getattr(out.aval, "shape", ())) in shapes
+      and jnp.issubdtype(out.aval.dtype, jnp.floating)
+    }
+  )
