@@ -15,12 +15,14 @@ from experiments import runtime
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of experiments.train.")
 TEXT = flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
 FILE = flags.DEFINE_string("file", None, "A UTF-8 file with one text a line.")
-OUTPUT = flags.DEFINE_string("output", None, "Also write JSON lines with every class's probability.")
+OUTPUT = flags.DEFINE_string(
+  "output", None, "Also write JSON lines with every class's probability."
+)
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; quote a text: --text=\"...\"")
+    raise app.UsageError(f'unknown arguments {argv[1:]}; quote a text: --text="..."')
   runtime.set_up("~/.cache/peftjax")
   from peftjax.train.predict import Predictor, probabilities
 
@@ -36,7 +38,9 @@ def main(argv: list[str]) -> None:
         continue
       p = probabilities(row)
       named = dict(zip(predictor.labels, map(float, p), strict=True))
-      rows.append({"text": text, "label": predictor.labels[int(p.argmax())], "probabilities": named})
+      rows.append(
+        {"text": text, "label": predictor.labels[int(p.argmax())], "probabilities": named}
+      )
       print(f"{rows[-1]['label']}\t{p.max():.3f}\t{text}")
     if OUTPUT.value:
       with open(OUTPUT.value, "w", encoding="utf-8") as file:

@@ -64,7 +64,11 @@ def show(rows: list[dict[str, Any]], workdir: Path) -> None:
     share = 100 * row["trainable_params"] / row["total_params"]
     scores = [f"{row[key]:.4f}" for key in ("accuracy", "macro_f1")]
     table.add_row(
-      row["method"], f"{row['trainable_params']:,}", f"{share:.2f} %", *scores, f"{row['seconds']:.0f}"
+      row["method"],
+      f"{row['trainable_params']:,}",
+      f"{share:.2f} %",
+      *scores,
+      f"{row['seconds']:.0f}",
     )
   console = Console()
   console.print()

@@ -9,14 +9,20 @@ from collections.abc import Iterator
 
 
 def set_up(compilation_cache: str | None) -> None:
-  """Keeps compiled programs between runs in `compilation_cache` (not if empty); quiets logging."""
-  import jax
+  """For a command: quiet logging, and `keep_programs`."""
   from absl import flags, logging
 
-  if flags.FLAGS.is_parsed() and not flags.FLAGS["verbosity"].present:
+  if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # which accelerators are absent is no news
-  if compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
+  keep_programs(compilation_cache)
+
+
+def keep_programs(directory: str | None) -> None:
+  """Keeps compiled programs in `directory` between runs; nothing is kept if it is empty."""
+  import jax
+
+  if directory:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

@@ -44,7 +44,9 @@ class Entry:
 
 
 lora, train, chain = pj.lora, pj.train, pj.chain
-_patterns = dict(rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3})
+_patterns = dict(
+  rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
+)
 _fewer = dict(rank_pattern={".*layers_0/.*": 1}, alpha_pattern={".*query.*": 1})
 _tables = ["word_embeddings", "position_embeddings"]
 _embed = r".*/(word|position)_embeddings/embedding/[ab]"
@@ -326,7 +328,9 @@ def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
     one = lambda adapter: pj.apply(subject.model, pj.combine(adapter, base), tiny.TOKENS, tiny.MASK)
     return jax.vmap(one)(both)
 
-  close(subject, forward(both, base), jnp.stack([subject.forward(p) for p in (subject.live, other)]))
+  close(
+    subject, forward(both, base), jnp.stack([subject.forward(p) for p in (subject.live, other)])
+  )
 
 
 @pytest.mark.parametrize("shape", ["data:2,fsdp:2,tensor:2", "fsdp:2,tensor:4"])
@@ -356,8 +360,9 @@ def test_law_7_children_lie_as_their_weight_does(subject):
   assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(subject.attached)
   dense = paths.leaves(pj.sharding.specs(subject.params, mesh))
   for path, weight in subject.weights(specs).items():
-    *stack, n_in, n_out = (*dense[path], None, None)[: len(subject.layout[path].ins) + 1 +
-                                                   len(paths.leaves(subject.params)[path].shape) - 2]
+    *stack, n_in, n_out = (*dense[path], None, None)[
+      : len(subject.layout[path].ins) + 1 + len(paths.leaves(subject.params)[path].shape) - 2
+    ]
     assert tuple(weight.base) == tuple(dense[path])
     if isinstance(weight, pj.LoRA):
       assert weight.a == P(*stack, None, n_in) and weight.b == P(*stack, n_out, None)
@@ -411,9 +416,7 @@ def test_law_11_factored_means_factored(subject):
   if shapes:
     assert producers(grad, shapes, *args, allow=allow) == []
     # The same check sees what it looks for.
-    dense = jax.value_and_grad(
-      lambda t, f: _loss(subject.plain(pj.merge(pj.combine(t, f))))
-    )
+    dense = jax.value_and_grad(lambda t, f: _loss(subject.plain(pj.merge(pj.combine(t, f)))))
     assert producers(dense, shapes, *subject.split(subject.attached), allow=allow)
 
 

@@ -99,7 +99,7 @@ def _read(
   new: list[str] = []
 
   def read(path: str, leaf: Any) -> Any:
-    stack = _stack_of(path, leaf)
+    stack = stack_of(path, leaf)
     names = [_find(family.hf_name(p), available) for p in paths.layer_paths(path, stack)]
     used.update(name for name in names if name)
     may_be_new = re.fullmatch(family.NEW, path) is not None
@@ -134,7 +134,7 @@ def _read(
   return params, new
 
 
-def _stack_of(path: str, leaf: Any) -> tuple[int, ...]:
+def stack_of(path: str, leaf: Any) -> tuple[int, ...]:
   """The layers axis of a scanned parameter (under `layers`), if it is one."""
   return leaf.shape[:1] if "layers" in path.split("/") else ()
 

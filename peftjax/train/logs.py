@@ -90,9 +90,7 @@ class Bar:
     self._task = self._bar.add_task(name, total=total, completed=start, numbers="compiling")
 
   def update(self, step: int, loss: float, rate: float) -> None:
-    self._bar.update(
-      self._task, completed=step, numbers=f"loss {loss:.4f}  {rate:,.0f} examples/s"
-    )
+    self._bar.update(self._task, completed=step, numbers=f"loss {loss:.4f}  {rate:,.0f} examples/s")
 
   def print(self, text: str) -> None:
     self.console.print(text, highlight=False, soft_wrap=True)

@@ -79,7 +79,10 @@ def train_and_evaluate(
   best = saved["best"] if saved else None
   before = saved["seconds"] if saved else 0.0
   try:
-    with Bar(str(settings.method.get("name")), run.steps_done, run.total) as bar, _signals() as stop:
+    with (
+      Bar(str(settings.method.get("name")), run.steps_done, run.total) as bar,
+      _signals() as stop,
+    ):
       run.announce(bar)
       for row in run.steps(clock, bar):
         done = row["step"]
@@ -89,7 +92,9 @@ def train_and_evaluate(
         if done % run.stream.steps_per_epoch == 0 or at_end:
           scores = run.evaluate("validation")
           epoch = done / run.stream.steps_per_epoch
-          logs.write({"step": done, "epoch": epoch, **{f"validation_{k}": v for k, v in scores.items()}})
+          logs.write(
+            {"step": done, "epoch": epoch, **{f"validation_{k}": v for k, v in scores.items()}}
+          )
           bar.print(f"epoch {epoch:g}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
           value = scores[run.task.corpus.metrics[0]]
           if best is None or value > best["value"]:
@@ -233,7 +238,9 @@ class Run:
     """Metrics of a split, with the current parameters or a saved adapter."""
     train, frozen = self.state.train, self.frozen
     if saved is not None:
-      train, frozen = tree.partition(tree.combine(saved["adapter"], self.model.params), self.model.mask)
+      train, frozen = tree.partition(
+        tree.combine(saved["adapter"], self.model.params), self.model.mask
+      )
     t = self.task
     logits = evaluate.logits_of(
       lambda batch: self._predict(train, frozen, self.place(batch)),
@@ -272,9 +279,7 @@ def _optimizer(settings: Settings, method: Any, total: int) -> tuple[optax.Sched
   updates = max(total // o.accumulate, 1)
   schedule = optim.schedule(o.schedule, o.learning_rate, updates, o.warmup_steps(updates))
   tx = optim.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-  return schedule, method.optimizer(
-    tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate
-  )
+  return schedule, method.optimizer(tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate)
 
 
 def _state_shardings(tx: Any, current: state.TrainState, train: Any, mesh: Any) -> Any:
@@ -369,5 +374,3 @@ def _peak_memory_mb() -> float:
     return stats["peak_bytes_in_use"] / 2**20
   scale = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
-
-

@@ -60,7 +60,9 @@ class Predictor:
   def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
     """`[N, K]` float32, in the order of `texts`."""
     length = self.settings.data.max_length
-    examples = data.Examples(list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32))
+    examples = data.Examples(
+      list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32)
+    )
     tokens = data.encode(self._tokenizer, examples, length)
     buckets = data.buckets(tokens.lengths, max_length=length)
     size = min(self.settings.train.eval_batch_size, len(texts))

@@ -1,0 +1,16 @@
+"""The batch that both sides of a benchmark train on."""
+
+import numpy as np
+
+
+def example(batch_size: int, length: int) -> dict[str, np.ndarray]:
+  """Random tokens and labels, without padding."""
+  random = np.random.default_rng(0)
+  shape = (batch_size, length)
+  return {
+    "tokens": random.integers(1000, 30000, shape, np.int32),
+    "mask": np.ones(shape, bool),
+    "types": np.zeros(shape, np.int32),
+    "labels": random.integers(0, 2, batch_size, np.int32),
+    "weights": np.ones(batch_size, np.float32),
+  }

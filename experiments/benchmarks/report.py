@@ -1,0 +1,72 @@
+"""Rows of a benchmark: a table for people, JSON lines for `--out`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One comparison: `ratio` is the peer's cost over ours, above 1 we are ahead."""
+
+  case: str
+  ours: float
+  peer: float
+  unit: str
+  note: str = ""
+
+  @property
+  def ratio(self) -> float:
+    return self.peer / self.ours
+
+
+def machine() -> str:
+  """The processor, the cores this process may use, and the accelerator if there is one."""
+  name = platform.processor() or platform.machine()
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+  except (OSError, StopIteration):
+    pass
+  return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def versions() -> dict[str, str]:
+  found = {"python": platform.python_version()}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def show(title: str, rows: list[Row]) -> None:
+  table = Table(title=title)
+  for column in ("case", "ours", "peer", "unit", "ratio", "note"):
+    table.add_column(column, justify="right" if column in ("ours", "peer", "ratio") else "left")
+  for row in rows:
+    numbers = (f"{row.ours:.1f}", f"{row.peer:.1f}", row.unit, f"{row.ratio:.2f}")
+    table.add_row(row.case, *numbers, row.note)
+  console = Console()
+  console.print(table)
+  console.print("ratio: the peer's cost over ours; above 1 we are ahead.", highlight=False)
+
+
+def write(path: str, rows: list[Row]) -> None:
+  """Appends one JSON line a row."""
+  common = {"machine": machine(), "versions": versions()}
+  with open(path, "a", encoding="utf-8") as file:
+    for row in rows:
+      fields = {**dataclasses.asdict(row), "ratio": row.ratio, **common}
+      file.write(json.dumps(fields) + "\n")

@@ -1,0 +1,70 @@
+"""Our training step against Hugging Face PEFT's on torch.
+
+  python -m experiments.benchmarks.train_step --out=step.jsonl
+
+MiniLM, float32, AdamW, r = 8, the model's own dropout of 0.1; both sides train the same weights on
+the same batch with the same threads, each in its own process, and take turns. Costs are medians.
+Needs `make parity`'s packages. About four minutes on two cores.
+"""
+
+import statistics
+import tempfile
+
+from absl import app, flags
+
+from experiments.benchmarks import report
+from experiments.benchmarks.turns import Worker
+
+OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
+MODEL = flags.DEFINE_string("model", "", "A Hugging Face directory; by default MiniLM.")
+CASES = flags.DEFINE_list("cases", ["query_value", "all_linear", "full"], "What to fine-tune.")
+BATCH = flags.DEFINE_integer("batch", 32, "Rows of a batch.")
+LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a row.")
+TURNS = flags.DEFINE_integer("turns", 8, "How often the sides change.")
+STEPS = flags.DEFINE_integer("steps", 5, "Steps of a turn.")
+
+OURS, PEER = "experiments.benchmarks.step_ours", "experiments.benchmarks.step_peer"
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  from peftjax.train.settings import Model
+
+  directory = str(Model(directory=MODEL.value).path())
+  rows = []
+  with tempfile.TemporaryDirectory() as cache:
+    for case in CASES.value:
+      rows += compare(case, [case, directory, str(BATCH.value), str(LENGTH.value)], cache)
+  report.show(f"Training step, batch {BATCH.value} x {LENGTH.value}, {report.machine()}", rows)
+  if OUT.value:
+    report.write(OUT.value, rows)
+
+
+def compare(case: str, args: list[str], cache: str) -> list[report.Row]:
+  """Step, and for the first case also memory and start, cold and with programs kept."""
+  env = {"PEFTJAX_BENCHMARK_CACHE": cache}
+  ours, peer = Worker(OURS, *args, env=env), Worker(PEER, *args)
+  seconds: tuple[list[float], list[float]] = ([], [])
+  for _ in range(TURNS.value):
+    for worker, taken in zip((ours, peer), seconds, strict=True):
+      worker.run(1)  # caches are the other side's: not counted
+      taken += worker.run(STEPS.value)
+  medians = [1e3 * statistics.median(taken) for taken in seconds]
+  peaks = ours.close(), peer.close()
+  rows = [report.Row(f"step_{case}", *medians, "ms")]
+  if case == CASES.value[0]:
+    rows.append(report.Row("peak_mem", *peaks, "MiB", f"resident, {case}"))
+    rows.append(
+      report.Row("start_seconds_cold", ours.start_seconds, peer.start_seconds, "s", "to 1st step")
+    )
+    again, other = Worker(OURS, *args, env=env), Worker(PEER, *args)
+    again.close(), other.close()
+    rows.append(
+      report.Row("start_seconds_warm", again.start_seconds, other.start_seconds, "s", "to 1st step")
+    )
+  return rows
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,217 @@
+"""Reads and writes LoRA adapters as the Hugging Face PEFT library keeps them (peft 0.21).
+
+A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linear module has
+`lora_A.weight` [r, in] and `lora_B.weight` [out, r], an embedding `lora_embedding_A` [r, V] and
+`lora_embedding_B` [D, r], which is how our factors lie too; a module in `modules_to_save` is a
+whole copy, its kernel transposed.
+
+Invariants:
+- The tensors say which modules have an adapter; the config says at which scale.
+- A layer of a scanned stack is a module of its own, with its own true rank.
+- What one side has and the other cannot say is a `ValueError`, never left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from peftjax.core import paths, tree
+from peftjax.core.weight import Weight
+from peftjax.io import hf_peft_config, safetensors_dir
+from peftjax.io.hf_peft_reader import FACTORS, ROOT, STEM, Reader
+from peftjax.methods.lora_weight import LoRA
+from peftjax.models.pretrained import FAMILIES, stack_of
+
+
+def save(
+  directory: str | os.PathLike,
+  params: Any,
+  model: Any,
+  *,
+  base_model: str = "",
+  trained: Any | None = None,
+  task_type: str | None = "SEQ_CLS",
+  rslora: bool = False,
+) -> None:
+  """Writes the `LoRA` leaves of `params`, and the trained head, as a PEFT directory.
+
+  Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
+  from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
+
+  Args:
+    directory: made if missing; the two files in it are replaced whole.
+    params: an attached tree, layers unrolled or scanned.
+    model: the module it belongs to; `model.config.family` names the torch modules.
+    base_model: what `base_model_name_or_path` shall be.
+    trained: mask over `params`, as `method.trainable(params)` gives it. Without it the head counts
+      as trained and all other plain arrays as the base's.
+    task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written.
+    rslora: write `use_rslora`.
+
+  Raises:
+    ValueError: no `LoRA` leaf; a PiSSA leaf; an adapter of another kind; a trained array that is
+      neither a factor nor of the head; a head with an adapter in it; dropout rates that differ.
+  """
+  family = FAMILIES[model.config.family]
+  adapters: dict[str, _Adapter] = {}
+  for path, leaf in paths.leaves(params).items():
+    if type(leaf) is LoRA:
+      adapters.update(_adapters(path, leaf, family, rslora))
+    elif isinstance(leaf, Weight) and any(jax.tree.leaves(tree.made_mask(leaf))):
+      raise ValueError(f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA")
+  if not adapters:
+    raise ValueError("params has no LoRA leaf to save: attach pj.lora(...) first")
+  whole = _whole(params, family, trained, task_type)
+  tensors = {name: array for arrays in whole.values() for name, array in arrays.items()}
+  for module, adapter in adapters.items():
+    tensors[f"{module}.{adapter.names[0]}"] = adapter.a
+    tensors[f"{module}.{adapter.names[1]}"] = adapter.b
+  config = hf_peft_config.build(
+    [(m, x.rank, x.alpha, x.dropout) for m, x in adapters.items()],
+    hf_peft_config.suffixes(set(adapters), _modules(params, family)),
+    rslora=rslora,
+    modules_to_save=sorted(whole),
+    task_type=task_type,
+    base_model=base_model,
+  )
+  _write(Path(directory), config, {ROOT + name: array for name, array in tensors.items()})
+
+
+def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, Any]:
+  """`params` with a PEFT directory's adapters attached and its saved modules put in.
+
+  A scanned stack is padded to its largest rank; a layer without an adapter has rank 0, scale 0.
+  Factors are read as float32, saved modules in the dtype of what they replace.
+
+  Args:
+    directory: as peft's `save_pretrained` or `save` wrote it.
+    params: the base model's tree, without adapters; not changed.
+    model: the module it belongs to.
+
+  Returns:
+    `(params, mask)`; the mask is true on all that came from the directory: A, B, saved modules.
+
+  Raises:
+    ValueError: a missing or damaged file; a config field that is not plain LoRA's; a tensor
+      missing, of another shape than model and config mean, or without a place in the model.
+  """
+  reader = Reader(directory, model.config.family, FAMILIES[model.config.family].hf_name)
+  loaded = paths.map_leaves(reader.leaf, params)
+  reader.check_all_used()
+
+  def flags(path: str, leaf: Any) -> Any:
+    mask = jax.tree.map(lambda _: path in reader.replaced, leaf)
+    return mask.replace(a=True, b=True) if path in reader.attached else mask
+
+  return loaded, paths.map_leaves(flags, loaded)
+
+
+class _Adapter(NamedTuple):
+  """The adapter of one torch module."""
+
+  names: tuple[str, str]
+  a: np.ndarray
+  b: np.ndarray
+  rank: int
+  alpha: float
+  dropout: float
+
+
+def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Adapter]:
+  """One adapter a layer, padding stripped; a layer of rank 0 has none."""
+  if leaf.residual:
+    raise ValueError(
+      f"{path} is a PiSSA adapter: its base is no longer the pretrained one, which readers of this "
+      "format add B A to.\nSave the whole model instead, from pj.merge(params), or train with "
+      'pj.lora(..., init="kaiming").'
+    )
+  names = FACTORS[path.rpartition("/")[2]]
+  a, b = (np.asarray(x).reshape(-1, *x.shape[-2:]) for x in (leaf.a, leaf.b))
+  ranks, scales = (np.asarray(x).ravel() for x in (leaf.rank, leaf.scale))
+  found = {}
+  for i, layer in enumerate(paths.layer_paths(path, leaf.stack)):
+    if rank := int(ranks[i]):
+      alpha = _alpha(scales[i], math.sqrt(rank) if rslora else rank)
+      low = a[i, :rank], b[i, :, :rank]
+      found[_module(family, layer)] = _Adapter(names, *low, rank, alpha, leaf.dropout)
+  return found
+
+
+def _alpha(scale: np.float32, divisor: float) -> float:
+  """The shortest decimal alpha with float32(alpha / divisor) = scale."""
+  exact = float(scale) * divisor
+  tries = (float(f"{exact:.{digits}g}") for digits in range(1, 18))
+  alpha = next((x for x in tries if np.float32(x / divisor) == scale), exact)
+  return int(alpha) if alpha == round(alpha) else alpha
+
+
+def _whole(
+  params: Any, family: Any, trained: Any | None, task_type: str | None
+) -> dict[str, dict[str, np.ndarray]]:
+  """Tensors by module of `modules_to_save`: the head, or a new part of the body, if trained."""
+  flat = paths.leaves(params)
+  flags = {} if trained is None else paths.leaves(trained)
+  head_too = trained is None or task_type == "SEQ_CLS"
+  chosen: dict[str, dict[str, np.ndarray]] = {}
+  for path in flat:
+    flag = flags.get(path)
+    on = any(jax.tree.leaves(getattr(flag, "base", flag)))
+    if on and (type(flat[path]) is LoRA or not re.fullmatch(family.NEW, path)):
+      raise ValueError(
+        f"{path} is trained, and a PEFT LoRA directory has no place for it: only for factors and "
+        "for the head.\nSave the whole model instead, from pj.merge(params), or train with "
+        'pj.chain(pj.lora(...), pj.train("head/.*")).'
+      )
+    if on or (head_too and path.startswith("head/")):
+      chosen[_unit(family, path)] = {}
+  for path, leaf in flat.items():
+    if re.fullmatch(family.NEW, path) and (unit := _unit(family, path)) in chosen:
+      if isinstance(leaf, Weight):
+        raise ValueError(
+          f"{path} is a {type(leaf).__name__} in {unit}, which is saved whole; peft does not take "
+          "both.\nMerge it (pj.merge), or leave it out of the targets or out of what is trained."
+        )
+      array = np.asarray(leaf)
+      chosen[unit][family.hf_name(path)] = array.T if path.endswith("kernel") else array
+  return chosen
+
+
+def _unit(family: Any, path: str) -> str:
+  """What peft wraps: the whole head (`classifier`), or one module of the body."""
+  module = _module(family, path)
+  return module.partition(".")[0] if path.startswith("head/") else module
+
+
+def _module(family: Any, path: str) -> str:
+  return family.hf_name(path).rpartition(".")[0]
+
+
+def _modules(params: Any, family: Any) -> set[str]:
+  """Every module of the torch model, those that hold others included."""
+  found: set[str] = set()
+  for path, leaf in paths.leaves(params).items():
+    for layer in paths.layer_paths(path, stack_of(path, leaf)):
+      parts = _module(family, layer).split(".")
+      found.update(".".join(parts[: n + 1]) for n in range(len(parts)))
+  return found
+
+
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  temporary = folder / f".{hf_peft_config.NAME}.{os.getpid()}.tmp"
+  try:
+    # Written first, so that the two files change one right after the other.
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True))
+    safetensors_dir.write(folder / f"{STEM}.safetensors", tensors)
+    os.replace(temporary, folder / hf_peft_config.NAME)
+  finally:
+    temporary.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""`adapter_config.json` of a LoRA adapter, as the Hugging Face PEFT library writes and reads it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from peftjax.io import safetensors_dir
+
+NAME = "adapter_config.json"
+# Config fields that make an adapter more than base + s·BA, unless they are empty or false.
+_VARIANTS = (
+  *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
+  *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora"),
+  *("use_qalora", "velora_config"),
+)
+# Initialisations that leave the base as it was; all others of peft (PiSSA, OLoRA, ...) change it.
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+class Settings(NamedTuple):
+  """What `adapter_config.json` says that a reader needs."""
+
+  rank: int
+  alpha: float
+  rslora: bool
+  dropout: float
+  rank_pattern: Mapping[str, int]
+  alpha_pattern: Mapping[str, float]
+  modules_to_save: tuple[str, ...]
+
+
+def read(directory: str | os.PathLike) -> Settings:
+  """Reads and checks the config; peft's defaults for what is not in it."""
+  config = safetensors_dir.read_config(directory, NAME)
+  given = {field: config.get(field) or None for field in _VARIANTS}
+  given["peft_type"] = None if config.get("peft_type") == "LORA" else config.get("peft_type", "")
+  given["bias"] = None if config.get("bias", "none") == "none" else config["bias"]
+  for field, value in given.items():
+    if value is not None:
+      raise ValueError(
+        f"{directory}/{NAME} has {field}={value!r}; read is plain LoRA only: peft_type 'LORA', "
+        f"bias 'none', no {', '.join(_VARIANTS)}.\n"
+        "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
+      )
+  if (init := config.get("init_lora_weights")) not in _INITS:
+    raise ValueError(
+      f"{directory}/{NAME} has init_lora_weights={init!r}: such an adapter belongs to a base "
+      "that the initialisation changed, not to the pretrained one.\nConvert it with peft, which "
+      "saves the initial adapter at the start and then writes plain LoRA:\n"
+      "  model.save_pretrained(NEW, path_initial_model_for_weight_conversion=INITIAL)"
+    )
+  settings = Settings(
+    config.get("r", 8),
+    config.get("lora_alpha", 8),
+    bool(config.get("use_rslora")),
+    config.get("lora_dropout", 0.0),
+    config.get("rank_pattern") or {},
+    config.get("alpha_pattern") or {},
+    tuple(config.get("modules_to_save") or ()),
+  )
+  _check(settings, f"{directory}/{NAME}")
+  return settings
+
+
+def _check(settings: Settings, where: str) -> None:
+  for field in ("rank_pattern", "alpha_pattern"):
+    patterns = getattr(settings, field)
+    if not isinstance(patterns, dict):
+      raise ValueError(f"{where}: {field} must be {{regex: number}}, and is {patterns!r}")
+    for pattern in patterns:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ValueError(f"{where}: {field} {pattern!r} is no regex: {error}") from None
+  for rank in (settings.rank, *settings.rank_pattern.values()):
+    if type(rank) is not int or rank < 1:
+      raise ValueError(f"{where}: rank {rank!r} must be a whole number from 1")
+  for alpha in (settings.alpha, *settings.alpha_pattern.values()):
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+      raise ValueError(f"{where}: alpha {alpha!r} must be a number")
+  if type(settings.dropout) not in (int, float) or not 0 <= settings.dropout < 1:
+    raise ValueError(f"{where}: lora_dropout {settings.dropout!r} must be a number in [0, 1)")
+
+
+def match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+  """The value of the first key that matches the end of a module's path: peft's own rule."""
+  matching = (x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+  return next(matching, default)
+
+
+def suffixes(targets: set[str], modules: set[str]) -> list[str]:
+  """Names that peft's rule, the module or the end of it, turns into `targets` and nothing else."""
+
+  def shortest(target: str) -> str:
+    parts = target.split(".")
+    for n in range(1, len(parts)):
+      suffix = ".".join(parts[-n:])
+      if {m for m in modules if f".{m}".endswith(f".{suffix}")} <= targets:
+        return suffix
+    return target
+
+  return sorted({shortest(target) for target in targets})
+
+
+def build(
+  adapters: Sequence[tuple[str, int, float, float]],
+  target_modules: Sequence[str],
+  *,
+  rslora: bool,
+  modules_to_save: Sequence[str],
+  task_type: str | None,
+  base_model: str,
+) -> dict[str, Any]:
+  """The config of adapters, each (module, rank, alpha, dropout).
+
+  The commonest rank and alpha are the default; an exception is a pattern that matches its module
+  alone (peft matches a key, as a regex, against the end of a path).
+
+  Raises:
+    ValueError: if the dropout rates differ.
+  """
+  modules, ranks, alphas, rates = zip(*adapters, strict=True)
+  if len(set(rates)) > 1:
+    raise ValueError(
+      f"the adapters have dropout rates {sorted(set(rates))}, and a PEFT directory has one "
+      "lora_dropout.\nSet one on all LoRA leaves: leaf.replace(dropout=...)."
+    )
+
+  def usual_and_rest(values: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+    usual = Counter(values).most_common(1)[0][0]
+    pairs = zip(modules, values, strict=True)
+    return usual, {"^" + re.escape(m): value for m, value in pairs if value != usual}
+
+  rank, rank_pattern = usual_and_rest(ranks)
+  alpha, alpha_pattern = usual_and_rest(alphas)
+  return {
+    "alpha_pattern": alpha_pattern,
+    "base_model_name_or_path": base_model or None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_alpha": alpha,
+    "lora_dropout": rates[0],
+    "modules_to_save": list(modules_to_save) or None,
+    "peft_type": "LORA",
+    "r": rank,
+    "rank_pattern": rank_pattern,
+    "target_modules": list(target_modules),
+    "task_type": task_type,
+    "use_dora": False,
+    "use_rslora": rslora,
+  }

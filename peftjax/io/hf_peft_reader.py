@@ -1,0 +1,132 @@
+"""Takes the tensors of a PEFT directory one parameter at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.core import paths
+from peftjax.io import hf_peft_config
+from peftjax.io.safetensors_dir import TensorDir
+from peftjax.methods.lora_weight import LoRA
+from peftjax.models.pretrained import stack_of
+
+STEM, ROOT = "adapter_model", "base_model.model."
+# The tensors of A and B beside a module's name.
+FACTORS = {
+  "kernel": ("lora_A.weight", "lora_B.weight"),
+  "embedding": ("lora_embedding_A", "lora_embedding_B"),
+}
+
+
+class Reader:
+  """Takes what each parameter has in one directory, and notes what it took."""
+
+  def __init__(self, directory: str | os.PathLike, family: str, hf_name: Callable[[str], str]):
+    self.settings = hf_peft_config.read(directory)
+    self.tensors = TensorDir(directory, STEM)
+    self.available = set(self.tensors.names())
+    self.where = f"{directory}/{STEM}.safetensors"
+    self.hf_name = hf_name
+    # An adapter of the bare encoder does not name the body.
+    body = f"{family}."
+    self.bare = "" if any(x.startswith(ROOT + body) for x in self.available) else body
+    self.used: set[str] = set()
+    self.attached: set[str] = set()
+    self.replaced: set[str] = set()
+
+  def leaf(self, path: str, leaf: Any) -> Any:
+    """The leaf itself, or with its adapter, or as the directory has it."""
+    if isinstance(leaf, LoRA):
+      raise ValueError(f"{path} has an adapter already: load into the base model's params")
+    layers = paths.layer_paths(path, stack_of(path, leaf))
+    names = [ROOT + self.hf_name(layer).removeprefix(self.bare) for layer in layers]
+    if any(name in self.available or self._must_be_saved(name) for name in names):
+      return self._replaced(path, leaf, names)
+    modules = [name.rpartition(".")[0] for name in names]
+    kind = path.rpartition("/")[2]
+    if kind in FACTORS and any(
+      f"{m}.{factor}" in self.available for m in modules for factor in FACTORS[kind]
+    ):
+      return self._attached(path, leaf, modules, FACTORS[kind])
+    return leaf
+
+  def check_all_used(self) -> None:
+    """Raises `ValueError` if a tensor has no place in the model."""
+    if extra := sorted(self.available - self.used):
+      shown = "\n  ".join(extra[:10])
+      raise ValueError(
+        f"{self.where}: {len(extra)} tensors have no place in this model:\n  {shown}\n"
+        "Was the adapter trained on another model?"
+      )
+
+  def _must_be_saved(self, name: str) -> bool:
+    module = name.rpartition(".")[0]
+    return any(f".{saved}." in f"{module}." for saved in self.settings.modules_to_save)
+
+  def _replaced(self, path: str, leaf: Any, names: list[str]) -> Any:
+    self.replaced.add(path)
+    if not stack_of(path, leaf):
+      return jnp.asarray(self._plain(path, names[0], leaf))
+    keep = lambda name: name not in self.available and not self._must_be_saved(name)
+    rows = [leaf[i] if keep(x) else self._plain(path, x, leaf[i]) for i, x in enumerate(names)]
+    return jnp.stack(rows)
+
+  def _plain(self, path: str, name: str, leaf: Any) -> np.ndarray:
+    turned = path.endswith("kernel")
+    array = self._read(name, leaf.shape[::-1] if turned else leaf.shape, leaf.dtype)
+    return array.T if turned else array
+
+  def _attached(self, path: str, leaf: Any, modules: list[str], names: tuple[str, str]) -> LoRA:
+    self.attached.add(path)
+    n_in, n_out = leaf.shape[-2:]
+    stack = stack_of(path, leaf)
+    found = [self._factors(m, names, n_in, n_out) for m in modules]
+    width = max(len(a) for a, _, _ in found)
+    pad = lambda x, axis: np.pad(
+      x, [(0, width - x.shape[i]) if i == axis else (0, 0) for i in (0, 1)]
+    )
+    return LoRA(
+      base=leaf,
+      a=jnp.asarray(np.stack([pad(a, 0) for a, _, _ in found]).reshape(*stack, width, n_in)),
+      b=jnp.asarray(np.stack([pad(b, 1) for _, b, _ in found]).reshape(*stack, n_out, width)),
+      scale=jnp.asarray([scale for _, _, scale in found], jnp.float32).reshape(stack),
+      rank=jnp.asarray([len(a) for a, _, _ in found], jnp.int32).reshape(stack),
+      dropout=float(self.settings.dropout),
+      names=getattr(leaf, "names", None),
+    )
+
+  def _factors(
+    self, module: str, names: tuple[str, str], n_in: int, n_out: int
+  ) -> tuple[np.ndarray, np.ndarray, float]:
+    """A, B and the scale of one module; of rank 0 if it has no adapter."""
+    a, b = (f"{module}.{name}" for name in names)
+    if a not in self.available and b not in self.available:
+      return np.zeros((0, n_in), np.float32), np.zeros((n_out, 0), np.float32), 0.0
+    key = module.removeprefix(ROOT)
+    rank = hf_peft_config.match(self.settings.rank_pattern, key, self.settings.rank)
+    alpha = hf_peft_config.match(self.settings.alpha_pattern, key, self.settings.alpha)
+    scale = alpha / (math.sqrt(rank) if self.settings.rslora else rank)
+    hint = f" with rank {rank}, as {hf_peft_config.NAME} says"
+    return (
+      self._read(a, (rank, n_in), np.float32, hint),
+      self._read(b, (n_out, rank), np.float32, hint),
+      scale,
+    )
+
+  def _read(self, name: str, shape: tuple[int, ...], dtype: Any, hint: str = "") -> np.ndarray:
+    if name not in self.available:
+      raise ValueError(f"{self.where} lacks the tensor {name} of shape {shape}{hint}")
+    info = self.tensors.info(name)
+    if info.shape != shape or not jnp.issubdtype(info.dtype, jnp.floating):
+      raise ValueError(
+        f"{self.where}: tensor {name} is {info.dtype} {info.shape}; the model means floats of "
+        f"{shape}{hint}.\nIf it is the head's, load the model with that num_labels."
+      )
+    self.used.add(name)
+    return self.tensors.read(name).astype(dtype)
