@@ -12,7 +12,7 @@ from absl import app, flags
 
 from experiments import runtime
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of experiments.train.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a run of experiments.train.")
 TEXT = flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
 FILE = flags.DEFINE_string("file", None, "A UTF-8 file with one text a line.")
 OUTPUT = flags.DEFINE_string(

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
   from peftjax.train.logs import write_atomic
   from peftjax.train.loop import train_and_evaluate
 
-  workdir, rows = Path(WORKDIR.value), []
+  workdir = Path(WORKDIR.value)
+  rows: list[dict[str, Any]] = []
   with runtime.readable_errors():
     for name, config in configs.items():
       print(f"\n== {name}")

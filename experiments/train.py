@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from experiments import runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGUMENT].")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; made if it is not there.")
 MESH = flags.DEFINE_string("mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2".')
 
 

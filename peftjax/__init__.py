@@ -13,6 +13,8 @@ from peftjax.core.tree import (
   value_and_grad,
 )
 from peftjax.core.weight import Weight
+from peftjax.io.hf_peft import load as load_peft
+from peftjax.io.hf_peft import save as save_peft
 from peftjax.linen import apply
 from peftjax.methods.base import Method, chain
 from peftjax.methods.lora import lora
@@ -38,6 +40,7 @@ __all__ = [
   "einsum",
   "freeze",
   "linen",
+  "load_peft",
   "load_pretrained",
   "lora",
   "losses",
@@ -45,6 +48,7 @@ __all__ = [
   "merge",
   "optim",
   "partition",
+  "save_peft",
   "select",
   "sharding",
   "shardings",

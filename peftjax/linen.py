@@ -23,7 +23,7 @@ def apply(
   params: Any,
   *args: Any,
   train: bool = False,
-  rngs: Mapping[str, jax.Array] | None = None,
+  rngs: dict[str, jax.Array] | None = None,
   variables: Mapping[str, Any] | None = None,
   **kwargs: Any,
 ) -> Any:
@@ -61,10 +61,11 @@ def bridge() -> Iterator[None]:
 
   def intercept(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
-    name, handler = _HANDLERS.get((type(module), context.method_name), ("", None))
-    weight = _param(module, name) if handler else None
-    if isinstance(weight, Weight):
-      return handler(module, weight, *args, **kwargs)
+    if (type(module), context.method_name) in _HANDLERS:
+      name, handler = _HANDLERS[type(module), context.method_name]
+      weight = _param(module, name)
+      if isinstance(weight, Weight):
+        return handler(module, weight, *args, **kwargs)
     return next_fn(*args, **kwargs)
 
   with nn.intercept_methods(intercept):

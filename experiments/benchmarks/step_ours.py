@@ -17,6 +17,7 @@ def main(case: str, directory: str, batch_size: int, length: int) -> None:
   runtime.keep_programs(os.environ.get("PEFTJAX_BENCHMARK_CACHE"))
   model, params = pj.load_pretrained(directory, num_labels=2)
   targets = {"query_value": ["query", "value"], "all_linear": "all-linear"}
+  method: pj.Method
   if case == "full":
     method = pj.train(".*")
   else:

@@ -52,7 +52,7 @@ def compare(case: str, args: list[str], cache: str) -> list[report.Row]:
       taken += worker.run(STEPS.value)
   medians = [1e3 * statistics.median(taken) for taken in seconds]
   peaks = ours.close(), peer.close()
-  rows = [report.Row(f"step_{case}", *medians, "ms")]
+  rows = [report.Row(f"step_{case}", medians[0], medians[1], "ms")]
   if case == CASES.value[0]:
     rows.append(report.Row("peak_mem", *peaks, "MiB", f"resident, {case}"))
     rows.append(

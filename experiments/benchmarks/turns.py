@@ -51,7 +51,7 @@ class Worker:
     for line in self._process.stdout:
       if line.startswith("{"):
         return json.loads(line)
-    raise RuntimeError(f"{self._process.args} ended early, exit code {self._process.wait()}")
+    raise RuntimeError(f"{self._process.args!r} ended early, exit code {self._process.wait()}")
 
 
 def serve(step: Callable[[], float]) -> None:

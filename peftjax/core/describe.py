@@ -36,8 +36,7 @@ class Description(tuple[Leaf, ...]):
     for column in Leaf._fields:
       table.add_column(column, justify="right" if column in ("bytes", "trainable") else "left")
     for row in self:
-      cells = row._replace(bytes=f"{row.bytes:,}", trainable=f"{row.trainable:,}")
-      table.add_row(*map(str, cells))
+      table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
     totals = (sum(row.bytes for row in self), sum(row.trainable for row in self))
     table.add_row("total", "", "", "", f"{totals[0]:,}", f"{totals[1]:,}", "", style="bold")
     text = io.StringIO()

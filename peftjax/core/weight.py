@@ -53,6 +53,10 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   def size(self) -> int:
     return math.prod(self.shape)
 
+  def true_size(self) -> int:
+    """Parameters of the children that are here: padding, scales and keys are not counted."""
+    raise NotImplementedError
+
   def materialize(self) -> jax.Array:
     """The dense array this weight stands for, of `shape` and `dtype`."""
     raise NotImplementedError

@@ -37,16 +37,17 @@ class Settings(NamedTuple):
 def read(directory: str | os.PathLike) -> Settings:
   """Reads and checks the config; peft's defaults for what is not in it."""
   config = safetensors_dir.read_config(directory, NAME)
-  given = {field: config.get(field) or None for field in _VARIANTS}
-  given["peft_type"] = None if config.get("peft_type") == "LORA" else config.get("peft_type", "")
-  given["bias"] = None if config.get("bias", "none") == "none" else config["bias"]
-  for field, value in given.items():
-    if value is not None:
-      raise ValueError(
-        f"{directory}/{NAME} has {field}={value!r}; read is plain LoRA only: peft_type 'LORA', "
-        f"bias 'none', no {', '.join(_VARIANTS)}.\n"
-        "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
-      )
+  wrong = {field: config[field] for field in _VARIANTS if config.get(field)}
+  for field, plain in (("peft_type", "LORA"), ("bias", "none")):
+    if config.get(field, "none") != plain:
+      wrong[field] = config.get(field)
+  if wrong:
+    field, value = next(iter(wrong.items()))
+    raise ValueError(
+      f"{directory}/{NAME} has {field}={value!r}; read is plain LoRA only: peft_type 'LORA', "
+      f"bias 'none', no {', '.join(_VARIANTS)}.\n"
+      "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
+    )
   if (init := config.get("init_lora_weights")) not in _INITS:
     raise ValueError(
       f"{directory}/{NAME} has init_lora_weights={init!r}: such an adapter belongs to a base "
@@ -77,12 +78,17 @@ def _check(settings: Settings, where: str) -> None:
         re.compile(pattern)
       except re.error as error:
         raise ValueError(f"{where}: {field} {pattern!r} is no regex: {error}") from None
-  for rank in (settings.rank, *settings.rank_pattern.values()):
-    if type(rank) is not int or rank < 1:
-      raise ValueError(f"{where}: rank {rank!r} must be a whole number from 1")
-  for alpha in (settings.alpha, *settings.alpha_pattern.values()):
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-      raise ValueError(f"{where}: alpha {alpha!r} must be a number")
+  for field, ranks in (("r", [settings.rank]), ("rank_pattern", settings.rank_pattern.values())):
+    for rank in ranks:
+      if type(rank) is not int or rank < 1:
+        raise ValueError(f"{where}: {field} has {rank!r}; a rank is a whole number from 1")
+  for field, alphas in (
+    ("lora_alpha", [settings.alpha]),
+    ("alpha_pattern", settings.alpha_pattern.values()),
+  ):
+    for alpha in alphas:
+      if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"{where}: {field} has {alpha!r}; an alpha is a number")
   if type(settings.dropout) not in (int, float) or not 0 <= settings.dropout < 1:
     raise ValueError(f"{where}: lora_dropout {settings.dropout!r} must be a number in [0, 1)")
 

@@ -79,7 +79,9 @@ class Reader:
 
   def _plain(self, path: str, name: str, leaf: Any) -> np.ndarray:
     turned = path.endswith("kernel")
-    array = self._read(name, leaf.shape[::-1] if turned else leaf.shape, leaf.dtype)
+    shape = leaf.shape[::-1] if turned else leaf.shape
+    hint = " (another number of labels? load_pretrained(..., num_labels=...))"
+    array = self._read(name, shape, leaf.dtype, hint if "head/" in path else "")
     return array.T if turned else array
 
   def _attached(self, path: str, leaf: Any, modules: list[str], names: tuple[str, str]) -> LoRA:
@@ -126,7 +128,7 @@ class Reader:
     if info.shape != shape or not jnp.issubdtype(info.dtype, jnp.floating):
       raise ValueError(
         f"{self.where}: tensor {name} is {info.dtype} {info.shape}; the model means floats of "
-        f"{shape}{hint}.\nIf it is the head's, load the model with that num_labels."
+        f"{shape}{hint}"
       )
     self.used.add(name)
     return self.tensors.read(name).astype(dtype)

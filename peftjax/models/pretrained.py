@@ -101,21 +101,22 @@ def _read(
   def read(path: str, leaf: Any) -> Any:
     stack = stack_of(path, leaf)
     names = [_find(family.hf_name(p), available) for p in paths.layer_paths(path, stack)]
-    used.update(name for name in names if name)
+    found = [name for name in names if name]
+    used.update(found)
     may_be_new = re.fullmatch(family.NEW, path) is not None
-    if None in names:
+    if len(found) < len(names):
       (new if may_be_new else missing).append(path)
       return leaf
     want = leaf.shape[len(stack) :]
     want = want[::-1] if path.endswith("kernel") else want  # torch keeps [out, in]
-    for name in names:
+    for name in found:
       got = tensors.info(name).shape
       if got != want and may_be_new and num_labels is not None:
         new.append(path)
         return leaf
       if got != want:
         raise ValueError(f"tensor {name} has shape {got}; config.json means {want}")
-    arrays = [tensors.read(name) for name in names]
+    arrays = [tensors.read(name) for name in found]
     if path.endswith("kernel"):
       arrays = [a.T for a in arrays]
     return jnp.asarray(np.stack(arrays).reshape(leaf.shape) if stack else arrays[0])

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from peftjax import data, linen, sharding
-from peftjax.core import tree
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
 from peftjax.train.settings import Settings
@@ -51,14 +50,11 @@ class Adapted(NamedTuple):
   method: Method
   new: tuple[str, ...]
 
-  def split(self) -> tuple[Any, Any]:
-    return tree.partition(self.params, self.mask)
-
 
 def task(settings: Settings) -> Task:
   """Reads and tokenises the corpus; one set of length buckets for all of its splits."""
   corpus = data.load(seed=settings.seed, **settings.data.corpus_arguments())
-  tokenizer = data.load_tokenizer(settings.model.path())
+  tokenizer = data.load_tokenizer(str(settings.model.path()))
   length = settings.data.max_length
   tokens = {part: data.encode(tokenizer, corpus.splits[part], length) for part in corpus.splits}
   lengths = np.concatenate([t.lengths for t in tokens.values()])

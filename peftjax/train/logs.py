@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,6 +92,9 @@ class Bar:
 
   def update(self, step: int, loss: float, rate: float) -> None:
     self._bar.update(self._task, completed=step, numbers=f"loss {loss:.4f}  {rate:,.0f} examples/s")
+
+  def scores(self, name: str, scores: Mapping[str, float]) -> None:
+    self.print(f"{name:<10}" + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 
   def print(self, text: str) -> None:
     self.console.print(text, highlight=False, soft_wrap=True)

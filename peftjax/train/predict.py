@@ -54,7 +54,7 @@ class Predictor:
     self._predict = functools.partial(
       jax.jit(functools.partial(step.eval_step, model.module)), adapter, base
     )
-    self._tokenizer = data.load_tokenizer(self.settings.model.path())
+    self._tokenizer = data.load_tokenizer(str(self.settings.model.path()))
     self._pad_id = pretrained.pad_id(self.settings.model.path())
 
   def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:

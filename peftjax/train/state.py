@@ -19,7 +19,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: of the optimizer on `train`.
   """
 
-  step: jax.Array
+  step: Any
   train: Any
   opt_state: optax.OptState
 

@@ -1,0 +1,77 @@
+"""This process: its clock, the signals it gets, its memory and code version."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Clock:
+  """Seconds since the process started, and how fast its steps come."""
+
+  def __init__(self, started: float | None):
+    self._started = self._last = time.perf_counter() if started is None else started
+    self._step: int | None = None
+    self.first_step: float | None = None  # seconds until the first step of this process was done
+
+  def seconds(self) -> float:
+    return time.perf_counter() - self._started
+
+  def rate(self, step: int, batch_size: int) -> float:
+    """Examples a second since the last call, told that `step` is done."""
+    now = time.perf_counter()
+    steps = 1 if self._step is None else step - self._step
+    rate = steps * batch_size / max(now - self._last, 1e-9)
+    self.first_step = self.first_step or now - self._started
+    self._last, self._step = now, step
+    return rate
+
+
+class Stop:
+  asked = ""
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+  """SIGTERM and the first Ctrl-C only ask; a second Ctrl-C interrupts at once."""
+  stop = Stop()
+  main = signal.getsignal(signal.SIGINT)
+
+  def ask(number: int, frame: Any) -> None:
+    stop.asked = signal.Signals(number).name
+    signal.signal(signal.SIGINT, main)
+
+  previous = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def commit() -> str | None:
+  here = Path(__file__).parent
+  command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+  try:
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return done.stdout.strip()
+
+
+def peak_memory_mb() -> float:
+  """Peak of the device where it counts it, else of this process."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    return stats["peak_bytes_in_use"] / 2**20
+  scale = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20

@@ -1,0 +1,183 @@
+"""`Run`: the compiled functions of a run and the state they pass on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from peftjax import data, losses, optim, sharding
+from peftjax.core import tree
+from peftjax.train import build, evaluate, metrics, state, step
+from peftjax.train.checkpoint import Checkpoints, digest
+from peftjax.train.logs import Bar
+from peftjax.train.settings import Settings
+
+
+class Run:
+  """The compiled functions of a run and the state they pass on."""
+
+  def __init__(self, settings: Settings, mesh_text: str):
+    self.settings = settings
+    self.mesh = build.mesh_of(mesh_text)
+    self._check_batch("train.batch_size", settings.train.batch_size)
+    self._check_batch("train.eval_batch_size", settings.train.eval_batch_size)
+    self.task = build.task(settings)
+    model = build.adapted(settings, self.task.outputs, self.mesh)
+    self.module, self.mask, self.new = model.module, model.mask, model.new
+    self.parameters = tree.count(model.params)
+    self.trainable = tree.count(model.params, model.mask)
+    train, self.frozen = tree.partition(model.params, model.mask)
+    self.stream = data.Stream(
+      self.task.tokens["train"],
+      self.task.corpus.splits["train"].labels,
+      self.task.buckets,
+      settings.train.batch_size,
+      settings.seed,
+      pad_id=self.task.pad_id,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    self.total = settings.train.total_steps(self.stream.steps_per_epoch)
+    self.schedule, tx = _optimizer(settings, model.method, self.total)
+    self.state = jax.jit(functools.partial(state.init, tx))(train)
+    places = None
+    if self.mesh is not None:
+      places = _state_shardings(tx, self.state, train, self.mesh)
+      self.state = jax.device_put(self.state, places)
+    loss = losses.classification if self.task.corpus.label_names else losses.regression
+    self._step = jax.jit(
+      functools.partial(step.train_step, self.module, tx, loss),
+      donate_argnums=0,
+      out_shardings=None if places is None else (places, None),
+    )
+    self._predict = jax.jit(functools.partial(step.eval_step, self.module))
+    self._key = build.dropout_key(settings)
+    self.steps_done = 0
+    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+  def announce(self, bar: Bar) -> None:
+    c = self.task.corpus
+    sizes = ", ".join(f"{len(t):,} {part}" for part, t in self.task.tokens.items())
+    bar.print(f"{c.name}: {sizes}; dropped {c.dropped}; padded to {self.task.buckets}")
+    share = 100 * self.trainable / self.parameters
+    bar.print(f"training {self.trainable:,} of {self.parameters:,} parameters ({share:.2f} %)")
+    if self.new:
+      bar.print(f"new in this model: {', '.join(self.new)}")
+    if self.steps_done:
+      bar.print(f"going on after step {self.steps_done} of {self.total}")
+
+  def steps(self) -> Iterator[int]:
+    """Dispatches the steps that are left, one an iteration, and yields how many are done."""
+    for batch in self.stream.iterate(self.steps_done, self.total):
+      self.state, out = self._step(self.state, self.frozen, self.place(batch), self._key)
+      self.steps_done += 1
+      self._pending.append((self.steps_done, out))
+      yield self.steps_done
+
+  def fetch(self, *, all_of_them: bool) -> list[dict[str, Any]]:
+    """Numbers of the dispatched steps, checked to be finite.
+
+    Unless all are asked for, the newest is left running: the device has work while the host reads
+    the one before. The state may be evaluated or saved only after all have been fetched.
+    """
+    rows = []
+    while len(self._pending) > (0 if all_of_them else 1):
+      number, out = self._pending.pop(0)
+      values = {name: float(value) for name, value in jax.device_get(out).items()}
+      if not all(map(math.isfinite, values.values())):
+        raise FloatingPointError(
+          f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. "
+          "The last good checkpoint is kept; try a lower --config.optimizer.learning_rate or a "
+          "longer warm-up, in another --workdir."
+        )
+      rows.append({"step": number, **values})
+    return rows
+
+  def learning_rate(self, number: int) -> float:
+    """Of a step, counted from 1."""
+    return float(self.schedule((number - 1) // self.settings.optimizer.accumulate))
+
+  def place(self, batch: data.Batch) -> Any:
+    if self.mesh is None:
+      return batch
+    rows = sharding.batch_sharding(self.mesh)
+    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+
+  def evaluate(self, part: str, params: Any = None) -> dict[str, float]:
+    """Metrics of a split, with the current parameters or others."""
+    train, frozen = self.state.train, self.frozen
+    if params is not None:
+      train, frozen = tree.partition(params, self.mask)
+    t = self.task
+    logits = evaluate.logits_of(
+      lambda batch: self._predict(train, frozen, self.place(batch)),
+      t.tokens[part],
+      t.buckets,
+      self.settings.train.eval_batch_size,
+      t.pad_id,
+    )
+    labels = t.corpus.splits[part].labels
+    return metrics.compute(t.corpus.metrics, logits, labels)
+
+  def identity(self) -> dict[str, Any]:
+    """What a continuation or a prediction has to agree with: the base, the data, the labels."""
+    return {
+      "base": digest(self.settings.model.path()),
+      "data": self.task.digest(),
+      "labels": list(self.task.corpus.label_names),
+    }
+
+  def adapter(self) -> dict[str, Any]:
+    """Every array that did not come from the pretrained files as it is."""
+    params = tree.combine(self.state.train, self.frozen)
+    keep = tree.adapter_mask(params, self.mask)
+    return {"adapter": tree.partition(params, keep)[0]}
+
+  def everything(self) -> dict[str, Any]:
+    """All that a continuation needs."""
+    return {**self.adapter(), "opt_state": self.state.opt_state, "step": self.state.step}
+
+  def best(self, checkpoints: Checkpoints) -> Any:
+    """The parameters of the best checkpoint."""
+    return tree.combine(checkpoints.arrays("best", self.adapter())["adapter"], self.frozen)
+
+  def restore(self, checkpoints: Checkpoints) -> None:
+    saved = checkpoints.arrays("latest", self.everything())
+    params = tree.combine(saved["adapter"], self.frozen)
+    train, self.frozen = tree.partition(params, self.mask)
+    self.state = state.TrainState(step=saved["step"], train=train, opt_state=saved["opt_state"])
+    self.steps_done = int(saved["step"])
+
+  def _check_batch(self, name: str, size: int) -> None:
+    ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    if size % ways:
+      raise ValueError(f"{name}={size} cannot be split {ways} ways (data x fsdp of the mesh)")
+
+
+def _optimizer(settings: Settings, method: Any, total: int) -> tuple[optax.Schedule, Any]:
+  o = settings.optimizer
+  updates = max(total // o.accumulate, 1)
+  schedule = optim.schedule(o.schedule, o.learning_rate, updates, o.warmup_steps(updates))
+  tx = optim.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+  return schedule, method.optimizer(tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate)
+
+
+def _state_shardings(tx: Any, current: state.TrainState, train: Any, mesh: Any) -> Any:
+  """Moments lie where their parameters do; counters everywhere."""
+  everywhere = NamedSharding(mesh, P())
+  places = jax.tree.map(lambda x: x.sharding, train)
+  opt = optax.tree_utils.tree_map_params(
+    tx,
+    lambda _, place: place,
+    current.opt_state,
+    places,
+    transform_non_params=lambda _: everywhere,
+  )
+  return state.TrainState(step=everywhere, train=places, opt_state=opt)
