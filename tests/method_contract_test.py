@@ -43,6 +43,7 @@ class Entry:
   rounding: float = 2e-5  # two ways to compute one thing, relative
 
 
+_UNROLLED, _SCANNED = ("unrolled",), ("scanned",)
 lora, train, chain = pj.lora, pj.train, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
@@ -54,14 +55,10 @@ _embed = r".*/(word|position)_embeddings/embedding/[ab]"
 ENTRIES = [
   Entry("lora", lambda: lora(4, 8), _QV, lambda: lora(2, 3)),
   Entry("all-linear", lambda: lora(4, 8, "all-linear"), _LINEAR, lambda: lora(3, 9, "all-linear")),
-  Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3)),
-  Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5)),
+  Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3), _SCANNED),
+  Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5), _UNROLLED),
   Entry(
-    "pissa",
-    lambda: lora(4, 8, init="pissa"),
-    _QV,
-    lambda: lora(2, 3, init="pissa"),
-    identity=5e-5,
+    "pissa", lambda: lora(4, 8, init="pissa"), _QV, lambda: lora(2, 3, init="pissa"), identity=5e-5
   ),
   Entry(
     "patterns",
@@ -69,30 +66,33 @@ ENTRIES = [
     _LINEAR,
     lambda: lora(2, 6, "all-linear", **_fewer),
   ),
-  Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables)),
+  Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables), _SCANNED),
   Entry("dropout", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2)),
   Entry(
-    "bf16",
-    lambda: lora(4, 8),
-    _QV,
-    lambda: lora(2, 3),
-    dtype=jnp.bfloat16,
-    identity=1e-6,
-    rounding=3e-2,
+    "bf16", lambda: lora(4, 8), _QV, lambda: lora(2, 3), _SCANNED, jnp.bfloat16, rounding=3e-2
   ),
-  Entry("full", lambda: train(".*"), ".*"),
-  Entry("head", lambda: train("head/.*"), "head/.*"),
-  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*"),
-  Entry("lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*"),
+  Entry("full", lambda: train(".*"), ".*", layers=_SCANNED),
+  Entry("head", lambda: train("head/.*"), "head/.*", layers=_SCANNED),
+  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*", layers=_UNROLLED),
+  Entry(
+    "lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*", layers=_SCANNED
+  ),
   Entry(
     "query | value",
     lambda: chain(lora(4, 8, "query"), lora(2, 3, "value", dropout=0.1)),
     _QV,
     lambda: chain(lora(1, 8, "query"), lora(2, 9, "value", dropout=0.1)),
+    _UNROLLED,
   ),
 ]
 
 KEY = jax.random.key(3)
+
+# The laws are about values, so compiling fast is worth more than running fast.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
 
 
 def _loss(logits):
@@ -108,7 +108,7 @@ def _model(scan, dtype):
 def _plain(scan, dtype):
   """The model as linen knows it, on dense arrays."""
   model = _model(scan, dtype)
-  return jax.jit(lambda params: model.apply({"params": params}, tiny.TOKENS, tiny.MASK))
+  return jit(lambda params: model.apply({"params": params}, tiny.TOKENS, tiny.MASK))
 
 
 class Subject:
@@ -134,10 +134,10 @@ class Subject:
       updates, state = self.tx.update(grads, state, train)
       return optax.apply_updates(train, updates), state, loss, grads
 
-    once = lambda fn: jax.jit(chex.assert_max_traces(fn, n=1))
+    once = lambda fn: jit(chex.assert_max_traces(fn, n=1))
     self.forward, self.step = once(forward), once(step)
     # JAX traces again for arguments on a mesh: once more.
-    self.sharded_forward, self.sharded_step = jax.jit(forward), jax.jit(step)
+    self.sharded_forward, self.sharded_step = jit(forward), jit(step)
 
   def loss(self, train, frozen, key):
     """In training mode."""
@@ -217,10 +217,10 @@ def test_law_2_einsum_and_take_equal_those_of_the_dense_array(subject):
   """In the common equations, of every weight."""
   seen = set()
   for path, weight in subject.weights(subject.live).items():
-    if (kind := (weight.shape, type(weight))) in seen:
+    *stack, n_in, n_out = weight.shape
+    if (kind := (type(weight), path.split("/")[-1], n_in == n_out)) in seen:
       continue
     seen.add(kind)
-    *stack, n_in, n_out = weight.shape
     x = jax.random.normal(KEY, (3, 5, n_in))
     y = jax.random.normal(KEY, (3, 5, n_out))
     if stack:
@@ -287,7 +287,7 @@ def test_law_6_scan_and_remat_give_the_same_loss_and_gradients(subject):
   """A rematerialised loss in a scan over two steps' keys, against those two steps."""
   train, frozen = subject.split(subject.live)
 
-  @jax.jit
+  @jit
   def scanned(train, frozen, keys):
     grad = jax.value_and_grad(jax.checkpoint(subject.loss))
     return jax.lax.scan(lambda carry, key: (carry, grad(train, frozen, key)), 0, keys)[1]
@@ -321,7 +321,7 @@ def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
   (a, base), (b, _) = subject.adapters(subject.live), subject.adapters(other)
   both = jax.tree.map(lambda *xs: jnp.stack(xs), a, b)
 
-  @jax.jit
+  @jit
   def forward(both, base):
     one = lambda adapter: pj.apply(subject.model, pj.combine(adapter, base), tiny.TOKENS, tiny.MASK)
     return jax.vmap(one)(both)
@@ -333,14 +333,15 @@ def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
 
 @pytest.mark.parametrize("shape", ["data:2,fsdp:2,tensor:2", "fsdp:2,tensor:4"])
 def test_law_7_a_sharded_model_computes_the_same(subject, shape):
-  """Outputs on either mesh, and a whole step on the first."""
+  """A whole step on one mesh, the outputs on another."""
   mesh = pj.make_mesh(shape)
   shardings = pj.shardings(subject.live, mesh)
   params = jax.device_put(subject.live, shardings)
   for path, x in arrays(params).items():
     assert x.sharding == arrays(shardings)[path]
-  close(subject, subject.sharded_forward(params), subject.forward(subject.live))
-  if shape.startswith("data"):
+  if shape == "fsdp:2,tensor:4":
+    close(subject, subject.sharded_forward(params), subject.forward(subject.live))
+  else:
     train, frozen = subject.split(params)
     state = subject.tx.init(train)
     new, _, loss, grads = subject.sharded_step(train, frozen, state, jax.random.key(1))
@@ -437,4 +438,4 @@ def test_weights_have_the_children_that_their_class_declares():
   """`children` and the pytree agree, so masks and specs reach every array."""
   weight = lora(2, targets="query").attach(KEY, {"query": {"kernel": jnp.ones((4, 6))}})["query"]["kernel"]
   arrays_of = [c for c in children(weight).values() if c is not None]
-  assert len(arrays_of) == len(jax.tree.leaves(weight)) == 4
+  assert len(arrays_of) == len(jax.tree.leaves(weight)) == 5

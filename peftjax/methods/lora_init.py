@@ -43,6 +43,6 @@ def principal(
     A `[*stack, width, in]` and B `[*stack, out, width]`, with s·B A the best rank-r part of Wᵀ.
   """
   u, s, vt = jnp.linalg.svd(jnp.swapaxes(w.astype(jnp.float32), -1, -2), full_matrices=False)
-  kept = jnp.arange(width) < rank[..., None]
+  kept = jax.lax.broadcasted_iota(jnp.int32, (*rank.shape, width), rank.ndim) < rank[..., None]
   root = jnp.where(kept, jnp.sqrt(s[..., :width] / scale[..., None]), 0.0)
   return root[..., :, None] * vt[..., :width, :], u[..., :, :width] * root[..., None, :]

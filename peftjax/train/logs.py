@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 # Fields that depend on the clock and so differ between equal runs.
 TIME_FIELDS = ("examples_per_second", "seconds")
@@ -26,30 +26,39 @@ class Logs:
   """
 
   def __init__(self, workdir: Path, step: int):
-    self._path = workdir / "metrics.jsonl"
-    rows = [row for row in _read(self._path) if row["step"] <= step]
-    write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in rows))
-    events = workdir / "tensorboard"
-    shutil.rmtree(events, ignore_errors=True)
-    self._events = SummaryWriter(str(events))
-    self._file = self._path.open("a", encoding="utf-8")
-    for row in rows:
-      self._emit(row)
+    path = workdir / "metrics.jsonl"
+    self._kept = [row for row in _read(path) if row["step"] <= step]
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in self._kept))
+    self._file = path.open("a", encoding="utf-8")
+    self._directory = workdir / "tensorboard"
 
   def write(self, row: dict[str, Any]) -> None:
-    """One row, with "step"; on disk when this returns."""
+    """One row, with "step"; in the file when this returns."""
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
-    self._emit(row)
+    self._emit(self._events, row)
 
-  def _emit(self, row: dict[str, Any]) -> None:
+  @functools.cached_property
+  def _events(self) -> Any:
+    """Made at the first row: tensorboardX imports torch if it is there, which takes seconds."""
+    from tensorboardX import SummaryWriter
+
+    shutil.rmtree(self._directory, ignore_errors=True)
+    events = SummaryWriter(str(self._directory))
+    for row in self._kept:
+      self._emit(events, row)
+    return events
+
+  @staticmethod
+  def _emit(events: Any, row: dict[str, Any]) -> None:
     for name, value in row.items():
       if name not in ("step", "epoch"):
-        self._events.add_scalar(name, value, row["step"])
+        events.add_scalar(name, value, row["step"])
 
   def close(self) -> None:
     self._file.close()
-    self._events.close()
+    if "_events" in self.__dict__:
+      self._events.close()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,194 @@
+"""Adapters go to the real peft library and come from it, with the same logits on both sides."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+from transformers import BertModel
+
+import peftjax as pj
+from peftjax.core import paths
+from peftjax.io import hf_peft
+from tests.golden.make_bert import draw
+from tests.golden.texts import minilm_dir
+from tests.parity.reference import GOLDEN, assert_near, classifier, inputs, logits
+
+pytestmark = [
+  pytest.mark.parity,
+  pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+_BASES = {
+  "bert": (lambda: GOLDEN / "bert_tiny", 3, inputs(120)),
+  "roberta": (lambda: GOLDEN / "roberta_tiny", 3, inputs(120, pad=1, types=1)),
+  "minilm": (minilm_dir, 5, inputs(30_000)),
+}
+_HEAD = pj.train("head/.*")
+
+
+def _ours(base, scan):
+  directory, labels, batch = _BASES[base]
+  model, params = pj.load_pretrained(directory(), num_labels=labels, scan_layers=scan)
+  return model, params, batch
+
+
+def _theirs(base, **config):
+  directory, labels, batch = _BASES[base]
+  return classifier(directory(), num_labels=labels, **config), batch
+
+
+def _drawn(model, params, method):
+  """Attached, every trained array drawn, and the mask; a rank is cut to its layer's."""
+  attached = method.attach(
+    jax.random.key(0), params, pj.linen.layout(model, np.zeros((1, 4), np.int32))
+  )
+  mask = method.trainable(attached)
+  rng = np.random.default_rng(3)
+  new = lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype)
+  drawn = jax.tree.map(lambda m, x: new(x) if m else x, mask, attached)
+
+  def cut(_, leaf):
+    if not isinstance(leaf, pj.LoRA):
+      return leaf
+    kept = np.arange(leaf.a.shape[-2]) < np.asarray(leaf.rank)[..., None]
+    return leaf.replace(a=leaf.a * kept[..., :, None], b=leaf.b * kept[..., None, :])
+
+  return paths.map_leaves(cut, drawn), mask
+
+
+_PATTERNS = {
+  "rank_pattern": {".*layers_1/.*query/kernel": 2, ".*layers_0/output.*": 6},
+  "alpha_pattern": {".*layers_1/attention/.*": 3.7, ".*intermediate.*": 20},
+}
+_METHODS = {
+  "plain": pj.lora(4, 8),
+  "patterns": pj.lora(4, 8, "all-linear", **_PATTERNS),
+  "rslora": pj.lora(4, 16, ["query", "key"], rslora=True, rank_pattern={"key": 8}),
+  "embedding": pj.lora(3, 6, ["word_embeddings", "position_embeddings", "value"]),
+  "all-linear": pj.lora(2, 4, "all-linear"),
+  "one layer": pj.lora(2, 4, [".*layers_1/output/dense/kernel", ".*layers_0/.*key/kernel"]),
+}
+_TO_PEFT = [
+  *(("bert", name, scan) for name in _METHODS for scan in (False, True) if name != "one layer"),
+  ("bert", "one layer", False),
+  *(("roberta", name, False) for name in ("patterns", "embedding")),
+  ("minilm", "plain", False),
+  ("minilm", "patterns", True),
+  ("minilm", "rslora", True),
+]
+
+
+@pytest.mark.parametrize("base, name, scan", _TO_PEFT)
+def test_ours_in_peft(base, name, scan, tmp_path):
+  model, params, batch = _ours(base, scan)
+  method = _METHODS[name]
+  attached, mask = _drawn(model, params, pj.chain(method, _HEAD))
+  hf_peft.save(tmp_path, attached, model, trained=mask, rslora=method.rslora)
+  theirs, _ = _theirs(base)
+  plain = logits(theirs, batch)
+  adapted = PeftModel.from_pretrained(theirs, tmp_path)
+  ours = jax.jit(lambda p: pj.apply(model, p, *batch))(attached)
+  assert_near(ours, logits(adapted, batch))
+  assert np.abs(plain - ours).max() > 0.1
+  # Every module peft made an adapter for is in the file, and the other way round.
+  adapted.save_pretrained(tmp_path / "again")
+  again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+  stored = load_file(tmp_path / "adapter_model.safetensors")
+  assert sorted(again) == sorted(stored)
+  for key, value in stored.items():
+    np.testing.assert_array_equal(again[key], value, err_msg=key)
+
+
+_CONFIGS = {
+  "plain": dict(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"]),
+  "regex": dict(task_type="SEQ_CLS", r=4, lora_alpha=3, target_modules=r".*\.[01]\..*\.dense"),
+  "all-linear": dict(
+    r=4,
+    lora_alpha=8,
+    target_modules="all-linear",
+    rank_pattern={"layer.1.*dense": 6, "attention.*": 2, "^bert.encoder.layer.0.output.dense": 5},
+    alpha_pattern={"query": 3, "layer.[01].intermediate.dense": 16, "output.dense": 0.7},
+    modules_to_save=["classifier"],
+  ),
+  "rslora": dict(r=4, lora_alpha=16, use_rslora=True, target_modules=["key"], bias="none"),
+  "embedding": dict(r=3, lora_alpha=6, target_modules=["word_embeddings", "query"]),
+  "layers": dict(r=3, target_modules=["query", "dense"], layers_to_transform=[1]),
+  "excluded": dict(r=3, target_modules=["dense"], exclude_modules=r".*layer\.0.*|.*classifier.*"),
+  "pooler": dict(r=3, target_modules=["query"], modules_to_save=["pooler", "classifier", "score"]),
+  "norms": dict(r=3, target_modules=["query"], modules_to_save=["LayerNorm"]),
+  "gaussian": dict(r=3, target_modules=["query"], init_lora_weights="gaussian"),
+  "orthogonal": dict(r=4, target_modules=["query"], init_lora_weights="orthogonal"),
+}
+_FROM_PEFT = [
+  *(("bert", name) for name in _CONFIGS),
+  *(("roberta", name) for name in ("plain", "regex", "all-linear", "rslora")),
+  ("minilm", "plain"),
+  ("minilm", "all-linear"),
+]
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("base, name", _FROM_PEFT)
+def test_pefts_in_ours(base, name, scan, tmp_path):
+  model, params, batch = _ours(base, scan)
+  config = dict(_CONFIGS[name])
+  if base == "minilm":  # its head is new, so it has to be saved
+    config["modules_to_save"] = ["classifier"]
+  theirs = get_peft_model(_theirs(base)[0], LoraConfig(**config))
+  draw(theirs, 5, "lora_")
+  draw(theirs, 6, "modules_to_save")
+  theirs.save_pretrained(tmp_path)
+  loaded, mask = hf_peft.load(tmp_path, params, model)
+  ours = jax.jit(lambda p: pj.apply(model, p, *batch))(loaded)
+  want = logits(theirs, batch)
+  assert_near(ours, want)
+  assert np.abs(pj.apply(model, params, *batch) - want).max() > 0.05
+  trained = sum(x.numel() for x in theirs.parameters() if x.requires_grad)
+  assert pj.count(loaded, mask) == trained or (scan and name in ("layers", "excluded"))
+
+
+def test_an_adapter_of_the_bare_encoder(tmp_path):
+  model, params = pj.load_pretrained(GOLDEN / "bert_tiny")
+  bare = BertModel.from_pretrained(GOLDEN / "bert_tiny_bare", attn_implementation="eager")
+  config = LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=["query", "output.dense"])
+  theirs = get_peft_model(bare, config)
+  draw(theirs, 5, "lora_")
+  theirs.save_pretrained(tmp_path)
+  loaded, _ = hf_peft.load(tmp_path, params, model)
+  batch = inputs(120)
+  want = theirs.eval()(**_torch(batch)).pooler_output.detach().numpy()
+  assert_near(pj.apply(model, loaded, *batch, hidden=True)[1], want)
+
+
+def _torch(batch):
+  import torch
+
+  names = ("input_ids", "attention_mask", "token_type_ids")
+  return {name: torch.from_numpy(x) for name, x in zip(names, batch, strict=True)}
+
+
+def test_pissa_comes_in_once_peft_has_converted_it(tmp_path):
+  theirs, batch = _theirs("bert")
+  config = LoraConfig(
+    task_type="SEQ_CLS", r=4, target_modules=["query"], init_lora_weights="pissa"
+  )
+  theirs = get_peft_model(theirs, config)
+  theirs.peft_config["default"].init_lora_weights = True
+  theirs.save_pretrained(tmp_path / "initial")
+  theirs.peft_config["default"].init_lora_weights = "pissa"
+  draw(theirs, 5, "lora_B")
+  model, params, _ = _ours("bert", False)
+  theirs.save_pretrained(tmp_path / "raw")
+  with pytest.raises(ValueError, match="init_lora_weights='pissa'.*\n.*"):
+    hf_peft.load(tmp_path / "raw", params, model)
+  want = logits(theirs, batch)
+  theirs.save_pretrained(
+    tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+  )
+  assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["r"] == 8
+  loaded, _ = hf_peft.load(tmp_path / "plain", params, model)
+  assert_near(pj.apply(model, loaded, *batch), want)
