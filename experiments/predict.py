@@ -12,7 +12,9 @@ from absl import app, flags
 
 from experiments import runtime
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a run of experiments.train.")
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of a run of experiments.train.", required=True
+)
 TEXT = flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
 FILE = flags.DEFINE_string("file", None, "A UTF-8 file with one text a line.")
 OUTPUT = flags.DEFINE_string(
@@ -67,5 +69,4 @@ def read_texts(given: list[str], path: str | None) -> list[str]:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("workdir")
   app.run(main)

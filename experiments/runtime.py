@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
+import runpy
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 def set_up(compilation_cache: str | None) -> None:
@@ -15,6 +18,32 @@ def set_up(compilation_cache: str | None) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # which accelerators are absent is no news
   keep_programs(compilation_cache)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """For `app.run(flags_parser=...)`: an unknown config field is a message and not a trace."""
+  from absl import app
+
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError):
+    given = dict(part.lstrip("-").partition("=")[::2] for part in argv)
+    path, _, argument = given["config"].partition(":")
+    config = runpy.run_path(path)["get_config"](argument)
+    for field in given:
+      if field.startswith("config."):
+        _check_field(config, field.removeprefix("config."))
+    raise
+
+
+def _check_field(config: Any, field: str) -> None:
+  here = "config"
+  for part in field.split("."):
+    if part not in config:
+      near = difflib.get_close_matches(part, list(config), n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else "."
+      sys.exit(f"error: {here} has no field {part!r}{hint} It has: {', '.join(config)}")
+    config, here = config[part], f"{here}.{part}"
 
 
 def keep_programs(directory: str | None) -> None:

@@ -19,7 +19,9 @@ from ml_collections import config_flags
 from experiments import runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGUMENT].")
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; made if it is not there.")
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; made if it is not there.", required=True
+)
 MESH = flags.DEFINE_string("mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2".')
 
 
@@ -37,5 +39,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  flags.mark_flag_as_required("config")
+  app.run(main, flags_parser=runtime.parse_flags)
