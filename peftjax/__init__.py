@@ -1,7 +1,6 @@
 """Parameter-efficient fine-tuning in JAX: a method is a pure transform of a parameter tree."""
 
 from peftjax import linen, losses, optim, sharding
-from peftjax.core.describe import describe
 from peftjax.core.einsum import attend, einsum, take
 from peftjax.core.paths import select
 from peftjax.core.tree import (
@@ -13,6 +12,7 @@ from peftjax.core.tree import (
   value_and_grad,
 )
 from peftjax.core.weight import Weight
+from peftjax.describe import describe
 from peftjax.io.hf_peft import load as load_peft
 from peftjax.io.hf_peft import save as save_peft
 from peftjax.linen import apply

@@ -22,7 +22,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: Path):
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, cleanup_tmp_directories=True)
     self._managers = {
       name: ocp.CheckpointManager((directory / name).absolute(), options=options)
       for name in ("latest", "best")

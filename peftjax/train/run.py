@@ -30,6 +30,11 @@ class Run:
     self._check_batch("train.eval_batch_size", settings.train.eval_batch_size)
     self.task = build.task(settings)
     model = build.adapted(settings, self.task.outputs, self.mesh)
+    longest = model.module.config.max_length
+    if self.task.buckets[-1] > longest:
+      raise ValueError(
+        f"data.max_length={settings.data.max_length}, but this model has {longest} positions"
+      )
     self.module, self.mask, self.new = model.module, model.mask, model.new
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)

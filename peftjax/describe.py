@@ -14,6 +14,7 @@ from rich.table import Table
 
 from peftjax.core import paths, tree
 from peftjax.core.weight import is_weight
+from peftjax.linen import apply
 
 
 class Leaf(NamedTuple):
@@ -121,8 +122,6 @@ class _Probe:
 
 
 def _trace(model: Any, params: Any, example: Iterable[Any]) -> dict[str, str]:
-  from peftjax.linen import apply  # describe is the one thing of core that looks at a model
-
   probe = _Probe()
   jax.eval_shape(lambda p, *a: apply(model, p, *a), paths.map_leaves(probe.wrap, params), *example)
   return probe.seen
