@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}; quote a text: --text="..."')
   runtime.set_up("~/.cache/peftjax")
-  from peftjax.train.predict import Predictor, probabilities
+  from peftjax.training.predict import Predictor, probabilities
 
   with runtime.readable_errors():
     texts = read_texts(TEXT.value, FILE.value)

@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
 
   configs = {name: get_config(f"method={name},data=bbc") for name in METHODS}
   runtime.set_up(configs["lora"].compilation_cache)
-  from peftjax.train.logs import write_atomic
-  from peftjax.train.loop import train_and_evaluate
+  from peftjax.training.logs import write_atomic
+  from peftjax.training.loop import train_and_evaluate
 
   workdir = Path(WORKDIR.value)
   rows: list[dict[str, Any]] = []

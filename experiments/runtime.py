@@ -59,7 +59,7 @@ def keep_programs(directory: str | None) -> None:
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
   """A mistake of the user's, or a diverged run, ends in its message and exit code 1, no trace."""
-  from peftjax.train.loop import Stopped
+  from peftjax.training.loop import Stopped
 
   try:
     yield

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
   runtime.set_up(CONFIG.value.get("compilation_cache"))
-  from peftjax.train.loop import train_and_evaluate
+  from peftjax.training.loop import train_and_evaluate
 
   with runtime.readable_errors():
     result = train_and_evaluate(CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED)

@@ -10,7 +10,7 @@ import peftjax as pj
 from experiments import runtime
 from experiments.benchmarks.batch import example
 from experiments.benchmarks.turns import serve
-from peftjax.train import state, step
+from peftjax.training import state, step
 
 
 def main(case: str, directory: str, batch_size: int, length: int) -> None:

@@ -29,7 +29,7 @@ OURS, PEER = "experiments.benchmarks.step_ours", "experiments.benchmarks.step_pe
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
-  from peftjax.train.settings import Model
+  from peftjax.training.settings import Model
 
   directory = str(Model(directory=MODEL.value).path())
   rows = []

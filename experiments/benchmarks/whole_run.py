@@ -20,7 +20,7 @@ from absl import app, flags
 
 from experiments.benchmarks import report
 from peftjax import data
-from peftjax.train.settings import Model
+from peftjax.training.settings import Model
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 LINES = flags.DEFINE_integer("lines", 6_000, "Lines of the sentiment corpus to train on.")
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
   with tempfile.TemporaryDirectory() as folder:
     root = Path(folder)
     files = write_files(root, LINES.value)
-    peer = seconds_of("experiments.benchmarks.whole_run_peer", *peer_flags(files), root / "peer.json")
+    peer = seconds_of(
+      "experiments.benchmarks.whole_run_peer", *peer_flags(files), root / "peer.json"
+    )
     cold = seconds_of("experiments.train", *our_flags(files, root, "cold"))
     warm = seconds_of("experiments.train", *our_flags(files, root, "warm"))
     scores = [
@@ -77,12 +79,20 @@ def our_flags(files: dict[str, str], root: Path, name: str) -> list[str]:
 
 
 def peer_flags(files: dict[str, str]) -> list[str]:
-  return [str(Model().path()), files["train"], files["validation"], files["test"], str(EPOCHS.value)]
+  return [
+    str(Model().path()),
+    files["train"],
+    files["validation"],
+    files["test"],
+    str(EPOCHS.value),
+  ]
 
 
 def seconds_of(module: str, *arguments: object) -> float:
   begun = time.perf_counter()
-  subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True, stdout=sys.stderr)
+  subprocess.run(
+    [sys.executable, "-m", module, *map(str, arguments)], check=True, stdout=sys.stderr
+  )
   return time.perf_counter() - begun
 
 

@@ -123,7 +123,10 @@ class Reader:
 
   def _read(self, name: str, shape: tuple[int, ...], dtype: Any, hint: str = "") -> np.ndarray:
     if name not in self.available:
-      raise ValueError(f"{self.where} lacks the tensor {name} of shape {shape}{hint}")
+      raise ValueError(
+        f"{self.where} lacks the tensor {name} of shape {shape}, which {hf_peft_config.NAME} "
+        "or the tensors beside it ask for. Save the adapter again."
+      )
     info = self.tensors.info(name)
     if info.shape != shape or not jnp.issubdtype(info.dtype, jnp.floating):
       raise ValueError(

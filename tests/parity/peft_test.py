@@ -15,7 +15,7 @@ from peftjax.core import paths
 from peftjax.io import hf_peft
 from tests.golden.make_bert import draw
 from tests.golden.texts import minilm_dir
-from tests.parity.reference import GOLDEN, assert_near, classifier, inputs, logits
+from tests.parity.reference import GOLDEN, assert_near, classifier, compute, inputs, logits
 
 pytestmark = [
   pytest.mark.parity,
@@ -48,7 +48,9 @@ def _drawn(model, params, method):
   )
   mask = method.trainable(attached)
   rng = np.random.default_rng(3)
-  new = lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype)
+  # Larger on wide models saturates attention, where float32 itself is 3e-3 off (torch's too).
+  deviation = 12.8 / model.config.width
+  new = lambda x: jnp.asarray(deviation * rng.standard_normal(x.shape), x.dtype)
   drawn = jax.tree.map(lambda m, x: new(x) if m else x, mask, attached)
 
   def cut(_, leaf):
@@ -110,8 +112,9 @@ _CONFIGS = {
     r=4,
     lora_alpha=8,
     target_modules="all-linear",
-    rank_pattern={"layer.1.*dense": 6, "attention.*": 2, "^bert.encoder.layer.0.output.dense": 5},
-    alpha_pattern={"query": 3, "layer.[01].intermediate.dense": 16, "output.dense": 0.7},
+    # In the order they are saved in: the first that matches wins, and saving sorts them.
+    rank_pattern={"attention.*": 2, "encoder.layer.0.output.dense": 5, "layer.1.*dense": 6},
+    alpha_pattern={"layer.[01].intermediate.dense": 16, "output.dense": 0.7, "query": 3},
     modules_to_save=["classifier"],
   ),
   "rslora": dict(r=4, lora_alpha=16, use_rslora=True, target_modules=["key"], bias="none"),
@@ -160,22 +163,14 @@ def test_an_adapter_of_the_bare_encoder(tmp_path):
   theirs.save_pretrained(tmp_path)
   loaded, _ = hf_peft.load(tmp_path, params, model)
   batch = inputs(120)
-  want = theirs.eval()(**_torch(batch)).pooler_output.detach().numpy()
+  want = compute(theirs, batch).pooler_output.numpy()
   assert_near(pj.apply(model, loaded, *batch, hidden=True)[1], want)
 
 
-def _torch(batch):
-  import torch
-
-  names = ("input_ids", "attention_mask", "token_type_ids")
-  return {name: torch.from_numpy(x) for name, x in zip(names, batch, strict=True)}
-
-
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
 def test_pissa_comes_in_once_peft_has_converted_it(tmp_path):
   theirs, batch = _theirs("bert")
-  config = LoraConfig(
-    task_type="SEQ_CLS", r=4, target_modules=["query"], init_lora_weights="pissa"
-  )
+  config = LoraConfig(r=4, target_modules=["query"], init_lora_weights="pissa")
   theirs = get_peft_model(theirs, config)
   theirs.peft_config["default"].init_lora_weights = True
   theirs.save_pretrained(tmp_path / "initial")

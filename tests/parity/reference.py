@@ -26,12 +26,15 @@ def inputs(vocab: int, pad: int = 0, types: int = 2, seed: int = 0, length: int 
   return [tokens, mask, (rng.integers(0, types, mask.shape) * mask).astype(np.int32)]
 
 
-def logits(model: torch.nn.Module, batch: list) -> np.ndarray:
-  """What `model` gives in evaluation mode."""
+def compute(model: torch.nn.Module, batch: list):
+  """What `model` returns in evaluation mode."""
   names = ("input_ids", "attention_mask", "token_type_ids")
   with torch.no_grad():
-    given = {name: torch.from_numpy(x) for name, x in zip(names, batch, strict=True)}
-    return model.eval()(**given).logits.numpy()
+    return model.eval()(**dict(zip(names, map(torch.from_numpy, batch), strict=True)))
+
+
+def logits(model: torch.nn.Module, batch: list) -> np.ndarray:
+  return compute(model, batch).logits.numpy()
 
 
 def assert_near(ours, theirs: np.ndarray) -> None:

@@ -67,9 +67,7 @@ def _our_losses(start, scan):
   def step(train, state, batch, labels):
     def loss_fn(train):
       key = jax.random.key(0)
-      logits = pj.apply(
-        model, pj.combine(train, frozen), *batch, train=True, rngs={"dropout": key}
-      )
+      logits = pj.apply(model, pj.combine(train, frozen), *batch, train=True, rngs={"dropout": key})
       return pj.losses.classification(logits, labels, np.ones(6, np.float32))
 
     loss, grads = jax.value_and_grad(loss_fn)(train)

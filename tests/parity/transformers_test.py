@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
   BertConfig,
@@ -19,7 +18,7 @@ import peftjax as pj
 from peftjax import data
 from tests.golden.make_bert import draw
 from tests.golden.texts import minilm_dir, texts
-from tests.parity.reference import assert_near, classifier, inputs, logits
+from tests.parity.reference import assert_near, classifier, compute, inputs, logits
 
 pytestmark = pytest.mark.parity
 
@@ -74,9 +73,7 @@ def real_batch():
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_minilm(real_batch, scan):
-  theirs = BertModel.from_pretrained(minilm_dir(), attn_implementation="eager").eval()
-  with torch.no_grad():
-    want = theirs(*map(torch.from_numpy, real_batch))
+  want = compute(BertModel.from_pretrained(minilm_dir(), attn_implementation="eager"), real_batch)
   model, params = pj.load_pretrained(minilm_dir(), scan_layers=scan)
   hidden, pooled = jax.jit(lambda p: pj.apply(model, p, *real_batch, hidden=True))(params)
   real = real_batch[1].astype(bool)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from peftjax import data, linen, sharding
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
-from peftjax.train.settings import Settings
+from peftjax.training.settings import Settings
 
 
 class Task(NamedTuple):

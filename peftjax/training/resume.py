@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftjax.train.checkpoint import Checkpoints
+from peftjax.training.checkpoint import Checkpoints
 
 # Settings that may change between a run and its continuation: they change no number.
 _FREE = ("compilation_cache", "train.log_every", "train.save_every", "train.eval_batch_size")

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from peftjax import data, losses, optim, sharding
 from peftjax.core import tree
-from peftjax.train import build, evaluate, metrics, state, step
-from peftjax.train.checkpoint import Checkpoints, digest
-from peftjax.train.logs import Bar
-from peftjax.train.settings import Settings
+from peftjax.training import build, evaluate, metrics, state, step
+from peftjax.training.checkpoint import Checkpoints, digest
+from peftjax.training.logs import Bar
+from peftjax.training.settings import Settings
 
 
 class Run:

@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from peftjax.core import paths
 from peftjax.io import hf_peft
 from peftjax.methods.lora_weight import LoRA
-from peftjax.train import build, process, resume
-from peftjax.train.checkpoint import Checkpoints
-from peftjax.train.logs import Bar, Logs, write_atomic
-from peftjax.train.process import Clock
-from peftjax.train.run import Run
-from peftjax.train.settings import from_config
+from peftjax.training import build, process, resume
+from peftjax.training.checkpoint import Checkpoints
+from peftjax.training.logs import Bar, Logs, write_atomic
+from peftjax.training.process import Clock
+from peftjax.training.run import Run
+from peftjax.training.settings import from_config
 
 
 class Stopped(Exception):

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from peftjax import data
 from peftjax.core import tree
 from peftjax.models import pretrained
-from peftjax.train import build, evaluate, step
-from peftjax.train.checkpoint import Checkpoints, digest
-from peftjax.train.settings import from_config
+from peftjax.training import build, evaluate, step
+from peftjax.training.checkpoint import Checkpoints, digest
+from peftjax.training.settings import from_config
 
 
 class Predictor:

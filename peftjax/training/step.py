@@ -12,7 +12,7 @@ import optax
 
 from peftjax.core import tree
 from peftjax.linen import apply
-from peftjax.train.state import TrainState
+from peftjax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
