@@ -22,10 +22,15 @@ def set_up(compilation_cache: str | None) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
   """For `app.run(flags_parser=...)`: an unknown config field is a message and not a trace."""
-  from absl import app
+  from absl import app, flags
 
   try:
-    return app.parse_flags_with_usage(argv)
+    rest = app.parse_flags_with_usage(argv)
+    if "config" in flags.FLAGS:
+      hasattr(flags.FLAGS.config, "seed")  # of a config file that is not there, any use raises
+    return rest
+  except OSError as error:
+    sys.exit(f"error: {error}")
   except (AttributeError, KeyError):
     given = dict(part.lstrip("-").partition("=")[::2] for part in argv)
     path, _, argument = given["config"].partition(":")

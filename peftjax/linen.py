@@ -110,7 +110,9 @@ def _param(module: nn.Module, name: str) -> Any:
 
 def _finish(module: Any, y: jax.Array) -> jax.Array:
   bias = _param(module, "bias")
-  return y if bias is None else y + bias.astype(y.dtype)
+  if bias is None:
+    return y
+  return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _cast(module: Any, x: jax.Array, weight: Weight) -> jax.Array:

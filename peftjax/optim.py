@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from peftjax.core import paths
@@ -81,7 +82,8 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransfo
 
   `tx` sees a tree of the trained leaves alone, so global-norm clipping and weight decay cannot
   reach a frozen one. (`optax.masked` alone would pass the raw gradients of the rest through.)
-  The update of a frozen leaf is the scalar -0.0, the one float that changes no bit when added.
+  The update of a frozen leaf is the scalar -0.0, the one float that changes no bit when added, or
+  the integer 0: a float would take integers through float32, which does not hold them all.
   """
   tx = optax.with_extra_args_support(tx)
   chosen = lambda tree: jax.tree.map(lambda m, leaf: leaf if m else None, mask, tree)
@@ -89,6 +91,9 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransfo
   def update(updates, state, params=None, **extra):
     trained = None if params is None else chosen(params)
     new, state = tx.update(chosen(updates), state, trained, **extra)
-    return jax.tree.map(lambda m, u: u if m else -0.0, mask, new), state
+    if params is None:
+      return jax.tree.map(lambda m, u: u if m else -0.0, mask, new), state
+    still = lambda p: 0 if jnp.issubdtype(p.dtype, jnp.integer) else -0.0
+    return jax.tree.map(lambda m, p, u: u if m else still(p), mask, params, new), state
 
   return optax.GradientTransformationExtraArgs(lambda params: tx.init(chosen(params)), update)

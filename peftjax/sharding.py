@@ -67,8 +67,8 @@ def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> 
 
   def of(path: str, leaf: Any) -> Any:
     names = getattr(leaf, "names", None) or _rule(path, rules)
-    for name in names:
-      if name is not None and name not in mesh.shape:
+    for name in jax.tree.leaves(tuple(names)):  # one axis may be split over several: a tuple
+      if name not in mesh.shape:
         raise ValueError(f"rule for {path} names the axis {name!r}; the mesh has {mesh.axis_names}")
     spec = P(*[None] * (len(leaf.shape) - len(names)), *names)
     tree = leaf.child_specs(spec) if isinstance(leaf, Weight) else spec

@@ -1,8 +1,9 @@
-"""The laws that every method obeys, on one tiny encoder, unrolled and scanned.
+"""The laws that every method obeys, on one tiny encoder, its layers scanned or unrolled.
 
 A new method is one line in `ENTRIES`.
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -21,8 +22,9 @@ from jax.sharding import PartitionSpec as P
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.core.weight import Weight, children
+from peftjax.io import hf_peft
 from peftjax.models.bert import BertClassifier
-from tests.core.jaxprs import producers
+from tests.core.programs import jit, producers
 from tests.models import tiny
 
 _QV = r".*/(query|value)/kernel/[ab]"
@@ -37,113 +39,118 @@ class Entry:
   method: Callable[[], Any]
   trains: str  # what exactly is trained, as one regex over the paths of arrays
   other: Callable[[], Any] | None = None  # the same with another rank and alpha, to swap with
-  layers: tuple[str, ...] = ("unrolled", "scanned")
+  layers: tuple[str, ...] = ("scanned",)
   dtype: Any = jnp.float32  # of activations
   identity: float = 2e-6  # largest change of the outputs by attach
   rounding: float = 2e-5  # two ways to compute one thing, relative
 
 
-_UNROLLED, _SCANNED = ("unrolled",), ("scanned",)
+_BOTH = ("unrolled", "scanned")
 lora, train, chain = pj.lora, pj.train, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
 )
 _fewer = dict(rank_pattern={".*layers_0/.*": 1}, alpha_pattern={".*/query/.*": 1})
+_QK = ["query", "key"]
 _tables = ["word_embeddings", "position_embeddings"]
 _embed = r".*/(word|position)_embeddings/embedding/[ab]"
 
 ENTRIES = [
-  Entry("lora", lambda: lora(4, 8), _QV, lambda: lora(2, 3)),
+  Entry("lora", lambda: lora(4, 8), _QV, lambda: lora(2, 3), _BOTH),
   Entry("all-linear", lambda: lora(4, 8, "all-linear"), _LINEAR, lambda: lora(3, 9, "all-linear")),
-  Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3), _SCANNED),
-  Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5), _UNROLLED),
+  Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3)),
+  Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5)),
   Entry(
     "pissa", lambda: lora(4, 8, init="pissa"), _QV, lambda: lora(2, 3, init="pissa"), identity=5e-5
   ),
   Entry(
     "patterns",
-    lambda: lora(4, 8, "all-linear", **_patterns),
-    _LINEAR,
-    lambda: lora(2, 6, "all-linear", **_fewer),
+    lambda: lora(4, 8, _QK, **_patterns),
+    r".*/(query|key)/kernel/[ab]",
+    lambda: lora(2, 6, _QK, **_fewer),
+    _BOTH,
   ),
-  Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables), _SCANNED),
+  Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables)),
   Entry("dropout", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2)),
-  Entry(
-    "bf16", lambda: lora(4, 8), _QV, lambda: lora(2, 3), _SCANNED, jnp.bfloat16, rounding=3e-2
-  ),
-  Entry("full", lambda: train(".*"), ".*", layers=_SCANNED),
-  Entry("head", lambda: train("head/.*"), "head/.*", layers=_SCANNED),
-  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*", layers=_UNROLLED),
-  Entry(
-    "lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*", layers=_SCANNED
-  ),
+  Entry("bf16", lambda: lora(4, 8), _QV, lambda: lora(2, 3), dtype=jnp.bfloat16, rounding=3e-2),
+  Entry("full", lambda: train(".*"), ".*"),
+  Entry("head", lambda: train("head/.*"), "head/.*"),
+  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*"),
+  Entry("lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*"),
   Entry(
     "query | value",
-    lambda: chain(lora(4, 8, "query"), lora(2, 3, "value", dropout=0.1)),
+    lambda: chain(lora(4, 8, "query", dropout=0.1), lora(2, 3, "value", dropout=0.1)),
     _QV,
-    lambda: chain(lora(1, 8, "query"), lora(2, 9, "value", dropout=0.1)),
-    _UNROLLED,
+    lambda: chain(lora(1, 8, "query", dropout=0.1), lora(2, 9, "value", dropout=0.1)),
   ),
 ]
 
 KEY = jax.random.key(3)
 
-# The laws are about values, so compiling fast is worth more than running fast.
-jit = functools.partial(
-  jax.jit,
-  compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
 
+class Programs:
+  """What is computed with one model: compiled once for each structure of parameters."""
 
-def _loss(logits):
-  return pj.losses.classification(logits, tiny.CLASSES, jnp.ones(len(logits)))
-
-
-@functools.cache
-def _model(scan, dtype):
-  return BertClassifier(tiny.config(scan_layers=scan, dtype=dtype))
-
-
-@functools.cache
-def _plain(scan, dtype):
-  """The model as linen knows it, on dense arrays."""
-  model = _model(scan, dtype)
-  return jit(lambda params: model.apply({"params": params}, tiny.TOKENS, tiny.MASK))
-
-
-class Subject:
-  """A method attached to the model, with the programs that its laws share."""
-
-  def __init__(self, entry, scan):
-    chex.clear_trace_counter()  # its counters are kept by place in the source
-    self.entry, self.scan = entry, scan
-    self.model = _model(scan, entry.dtype)
-    self.plain = _plain(scan, entry.dtype)
-    self.params = tiny.scanned_params() if scan else tiny.params()
+  def __init__(self, scan, dtype):
+    self.model = BertClassifier(tiny.config(scan_layers=scan, dtype=dtype))
     self.layout = pj.linen.layout(self.model, tiny.TOKENS)
-    self.method = entry.method()
-    self.attached = self.method.attach(KEY, self.params, self.layout)
-    self.mask = self.method.trainable(self.attached)
-    self.tx = self.method.optimizer(optax.adam(0.02), total_steps=10)
+    self.traces = collections.Counter()
+    self.plain = jit(self._plain)
+    self.forward = jit(self._forward)
+    self.grad = jit(self._grad)
+    self.scanned_grad = jit(self._scanned_grad)
+    self.vmapped_forward = jit(self._vmapped_forward)
 
-    def forward(params):
-      return pj.apply(self.model, params, tiny.TOKENS, tiny.MASK)
+  def _plain(self, params):
+    """The model as linen knows it, on dense arrays."""
+    return self.model.apply({"params": params}, tiny.TOKENS, tiny.MASK)
 
-    def step(train, frozen, state, key):
-      loss, grads = jax.value_and_grad(self.loss)(train, frozen, key)
-      updates, state = self.tx.update(grads, state, train)
-      return optax.apply_updates(train, updates), state, loss, grads
-
-    once = lambda fn: jit(chex.assert_max_traces(fn, n=1))
-    self.forward, self.step = once(forward), once(step)
-    # JAX traces again for arguments on a mesh: once more.
-    self.sharded_forward, self.sharded_step = jit(forward), jit(step)
+  def _forward(self, params, **how):
+    self.traces["forward"] += 1
+    return pj.apply(self.model, params, tiny.TOKENS, tiny.MASK, **how)
 
   def loss(self, train, frozen, key):
     """In training mode."""
     params = pj.combine(train, frozen) if frozen else train
-    rngs = {"dropout": key}
-    return _loss(pj.apply(self.model, params, tiny.TOKENS, tiny.MASK, train=True, rngs=rngs))
+    logits = self._forward(params, train=True, rngs={"dropout": key})
+    return pj.losses.classification(logits, tiny.CLASSES, jnp.ones(len(logits)))
+
+  def _grad(self, train, frozen, key):
+    return jax.value_and_grad(self.loss)(train, frozen, key)
+
+  def _scanned_grad(self, train, frozen, keys):
+    grad = jax.value_and_grad(jax.checkpoint(self.loss))
+    return jax.lax.scan(lambda carry, key: (carry, grad(train, frozen, key)), 0, keys)[1]
+
+  def _vmapped_forward(self, adapters, base):
+    return jax.vmap(lambda adapter: self._forward(pj.combine(adapter, base)))(adapters)
+
+
+_programs = functools.cache(Programs)
+
+
+class Subject:
+  """A method attached to the model."""
+
+  def __init__(self, entry, scan):
+    self.entry, self.scan = entry, scan
+    self.programs = _programs(scan, entry.dtype)
+    self.model, self.layout = self.programs.model, self.programs.layout
+    self.plain, self.forward = self.programs.plain, self.programs.forward
+    self.params = tiny.scanned_params() if scan else tiny.params()
+    self.method = entry.method()
+    self.attached = self.method.attach(KEY, self.params, self.layout)
+    self.mask = self.method.trainable(self.attached)
+    self.tx = self.method.optimizer(optax.adam(0.02), total_steps=10)
+    self.update = jit(self._update)
+
+  def _update(self, train, state, grads):
+    updates, state = self.tx.update(grads, state, train)
+    return optax.apply_updates(train, updates), state
+
+  def step(self, train, frozen, state, key):
+    loss, grads = self.programs.grad(train, frozen, key)
+    return *self.update(train, state, grads), loss, grads
 
   def split(self, params):
     return pj.partition(params, self.mask)
@@ -286,26 +293,23 @@ def test_law_5_combine_undoes_partition_and_a_step_keeps_the_structure(subject):
 def test_law_6_scan_and_remat_give_the_same_loss_and_gradients(subject):
   """A rematerialised loss in a scan over two steps' keys, against those two steps."""
   train, frozen = subject.split(subject.live)
-
-  @jit
-  def scanned(train, frozen, keys):
-    grad = jax.value_and_grad(jax.checkpoint(subject.loss))
-    return jax.lax.scan(lambda carry, key: (carry, grad(train, frozen, key)), 0, keys)[1]
-
   keys = jax.random.split(jax.random.key(0))
-  both = scanned(train, frozen, keys)
+  both = subject.programs.scanned_grad(train, frozen, keys)
   for i in range(2):
-    alone = subject.step(train, frozen, subject.tx.init(train), keys[i])[2:]
+    alone = subject.programs.grad(train, frozen, keys[i])
     close(subject, jax.tree.map(lambda x, i=i: x[i], both), alone, scale=2)
 
 
 def test_law_6_an_adapter_is_swapped_without_tracing_again(subject):
-  """Of another rank and alpha, by `align_ranks`; forward and step count their traces (chex)."""
+  """Of another rank and alpha, by `align_ranks`: forward and step are traced no second time."""
   swapped, unaligned = subject.swapped
   assert jax.tree.structure(swapped) == jax.tree.structure(subject.attached)
-  one, two = subject.forward(subject.live), subject.forward(swapped)
+  one = subject.forward(subject.live)
+  before = dict(subject.programs.traces)
+  assert before["forward"]
+  two, moved = subject.forward(swapped), subject.run(swapped)[0]
+  assert dict(subject.programs.traces) == before
   assert np.abs(one - two).max() > 0.03
-  moved = subject.run(swapped)[0]
   if subject.entry.other:
     assert pj.count(swapped, subject.mask) == pj.count(
       unaligned, subject.entry.other().trainable(unaligned)
@@ -320,35 +324,24 @@ def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
   other = subject.run(subject.swapped[0])[0]
   (a, base), (b, _) = subject.adapters(subject.live), subject.adapters(other)
   both = jax.tree.map(lambda *xs: jnp.stack(xs), a, b)
-
-  @jit
-  def forward(both, base):
-    one = lambda adapter: pj.apply(subject.model, pj.combine(adapter, base), tiny.TOKENS, tiny.MASK)
-    return jax.vmap(one)(both)
-
-  close(
-    subject, forward(both, base), jnp.stack([subject.forward(p) for p in (subject.live, other)])
-  )
+  alone = jnp.stack([subject.forward(params) for params in (subject.live, other)])
+  close(subject, subject.programs.vmapped_forward(both, base), alone)
 
 
 @pytest.mark.parametrize("shape", ["data:2,fsdp:2,tensor:2", "fsdp:2,tensor:4"])
 def test_law_7_a_sharded_model_computes_the_same(subject, shape):
-  """A whole step on one mesh, the outputs on another."""
+  """Loss and gradients on one mesh, the outputs on another."""
   mesh = pj.make_mesh(shape)
   shardings = pj.shardings(subject.live, mesh)
   params = jax.device_put(subject.live, shardings)
   for path, x in arrays(params).items():
     assert x.sharding == arrays(shardings)[path]
   if shape == "fsdp:2,tensor:4":
-    close(subject, subject.sharded_forward(params), subject.forward(subject.live))
+    close(subject, subject.forward(params), subject.forward(subject.live))
   else:
     train, frozen = subject.split(params)
-    state = subject.tx.init(train)
-    new, _, loss, grads = subject.sharded_step(train, frozen, state, jax.random.key(1))
-    train, frozen = subject.split(subject.live)
-    want = subject.step(train, frozen, subject.tx.init(train), jax.random.key(1))
-    close(subject, (loss, grads), want[2:], scale=2)
-    chex.assert_trees_all_equal_shapes_and_dtypes(new, train)
+    got = subject.programs.grad(train, frozen, KEY)
+    close(subject, got, subject.programs.grad(*subject.split(subject.live), KEY), scale=2)
 
 
 def test_law_7_children_lie_as_their_weight_does(subject):
@@ -403,6 +396,23 @@ def test_law_9_everything_works_on_shapes_alone(subject):
   assert pj.count(abstract) >= pj.count(subject.attached)
 
 
+def test_law_10_the_files_of_a_method_give_the_model_back(subject, tmp_path):
+  """Where a file format exists: PEFT directories of LoRA. The others are refused, saying why."""
+  weights = subject.weights(subject.live).values()
+  save = lambda: hf_peft.save(tmp_path, subject.live, subject.model, rslora=True)
+  if not weights or any(weight.residual for weight in weights):
+    with pytest.raises(ValueError, match="PiSSA" if weights else "no LoRA leaf"):
+      save()
+    assert not list(tmp_path.iterdir())
+    return
+  save()
+  loaded, mask = hf_peft.load(tmp_path, subject.params, subject.model)
+  chex.assert_trees_all_close(pj.merge(loaded), pj.merge(subject.live), atol=1e-6)
+  assert set(subject.weights(loaded)) == set(subject.weights(subject.live))
+  trained = {p for p, on in arrays(mask).items() if on}
+  assert trained >= {p for p, on in arrays(subject.mask).items() if on}
+
+
 def test_law_11_factored_means_factored(subject):
   """No equation of the loss and its gradients yields an array of a weight's shape."""
   shapes = set()
@@ -412,10 +422,10 @@ def test_law_11_factored_means_factored(subject):
   allow = ("convert_element_type", "scan") if subject.entry.dtype != jnp.float32 else ()
   args = (*subject.split(subject.attached), KEY)
   if shapes:
-    assert producers(jax.value_and_grad(subject.loss), shapes, *args, allow=allow) == []
+    assert producers(jax.value_and_grad(subject.programs.loss), shapes, *args, allow=allow) == []
     # The same check sees what it looks for.
     dense = jax.value_and_grad(
-      lambda t, f, key: subject.loss(pj.merge(pj.combine(t, f)), {}, key)
+      lambda t, f, key: subject.programs.loss(pj.merge(pj.combine(t, f)), {}, key)
     )
     assert producers(dense, shapes, *args, allow=allow)
 
@@ -438,6 +448,8 @@ def test_law_13_dropout_draws_anew_each_step_and_never_in_evaluation(subject):
 
 def test_weights_have_the_children_that_their_class_declares():
   """`children` and the pytree agree, so masks and specs reach every array."""
-  weight = lora(2, targets="query").attach(KEY, {"query": {"kernel": jnp.ones((4, 6))}})["query"]["kernel"]
+  weight = lora(2, targets="query").attach(KEY, {"query": {"kernel": jnp.ones((4, 6))}})["query"][
+    "kernel"
+  ]
   arrays_of = [c for c in children(weight).values() if c is not None]
   assert len(arrays_of) == len(jax.tree.leaves(weight)) == 5

@@ -30,7 +30,9 @@ def take(w: jax.Array | Weight, ids: jax.Array) -> jax.Array:
 
 def attend(w: jax.Array | Weight, x: jax.Array) -> jax.Array:
   """Logits `x Wᵀ`, `[..., V]`, of a tied `[V, D]` table, in the dtype of `x`."""
-  return w.attend(x) if isinstance(w, Weight) else x @ w.astype(x.dtype).T
+  if isinstance(w, Weight):
+    return w.attend(x)
+  return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype))
 
 
 def split_subscripts(eqn: str) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,11 @@ from peftjax.training import build, evaluate, metrics, state, step
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
 from peftjax.training.settings import Settings
+
+_DIVERGED = (
+  "{} not finite. The last good checkpoint is kept; try a lower --config.optimizer.learning_rate "
+  "or a longer warm-up, in another --workdir."
+)
 
 
 class Run:
@@ -97,11 +103,8 @@ class Run:
       number, out = self._pending.pop(0)
       values = {name: float(value) for name, value in jax.device_get(out).items()}
       if not all(map(math.isfinite, values.values())):
-        raise FloatingPointError(
-          f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. "
-          "The last good checkpoint is kept; try a lower --config.optimizer.learning_rate or a "
-          "longer warm-up, in another --workdir."
-        )
+        shown = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+        raise FloatingPointError(_DIVERGED.format(f"step {number}: {shown}"))
       rows.append({"step": number, **values})
     return rows
 
@@ -128,6 +131,8 @@ class Run:
       self.settings.train.eval_batch_size,
       t.pad_id,
     )
+    if not np.isfinite(logits).all():
+      raise FloatingPointError(_DIVERGED.format(f"step {self.steps_done}: {part} logits"))
     labels = t.corpus.splits[part].labels
     return metrics.compute(t.corpus.metrics, logits, labels)
 

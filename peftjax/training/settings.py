@@ -75,6 +75,9 @@ class Optimizer:
   clip_norm: float | None = 1.0
   accumulate: int = 1  # batches to an update
 
+  def __post_init__(self) -> None:
+    _check_positive("optimizer", self, "accumulate")
+
   def warmup_steps(self, updates: int) -> int:
     return int(self.warmup if self.warmup >= 1 else self.warmup * updates)
 
@@ -89,6 +92,9 @@ class Train:
   eval_batch_size: int = 64
   log_every: int = 10  # steps
   save_every: int | None = None  # steps; besides once an epoch
+
+  def __post_init__(self) -> None:
+    _check_positive("train", self, "batch_size", "eval_batch_size", "log_every")
 
   def total_steps(self, steps_per_epoch: int) -> int:
     total = self.steps if self.steps is not None else round(self.epochs * steps_per_epoch)
@@ -143,6 +149,12 @@ def _build(cls: Callable[..., T], fields: Mapping[str, Any], where: str) -> T:
       hint = f"; did you mean {near[0]!r}?" if near else ""
       raise ValueError(f"config: {where} has no key {key!r}{hint} It has: {', '.join(allowed)}")
   return cls(**fields)
+
+
+def _check_positive(where: str, section: Any, *names: str) -> None:
+  for name in names:
+    if getattr(section, name) < 1:
+      raise ValueError(f"{where}.{name}={getattr(section, name)}: write a number from 1 on")
 
 
 def _pattern(name: str, rules: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:

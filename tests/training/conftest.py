@@ -1,13 +1,12 @@
 """A tiny model and corpus, one device unless a mesh is asked for, and programs compiled once."""
 
-import json
 import shutil
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from peftjax.training import build, logs, loop
+from peftjax.training import build, loop
 from tests import tiny
 
 
@@ -30,15 +29,16 @@ def run_once(tmp_path_factory):
   def run(config, workdir, mesh=""):
     patch = pytest.MonkeyPatch()
     patch.setattr(build, "mesh_of", lambda text: mesh_of(text) if text else None)
-    old = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(programs))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    old = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(programs), 0.1), strict=True):
+      jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
       return loop.train_and_evaluate(config, workdir, mesh=mesh)
     finally:
-      jax.config.update("jax_compilation_cache_dir", old[0])
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", old[1])
+      for name, value in zip(names, old, strict=True):
+        jax.config.update(name, value)
       compilation_cache.reset_cache()
       patch.undo()
 

@@ -13,7 +13,7 @@ from peftjax.training.predict import Predictor
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
 from tests import tiny
-from tests.train import runs
+from tests.training import runs
 
 
 class Interrupted(Exception):
@@ -347,7 +347,9 @@ def test_test_split_is_scored_once(config, run_once, monkeypatch, tmp_path):
     ({"method__targets": ("query", "head/.*")}, "two methods claim head/"),
     ({"train__batch_size": 0}, "batch_size"),
     ({"train__epochs": 0.01}, "train.epochs"),
-    ({"optimizer__accumulate": 0}, "accumulate"),
+    ({"train__log_every": 0}, "train.log_every=0"),
+    ({"train__eval_batch_size": 0}, "train.eval_batch_size=0"),
+    ({"optimizer__accumulate": 0}, "optimizer.accumulate=0"),
     ({"optimizer__schedule": "sawtooth"}, "sawtooth"),
     ({"model__dtype": "float8"}, "float8"),
     ({"model__directory": "nowhere/at/all"}, "nowhere/at/all"),

@@ -1,8 +1,16 @@
-"""What a program computes, read from its jaxpr."""
+"""Programs: compiled quickly, and read."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# Most laws are about values: compiling fast is worth more than running fast.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
 
 
 def equations(jaxpr):

@@ -1,0 +1,115 @@
+"""Every config file resolves for each of its arguments, and a step of it makes sense."""
+
+import functools
+import importlib
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peftjax import data, losses, optim, sharding
+from peftjax.core import tree
+from peftjax.models import bert
+from peftjax.training import state, step
+from peftjax.training.settings import from_config
+from tests import tiny
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+# What each argument of a file may be; a new file adds a line.
+ARGUMENTS = {
+  "classify": [
+    *(f"method={method},data=bbc" for method in ("lora", "head", "full", "bitfit")),
+    *(f"data={name}" for name in ("sentiment", "glue/cola", "glue/stsb", "files")),
+    "",
+  ],
+}
+CASES = [(name, argument) for name in FILES for argument in ARGUMENTS[name]]
+
+
+def get_config(name, argument=""):
+  return importlib.import_module(f"configs.{name}").get_config(argument)
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_config_resolves_to_settings(name, argument):
+  """It has the argument's method and data, names no unknown key, and survives JSON."""
+  config = get_config(name, argument)
+  settings = from_config(config)
+  given = dict(part.split("=") for part in argument.split(",") if part)
+  assert settings.data.name == given.get("data", "bbc")
+  assert settings.data.name in data.corpora.NAMES
+  settings.build_method()
+  settings.model.compute_dtype()
+  again = type(config)(json.loads(config.to_json()))
+  assert json.loads(again.to_json()) == json.loads(config.to_json())
+  from_config(again).build_method()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_method_of_a_config_is_tried(name):
+  """The list of arguments above is complete."""
+  methods = importlib.import_module(f"configs.{name}").METHODS
+  tried = {
+    found[1] for argument in ARGUMENTS[name] if (found := re.match(r"method=(\w+)", argument))
+  }
+  assert tried == set(methods)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("argument", ["method=loar", "dta=bbc", "bbc"])
+def test_wrong_argument_is_quoted(name, argument):
+  """An argument that a config file does not take raises and is quoted."""
+  with pytest.raises(ValueError, match=argument.rpartition("=")[2]):
+    get_config(name, argument)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_header_says_command_hardware_time_and_number(name):
+  """Whoever opens a config file reads how to run it, on what, how long, and what to expect."""
+  header = importlib.import_module(f"configs.{name}").__doc__
+  assert f"python -m experiments.train --config=configs/{name}.py" in header
+  for word in ("CPU", "minutes", "accuracy"):
+    assert word in header
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full", "bitfit"])
+def test_init_and_one_step_of_each_method(method):
+  """Abstractly, a step keeps every shape and dtype, and trains what the method says."""
+  settings = from_config(get_config("classify", f"method={method},data=bbc"))
+  model = bert.BertClassifier(bert.BertConfig.from_hf(tiny.HF_CONFIG, labels=5))
+  made, key = settings.build_method(), jax.random.key(0)
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+  params = made.attach(key, params)
+  train, frozen = tree.partition(params, made.trainable(params))
+  o = settings.optimizer
+  schedule = optim.schedule(o.schedule, o.learning_rate, 100, o.warmup_steps(100))
+  tx = made.optimizer(optim.adamw(schedule), 100, clip_norm=o.clip_norm, accumulate=o.accumulate)
+  current = jax.eval_shape(functools.partial(state.init, tx), train)
+  rows = settings.train.batch_size
+  batch = {
+    **{name: jax.ShapeDtypeStruct((rows, 64), np.int32) for name in ("tokens", "types")},
+    "mask": jax.ShapeDtypeStruct((rows, 64), np.bool_),
+    "labels": jax.ShapeDtypeStruct((rows,), np.int32),
+    "weights": jax.ShapeDtypeStruct((rows,), np.float32),
+  }
+  run = functools.partial(step.train_step, model, tx, losses.classification)
+  after, out = jax.eval_shape(run, current, frozen, batch, key)
+  assert jax.tree.structure(after) == jax.tree.structure(current)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), current
+  )
+  assert {name: x.shape for name, x in out.items()} == {"loss": (), "grad_norm": ()}
+  trained = {
+    "lora": 4 * 8 * 32 + 85,
+    "head": 85,
+    "full": tree.count(params),
+    "bitfit": 85 + sum(v.size for p, v in tiny.weights(0).items() if p.endswith("/bias")) - 2,
+  }
+  assert tree.count(train) == trained[method]
+  sharding.specs(params, sharding.make_mesh("data:2,fsdp:2,tensor:2"))

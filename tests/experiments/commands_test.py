@@ -1,0 +1,153 @@
+"""Commands on a tiny model: train, predict, quickstart's helpers, benchmark rows."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+
+from configs.classify import get_config
+from experiments.benchmarks import batch, report
+from peftjax.training.predict import Predictor
+from tests.experiments.conftest import load
+
+
+@pytest.fixture(scope="module")
+def trained(command, config, tmp_path_factory):
+  """The workdir of a run that `experiments.train` made, and what it printed."""
+  workdir, printed = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    command("train", config=config(), workdir=str(workdir), mesh="")
+  return workdir, printed.getvalue()
+
+
+def test_train_prints_its_result(trained):
+  """The last thing printed is the result in short, and where all of it is."""
+  workdir, printed = trained
+  result = json.loads((workdir / "result.json").read_text())
+  shown = ("method", "trainable_params", "total_params", "metrics", "best_step", "seconds")
+  text = printed[printed.index("\n{\n") : printed.rindex("}") + 1]
+  assert json.loads(text) == {key: result[key] for key in shown}
+  assert str(workdir / "result.json") in printed
+
+
+def test_predict_labels_texts_of_flag_and_file(trained, command, capsys, tmp_path):
+  """A line a text: label, probability, text; all probabilities go to the JSON lines."""
+  (tmp_path / "texts.txt").write_text("the goal in the league cup\n\n  the bank and the market \n")
+  given = dict(workdir=str(trained[0]), text=["new software"], file=str(tmp_path / "texts.txt"))
+  command("predict", **given, output=str(tmp_path / "out.jsonl"))
+  texts = ["new software", "the goal in the league cup", "the bank and the market"]
+  lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+  rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  assert [line[2] for line in lines] == [row["text"] for row in rows] == texts
+  for line, row in zip(lines, rows, strict=True):
+    p = row["probabilities"]
+    assert list(p) == ["business", "sport", "tech"]
+    assert sum(p.values()) == pytest.approx(1, abs=1e-5)
+    assert line[0] == row["label"] == max(p, key=p.get)
+    assert line[1] == f"{max(p.values()):.3f}"
+  # One text at a time and all at once are the same, whatever they are padded to.
+  predictor = Predictor(trained[0])
+  alone = np.concatenate([predictor.logits([text]) for text in texts])
+  np.testing.assert_allclose(predictor.logits(texts), alone, atol=1e-5)
+
+
+def test_predict_refuses_another_base(trained, fails, model_dir, monkeypatch):
+  """A run does not predict with weights it was not trained on."""
+  monkeypatch.setattr("peftjax.training.predict.digest", lambda directory: "another")
+  message = fails("predict", workdir=str(trained[0]), text=["a"], file=None, output=None)
+  assert str(model_dir) in message
+
+
+def test_predict_without_a_run(fails, tmp_path):
+  """A folder without a run is named, with the command that makes one; it is not created."""
+  message = fails(
+    "predict", workdir=str(tmp_path / "none"), text=["a text"], file=None, output=None
+  )
+  assert str(tmp_path / "none") in message and "experiments.train" in message
+  assert not (tmp_path / "none").exists()
+
+
+def test_predict_without_a_text(fails, tmp_path):
+  """No text is a message and not an empty answer."""
+  message = fails("predict", workdir=str(tmp_path), text=[], file=None, output=None)
+  assert "--text" in message and "--file" in message
+
+
+@pytest.mark.parametrize(
+  ("content", "named"), [(None, "texts.txt"), (b"na\xefve", "UTF-8"), (b"\n \n", "no text")]
+)
+def test_predict_from_a_bad_file(fails, tmp_path, content, named):
+  """A file that is missing, in another encoding or empty is a message."""
+  path = tmp_path / "texts.txt"
+  if content is not None:
+    path.write_bytes(content)
+  assert named in fails("predict", workdir=str(tmp_path), text=[], file=str(path), output=None)
+
+
+RESULT = {
+  "trainable_params": 10,
+  "total_params": 1000,
+  "metrics": {"test": {"accuracy": 0.95, "macro_f1": 0.94}, "validation": {}},
+  "seconds": 12.345,
+}
+
+
+def test_quickstart_summary_row():
+  """A row of summary.json: method, counts, test scores, seconds."""
+  assert load("quickstart").summary_row("lora", RESULT) == {
+    "method": "lora",
+    "trainable_params": 10,
+    "total_params": 1000,
+    "accuracy": 0.95,
+    "macro_f1": 0.94,
+    "seconds": 12.3,
+  }
+
+
+def test_quickstart_runs_its_three_methods(monkeypatch, tmp_path, command, capsys):
+  """It trains LoRA, head only and in full on BBC, writes table and curves, shows how to predict."""
+  called = []
+
+  def pretend(config, workdir, **options):
+    called.append((config.method.to_dict(), config.data.name))
+    workdir.mkdir(parents=True)
+    rows = [{"step": s, "loss": 1 / s} for s in (1, 2)] + [{"step": 2, "validation_accuracy": 0.9}]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return RESULT
+
+  monkeypatch.setattr("peftjax.training.loop.train_and_evaluate", pretend)
+  command("quickstart", workdir=str(tmp_path / "quick"))
+  names = ["lora", "head", "full"]
+  assert called == [
+    (get_config(f"method={name},data=bbc").method.to_dict(), "bbc") for name in names
+  ]
+  summary = json.loads((tmp_path / "quick" / "summary.json").read_text())
+  assert [row["method"] for row in summary["rows"]] == names
+  png = (tmp_path / "quick" / "learning_curves.png").read_bytes()
+  assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 5_000
+  printed = capsys.readouterr().out
+  assert "0.9500" in printed and "experiments.predict --workdir=" in printed
+
+
+def test_benchmark_rows(tmp_path, capsys):
+  """A row has the promised fields; the ratio is the peer's cost over ours; a file is added to."""
+  rows = [report.Row("step_full", 50.0, 100.0, "ms"), report.Row("peak_mem", 200.0, 100.0, "MiB")]
+  report.show("title", rows)
+  assert "step_full" in capsys.readouterr().out
+  for _ in range(2):
+    report.write(str(tmp_path / "out.jsonl"), rows)
+  lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  assert [line["ratio"] for line in lines] == [2.0, 0.5] * 2
+  for line in lines:
+    assert {"case", "ours", "peer", "unit", "ratio", "machine", "versions"} <= set(line)
+  assert lines[0]["versions"]["jax"] and "cores" in lines[0]["machine"]
+
+
+def test_benchmark_batch_is_the_same_for_both_sides():
+  """Both sides' processes draw the same batch, full of real tokens."""
+  first, second = batch.example(4, 8), batch.example(4, 8)
+  for name, array in first.items():
+    np.testing.assert_array_equal(array, second[name])
+  assert first["tokens"].shape == (4, 8) and first["mask"].all()

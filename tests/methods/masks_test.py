@@ -1,0 +1,45 @@
+"""`pj.train` and `pj.chain`: masks and nothing attached."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import peftjax as pj
+from peftjax.core import paths
+from tests.models import tiny
+
+KEY = jax.random.key(0)
+
+
+def test_train_attaches_nothing():
+  attached = pj.train("head/.*").attach(KEY, tiny.params())
+  assert all(a is b for a, b in zip(*map(jax.tree.leaves, (attached, tiny.params())), strict=True))
+
+
+def test_train_refuses_what_is_no_float_array():
+  """An adapter or a packed integer: named, with what to write instead."""
+  tree = {"a": {"kernel": jnp.ones((4, 4))}, "codes": jnp.ones(3, jnp.uint8)}
+  with pytest.raises(ValueError, match="pj.train cannot train codes"):
+    pj.train(".*").attach(KEY, tree)
+  lora = pj.lora(2, targets="a").attach(KEY, tree)
+  with pytest.raises(ValueError, match="pj.train cannot train a/kernel: it is LoRA"):
+    pj.train("a/.*").attach(KEY, lora)
+
+
+def test_a_chain_trains_the_union_and_says_what_it_claims():
+  method = pj.chain(pj.lora(2, targets="query"), pj.train("head/.*"), pj.train(".*/LayerNorm/.*"))
+  params = method.attach(KEY, tiny.params())
+  mask = method.trainable(params)
+  on = {paths.name(p) for p, m in jax.tree_util.tree_flatten_with_path(mask)[0] if m}
+  flat = paths.leaves(tiny.params())
+  assert on == {p for p in flat if p.startswith("head/") or "LayerNorm" in p} | {
+    f"{p}/{child}" for p in flat if p.endswith("query/kernel") for child in "ab"
+  }
+  assert len(method.claims(params)) == 2 + 2 + 10
+
+
+def test_the_order_of_a_chain_does_not_matter():
+  lora, head = pj.lora(2, targets="query"), pj.train("head/.*")
+  one, two = (pj.chain(*ms).attach(KEY, tiny.params()) for ms in ((lora, head), (head, lora)))
+  assert jax.tree.structure(one) == jax.tree.structure(two)
+  assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))

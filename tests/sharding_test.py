@@ -1,0 +1,117 @@
+"""Meshes, rules, and the specs of children."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import peftjax as pj
+from peftjax.core import paths
+from peftjax.core.layout import Axes
+from peftjax.sharding import batch_sharding, make_mesh, specs
+from tests.models import tiny
+
+MESH = "data:2,fsdp:2,tensor:2"
+
+
+def test_a_mesh_from_text():
+  mesh = make_mesh(MESH)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(make_mesh(" tensor:4 ,fsdp:2").shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+  assert dict(make_mesh("", jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("text", ["model:8", "data:0", "data", "data:2;fsdp:4", "data:-8", "8"])
+def test_a_mesh_that_is_not_written_so_raises(text):
+  with pytest.raises(ValueError, match="is not AXIS:SIZE with an axis of data, fsdp, tensor"):
+    make_mesh(text)
+
+
+def test_a_mesh_of_another_size_than_the_devices_raises():
+  with pytest.raises(ValueError, match="has 4 places for 8 devices"):
+    make_mesh("data:2,tensor:2")
+
+
+def test_the_rules_of_the_encoder():
+  """Wide projections split outputs, narrow ones inputs; norms and odd biases are everywhere."""
+  found = paths.leaves(specs(tiny.params(), make_mesh(MESH)))
+  layer = "bert/encoder/layers_0"
+  assert found[f"{layer}/attention/self/query/kernel"] == P("fsdp", "tensor")
+  assert found[f"{layer}/attention/self/value/bias"] == P("tensor")
+  assert found[f"{layer}/attention/output/dense/kernel"] == P("tensor", "fsdp")
+  assert found[f"{layer}/attention/output/dense/bias"] == P(None)
+  assert found[f"{layer}/intermediate/dense/kernel"] == P("fsdp", "tensor")
+  assert found[f"{layer}/output/dense/kernel"] == P("tensor", "fsdp")
+  assert found[f"{layer}/output/LayerNorm/scale"] == P(None)
+  assert found["bert/embeddings/word_embeddings/embedding"] == P("tensor", "fsdp")
+  assert found["bert/pooler/dense/kernel"] == P("fsdp", None)
+  assert found["head/classifier/kernel"] == P("fsdp", None)
+
+
+def test_a_stack_of_layers_is_not_split():
+  found = paths.leaves(specs(tiny.scanned_params(), make_mesh(MESH)))
+  layer = "bert/encoder/layers"
+  assert found[f"{layer}/attention/self/query/kernel"] == P(None, "fsdp", "tensor")
+  assert found[f"{layer}/attention/self/query/bias"] == P(None, "tensor")
+
+
+def test_children_derive_their_specs_from_the_kernels():
+  """A along the inputs, B along the outputs, the rank never; also nested and stacked."""
+  tree = {"query": {"kernel": jnp.ones((3, 12, 8))}}
+  method = pj.lora(4, targets="query")
+  params = method.attach(jax.random.key(0), tree, {"query/kernel": Axes()})
+  rules = [("query/kernel", ("fsdp", "tensor"))]
+  got = specs(params, make_mesh(MESH), rules)["query"]["kernel"]
+  assert got.base == P(None, "fsdp", "tensor")
+  assert got.a == P(None, None, "fsdp") and got.b == P(None, "tensor", None)
+  assert got.scale == got.rank == P(None) and got.key is None
+
+
+def test_a_flattened_group_of_axes_is_split_as_its_first():
+  tree = {"heads": {"kernel": jnp.ones((12, 4, 2))}}
+  axes = {"heads/kernel": Axes((-3,), (-2, -1))}
+  params = pj.lora(2, targets="heads").attach(jax.random.key(0), tree, axes)
+  got = specs(params, make_mesh(MESH), [(".*", ("fsdp", "tensor", None))])["heads"]["kernel"]
+  assert (got.base, got.a, got.b) == (P("fsdp", "tensor", None), P(None, "fsdp"), P("tensor", None))
+
+
+def test_a_mesh_axis_that_does_not_divide_is_dropped_there_only():
+  tree = {"w": jnp.ones((6, 8)), "v": jnp.ones((8, 3))}
+  got = specs(tree, make_mesh("fsdp:4,tensor:2"), [(".*", ("fsdp", "tensor"))])
+  assert got == {"w": P(None, "tensor"), "v": P("fsdp", None)}
+  rules = [(".*", (("fsdp", "tensor"), None))]  # one axis over two
+  for rows, want in ((4, None), (16, ("fsdp", "tensor"))):
+    got = specs({"w": jnp.ones((rows, 6))}, make_mesh("fsdp:4,tensor:2"), rules)
+    assert got == {"w": P(want, None)}
+  for params in (tree, tiny.params()):  # nothing left to refuse
+    jax.device_put(params, pj.shardings(params, make_mesh("tensor:8")))
+
+
+def test_the_first_rule_wins_and_a_leaf_without_one_raises():
+  tree = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+  mesh = make_mesh(MESH)
+  rules = [("a", ("fsdp", None)), (".*", ("tensor", None))]
+  assert specs(tree, mesh, rules) == {"a": P("fsdp", None), "b": P("tensor", None)}
+  with pytest.raises(ValueError, match="no sharding rule matches b"):
+    specs(tree, mesh, rules[:1])
+  with pytest.raises(ValueError, match="rule for a names the axis 'model'; the mesh has"):
+    specs(tree, mesh, [(".*", ("model", None))])
+
+
+def test_parameters_can_be_born_sharded():
+  """`jit(init, out_shardings=...)` from shapes alone."""
+  mesh = make_mesh(MESH)
+  init = lambda key: {"block": {"query": {"kernel": jax.random.normal(key, (12, 8))}}}
+  method = pj.lora(2, targets="query")
+  make = lambda key: method.attach(key, init(key))
+  shardings = pj.shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
+  params = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
+  assert jax.tree.map(lambda x: x.sharding, params) == shardings
+  weight = params["block"]["query"]["kernel"]
+  assert weight.base.addressable_shards[0].data.shape == (6, 4)
+  assert weight.a.addressable_shards[0].data.shape == (2, 6)
+
+
+def test_rows_of_a_batch_are_split_over_both_data_axes():
+  x = jax.device_put(jnp.ones((8, 3)), batch_sharding(make_mesh(MESH)))
+  assert x.addressable_shards[0].data.shape == (2, 3)
