@@ -20,7 +20,7 @@ quickstart: .venv/.installed ## Fine-tune a pretrained BERT three ways, print th
 install: .venv/.installed ## Make .venv from requirements.lock
 
 test: .venv/.installed ## Run the tests (no torch needed)
-	$(BIN)/python -m pytest -n 2 tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist=loadfile tests $(ARGS)
 
 lint: .venv/.installed ## Run ruff (rules and format) and mypy
 	$(BIN)/ruff check .

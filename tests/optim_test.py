@@ -81,6 +81,15 @@ def test_accumulating_small_batches_equals_one_large_batch():
   assert np.abs(run(make(1), eighths * 2)["w"] - large["w"]).max() > 1e-2
 
 
+def test_an_accumulated_gradient_is_the_mean():
+  """Not the sum: adaptive optimizers and clipping would hide the difference."""
+  tx = wrap(optax.sgd(1.0), clip_norm=None, accumulate=2)
+  state = tx.init({"x": jnp.zeros(2)})
+  for gradient in ([2.0, 4.0], [10.0, 12.0]):
+    updates, state = tx.update({"x": jnp.array(gradient)}, state, None)
+  np.testing.assert_allclose(updates["x"], [-6.0, -8.0], rtol=1e-6)
+
+
 def test_every_method_wraps_alike():
   """clip, then accumulate; and a MultiSteps inside, whose calls would be miscounted, raises."""
   lora, head = pj.lora(2, targets="query"), pj.train("head/.*")

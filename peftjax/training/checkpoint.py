@@ -21,8 +21,13 @@ class Checkpoints:
   at any moment leaves the previous one.
   """
 
-  def __init__(self, directory: Path):
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, cleanup_tmp_directories=True)
+  def __init__(self, directory: Path, *, read_only: bool = False):
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=1,
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,  # what a kill left half written
+    )
     self._managers = {
       name: ocp.CheckpointManager((directory / name).absolute(), options=options)
       for name in ("latest", "best")

@@ -72,10 +72,13 @@ def train_and_evaluate(
       with process.stop_signals() as stop:
         run.announce(bar)
         for done in run.steps():
+          asked = stop.asked  # once: what is saved below has been fetched and checked
           log = done % every.log_every == 0 or done == run.total
           evaluate = done % run.stream.steps_per_epoch == 0 or done == run.total
           save = evaluate or bool(every.save_every and done % every.save_every == 0)
-          for row in run.fetch(all_of_them=log or save or bool(stop.asked)):
+          rows = run.fetch(all_of_them=log or save or bool(asked))
+          if rows:
+            row = rows[-1]
             rate = clock.rate(row["step"], every.batch_size)
             bar.update(row["step"], row["loss"], rate)
           if log:
@@ -92,12 +95,12 @@ def train_and_evaluate(
               best = {"step": done, "value": value, "metrics": scores}
               checkpoints.save("best", done, run.adapter(), meta)
               checkpoints.wait("best")  # the latest must never name a best that is not there
-          if save or stop.asked:
+          if save or asked:
             extra = {"best": best, "seconds": before + clock.seconds()}
             checkpoints.save("latest", done, run.everything(), {**meta, **extra})
-          if stop.asked and done < run.total:
+          if asked and done < run.total:
             checkpoints.wait()
-            raise Stopped(f"{stop.asked}: saved step {done} of {run.total}; run again to go on")
+            raise Stopped(f"{asked}: saved step {done} of {run.total}; run again to go on")
       checkpoints.wait()
       params = run.best(checkpoints)
       test = run.evaluate("test", params)

@@ -38,7 +38,7 @@ class Predictor:
       )
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     self.settings = from_config(config)
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
       meta = checkpoints.meta("best")
       if meta["base"] != digest(self.settings.model.path()):

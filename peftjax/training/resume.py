@@ -16,7 +16,7 @@ def latest_meta(workdir: Path) -> dict[str, Any] | None:
   """What the latest checkpoint says of itself, without creating anything."""
   if not (workdir / "checkpoints" / "latest").is_dir():
     return None
-  checkpoints = Checkpoints(workdir / "checkpoints")
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   try:
     return checkpoints.meta("latest") if checkpoints.steps()["latest"] is not None else None
   finally:

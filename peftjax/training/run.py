@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
@@ -151,7 +152,13 @@ class Run:
     return {"adapter": tree.partition(params, keep)[0]}
 
   def everything(self) -> dict[str, Any]:
-    """All that a continuation needs."""
+    """All that a continuation needs.
+
+    Raises:
+      FloatingPointError: a trained array is not finite, though its loss and gradient were.
+    """
+    if not _all_finite(self.state.train):
+      raise FloatingPointError(_DIVERGED.format(f"step {self.steps_done}: parameters"))
     return {**self.adapter(), "opt_state": self.state.opt_state, "step": self.state.step}
 
   def best(self, checkpoints: Checkpoints) -> Any:
@@ -169,6 +176,11 @@ class Run:
     ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     if size % ways:
       raise ValueError(f"{name}={size} cannot be split {ways} ways (data x fsdp of the mesh)")
+
+
+@jax.jit
+def _all_finite(arrays: Any) -> jax.Array:
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]).all()
 
 
 def _optimizer(settings: Settings, method: Any, total: int) -> tuple[optax.Schedule, Any]:

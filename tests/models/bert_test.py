@@ -1,5 +1,6 @@
 """The encoder itself: scanned and unrolled, dropout, lengths, precision."""
 
+import collections
 import functools
 
 import chex
@@ -10,6 +11,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.models import bert
 from peftjax.models.bert import BertClassifier, BertConfig, hf_name
 from tests.core.programs import jit
 from tests.models import tiny
@@ -67,15 +69,29 @@ def test_two_steps_draw_different_masks_and_evaluation_draws_none(layers):
   np.testing.assert_array_equal(still, forward(tiny.config(**how), params, train=False))
 
 
-def test_layers_and_places_drop_different_elements():
-  """Each place of dropout alone changes the logits, so none is missing or shares the rate."""
-  still = forward(tiny.config(), tiny.params())
+@pytest.mark.parametrize("family, heads", [("bert", 1), ("roberta", 2)])
+def test_every_place_of_dropout_has_its_own_key_and_rate(family, heads, monkeypatch):
+  """As transformers has them: embeddings, probabilities and two outputs a layer, the head."""
   seen = []
-  for name in ("dropout", "attention_dropout", "head_dropout"):
-    logits = forward(tiny.config(**{name: 0.3}), tiny.params())
-    assert np.abs(logits - still).max() > 0.01, name
-    seen.append(logits)
-  assert all(np.abs(a - b).max() > 0.01 for a, b in zip(seen, seen[1:], strict=False))
+
+  def note(key, x, rate):
+    if key is not None:  # init has none
+      seen.append((rate, jax.random.key_data(key).tobytes()))
+    return x
+
+  def attention(q, k, v, bias, num_heads, *, key, rate):
+    return note(key, v, rate)
+
+  monkeypatch.setattr(bert, "dropout", note)
+  monkeypatch.setattr(bert, "attention", attention)
+  rates = dict(dropout=0.1, attention_dropout=0.2, head_dropout=0.3)
+  config = tiny.config(family=family, pad_id=int(family == "roberta"), **rates)
+  model = BertClassifier(config)
+  params = jax.eval_shape(lambda: model.init(KEY, tiny.TOKENS)["params"])
+  params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
+  pj.apply(model, params, tiny.TOKENS, train=True, rngs={"dropout": KEY})
+  assert collections.Counter(rate for rate, _ in seen) == {0.1: 1 + 2 * 2, 0.2: 2, 0.3: heads}
+  assert len(set(seen)) == len({key for _, key in seen}) == len(seen)
 
 
 def test_a_rate_of_zero_is_off(layers):

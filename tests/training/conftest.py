@@ -29,15 +29,19 @@ def run_once(tmp_path_factory):
   def run(config, workdir, mesh=""):
     patch = pytest.MonkeyPatch()
     patch.setattr(build, "mesh_of", lambda text: mesh_of(text) if text else None)
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    old = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(programs), 0.1), strict=True):
+    settings = {
+      "jax_compilation_cache_dir": str(programs),
+      "jax_persistent_cache_min_compile_time_secs": 0.1,
+      "jax_disable_most_optimizations": True,  # these runs are short: compiling is most of them
+    }
+    old = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
       jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
       return loop.train_and_evaluate(config, workdir, mesh=mesh)
     finally:
-      for name, value in zip(names, old, strict=True):
+      for name, value in old.items():
         jax.config.update(name, value)
       compilation_cache.reset_cache()
       patch.undo()
