@@ -9,6 +9,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.optim import adamw, decay_mask, freeze, schedule, wrap
+from tests.core.programs import jit
 from tests.models import tiny
 
 
@@ -66,12 +67,16 @@ def test_accumulating_small_batches_equals_one_large_batch():
   make = lambda n: wrap(optax.adamw(0.1), clip_norm=0.3, accumulate=n)
 
   def run(tx, batches):
+    @jit
+    def step(params, state, x, y):
+      grads = jax.grad(loss)(params, x, y)
+      updates, state = tx.update(grads, state, params)
+      return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
+
     params, state = start, tx.init(start)
     for rows in batches:
-      grads = jax.grad(loss)(params, x[rows], y[rows])
-      assert optax.tree.norm(grads) > 0.3  # so that clipping matters
-      updates, state = tx.update(grads, state, params)
-      params = optax.apply_updates(params, updates)
+      params, state, norm = step(params, state, x[rows], y[rows])
+      assert norm > 0.3  # so that clipping matters
     return params
 
   eighths = [slice(i, i + 2) for i in (0, 2, 4, 6)]

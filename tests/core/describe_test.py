@@ -58,7 +58,7 @@ def test_our_own_model_is_factored_everywhere(scan):
   params = tiny.scanned_params() if scan else tiny.params()
   method = pj.lora(2, targets=["all-linear", "word_embeddings"])
   layout = pj.linen.layout(model, tiny.TOKENS)
-  params = method.attach(jax.random.key(0), params, layout)
+  params = method.attach(jax.random.key(0), jax.eval_shape(lambda: params), layout)
   found = pj.describe(params, model=model, example=[tiny.TOKENS])
   assert {row.computed for row in found if row.type == "LoRA"} == {"factored"}
 
