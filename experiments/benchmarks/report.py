@@ -7,10 +7,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from peftjax.training import process
 
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -64,8 +68,16 @@ def show(title: str, rows: list[Row]) -> None:
 
 
 def write(path: str, rows: list[Row]) -> None:
-  """Appends one JSON line a row."""
-  common = {"machine": machine(), "versions": versions()}
+  """Appends one JSON line a row, making the folder if need be."""
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  module = Path(sys.argv[0]).stem
+  common = {
+    "machine": machine(),
+    "versions": versions(),
+    "command": shlex.join(["python", "-m", f"experiments.benchmarks.{module}", *sys.argv[1:]]),
+    "commit": process.commit(),
+    "seed": 0,
+  }
   with open(path, "a", encoding="utf-8") as file:
     for row in rows:
       fields = {**dataclasses.asdict(row), "ratio": row.ratio, **common}
