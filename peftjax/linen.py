@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import tree
-from peftjax.core.einsum import attend, einsum, split_subscripts, take
+from peftjax.core.einsum import attend, einsum, linear, split_subscripts, take
 from peftjax.core.layout import Axes, Layout
 from peftjax.core.weight import Weight
 from peftjax.nn.linear import Embedding, Linear
@@ -121,7 +121,7 @@ def _cast(module: Any, x: jax.Array, weight: Weight) -> jax.Array:
 
 
 def _dense(module: nn.Dense, weight: Weight, x: jax.Array) -> jax.Array:
-  y = einsum("...i,io->...o", _cast(module, x, weight), weight)
+  y = linear(_cast(module, x, weight), weight)
   return _finish(module, y)
 
 

@@ -23,6 +23,17 @@ def einsum(eqn: str, x: jax.Array, w: jax.Array | Weight) -> jax.Array:
   return jnp.einsum(eqn, x, w.astype(x.dtype))
 
 
+def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
+  """x W over the last axis: `[..., in]` and `[in, out]` to `[..., out]`.
+
+  The leading axes are one while multiplying. The gradient of W then contracts one axis, which is
+  an ordinary product; over two, XLA:CPU first copies the activations transposed (measured on six
+  BERT layers with LoRA on every kernel: 2.4 s a step against 0.7 s).
+  """
+  y = einsum("ti,io->to", x.reshape(-1, x.shape[-1]), w)
+  return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 def take(w: jax.Array | Weight, ids: jax.Array) -> jax.Array:
   """Rows `W[ids]` of a `[V, D]` table, `[..., D]`; an id outside `[0, V)` gives NaN."""
   return w.take(ids) if isinstance(w, Weight) else jnp.take(w, ids, axis=0)

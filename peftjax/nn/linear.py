@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core.einsum import einsum, take
+from peftjax.core.einsum import linear, take
 
 normal = nn.initializers.normal(0.02)
 
@@ -29,7 +29,7 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = weight(self, "kernel", normal, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    y = einsum("...i,io->...o", x, kernel)
+    y = linear(x, kernel)
     return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
