@@ -1,4 +1,4 @@
-"""`fence`: keep XLA:CPU from fusing across a point."""
+"""`fence`: a point across which XLA:CPU does not merge or move work."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def fence(tree: T) -> T:
-  """The identity, behind which XLA:CPU cannot fuse.
+  """The identity, across which XLA:CPU neither merges nor moves computations.
 
-  XLA:CPU copies cheap producers into every consumer. In a backward pass a residual stream is a
-  chain of cheap producers, so without fences each layer's gradient re-reads and recomputes the
-  chain of all layers after it (measured on six BERT layers: 37 operands in one fusion, four times
-  the time of reading the one array). Other backends decide well and get no fence.
+  Without fences it merges what a backward pass would recompute with the forward pass, so it keeps
+  wide intermediates, and it moves transposes into products (six BERT layers with LoRA, a step:
+  650 ms without, 590 with). The barrier is gone before fusion, so cheap producers are still copied
+  into their consumers. Other backends decide well and get no fence.
   """
   return jax.lax.platform_dependent(
     tree, cpu=jax.lax.optimization_barrier, default=lambda values: values
