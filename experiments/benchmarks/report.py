@@ -82,3 +82,17 @@ def write(path: str, rows: list[Row]) -> None:
     for row in rows:
       fields = {**dataclasses.asdict(row), "ratio": row.ratio, **common}
       file.write(json.dumps(fields) + "\n")
+
+
+def markdown(path: str) -> str:
+  """The rows of a results file as a Markdown table."""
+  rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+  lines = ["| case | ours | HF PEFT | unit | ratio |", "|---|---|---|---|---|"]
+  for row in rows:
+    numbers = f"{row['ours']:.1f} | {row['peer']:.1f} | {row['unit']} | {row['ratio']:.2f}"
+    lines.append(f"| {row['case']} | {numbers} |")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  print(markdown(sys.argv[1]))

@@ -1,10 +1,11 @@
-"""`fence`: a point across which XLA:CPU does not merge or move work."""
+"""What keeps XLA:CPU from computing things twice, or from keeping them too long."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 
@@ -20,3 +21,19 @@ def fence(tree: T) -> T:
   return jax.lax.platform_dependent(
     tree, cpu=jax.lax.optimization_barrier, default=lambda values: values
   )
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+  """The identity, whose operand XLA:CPU computes once, however many read it.
+
+  XLA:CPU copies cheap producers into every consumer. In a backward pass the gradient of the
+  residual stream is a chain of them through all layers, and each consumer recomputed the chain:
+  fusions of 37 operands, 65 ms of a step of 600 (six BERT layers). The result of a conditional
+  cannot be copied, and the compiler cannot know that this one's predicate always holds.
+  """
+
+  def on_cpu(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
+    return jax.lax.cond((bits | jnp.uint32(1)) != 0, lambda v: v, jnp.zeros_like, x)
+
+  return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda v: v)

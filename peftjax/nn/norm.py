@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core.fence import fence
+from peftjax.core.fence import computed_once, fence
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -45,7 +45,7 @@ def _backward(eps: float, saved: Any, g: jax.Array) -> Any:
   across = (gs * normed).mean(-1, keepdims=True)
   dx = inverse * (gs - gs.mean(-1, keepdims=True) - normed * across)
   batch = tuple(range(x.ndim - 1))
-  return fence(dx.astype(x.dtype)), (wide * normed).sum(batch), wide.sum(batch)
+  return computed_once(dx.astype(x.dtype)), (wide * normed).sum(batch), wide.sum(batch)
 
 
 def _row(vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -29,7 +29,6 @@ class Model:
   directory: str = ""  # a Hugging Face directory; "" is the MiniLM sample package
   scan_layers: bool = False
   dtype: str = "float32"  # of activations: float32 or bfloat16
-  init_head_seed: int = 0
 
   def compute_dtype(self) -> Any:
     if self.dtype not in ("float32", "bfloat16"):

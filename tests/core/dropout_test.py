@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peftjax.core.dropout import dropout, keep_level, random_bytes
-from peftjax.core.fence import fence
+from peftjax.core.fence import computed_once, fence
 
 KEY = jax.random.key(5)
 
@@ -118,3 +118,17 @@ def test_the_fence_is_a_barrier_on_cpu_only_and_lowers_elsewhere():
   assert "optimization_barrier" not in lower("tpu").as_text()
   assert "optimization_barrier" not in lower("cuda").as_text()
   assert "optimization_barrier" in lower("cpu", "tpu").as_text()
+
+
+@pytest.mark.parametrize("value", [1.5, -0.0, np.nan, np.inf, 0.0])
+def test_computed_once_is_the_identity_bit_for_bit(value):
+  """Whatever the first element, alone, jitted, mapped and in lower precision."""
+  x = np.array([value, -2.0, 3.0], np.float32)
+  for fn in (
+    computed_once,
+    jax.jit(computed_once),
+    jax.vmap(lambda row: computed_once(row[None])[0]),
+  ):
+    assert np.asarray(fn(x)).tobytes() == x.tobytes()
+  low = jnp.asarray(x, jnp.bfloat16)
+  assert np.asarray(jax.jit(computed_once)(low)).tobytes() == np.asarray(low).tobytes()
