@@ -10,7 +10,7 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.models.bert import BertClassifier, BertConfig
 
-# No axis of the batch equals one of a weight, so that no activation has a weight's shape.
+# No axis of the batch, nor rows times length, equals one of a weight, so that no activation has a weight's shape.
 BATCH, LENGTH, LABELS = 4, 10, 3
 
 _rng = np.random.default_rng(0)
@@ -21,7 +21,7 @@ CLASSES = np.array([0, 2, 1, 2], np.int32)
 
 def config(**overrides):
   """D = 64, L = 2, without dropout."""
-  shape = dict(vocab=120, width=64, layers=2, heads=4, ffn=96, positions=40, types=2, labels=LABELS)
+  shape = dict(vocab=120, width=64, layers=2, heads=4, ffn=96, positions=42, types=2, labels=LABELS)
   rest = dict(family="bert", activation="gelu", eps=1e-6, pad_id=0)
   rates = dict(dropout=0.0, attention_dropout=0.0, head_dropout=0.0)
   return BertConfig(**{**shape, **rest, **rates, **overrides})
