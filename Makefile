@@ -34,8 +34,9 @@ format: .venv/.installed ## Let ruff mend what it can and format the code
 parity: .venv/.parity ## Add torch, transformers and peft, compare with them live
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
-bench: .venv/.parity ## Time our training step against HF PEFT's
+bench: .venv/.parity ## Time a step and a whole run against HF PEFT's (ARGS=--out=FILE)
 	$(BIN)/python -m experiments.benchmarks.train_step $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.whole_run $(ARGS)
 
 lock: ## Make requirements.lock anew (ARGS=--upgrade: with newer versions)
 	$(PYTHON) -m venv build/lock
