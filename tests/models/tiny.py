@@ -10,7 +10,8 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.models.bert import BertClassifier, BertConfig
 
-# No axis of the batch, nor rows times length, equals one of a weight, so that no activation has a weight's shape.
+# No axis of the batch, nor rows times length, equals one of a weight, so that no activation has a
+# weight's shape.
 BATCH, LENGTH, LABELS = 4, 10, 3
 
 _rng = np.random.default_rng(0)
