@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import report
@@ -58,11 +59,12 @@ def write_files(root: Path, lines: int) -> dict[str, str]:
   files = {}
   for part, count in (("train", lines), ("validation", lines // 10), ("test", lines // 10)):
     files[part] = str(root / f"{part}.csv")
-    examples = splits[part]
+    order = np.random.default_rng(0).permutation(len(splits[part]))  # the corpus lies by class
+    examples = splits[part].take(order[:count])
     with open(files[part], "w", newline="", encoding="utf-8") as file:
       writer = csv.writer(file)
       writer.writerow(["text", "label"])
-      rows = zip(examples.texts[:count], examples.labels[:count].tolist(), strict=True)
+      rows = zip(examples.texts, examples.labels.tolist(), strict=True)
       writer.writerows(rows)
   return files
 
