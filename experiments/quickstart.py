@@ -2,7 +2,7 @@
 
   python -m experiments.quickstart
 
-First 64 tokens of 2,225 articles, 5 classes, 3 epochs each; ten minutes on two busy cores.
+First 64 tokens of 2,225 articles, 5 classes, 3 epochs each; six minutes on two CPU cores.
 Writes runs/quickstart/summary.json and learning_curves.png; a second run only prints.
 """
 

@@ -16,7 +16,8 @@ def set_up(compilation_cache: str | None) -> None:
   from absl import flags, logging
 
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # which accelerators are absent is no news
+    # Which accelerators are absent, and how Orbax reads its own options, is no news.
+    logging.set_verbosity(logging.ERROR)
   keep_programs(compilation_cache)
 
 

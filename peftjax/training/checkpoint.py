@@ -33,9 +33,6 @@ class Checkpoints:
       for name in ("latest", "best")
     }
 
-  def steps(self) -> dict[str, int | None]:
-    return {name: manager.latest_step() for name, manager in self._managers.items()}
-
   def save(self, name: str, step: int, arrays: Any, meta: Mapping[str, Any]) -> None:
     """Starts saving; what is there of this step already (by an earlier, killed run) stays."""
     manager = self._managers[name]
@@ -51,8 +48,11 @@ class Checkpoints:
       if name in (None, key):
         manager.wait_until_finished()
 
-  def meta(self, name: str) -> dict[str, Any]:
+  def meta(self, name: str) -> dict[str, Any] | None:
+    """What was saved beside the arrays; None if nothing was."""
     manager = self._managers[name]
+    if manager.latest_step() is None:
+      return None
     return manager.restore(
       manager.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
     ).meta

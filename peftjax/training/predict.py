@@ -31,16 +31,19 @@ class Predictor:
 
   def __init__(self, workdir: str | Path):
     workdir = build.resolve(workdir)
+    untrained = ValueError(
+      f"{workdir} holds no evaluated run; train first:\n  python -m experiments.train "
+      f"--config=configs/classify.py --workdir={workdir}"
+    )
     if not (workdir / "checkpoints" / "best").is_dir():
-      raise ValueError(
-        f"{workdir} holds no evaluated run; train first:\n  python -m experiments.train "
-        f"--config=configs/classify.py --workdir={workdir}"
-      )
+      raise untrained
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     self.settings = from_config(config)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
       meta = checkpoints.meta("best")
+      if meta is None:
+        raise untrained
       if meta["base"] != digest(self.settings.model.path()):
         raise ValueError(f"{self.settings.model.path()} is not the model {workdir} was trained on")
       self.labels: list[str] = meta["labels"]

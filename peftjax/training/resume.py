@@ -18,7 +18,7 @@ def latest_meta(workdir: Path) -> dict[str, Any] | None:
     return None
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   try:
-    return checkpoints.meta("latest") if checkpoints.steps()["latest"] is not None else None
+    return checkpoints.meta("latest")
   finally:
     checkpoints.close()
 

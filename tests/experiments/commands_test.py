@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,14 @@ def test_predict_without_a_run(fails, tmp_path):
   )
   assert str(tmp_path / "none") in message and "experiments.train" in message
   assert not (tmp_path / "none").exists()
+
+
+def test_predict_before_the_first_evaluation(fails, trained, tmp_path):
+  """A run that stopped before it was evaluated is no run yet."""
+  (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+  shutil.copy(trained[0] / "config.json", tmp_path)
+  message = fails("predict", workdir=str(tmp_path), text=["a text"], file=None, output=None)
+  assert "no evaluated run" in message
 
 
 def test_predict_without_a_text(fails, tmp_path):
