@@ -23,11 +23,15 @@ from peftjax.methods.masks import train
 from peftjax.methods.swap import align_ranks, unmerge
 from peftjax.models.pretrained import load_pretrained
 from peftjax.optim import freeze
+from peftjax.quant.formats import fp4, int4, int8, nf4
+from peftjax.quant.transform import quantize, requantize
+from peftjax.quant.weight import Quantized
 from peftjax.sharding import make_mesh, shardings
 
 __all__ = [
   "LoRA",
   "Method",
+  "Quantized",
   "Weight",
   "adapter_mask",
   "align_ranks",
@@ -38,7 +42,10 @@ __all__ = [
   "count",
   "describe",
   "einsum",
+  "fp4",
   "freeze",
+  "int4",
+  "int8",
   "linen",
   "load_peft",
   "load_pretrained",
@@ -46,8 +53,11 @@ __all__ = [
   "losses",
   "make_mesh",
   "merge",
+  "nf4",
   "optim",
   "partition",
+  "quantize",
+  "requantize",
   "save_peft",
   "select",
   "sharding",

@@ -32,9 +32,27 @@ def combine(*trees: Any) -> Any:
   )
 
 
-def merge(params: Any) -> Any:
-  """Ordinary arrays: every `Weight` replaced by the dense array it stands for."""
-  return jax.tree.map(materialize, params, is_leaf=paths.is_leaf)
+def merge(params: Any, *, dense: bool = False) -> Any:
+  """Ordinary arrays: every `Weight` replaced by the dense array it stands for.
+
+  Args:
+    params: a tree of arrays and weights.
+    dense: dequantise quantised weights too, which makes them four to eight times as large.
+
+  Raises:
+    ValueError: on a quantised weight, alone or under an adapter, unless `dense`.
+  """
+
+  def of(path: str, leaf: Any) -> Any:
+    if isinstance(leaf, Weight) and leaf.quantised and not dense:
+      raise ValueError(
+        f"{path} is quantised, and merging would make it dense. Write pj.merge(params, dense=True) "
+        "for dense arrays, or pj.requantize(params) to fold adapters into the codes; that changes "
+        "the outputs, and it returns by how much."
+      )
+    return materialize(leaf)
+
+  return paths.map_leaves(of, params)
 
 
 def made_mask(params: Any) -> Any:
@@ -42,7 +60,7 @@ def made_mask(params: Any) -> Any:
 
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, Weight):
-      return False
+      return jax.tree.map(lambda _: False, leaf)
     return leaf.replace(
       **{
         field: of(child) if field in leaf.pretrained else jax.tree.map(lambda _: True, child)

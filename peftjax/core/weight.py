@@ -46,6 +46,11 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
     raise NotImplementedError
 
   @property
+  def quantised(self) -> bool:
+    """Whether the dense array is larger than what is kept, and lost something on the way."""
+    return False
+
+  @property
   def ndim(self) -> int:
     return len(self.shape)
 

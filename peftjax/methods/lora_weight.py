@@ -57,6 +57,10 @@ class LoRA(Weight):
     return self.base.dtype
 
   @property
+  def quantised(self) -> bool:
+    return isinstance(self.base, Weight) and self.base.quantised
+
+  @property
   def stack(self) -> tuple[int, ...]:
     return tuple(self.a.shape[:-2])
 

@@ -22,6 +22,8 @@ from peftjax.nn.norm import LayerNorm
 NEW = r"head/.*|bert/pooler/.*"
 # ... and tensors it may have that a classifier does not use: buffers and pretraining heads.
 UNUSED = r".*position_ids|cls\..*|lm_head\..*|(roberta\.)?pooler\..*"
+# Hugging Face keeps kernels [out, in].
+OUT_FIRST = True
 
 _TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
@@ -294,3 +296,7 @@ class BertClassifier(nn.Module):
     x_BTD, first_BD = Body(c, name=c.family)(tokens, mask, types, keys[0])
     logits = Head(c, name="head")(first_BD, keys[1]).astype(jnp.float32)
     return (x_BTD, first_BD) if hidden else logits
+
+
+# What `pretrained` makes a model of this family with.
+CONFIG, MODEL = BertConfig, BertClassifier

@@ -18,6 +18,7 @@ def attention(
   v_BSD: jax.Array,
   bias: jax.Array,
   num_heads: int,
+  num_kv_heads: int | None = None,
   *,
   key: jax.Array | None = None,
   rate: float = 0.0,
@@ -28,55 +29,72 @@ def attention(
   are dropped at `rate`.
 
   Args:
-    q_BTD, k_BSD, v_BSD: projections, D = N·H.
-    bias: added to the scores, broadcastable to `[B, N, T, S]`: 0 to attend, very negative not to.
+    q_BTD: projection, D = N·H.
+    k_BSD, v_BSD: projections, D = K·H.
+    bias: added to the scores, `[B or 1, 1, T or 1, S]`: 0 to attend, very negative not to.
     num_heads: N.
+    num_kv_heads: K, a divisor of N, by default N: N/K heads in a row share keys and values
+      (Ainslie et al. 2023, arXiv 2305.13245).
     key, rate: of the dropout.
   """
+  kv_heads = num_kv_heads or num_heads
+  batch, length, source = *q_BTD.shape[:2], k_BSD.shape[1]
   random = None
   if key is not None and keep_level(rate) < 256:
-    batch, length, source = *q_BTD.shape[:2], k_BSD.shape[1]
     random = random_bytes(key, (batch, num_heads, length, source))
-  return _attention(q_BTD, k_BSD, v_BSD, bias, random, num_heads, rate)
+    random = random.reshape(batch, kv_heads, -1, source)
+  if num_heads > kv_heads and bias.shape[2] > 1:  # the heads of a group are more rows of queries
+    bias = jnp.tile(bias, (1, 1, num_heads // kv_heads, 1))
+  return _attention(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, bias, random, num_heads, rate):
-  return _forward(q, k, v, bias, random, num_heads, rate)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, bias, random, num_heads, kv_heads, rate):
+  return _forward(q, k, v, bias, random, num_heads, kv_heads, rate)[0]
 
 
-def _heads(x_BTD: jax.Array, num_heads: int) -> jax.Array:
-  """`[B, T, D]` to `[B, N, T, H]`: every product then runs over one batch of matrices."""
+def _heads(x_BTD: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
+  """`[B, T, N·H]` to `[B, K, N/K·T, H]`: every product then runs over one batch of matrices."""
   batch, length, width = x_BTD.shape
-  return x_BTD.reshape(batch, length, num_heads, width // num_heads).transpose(0, 2, 1, 3)
+  if num_heads == kv_heads:
+    return x_BTD.reshape(batch, length, num_heads, width // num_heads).transpose(0, 2, 1, 3)
+  x = x_BTD.reshape(batch, length, kv_heads, num_heads // kv_heads, width // num_heads)
+  return x.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width // num_heads)
 
 
-def _join(x_BNTH: jax.Array) -> jax.Array:
-  batch, heads, length, size = x_BNTH.shape
-  return fence(x_BNTH.transpose(0, 2, 1, 3).reshape(batch, length, heads * size))
+def _join(x_BKTH: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
+  """Undoes `_heads`."""
+  batch, _, rows, size = x_BKTH.shape
+  group = num_heads // kv_heads
+  if group == 1:
+    return fence(x_BKTH.transpose(0, 2, 1, 3).reshape(batch, rows, num_heads * size))
+  x = x_BKTH.reshape(batch, kv_heads, group, rows // group, size).transpose(0, 3, 1, 2, 4)
+  return fence(x.reshape(batch, rows // group, num_heads * size))
 
 
-def _forward(q_BTD, k_BSD, v_BSD, bias, random, num_heads, rate) -> Any:
+def _forward(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate) -> Any:
   scale = (q_BTD.shape[-1] // num_heads) ** -0.5
-  q, k, v = fence(tuple(_heads(x, num_heads) for x in (q_BTD * scale, k_BSD, v_BSD)))
+  q = _heads(q_BTD * scale, num_heads, kv_heads)
+  q, k, v = fence((q, _heads(k_BSD, kv_heads, kv_heads), _heads(v_BSD, kv_heads, kv_heads)))
   scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) + bias
   p = fence(jax.nn.softmax(scores).astype(q.dtype))
   dropped = p if random is None else drop(p, random, rate)
-  out = _join(fence(jnp.einsum("bnts,bnsh->bnth", dropped, v)))
+  out = _join(fence(jnp.einsum("bnts,bnsh->bnth", dropped, v)), num_heads, kv_heads)
   return out, (q, k, v, p, random)
 
 
-def _backward(num_heads, rate, saved, g_BTD) -> Any:
+def _backward(num_heads, kv_heads, rate, saved, g_BTD) -> Any:
   q, k, v, p, random = saved
   undrop = lambda x: x if random is None else drop(x, random, rate)
-  g = fence(_heads(fence(g_BTD), num_heads))
+  g = fence(_heads(fence(g_BTD), num_heads, kv_heads))
   dv = jnp.einsum("bnts,bnth->bnsh", fence(undrop(p)), g)
   dp = fence(undrop(jnp.einsum("bnth,bnsh->bnts", g, v)))
   wide = dp.astype(jnp.float32)
   ds = fence((p * (wide - (wide * p).sum(-1, keepdims=True))).astype(p.dtype))
   dq = jnp.einsum("bnts,bnsh->bnth", ds, k) * (q.shape[-1] ** -0.5)
   dk = jnp.einsum("bnts,bnth->bnsh", ds, q)
-  return _join(dq), _join(dk), _join(dv), None, None
+  joined = (_join(x, kv_heads, kv_heads) for x in (dk, dv))
+  return _join(dq, num_heads, kv_heads), *joined, None, None
 
 
 _attention.defvjp(_forward, _backward)

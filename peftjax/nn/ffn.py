@@ -34,6 +34,27 @@ def _gelu_backward(x: jax.Array, g: jax.Array) -> Any:
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) · up, silu(z) = z σ(z) (Shazeer 2020, arXiv 2002.05202, eq. 6). Keeps its inputs."""
+  return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate: jax.Array, up: jax.Array) -> Any:
+  gate, up = fence((gate, up))
+  return fence(swiglu(gate, up)), (gate, up)
+
+
+def _swiglu_backward(saved: Any, g: jax.Array) -> Any:
+  gate, up, g = fence((*saved, g))
+  sigmoid = jax.nn.sigmoid(gate)
+  silu = gate * sigmoid
+  return fence((g * up * (sigmoid + silu * (1 - sigmoid)), g * silu))
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
 # Hugging Face's names of `hidden_act`.
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": gelu,

@@ -24,10 +24,13 @@ class Linear(nn.Module):
   """y = x W + b with W `[in, out]`, in the dtype of x."""
 
   features: int
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = weight(self, "kernel", normal, (x.shape[-1], self.features))
+    if not self.use_bias:
+      return linear(x, kernel)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = linear(x, kernel)
     return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -42,5 +45,9 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
-    table = weight(self, "embedding", normal, (self.vocab, self.features))
-    return take(table, ids).astype(self.dtype)
+    return take(self.table(), ids).astype(self.dtype)
+
+  @nn.nowrap
+  def table(self) -> Any:
+    """The table itself, for a tied head."""
+    return weight(self, "embedding", normal, (self.vocab, self.features))

@@ -1,4 +1,4 @@
-"""Layer normalisation with its closed-form derivative."""
+"""Layer and root-mean-square normalisation with their closed-form derivatives."""
 
 from __future__ import annotations
 
@@ -66,3 +66,50 @@ class LayerNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
     return layer_norm(x, scale, bias, self.eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """x / √(mean(x²) + eps) · scale over the last axis (Zhang & Sennrich 2019, eq. 4).
+
+  Statistics are float32, the result has the dtype of `x`. Keeps `x` and the reciprocal root.
+
+  Args:
+    x: `[..., D]`.
+    scale: `[D]`.
+    eps: added to the mean square.
+  """
+  return _rms_forward(x, scale, eps)[0]
+
+
+def _rms_forward(x: jax.Array, scale: jax.Array, eps: float) -> Any:
+  wide = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+  x, inverse = fence((x, inverse))
+  y = x.astype(jnp.float32) * inverse * _row(scale, x)
+  return fence(y.astype(x.dtype)), (x, inverse, scale)
+
+
+def _rms_backward(eps: float, saved: Any, g: jax.Array) -> Any:
+  x, inverse, scale = saved
+  g = fence(g)
+  wide = g.astype(jnp.float32)
+  normed = x.astype(jnp.float32) * inverse
+  gs = wide * _row(scale, x)
+  dx = inverse * (gs - normed * (gs * normed).mean(-1, keepdims=True))
+  batch = tuple(range(x.ndim - 1))
+  return computed_once(dx.astype(x.dtype)), (wide * normed).sum(batch)
+
+
+rms_norm.defvjp(_rms_forward, _rms_backward)
+
+
+class RMSNorm(nn.Module):
+  """`rms_norm` with its parameter."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    return rms_norm(x, scale, self.eps)

@@ -67,7 +67,11 @@ def adapted(settings: Settings, outputs: int, mesh: Mesh | None = None) -> Adapt
   key = jax.random.key(settings.seed)
   model = settings.model
   module, params, new = pretrained.load(
-    model.path(), outputs, model.scan_layers, model.compute_dtype(), jax.random.fold_in(key, 0)
+    model.path(),
+    outputs,
+    key=jax.random.fold_in(key, 0),
+    scan_layers=model.scan_layers,
+    dtype=model.compute_dtype(),
   )
   method = settings.build_method()
   layout = None

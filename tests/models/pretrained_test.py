@@ -161,7 +161,7 @@ def test_a_head_of_another_size_than_its_own_config_raises(checkpoint):
     pj.load_pretrained(checkpoint.path)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", None, 7])
+@pytest.mark.parametrize("kind", ["bloom", None, 7])
 def test_an_unknown_model_type_raises(checkpoint, kind):
   checkpoint.config(lambda c: c.update(model_type=kind))
   with pytest.raises(ValueError, match=f"model_type {kind!r}; supported are bert, roberta"):

@@ -1,0 +1,81 @@
+"""Keys and values of the tokens a decoder has seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+class Cache(flax.struct.PyTreeNode):
+  """What generation keeps between tokens, at most S of them a row.
+
+  Attributes:
+    layers: a (key, value) pair `[B, S, K·H]` for each layer, or one pair of `[L, B, S, K·H]`.
+    valid: bool `[B, S]`, true where there is a token (and not the padding before a prompt).
+    index: int32, where the next token goes, in every row.
+  """
+
+  layers: Any
+  valid: jax.Array
+  index: jax.Array
+
+  @classmethod
+  def empty(cls, config: Any, batch: int, length: int) -> Cache:
+    """For `length` tokens of `batch` texts, in the compute dtype of a decoder's config."""
+    shape = (batch, length, config.kv_heads * config.head_size)
+    pair = lambda *stack: tuple(jnp.zeros((*stack, *shape), config.dtype) for _ in range(2))
+    layers = (
+      pair(config.layers) if config.scan_layers else tuple(pair() for _ in range(config.layers))
+    )
+    return cls(layers, jnp.zeros((batch, length), bool), jnp.int32(0))
+
+  def advance(self, mask_BT: jax.Array) -> Cache:
+    """With the next T columns marked as tokens where the mask is true; index stays."""
+    at = (jnp.int32(0), self.index)
+    return self.replace(valid=jax.lax.dynamic_update_slice(self.valid, mask_BT, at))
+
+
+def write(
+  pair: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The (key, value) pair with `[B, T, K·H]` new entries from column `index` on."""
+  at = (jnp.int32(0), index, jnp.int32(0))
+  one, two = (jax.lax.dynamic_update_slice(old, x, at) for old, x in zip(pair, new, strict=True))
+  return one, two
+
+
+def causal_bias(
+  mask: jax.Array,
+  segments: jax.Array | None = None,
+  *,
+  first: jax.Array | int = 0,
+  length: int | None = None,
+  window: int | None = None,
+) -> jax.Array:
+  """What a decoder adds to its scores: 0 where token t may see token s, else very negative.
+
+  It may if s is a token, not after t, of the same segment, and less than `window` before t.
+
+  Args:
+    mask: bool `[B, S]`, true on tokens.
+    segments: int `[B, S]`, the document each token is of, where several share a row.
+    first: the column of the first query.
+    length: T, the number of queries, by default S.
+    window: of sliding attention.
+
+  Returns:
+    float32 `[B, 1, T, S]`.
+  """
+  source = mask.shape[1]
+  s = jnp.arange(source)[None, :]
+  t = first + jnp.arange(length or source)[:, None]
+  seen = s <= t
+  if window is not None:
+    seen &= t - s < window
+  allowed = seen[None] & mask[:, None, :].astype(bool)
+  if segments is not None:
+    allowed &= segments[:, :, None] == segments[:, None, :]
+  return jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)[:, None]

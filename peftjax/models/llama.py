@@ -1,0 +1,245 @@
+"""Decoders of the Llama family: Llama 2 and 3, Mistral, Qwen2, SmolLM2."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from peftjax.core.einsum import attend
+from peftjax.models.cache import Cache, causal_bias, write
+from peftjax.nn import rope
+from peftjax.nn.attention import attention
+from peftjax.nn.ffn import swiglu
+from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.norm import RMSNorm
+
+# Every tensor has to be there, ...
+NEW = r"(?!)"
+# ... and these may be: buffers, and the head that a tied table makes redundant.
+UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
+# Hugging Face keeps kernels [out, in].
+OUT_FIRST = True
+
+_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+def hf_name(path: str) -> str:
+  """The Hugging Face tensor of a parameter.
+
+  >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
+  'model.layers.0.self_attn.q_proj.weight'
+  """
+  *modules, leaf = path.split("/")
+  return re.sub(r"\blayers_(\d+)", r"layers.\1", ".".join([*modules, _TORCH[leaf]]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+  """The shape of a model; one letter is what the shapes in this file are named by."""
+
+  family: ClassVar[str] = "llama"
+  vocab: int  # V
+  width: int  # D
+  layers: int  # L
+  heads: int  # N
+  kv_heads: int  # K
+  head_size: int  # H
+  ffn: int  # F
+  positions: int
+  eps: float
+  theta: float
+  rope_scaling: tuple[tuple[str, Any], ...]  # items of Hugging Face's dictionary
+  window: int | None  # of sliding attention
+  qkv_bias: bool
+  out_bias: bool
+  ffn_bias: bool
+  tied: bool
+  scan_layers: bool = False
+  remat: bool = False  # compute each layer's activations again in the backward pass
+  dtype: Any = jnp.float32  # of activations; parameters stay as they are
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
+    """Reads a Hugging Face `config.json`.
+
+    Raises:
+      ValueError: on a field this decoder does not have.
+    """
+    kind = config["model_type"]
+    if config.get("hidden_act", "silu") != "silu":
+      raise ValueError(f"hidden_act {config['hidden_act']!r}: this decoder has SwiGLU, 'silu'")
+    if config.get("use_sliding_window") and kind == "qwen2":
+      raise ValueError("use_sliding_window: Qwen2 models that mix windows are not supported")
+    heads = config["num_attention_heads"]
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
+    bias = config.get("attention_bias", False)
+    fields = dict(
+      vocab=config["vocab_size"],
+      width=config["hidden_size"],
+      layers=config["num_hidden_layers"],
+      heads=heads,
+      kv_heads=config.get("num_key_value_heads") or heads,
+      head_size=config.get("head_dim") or config["hidden_size"] // heads,
+      ffn=config["intermediate_size"],
+      positions=config["max_position_embeddings"],
+      eps=config["rms_norm_eps"],
+      theta=float(theta),
+      rope_scaling=tuple(sorted(scaling.items())),
+      window=config.get("sliding_window") if kind == "mistral" else None,
+      qkv_bias=kind == "qwen2" or bias,
+      out_bias=kind != "qwen2" and bias,
+      ffn_bias=config.get("mlp_bias", False),
+      tied=config.get("tie_word_embeddings", False),
+    )
+    made = cls(**{**fields, **overrides})
+    made.frequencies()  # says what it does not know before any weight is read
+    return made
+
+  @property
+  def max_length(self) -> int:
+    return self.positions
+
+  def frequencies(self) -> tuple[np.ndarray, float]:
+    return rope.frequencies(self.head_size, self.theta, dict(self.rope_scaling), self.positions)
+
+
+class SelfAttention(nn.Module):
+  """Causal attention with rotated queries and keys; grouped heads share keys and values."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, angles: Any, bias: jax.Array, index: Any, cache: Any) -> Any:
+    c = self.config
+    q = Linear(c.heads * c.head_size, c.qkv_bias, name="q_proj")(x_BTD)
+    k = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="k_proj")(x_BTD)
+    v = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="v_proj")(x_BTD)
+    q, k = rope.rotate(q, angles, c.heads), rope.rotate(k, angles, c.kv_heads)
+    if cache is not None:
+      k, v = cache = write(cache, (k, v), index)
+    y = attention(q, k, v, bias, c.heads, c.kv_heads)
+    return Linear(c.width, c.out_bias, name="o_proj")(y), cache
+
+
+class Mlp(nn.Module):
+  """down(silu(gate(x)) · up(x))."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    gate, up = (Linear(c.ffn, c.ffn_bias, name=name)(x) for name in ("gate_proj", "up_proj"))
+    return Linear(c.width, c.ffn_bias, name="down_proj")(swiglu(gate, up))
+
+
+class Layer(nn.Module):
+  """One block; a scan step: (x, cache, inputs) to (x, cache)."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, cache: Any, angles: Any, bias: jax.Array, index: Any) -> Any:
+    c = self.config
+    h = RMSNorm(c.eps, name="input_layernorm")(x)
+    y, cache = SelfAttention(c, name="self_attn")(h, angles, bias, index, cache)
+    x = x + y
+    return x + Mlp(c, name="mlp")(RMSNorm(c.eps, name="post_attention_layernorm")(x)), cache
+
+
+class Body(nn.Module):
+  """Tokens to the normalised last hidden state `[B, T, D]`, the table, and the caches."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(
+    self, tokens: jax.Array, positions: jax.Array, bias: jax.Array, cache: Cache | None
+  ) -> Any:
+    c = self.config
+    embed = Embedding(c.vocab, c.width, c.dtype, name="embed_tokens")
+    x = embed(tokens)
+    omega, factor = c.frequencies()
+    shared = (rope.angles(positions, omega, factor, c.dtype), bias, cache and cache.index)
+    pairs = None if cache is None else cache.layers
+    block = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
+    if c.scan_layers:
+      layers = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, *[nn.broadcast] * 3),
+        length=c.layers,
+      )
+      x, pairs = layers(c, name="layers")(x, pairs, *shared)
+    else:
+      made = []
+      for i in range(c.layers):
+        x, pair = block(c, name=f"layers_{i}")(x, pairs and pairs[i], *shared)
+        made.append(pair)
+      pairs = pairs and tuple(made)
+    return RMSNorm(c.eps, name="norm")(x), embed.table(), pairs
+
+
+class LlamaForCausalLM(nn.Module):
+  """A decoder with its language-model head; parameters `{"model": ..., "lm_head": ...}`."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    *,
+    cache: Cache | None = None,
+    train: bool = False,
+  ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
+    """Logits of the next token at every place, float32; with a cache, and the cache as it is then.
+
+    Args:
+      tokens: ids below the vocabulary's size.
+      mask: true on tokens, false on padding; by default all true.
+      positions: of the tokens in their text, by default counted along the mask.
+      segments: the document of each token, where several share a row: none sees another.
+      cache: of the tokens before; these are appended.
+      train: of no effect: this family has no dropout of its own.
+    """
+    c = self.config
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    if cache is None:
+      if tokens.shape[1] > c.max_length:
+        raise ValueError(f"{tokens.shape[1]} tokens, but this model has {c.max_length} positions")
+      before = jnp.int32(0)
+      bias = causal_bias(mask, segments, window=c.window)
+    else:
+      before = cache.valid.sum(1, keepdims=True)
+      cache = cache.advance(mask)
+      length = tokens.shape[1]
+      bias = causal_bias(cache.valid, first=cache.index, length=length, window=c.window)
+    if positions is None:
+      positions = jnp.maximum(before + jnp.cumsum(mask, 1) - 1, 0)
+    x_BTD, table, pairs = Body(c, name="model")(tokens, positions, bias, cache)
+    if c.tied:
+      logits = attend(table, x_BTD)
+    else:
+      logits = Linear(c.vocab, use_bias=False, name="lm_head")(x_BTD)
+    logits = logits.astype(jnp.float32)
+    if cache is None:
+      return logits
+    return logits, cache.replace(layers=pairs, index=cache.index + tokens.shape[1])
+
+
+# What `pretrained` makes a model of this family with.
+CONFIG, MODEL = LlamaConfig, LlamaForCausalLM

@@ -1,0 +1,1 @@
+"""Frozen weights in four and eight bits."""

@@ -1,0 +1,128 @@
+"""`quantize`: arrays of a parameter tree to quantised weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import paths
+from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.weight import Weight
+from peftjax.quant.formats import Format
+from peftjax.quant.weight import Quantized
+
+
+def quantize(
+  params: Any,
+  fmt: Format,
+  where: str | Sequence[str] = "all-linear",
+  layout: Layout | None = None,
+) -> Any:
+  """`params` with the matrices that `where` selects in four or eight bits.
+
+  Quantise first, then attach an adapter: a LoRA around a quantised base is QLoRA.
+
+  Args:
+    params: of arrays, concrete or abstract (`jax.ShapeDtypeStruct`).
+    fmt: `nf4(...)`, `fp4(...)`, `int4(...)` or `int8(...)`.
+    where: module names, regexes of whole paths, or `"all-linear"` (no embeddings, no heads).
+    layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+
+  Raises:
+    ValueError: before anything is computed: a target that matches nothing, is no matrix, is
+      quantised or has an adapter already, or has an odd contraction size; and, before the tree is
+      made, a weight with NaN or infinite entries.
+  """
+  chosen = paths.select(params, where)
+  flat = paths.leaves(params)
+  for path in chosen:
+    check(path, flat[path], fmt, layout)
+  make = lambda path, leaf: quantize_leaf(path, leaf, fmt) if path in set(chosen) else leaf
+  return paths.map_leaves(make, params)
+
+
+def requantize(params: Any) -> tuple[Any, dict[str, float]]:
+  """Folds adapters into the quantised weights they sit on, in the format these have.
+
+  The sum W + ΔW falls between the codes again, so the outputs change, by more than an adapter's
+  training may have changed them: look at the error, or merge into dense arrays instead
+  (`pj.merge(params, dense=True)`).
+
+  Returns:
+    The tree with a quantised weight in place of each adapter on one, and ‖Q(W + ΔW) − (W + ΔW)‖ /
+    ‖W + ΔW‖ (Frobenius) of each of their paths. Other leaves are as they were.
+  """
+  errors: dict[str, float] = {}
+
+  def fold(path: str, leaf: Any) -> Any:
+    base = getattr(leaf, "base", None)
+    if not isinstance(base, Quantized):
+      return leaf
+    dense = leaf.materialize()
+    weight = quantize_leaf(path, dense, base.fmt)
+    errors[path] = float(relative_error(weight, dense))
+    return weight
+
+  return paths.map_leaves(fold, params), errors
+
+
+@jax.jit
+def relative_error(weight: Quantized, dense: jax.Array) -> jax.Array:
+  """‖W_q − W‖ / ‖W‖ (Frobenius), float32."""
+  dense = dense.astype(jnp.float32)
+  off = weight.materialize().astype(jnp.float32) - dense
+  return jnp.linalg.norm(off.ravel()) / jnp.linalg.norm(dense.ravel())
+
+
+def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> None:
+  """Raises `ValueError` if the leaf at `path` cannot be quantised."""
+  if isinstance(leaf, Weight):
+    what = "quantised" if isinstance(leaf, Quantized) else "a " + type(leaf).__name__
+    raise ValueError(f"{path} is {what} already; quantise plain arrays, then attach adapters")
+  axes = axes_of(path, tuple(leaf.shape), layout)
+  if axes != Axes():
+    raise ValueError(
+      f"{path} {tuple(leaf.shape)} has several input or output axes; only [*layers, in, out] "
+      "kernels can be quantised. Leave it out of `where`."
+    )
+  size = leaf.shape[axis_of(path)]
+  if fmt.bits == 4 and size % 2:
+    raise ValueError(
+      f"{path} {tuple(leaf.shape)} has the odd contraction size {size}: two codes share a byte. "
+      "Use pj.int8(), or leave it out of `where`."
+    )
+
+
+def quantize_leaf(path: str, leaf: Any, fmt: Format) -> Quantized:
+  """The quantised weight of an array.
+
+  Raises:
+    ValueError: if an entry is NaN or infinite.
+  """
+  make = functools.partial(_quantized, fmt=fmt, axis=axis_of(path))
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.eval_shape(make, leaf)[0]
+  weight, finite = _jitted(leaf, fmt, axis_of(path))
+  if not isinstance(finite, jax.core.Tracer) and not finite:
+    raise ValueError(
+      f"{path} has NaN or infinite entries, which no quantised format holds. Mend the checkpoint."
+    )
+  return weight
+
+
+def axis_of(path: str) -> int:
+  """The contraction axis: of a table it is that of the features."""
+  return -1 if path.split("/")[-1] == "embedding" else -2
+
+
+def _quantized(leaf: Any, fmt: Format, axis: int) -> tuple[Quantized, jax.Array]:
+  codes, scales = fmt.quantize(leaf, axis)
+  weight = Quantized(codes=codes, scales=scales, fmt=fmt, axis=axis, dense_dtype=leaf.dtype.name)
+  return weight, jnp.isfinite(leaf).all()
+
+
+_jitted = jax.jit(_quantized, static_argnums=(1, 2))
