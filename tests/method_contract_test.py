@@ -43,6 +43,7 @@ class Entry:
   dtype: Any = jnp.float32  # of activations
   identity: float = 2e-6  # largest change of the outputs by attach
   rounding: float = 2e-5  # two ways to compute one thing, relative
+  base: Any = None  # format the linear layers of the base are quantised in
 
 
 _BOTH = ("unrolled", "scanned")
@@ -73,6 +74,18 @@ ENTRIES = [
   Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables)),
   Entry("dropout", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2)),
   Entry("bf16", lambda: lora(4, 8), _QV, lambda: lora(2, 3), dtype=jnp.bfloat16, rounding=3e-2),
+  Entry("nf4", lambda: lora(4, 8), _QV, lambda: lora(2, 3), _BOTH, base=pj.nf4()),
+  Entry(
+    "int8", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2), base=pj.int8(32)
+  ),
+  Entry(
+    "fp4 all-linear",
+    lambda: lora(4, 8, "all-linear"),
+    _LINEAR,
+    lambda: lora(3, 9, "all-linear"),
+    base=pj.fp4(32, double_quant=False),
+  ),
+  Entry("nf4 bf16", lambda: lora(4, 8), _QV, dtype=jnp.bfloat16, rounding=3e-2, base=pj.nf4(32)),
   Entry("full", lambda: train(".*"), ".*"),
   Entry("head", lambda: train("head/.*"), "head/.*"),
   Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*"),
@@ -138,6 +151,8 @@ class Subject:
     self.model, self.layout = self.programs.model, self.programs.layout
     self.plain, self.forward = self.programs.plain, self.programs.forward
     self.params = tiny.scanned_params() if scan else tiny.params()
+    if entry.base:
+      self.params = pj.quantize(self.params, entry.base, layout=self.layout)
     self.method = entry.method()
     self.attached = self.method.attach(KEY, self.params, self.layout)
     self.mask = self.method.trainable(self.attached)
@@ -189,7 +204,9 @@ class Subject:
     return pj.partition(params, pj.adapter_mask(params, self.mask))
 
   def weights(self, params):
-    return {p: leaf for p, leaf in paths.leaves(params).items() if isinstance(leaf, Weight)}
+    """The weights a method attached."""
+    flat = {p: leaf for p, leaf in paths.leaves(params).items() if isinstance(leaf, Weight)}
+    return {p: leaf for p, leaf in flat.items() if not isinstance(leaf, pj.Quantized)}
 
 
 def _ids():
@@ -200,6 +217,10 @@ def _ids():
 def subject(request):
   entry, layers = request.param
   return Subject(entry, layers == "scanned")
+
+
+def merge(params):
+  return pj.merge(params, dense=True)
 
 
 def close(subject, one, two, scale=1.0):
@@ -248,12 +269,18 @@ def test_law_2_einsum_and_take_equal_those_of_the_dense_array(subject):
 
 def test_law_3_merge_preserves_outputs_and_unmerge_gives_the_base_back(subject):
   """A merged tree is a plain tree of the model; unmerging it is attaching again."""
-  merged = pj.merge(subject.live)
-  assert not subject.weights(merged)
-  chex.assert_trees_all_equal_shapes_and_dtypes(merged, subject.params)
+  merged = merge(subject.live)
+  assert not any(isinstance(leaf, Weight) for leaf in paths.leaves(merged).values())
+  chex.assert_trees_all_equal_shapes_and_dtypes(merged, merge(subject.params))
   close(subject, subject.plain(merged), subject.forward(subject.live))
   back = pj.unmerge(merged, subject.live)
-  chex.assert_trees_all_close(back, subject.live, atol=1e-6)
+  if subject.entry.base:  # its base is dense then, and only its dense form the same
+    with pytest.raises(ValueError, match="is quantised"):
+      pj.merge(subject.live)
+    back, subject_live = merge(back), merge(subject.live)
+    chex.assert_trees_all_close(back, subject_live, atol=1e-6)
+  else:
+    chex.assert_trees_all_close(back, subject.live, atol=1e-6)
 
 
 def test_law_4_exactly_what_is_trained_has_a_gradient(subject):
@@ -315,8 +342,8 @@ def test_law_6_an_adapter_is_swapped_without_tracing_again(subject):
       unaligned, subject.entry.other().trainable(unaligned)
     )
     assert pj.count(swapped, subject.mask) != pj.count(subject.attached, subject.mask)
-    chex.assert_trees_all_close(pj.merge(swapped), pj.merge(unaligned), atol=1e-6)
-  close(subject, subject.plain(pj.merge(moved)), subject.forward(moved))
+    chex.assert_trees_all_close(merge(swapped), merge(unaligned), atol=1e-6)
+  close(subject, subject.plain(merge(moved)), subject.forward(moved))
 
 
 def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
@@ -352,10 +379,11 @@ def test_law_7_children_lie_as_their_weight_does(subject):
   assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(subject.attached)
   dense = paths.leaves(pj.sharding.specs(subject.params, mesh))
   for path, weight in subject.weights(specs).items():
-    *stack, n_in, n_out = (*dense[path], None, None)[
+    spec = dense[path].codes if isinstance(weight.base, pj.Quantized) else dense[path]
+    *stack, n_in, n_out = (*spec, None, None)[
       : len(subject.layout[path].ins) + 1 + len(paths.leaves(subject.params)[path].shape) - 2
     ]
-    assert tuple(weight.base) == tuple(dense[path])
+    assert getattr(weight.base, "codes", weight.base) == spec
     if isinstance(weight, pj.LoRA):
       assert weight.a == P(*stack, None, n_in) and weight.b == P(*stack, n_out, None)
       assert weight.scale == weight.rank == P(*stack)
@@ -372,9 +400,9 @@ def test_law_8_a_checkpoint_of_the_adapter_and_the_base_restore_the_model(subjec
   assert jax.tree.structure(params) == jax.tree.structure(subject.live)
   chex.assert_trees_all_equal(params, subject.live)
   # What is not saved is the model's own, untouched.
-  flat = arrays(pj.merge(subject.params))
+  flat = arrays(subject.params)
   for path, x in arrays(base).items():
-    np.testing.assert_array_equal(x, flat[path.removesuffix("/base")])
+    np.testing.assert_array_equal(x, flat[re.sub("/base($|/)", r"\1", path)])
 
 
 def test_law_9_everything_works_on_shapes_alone(subject):
@@ -407,7 +435,7 @@ def test_law_10_the_files_of_a_method_give_the_model_back(subject, tmp_path):
     return
   save()
   loaded, mask = hf_peft.load(tmp_path, subject.params, subject.model)
-  chex.assert_trees_all_close(pj.merge(loaded), pj.merge(subject.live), atol=1e-6)
+  chex.assert_trees_all_close(merge(loaded), merge(subject.live), atol=1e-6)
   assert set(subject.weights(loaded)) == set(subject.weights(subject.live))
   trained = {p for p, on in arrays(mask).items() if on}
   assert trained >= {p for p, on in arrays(subject.mask).items() if on}
@@ -418,14 +446,17 @@ def test_law_11_factored_means_factored(subject):
   shapes = set()
   for weight in subject.weights(subject.attached).values():
     shapes |= {weight.shape, weight.shape[-2:]}
-  # Compute in another dtype casts the base, and nothing but the base.
+  # Compute in another dtype casts the base, and nothing but the base; a quantised one is
+  # looked up, scaled and reshaped, but nothing is added to it, nor is it a product.
   allow = ("convert_element_type", "scan") if subject.entry.dtype != jnp.float32 else ()
+  decoding = ("gather", "sub", "div", "broadcast_in_dim", "reshape", "jit", "convert_element_type")
+  allow += decoding if subject.entry.base else ()
   args = (*subject.split(subject.attached), KEY)
   if shapes:
     assert producers(jax.value_and_grad(subject.programs.loss), shapes, *args, allow=allow) == []
     # The same check sees what it looks for.
     dense = jax.value_and_grad(
-      lambda t, f, key: subject.programs.loss(pj.merge(pj.combine(t, f)), {}, key)
+      lambda t, f, key: subject.programs.loss(merge(pj.combine(t, f)), {}, key)
     )
     assert producers(dense, shapes, *args, allow=allow)
 
@@ -443,7 +474,7 @@ def test_law_13_dropout_draws_anew_each_step_and_never_in_evaluation(subject):
     subject.live,
     is_leaf=paths.is_leaf,
   )
-  close(subject, subject.forward(subject.live), subject.plain(pj.merge(still)))
+  close(subject, subject.forward(subject.live), subject.plain(merge(still)))
 
 
 def test_weights_have_the_children_that_their_class_declares():

@@ -66,7 +66,7 @@ class LoRA(Weight):
 
   def true_size(self) -> int:
     """Parameters of the base and the factors that are here (not None), padding left out."""
-    size = 0 if self.base is None else self.base.size
+    size = self.base.true_size() if isinstance(self.base, Weight) else getattr(self.base, "size", 0)
     for factor, rank_axis, other in ((self.a, -2, -1), (self.b, -1, -2)):
       if factor is not None:
         known = isinstance(self.rank, (jax.Array, np.ndarray))
