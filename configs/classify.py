@@ -48,7 +48,9 @@ def get_config(arg: str = "") -> ConfigDict:
   return ConfigDict(
     dict(
       seed=0,
-      model=dict(directory="", scan_layers=False, dtype="float32"),
+      task="classify",
+      model=dict(name="minilm", directory="", scan_layers=False, dtype="float32"),
+      quant=dict(name="none", block_size=64, double_quant=True, targets=("all-linear",)),
       method=METHODS[given["method"]],
       data=dict(
         name=given["data"],

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peftjax import data, losses, optim, sharding
+from peftjax import data, optim, sharding
 from peftjax.core import tree
 from peftjax.models import bert
 from peftjax.training import state, step
+from peftjax.training.classification import CLASSES
 from peftjax.training.settings import from_config
 from tests import tiny
 
@@ -25,6 +26,12 @@ ARGUMENTS = {
   "classify": [
     *(f"method={method},data=bbc" for method in ("lora", "head", "full", "bitfit")),
     *(f"data={name}" for name in ("sentiment", "glue/cola", "glue/stsb", "files")),
+    "",
+  ],
+  "causal_lm": [
+    *(f"method={method},model=smollm2,quant=none,data=bbc" for method in ("lora", "full")),
+    *(f"quant={name}" for name in ("nf4", "nf4_textbook", "lloyd_max", "fp4", "int4", "int8")),
+    "data=files",
     "",
   ],
 }
@@ -44,7 +51,8 @@ def test_config_resolves_to_settings(name, argument):
   assert settings.data.name == given.get("data", "bbc")
   assert settings.data.name in data.corpora.NAMES
   settings.build_method()
-  settings.model.compute_dtype()
+  settings.model.options()
+  assert (settings.quant.format() is None) == (settings.quant.name == "none")
   again = type(config)(json.loads(config.to_json()))
   assert json.loads(again.to_json()) == json.loads(config.to_json())
   from_config(again).build_method()
@@ -73,7 +81,7 @@ def test_header_says_command_hardware_time_and_number(name):
   """Whoever opens a config file reads how to run it, on what, how long, and what to expect."""
   header = importlib.import_module(f"configs.{name}").__doc__
   assert f"python -m experiments.train --config=configs/{name}.py" in header
-  for word in ("CPU", "minutes", "accuracy"):
+  for word in ("CPU", "minutes", {"classify": "accuracy", "causal_lm": "perplexity"}[name]):
     assert word in header
 
 
@@ -98,7 +106,7 @@ def test_init_and_one_step_of_each_method(method):
     "labels": jax.ShapeDtypeStruct((rows,), np.int32),
     "weights": jax.ShapeDtypeStruct((rows,), np.float32),
   }
-  run = functools.partial(step.train_step, model, tx, losses.classification)
+  run = functools.partial(step.train_step, model, tx, CLASSES)
   after, out = jax.eval_shape(run, current, frozen, batch, key)
   assert jax.tree.structure(after) == jax.tree.structure(current)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

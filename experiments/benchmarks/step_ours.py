@@ -11,6 +11,7 @@ from experiments import runtime
 from experiments.benchmarks.batch import example
 from experiments.benchmarks.turns import serve
 from peftjax.training import state, step
+from peftjax.training.classification import CLASSES
 
 
 def main(case: str, directory: str, batch_size: int, length: int) -> None:
@@ -27,7 +28,7 @@ def main(case: str, directory: str, batch_size: int, length: int) -> None:
   tx = method.optimizer(optax.adamw(1e-3, weight_decay=0.01), total_steps=1_000)
   current = jax.jit(lambda t: state.init(tx, t))(train)
   run = jax.jit(
-    lambda s, f, b, k: step.train_step(model, tx, pj.losses.classification, s, f, b, k),
+    lambda s, f, b, k: step.train_step(model, tx, CLASSES, s, f, b, k),
     donate_argnums=0,
   )
   batch, key = example(batch_size, length), jax.random.key(2)

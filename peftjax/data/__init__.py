@@ -4,7 +4,7 @@ from peftjax.data.corpora import load
 from peftjax.data.examples import Corpus, Examples
 from peftjax.data.pipeline import Batch, Stream, batches
 from peftjax.data.plan import Plan, batch_plan, buckets
-from peftjax.data.tokenise import Tokens, encode, load_tokenizer
+from peftjax.data.tokenise import Tokens, documents, encode, load_tokenizer
 
 __all__ = [
   "Batch",
@@ -16,6 +16,7 @@ __all__ = [
   "batch_plan",
   "batches",
   "buckets",
+  "documents",
   "encode",
   "load",
   "load_tokenizer",

@@ -21,7 +21,7 @@ def load(
   test_file: str | None = None,
   text_column: str = "text",
   pair_column: str | None = None,
-  label_column: str = "label",
+  label_column: str | None = "label",
   regression: bool = False,
   glue_dir: str | None = None,
 ) -> Corpus:
@@ -38,7 +38,8 @@ def load(
       if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl); "glue/<task>" from
       `glue_dir`/<TASK>/{train,dev}.tsv or, without `glue_dir`, through the `datasets` library.
     seed: of the splits that are made here.
-    text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts.
+    text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts,
+      without a `label_column` (None) texts have no labels.
     regression: for "files", that labels are numbers and not classes.
 
   Raises:

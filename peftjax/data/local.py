@@ -13,10 +13,12 @@ def read(
   files: dict[str, str],
   text_column: str,
   pair_column: str | None,
-  label_column: str,
+  label_column: str | None,
   regression: bool,
 ) -> Corpus:
   """The corpus in `files` (split -> path, with "train" among them), with those splits alone.
+
+  Without a `label_column` every label is 0 and there are no classes.
 
   The classes are the labels of the train file, in numerical order if all are integers, else in
   alphabetical order. With `regression` labels are finite numbers.
@@ -29,19 +31,22 @@ def read(
     split: tables.read(path, text_column, pair_column, label_column)
     for split, path in files.items()
   }
-  names = () if regression else _class_names(files["train"], rows["train"])
+  bare = label_column is None
+  names = () if regression or bare else _class_names(files["train"], rows["train"])
   splits = {}
   for split, path in files.items():
-    labels = [
-      _number(path, row) if regression else _class(path, row, names, files["train"])
-      for row in rows[split]
-    ]
+    if bare:
+      labels: list[float] = [0.0] * len(rows[split])
+    elif regression:
+      labels = [_number(path, row) for row in rows[split]]
+    else:
+      labels = [_class(path, row, names, files["train"]) for row in rows[split]]
     splits[split] = Examples(
       [row.text for row in rows[split]],
       None if pair_column is None else [row.pair or "" for row in rows[split]],
-      np.asarray(labels, np.float32 if regression else np.int32),
+      np.asarray(labels, np.float32 if regression or bare else np.int32),
     )
-  metrics = REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
+  metrics = REGRESSION_METRICS if regression or bare else CLASSIFICATION_METRICS
   return Corpus("files", names, metrics, splits, {})
 
 

@@ -54,7 +54,7 @@ def batches(
 ) -> Iterator[Batch]:
   """This process's rows of the batches `start`, `start` + 1, ... of a plan; see `read_batch`."""
   read = functools.partial(_read_step, tokens, labels, pad_id, process_index, process_count, plan)
-  return _iterate(read, start, len(plan))
+  return iterate(read, start, len(plan))
 
 
 class Stream:
@@ -100,7 +100,7 @@ class Stream:
 
   def iterate(self, start: int, stop: int) -> Iterator[Batch]:
     """The batches of steps `start` to `stop` - 1, read ahead by a thread."""
-    return _iterate(self.batch, start, stop)
+    return iterate(self.batch, start, stop)
 
 
 def _read_step(
@@ -117,5 +117,6 @@ def _read_step(
   return read_batch(tokens, labels, index_B, int(plan.length[step]), pad_id)
 
 
-def _iterate(read: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+def iterate(read: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+  """`read(i)` for i from `start` to `stop` - 1, ahead, by a thread."""
   return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ_AHEAD))

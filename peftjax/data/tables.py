@@ -17,12 +17,15 @@ class Row(NamedTuple):
   label: Any
 
 
-def read(path: str, text_column: str, pair_column: str | None, label_column: str) -> list[Row]:
+def read(
+  path: str, text_column: str, pair_column: str | None, label_column: str | None
+) -> list[Row]:
   """The rows of a UTF-8 file whose name ends in .csv, .tsv or .jsonl, in the file's order.
 
   CSV and TSV begin with a line of column names. CSV fields may be quoted; in TSV a quote is an
   ordinary character, so that a stray one cannot swallow the rows after it. JSONL holds one object a
-  line. Empty lines are skipped; texts may be empty (JSON null too), labels may not.
+  line. Empty lines are skipped; texts may be empty (JSON null too), labels may not. Without a
+  `label_column` labels are None.
 
   Raises:
     ValueError: naming the file and the line, column or byte, if the file is missing, empty, of
@@ -44,8 +47,8 @@ def read(path: str, text_column: str, pair_column: str | None, label_column: str
         )
     text = _text(path, line, text_column, fields)
     pair = None if pair_column is None else _text(path, line, pair_column, fields)
-    label = fields[label_column]
-    if label is None or not str(label).strip():
+    label = None if label_column is None else fields[label_column]
+    if label_column is not None and (label is None or not str(label).strip()):
       raise ValueError(
         f"{path} line {line}: the label {label_column!r} is empty. Write one or delete the row."
       )

@@ -17,6 +17,7 @@ from tokenizers import (
 )
 
 from peftjax.data.examples import Examples
+from peftjax.io import gguf
 
 _CHUNK = 4096  # texts at a time: the library's own encodings take over 100 bytes a token
 
@@ -45,7 +46,7 @@ class Tokens:
 
 
 def load_tokenizer(directory: str) -> Tokenizer:
-  """The tokenizer in a Hugging Face model directory; it neither pads nor truncates.
+  """The tokenizer of a Hugging Face model directory or GGUF file; it neither pads nor truncates.
 
   Reads `tokenizer.json`; without that, `vocab.txt` (BERT's WordPiece) or `vocab.json` with
   `merges.txt` (RoBERTa's byte-level BPE), both with the options in `tokenizer_config.json`.
@@ -54,6 +55,8 @@ def load_tokenizer(directory: str) -> Tokenizer:
     ValueError: if the directory has none of them, or the file cannot be read.
   """
   folder = pathlib.Path(directory)
+  if folder.suffix == ".gguf":
+    return gguf.tokenizer(folder)
   if (folder / "tokenizer.json").is_file():
     build = _from_json
   elif (folder / "vocab.txt").is_file():
@@ -99,6 +102,28 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Tokens:
     tokenizer.no_truncation()
   ids, types, lengths = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
   return Tokens(ids, types, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+
+def documents(
+  tokenizer: Tokenizer, examples: Examples, end_id: int, *, completions: bool
+) -> tuple[list[np.ndarray], list[int]]:
+  """Each text, or prompt and completion one after the other, as ids that end in `end_id`.
+
+  Returns:
+    int32 arrays, and how many ids of each are prompt: with `completions` the first text of a pair,
+    or the first line of a text, which is the title in BBC's articles; else none.
+  """
+  firsts, seconds = examples.texts, examples.pairs
+  if seconds is None:
+    parts = [text.partition("\n") for text in firsts]
+    firsts = [head + newline for head, newline, _ in parts]
+    seconds = [tail for _, _, tail in parts]
+  encode_all = lambda texts: tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+  ids, prompts = [], []
+  for one, two in zip(encode_all(firsts), encode_all(seconds), strict=True):
+    ids.append(np.asarray([*one.ids, *two.ids, end_id], np.int32))
+    prompts.append(len(one.ids) if completions else 0)
+  return ids, prompts
 
 
 def _encode_chunks(tokenizer: Tokenizer, examples: Examples) -> Iterator[tuple[np.ndarray, ...]]:

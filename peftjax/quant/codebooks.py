@@ -75,7 +75,7 @@ def _lloyd_max() -> np.ndarray:
   return (levels / levels[-1]).astype(np.float32)
 
 
-_FOUR_BITS: Mapping[str, Callable[[], np.ndarray]] = {
+FOUR_BITS: Mapping[str, Callable[[], np.ndarray]] = {
   "nf4": _nf4,
   "nf4_textbook": _nf4_textbook,
   "lloyd_max": _lloyd_max,
@@ -88,7 +88,7 @@ _FOUR_BITS: Mapping[str, Callable[[], np.ndarray]] = {
 @functools.cache
 def four_bits(name: str) -> np.ndarray:
   """float32 [16]: the value of each code, in the order of the codes."""
-  return _frozen(_FOUR_BITS[name]())
+  return _frozen(FOUR_BITS[name]())
 
 
 @functools.cache

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
-from peftjax.quant import blockwise, double
+from peftjax.quant import blockwise, codebooks, double
 from peftjax.quant.double import DoubleScales
 
+FORMATS = (*codebooks.FOUR_BITS, "int8")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from peftjax import data, linen, sharding
+from peftjax import linen, sharding
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
+from peftjax.training import causal_lm, classification
 from peftjax.training.settings import Settings
+from peftjax.training.task import Task
 
-
-class Task(NamedTuple):
-  """A corpus and its tokens."""
-
-  corpus: data.Corpus
-  tokens: dict[str, data.Tokens]
-  buckets: tuple[int, ...]
-  pad_id: int
-
-  @property
-  def outputs(self) -> int:
-    """Of the head: one a class, or one number."""
-    return len(self.corpus.label_names) or 1
-
-  def digest(self) -> str:
-    """SHA-256 of every token and label."""
-    total = hashlib.sha256()
-    for part in sorted(self.tokens):
-      t, labels = self.tokens[part], self.corpus.splits[part].labels
-      for array in (t.ids, t.types, t.offsets, labels):
-        total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
+# The name of a task in a config, and the file that knows it.
+TASKS: Mapping[str, Any] = {"classify": classification, "causal_lm": causal_lm}
 
 
 class Adapted(NamedTuple):
@@ -52,17 +33,11 @@ class Adapted(NamedTuple):
 
 
 def task(settings: Settings) -> Task:
-  """Reads and tokenises the corpus; one set of length buckets for all of its splits."""
-  corpus = data.load(seed=settings.seed, **settings.data.corpus_arguments())
-  tokenizer = data.load_tokenizer(str(settings.model.path()))
-  length = settings.data.max_length
-  tokens = {part: data.encode(tokenizer, corpus.splits[part], length) for part in corpus.splits}
-  lengths = np.concatenate([t.lengths for t in tokens.values()])
-  pad_id = pretrained.pad_id(settings.model.path())
-  return Task(corpus, tokens, data.buckets(lengths, max_length=length), pad_id)
+  """Data, loss and metrics of what the config asks for."""
+  return TASKS[settings.task].load(settings)
 
 
-def adapted(settings: Settings, outputs: int, mesh: Mesh | None = None) -> Adapted:
+def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -> Adapted:
   """Loads the model, attaches the method and, on a mesh, puts every array in its place."""
   key = jax.random.key(settings.seed)
   model = settings.model
@@ -70,8 +45,9 @@ def adapted(settings: Settings, outputs: int, mesh: Mesh | None = None) -> Adapt
     model.path(),
     outputs,
     key=jax.random.fold_in(key, 0),
-    scan_layers=model.scan_layers,
-    dtype=model.compute_dtype(),
+    quant=settings.quant.format(),
+    where=settings.quant.targets,
+    **model.options(),
   )
   method = settings.build_method()
   layout = None

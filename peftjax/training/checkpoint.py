@@ -78,10 +78,11 @@ def to_nested(arrays: Any) -> Any:
   return traverse_util.unflatten_dict({paths.name(path): leaf for path, leaf in flat}, sep="/")
 
 
-def digest(directory: Path) -> str:
-  """SHA-256 over `config.json` and the safetensors files of a model directory."""
+def digest(model: Path) -> str:
+  """SHA-256 over `config.json` and the safetensors files of a model directory, or over a file."""
   total = hashlib.sha256()
-  for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+  files = sorted([model / "config.json", *model.glob("*.safetensors")])
+  for path in files if model.is_dir() else [model]:
     with path.open("rb") as file:
       total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
   return total.hexdigest()

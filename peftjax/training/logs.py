@@ -103,7 +103,7 @@ class Bar:
     self._bar.update(self._task, completed=step, numbers=f"loss {loss:.4f}  {rate:,.0f} examples/s")
 
   def scores(self, name: str, scores: Mapping[str, float]) -> None:
-    self.print(f"{name:<10}" + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+    self.print(f"{name:<14}" + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 
   def print(self, text: str) -> None:
     self.console.print(text, highlight=False, soft_wrap=True)

@@ -63,14 +63,20 @@ def train_and_evaluate(
   checkpoints = Checkpoints(workdir / "checkpoints")
   if saved is not None:
     run.restore(checkpoints)
-  logs = Logs(workdir, run.steps_done)
+  logs = Logs(workdir, run.steps_done if saved else -1)
   best: dict[str, Any] = saved["best"] if saved else {}
+  untrained: dict[str, Any] = saved["before"] if saved else {}
   before = saved["seconds"] if saved else 0.0
   every = settings.train
   try:
     with Bar(settings.method["name"], run.steps_done, run.total) as bar:
       with process.stop_signals() as stop:
         run.announce(bar)
+        if not saved:
+          untrained = {part: run.evaluate(part) for part in run.task.before}
+          for part, scores in untrained.items():
+            bar.scores(f"{part}, before", scores)
+            logs.write({"step": 0, **{f"{part}_{key}": x for key, x in scores.items()}})
         for done in run.steps():
           asked = stop.asked  # once: what is saved below has been fetched and checked
           log = done % every.log_every == 0 or done == run.total
@@ -90,21 +96,22 @@ def train_and_evaluate(
             named = {f"validation_{key}": value for key, value in scores.items()}
             logs.write({"step": done, "epoch": epoch, **named})
             bar.scores(f"epoch {epoch:.4g}", scores)
-            value = scores[run.task.corpus.metrics[0]]
+            value = run.task.criterion(scores)
             if not best or value > best["value"]:
               best = {"step": done, "value": value, "metrics": scores}
               checkpoints.save("best", done, run.adapter(), meta)
               checkpoints.wait("best")  # the latest must never name a best that is not there
           if save or asked:
-            extra = {"best": best, "seconds": before + clock.seconds()}
+            extra = {"best": best, "before": untrained, "seconds": before + clock.seconds()}
             checkpoints.save("latest", done, run.everything(), {**meta, **extra})
           if asked and done < run.total:
             checkpoints.wait()
             raise Stopped(f"{asked}: saved step {done} of {run.total}; run again to go on")
       checkpoints.wait()
       params = run.best(checkpoints)
-      test = run.evaluate("test", params)
-      bar.scores("test", test)
+      final = {part: run.evaluate(part, params) for part in run.task.final}
+      for part, scores in final.items():
+        bar.scores(part, scores)
       _export(run, params, workdir, bar)
   finally:
     logs.close()
@@ -114,13 +121,11 @@ def train_and_evaluate(
     "method": settings.method["name"],
     "trainable_params": run.trainable,
     "total_params": run.parameters,
-    "metrics": {"validation": best["metrics"], "test": test},
+    "metrics": {"validation": best["metrics"], **final},
+    **({"before": untrained} if untrained else {}),
     "best_step": best["step"],
     "steps": run.total,
-    "labels": list(run.task.corpus.label_names),
-    "examples": {part: len(tokens) for part, tokens in run.task.tokens.items()},
-    "dropped": dict(run.task.corpus.dropped),
-    "buckets": list(run.task.buckets),
+    **run.task.summary(),
     "seed": settings.seed,
     "commit": process.commit(),
     "device": jax.devices()[0].device_kind,
@@ -140,7 +145,13 @@ def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
   base = str(run.settings.model.directory) or run.settings.model.path().parent.name
   try:
     hf_peft.save(
-      workdir / "peft", params, run.module, base_model=base, trained=run.mask, rslora=rslora
+      workdir / "peft",
+      params,
+      run.module,
+      base_model=base,
+      trained=run.mask,
+      task_type=run.task.peft_type,
+      rslora=rslora,
     )
   except ValueError as error:
     bar.print(f"no Hugging Face PEFT directory: {error}")

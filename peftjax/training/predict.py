@@ -16,6 +16,7 @@ from peftjax.core import tree
 from peftjax.models import pretrained
 from peftjax.training import build, evaluate, step
 from peftjax.training.checkpoint import Checkpoints, digest
+from peftjax.training.classification import CLASSES
 from peftjax.training.settings import from_config
 
 
@@ -55,7 +56,7 @@ class Predictor:
       checkpoints.close()
     # An adapter from a checkpoint wins over what `attach` has just drawn.
     self._predict = functools.partial(
-      jax.jit(functools.partial(step.eval_step, model.module)), adapter, base
+      jax.jit(functools.partial(step.eval_step, model.module, CLASSES)), adapter, base
     )
     self._tokenizer = data.load_tokenizer(str(self.settings.model.path()))
     self._pad_id = pretrained.pad_id(self.settings.model.path())

@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peftjax import data, losses, optim, sharding
+from peftjax import optim, sharding
 from peftjax.core import tree
-from peftjax.training import build, evaluate, metrics, state, step
+from peftjax.training import build, state, step
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
 from peftjax.training.settings import Settings
@@ -38,7 +37,7 @@ class Run:
     self.task = build.task(settings)
     model = build.adapted(settings, self.task.outputs, self.mesh)
     longest = model.module.config.max_length
-    if self.task.buckets[-1] > longest:
+    if self.task.longest > longest:
       raise ValueError(
         f"data.max_length={settings.data.max_length}, but this model has {longest} positions"
       )
@@ -46,16 +45,7 @@ class Run:
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)
     train, self.frozen = tree.partition(model.params, model.mask)
-    self.stream = data.Stream(
-      self.task.tokens["train"],
-      self.task.corpus.splits["train"].labels,
-      self.task.buckets,
-      settings.train.batch_size,
-      settings.seed,
-      pad_id=self.task.pad_id,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    self.stream = self.task.stream(settings.train.batch_size, settings.seed)
     self.total = settings.train.total_steps(self.stream.steps_per_epoch)
     self.schedule, tx = _optimizer(settings, model.method, self.total)
     self.state = jax.jit(functools.partial(state.init, tx))(train)
@@ -63,21 +53,18 @@ class Run:
     if self.mesh is not None:
       places = _state_shardings(tx, self.state, train, self.mesh)
       self.state = jax.device_put(self.state, places)
-    loss = losses.classification if self.task.corpus.label_names else losses.regression
     self._step = jax.jit(
-      functools.partial(step.train_step, self.module, tx, loss),
+      functools.partial(step.train_step, self.module, tx, self.task.kind),
       donate_argnums=0,
       out_shardings=None if places is None else (places, None),
     )
-    self._predict = jax.jit(functools.partial(step.eval_step, self.module))
+    self._predict = jax.jit(functools.partial(step.eval_step, self.module, self.task.kind))
     self._key = build.dropout_key(settings)
     self.steps_done = 0
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
   def announce(self, bar: Bar) -> None:
-    c = self.task.corpus
-    sizes = ", ".join(f"{len(t):,} {part}" for part, t in self.task.tokens.items())
-    bar.print(f"{c.name}: {sizes}; dropped {c.dropped}; padded to {self.task.buckets}")
+    bar.print(self.task.describe())
     share = 100 * self.trainable / self.parameters
     bar.print(f"training {self.trainable:,} of {self.parameters:,} parameters ({share:.2f} %)")
     if self.new:
@@ -113,7 +100,7 @@ class Run:
     """Of a step, counted from 1."""
     return float(self.schedule((number - 1) // self.settings.optimizer.accumulate))
 
-  def place(self, batch: data.Batch) -> Any:
+  def place(self, batch: Any) -> Any:
     if self.mesh is None:
       return batch
     rows = sharding.batch_sharding(self.mesh)
@@ -124,25 +111,18 @@ class Run:
     train, frozen = self.state.train, self.frozen
     if params is not None:
       train, frozen = tree.partition(params, self.mask)
-    t = self.task
-    logits = evaluate.logits_of(
-      lambda batch: self._predict(train, frozen, self.place(batch)),
-      t.tokens[part],
-      t.buckets,
-      self.settings.train.eval_batch_size,
-      t.pad_id,
-    )
-    if not np.isfinite(logits).all():
+    predict = lambda batch: self._predict(train, frozen, self.place(batch))
+    scores = self.task.evaluate(predict, part, self.settings.train.eval_batch_size)
+    if scores is None:
       raise FloatingPointError(_DIVERGED.format(f"step {self.steps_done}: {part} logits"))
-    labels = t.corpus.splits[part].labels
-    return metrics.compute(t.corpus.metrics, logits, labels)
+    return scores
 
   def identity(self) -> dict[str, Any]:
     """What a continuation or a prediction has to agree with: the base, the data, the labels."""
     return {
       "base": digest(self.settings.model.path()),
       "data": self.task.digest(),
-      "labels": list(self.task.corpus.label_names),
+      "labels": self.task.summary().get("labels", []),
     }
 
   def adapter(self) -> dict[str, Any]:

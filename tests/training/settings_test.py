@@ -86,9 +86,9 @@ def test_settings_are_frozen_and_complete():
 
 def test_compute_dtype_is_one_of_two():
   """float32 and bfloat16 are dtypes, anything else an error that quotes it."""
-  assert settings.Model(dtype="bfloat16").compute_dtype() == jnp.bfloat16
+  assert settings.Model(dtype="bfloat16").options()["dtype"] == jnp.bfloat16
   with pytest.raises(ValueError, match="float16"):
-    settings.Model(dtype="float16").compute_dtype()
+    settings.Model(dtype="float16").options()
 
 
 def test_steps_go_before_epochs_and_none_is_an_error():

@@ -12,6 +12,7 @@ import pytest
 import peftjax as pj
 from peftjax.models import bert
 from peftjax.training import state, step
+from peftjax.training.classification import CLASSES
 from tests import tiny
 
 CONFIG = {**tiny.HF_CONFIG, "vocab_size": 50, "num_hidden_layers": 1}
@@ -49,7 +50,7 @@ def compiled(model, tx):
 
   def run(current, frozen, batch, key):
     traces.append(batch["tokens"].shape)
-    return step.train_step(model, tx, pj.losses.classification, current, frozen, batch, key)
+    return step.train_step(model, tx, CLASSES, current, frozen, batch, key)
 
   return jax.jit(run, donate_argnums=0), traces
 
@@ -162,7 +163,7 @@ def test_rows_of_weight_zero_change_nothing(run, adam, split):
 
 def test_evaluation_has_no_dropout(model, split):
   """Logits of the evaluation step are float32 and the same every time."""
-  run = jax.jit(functools.partial(step.eval_step, model))
+  run = jax.jit(functools.partial(step.eval_step, model, CLASSES))
   first, second = (run(*split, batch_of(4, 12)) for _ in range(2))
   assert first.dtype == jnp.float32 and first.shape == (4, 3)
   np.testing.assert_array_equal(first, second)

@@ -1,4 +1,4 @@
-"""Optimizers on ordinary optax: schedules, AdamW, freezing, the wrapper every method shares."""
+"""Schedules, AdamW, freezing, the wrapper every method shares."""
 
 from __future__ import annotations
 

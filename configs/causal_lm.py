@@ -1,0 +1,86 @@
+"""Fine-tunes a decoder on texts, its frozen base in four bits or dense.
+
+  python -m experiments.train --config=configs/causal_lm.py:model=smollm2,quant=nf4,method=lora \\
+    --workdir=runs/qlora
+
+model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
+quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8. method: lora, full.
+data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text a row in
+  --config.data.text_column=text, or prompts there and completions in --config.data.pair_column.
+Every field below can be given as a flag: --config.method.rank=4.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+METHODS = {
+  "lora": dict(
+    name="lora",
+    rank=16,
+    alpha=16.0,
+    targets=("all-linear",),
+    dropout=0.0,
+    rslora=False,
+    init="kaiming",
+    rank_pattern=(),  # e.g. (r".*/layers_0/.*=4", "q_proj=16"),
+    alpha_pattern=(),
+    head=False,
+  ),
+  "full": dict(name="train", targets=(".*",), head=False),
+}
+
+# What suits each method; the rest is common.
+LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The configuration for `arg`, e.g. "model=smollm2,quant=nf4,method=lora"."""
+  given = {"model": "smollm2", "quant": "nf4", "method": "lora", "data": "bbc"}
+  for part in filter(None, arg.split(",")):
+    key, _, value = part.partition("=")
+    if key not in given:
+      raise ValueError(f"causal_lm.py takes {', '.join(f'{k}=...' for k in given)}, not {part!r}")
+    given[key] = value
+  if given["method"] not in METHODS:
+    raise ValueError(f"method={given['method']!r} is not one of {', '.join(METHODS)}")
+  return ConfigDict(
+    dict(
+      seed=0,
+      task="causal_lm",
+      model=dict(name=given["model"], directory="", scan_layers=True, remat=True, dtype="float32"),
+      quant=dict(name=given["quant"], block_size=64, double_quant=True, targets=("all-linear",)),
+      method=METHODS[given["method"]],
+      data=dict(
+        name=given["data"],
+        max_length=256,
+        train_file=placeholder(str),
+        validation_file=placeholder(str),
+        test_file=placeholder(str),
+        text_column="text",
+        pair_column=placeholder(str),
+        loss="all",
+        other="sentiment",
+        eval_rows=32,
+      ),
+      optimizer=dict(
+        learning_rate=LEARNING_RATES[given["method"]],
+        schedule="cosine",
+        warmup=0.1,
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        clip_norm=1.0,
+        accumulate=1,
+      ),
+      train=dict(
+        batch_size=4,
+        epochs=1.0,
+        steps=60,
+        eval_batch_size=4,
+        log_every=5,
+        save_every=20,
+      ),
+      compilation_cache="~/.cache/peftjax",
+    )
+  )

@@ -1,0 +1,19 @@
+"""Optimizers on ordinary optax."""
+
+from peftjax.optim.adamw8bit import Moment, adamw8bit
+from peftjax.optim.base import adamw, decay_mask, freeze, schedule, wrap
+from peftjax.optim.paged import decide_paging, paged
+from peftjax.optim.placement import state_shardings
+
+__all__ = [
+  "Moment",
+  "adamw",
+  "adamw8bit",
+  "decay_mask",
+  "decide_paging",
+  "freeze",
+  "paged",
+  "schedule",
+  "state_shardings",
+  "wrap",
+]

@@ -1,0 +1,147 @@
+"""AdamW whose moments take one byte each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from peftjax.optim.base import decay_mask
+from peftjax.quant import blockwise, codebooks
+
+BLOCK = 256  # entries that share a scale
+
+
+class Moment(flax.struct.PyTreeNode):
+  """A moment of one array, quantised: value(codes) · absmax of the block.
+
+  `codes`, uint8, has the parameter's own shape, so it takes the parameter's sharding. `absmax`,
+  float32 [⌈n/256⌉], one for every 256 entries of the flattened parameter, is replicated.
+  """
+
+  codes: Any
+  absmax: Any
+
+
+class ScaleByAdam8bitState(flax.struct.PyTreeNode):
+  """`count` int32 []; `mu` and `nu` are shaped like the parameters, a `Moment` or float32 each."""
+
+  count: Any
+  mu: Any
+  nu: Any
+
+
+def adamw8bit(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  *,
+  min_8bit_size: int = 4096,
+) -> optax.GradientTransformation:
+  """AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv 2110.02861, section 2).
+
+  Every step dequantises m and v, computes in float32
+
+      m ← b1 m + (1 − b1) g,  v ← b2 v + (1 − b2) g²,
+      w ← w − lr · ((m / (1 − b1ᵗ)) / (√v / √(1 − b2ᵗ) + eps) + weight_decay · w)
+
+  and quantises m to the nearest value of the signed dynamic map and v of the unsigned one, in
+  blocks of 256 entries of the flattened array. Neither biases nor norm scales decay (`decay_mask`).
+  Two bytes and 1/32 of state for a parameter, where AdamW has eight.
+
+  It is bitsandbytes' `AdamW8bit`, but for its CPU library, which rounds to 65536 steps of [−1, 1]
+  before it looks for the nearest value. That loses all magnitudes under 1.5e-5 of the block's
+  largest, zero too: a row that never had a gradient would start to move. Here zero stays zero, as
+  the padding rows of stacked adapters need.
+
+  A parameter split over its last axis is gathered for its blocks; one split over its first axis
+  is not, if a shard is a whole number of blocks.
+
+  Args:
+    learning_rate, b1, b2, eps, weight_decay: as in `optax.adamw`.
+    min_8bit_size: arrays of fewer entries keep float32 moments.
+
+  Raises:
+    ValueError: if `b1` or `b2` is outside [0, 1).
+  """
+  for name, b in (("b1", b1), ("b2", b2)):
+    if not 0.0 <= b < 1.0:
+      raise ValueError(f"{name}={b} is not in [0, 1); the usual values are b1=0.9 and b2=0.999")
+  return optax.chain(
+    _scale_by_adam8bit(b1, b2, eps, min_8bit_size),
+    optax.add_decayed_weights(weight_decay, decay_mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def quantize(x: jax.Array, *, signed: bool) -> Moment:
+  """The nearest value of the dynamic map to each entry over its block's absmax, below on a tie."""
+  blocks = _blocks(x.astype(jnp.float32))
+  absmax = jnp.abs(blocks).max(1)
+  inverse = 1.0 / jnp.maximum(absmax, blockwise.TINY)
+  values = codebooks.dynamic_map(signed)
+  between = (values[1:] + values[:-1]) / np.float32(2)
+  codes = blockwise.nearest(blocks * inverse[:, None], between)
+  return Moment(_unblock(codes, x.shape), absmax)
+
+
+def dequantize(moment: Moment, *, signed: bool) -> jax.Array:
+  """float32, of the shape of the codes."""
+  values = jnp.take(jnp.asarray(codebooks.dynamic_map(signed)), moment.codes, mode="clip")
+  return _unblock(_blocks(values) * moment.absmax[:, None], moment.codes.shape)
+
+
+def _scale_by_adam8bit(
+  b1: float, b2: float, eps: float, min_8bit_size: int
+) -> optax.GradientTransformation:
+  """m̂ / (√v̂ + eps), float32."""
+
+  def zero(param: jax.Array) -> Any:
+    if param.size < min_8bit_size:
+      return jnp.zeros(param.shape, jnp.float32)
+    blocks = -(-param.size // BLOCK)
+    return Moment(jnp.zeros(param.shape, jnp.uint8), jnp.zeros(blocks, jnp.float32))
+
+  def init(params: Any) -> ScaleByAdam8bitState:
+    zeros = lambda: jax.tree.map(zero, params)
+    return ScaleByAdam8bitState(jnp.zeros([], jnp.int32), zeros(), zeros())
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdam8bitState]:
+    count = optax.safe_increment(state.count)
+    grads, tree = jax.tree.flatten(updates)
+    new, mu, nu = [], [], []
+    old = zip(tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
+    for g, (m, v) in zip(grads, old, strict=True):
+      g = g.astype(jnp.float32)
+      m, keep_m = _opened(m, signed=True)
+      v, keep_v = _opened(v, signed=False)
+      m = b1 * m + (1 - b1) * g
+      v = b2 * v + (1 - b2) * g * g
+      new.append((m / (1 - b1**count)) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**count) + eps))
+      mu.append(keep_m(m))
+      nu.append(keep_v(v))
+    return tree.unflatten(new), ScaleByAdam8bitState(count, tree.unflatten(mu), tree.unflatten(nu))
+
+  return optax.GradientTransformation(init, update)
+
+
+def _opened(moment: Any, *, signed: bool) -> tuple[jax.Array, Any]:
+  """A moment in float32, and how its successor is stored."""
+  if not isinstance(moment, Moment):
+    return moment, lambda new: new
+  return dequantize(moment, signed=signed), lambda new: quantize(new, signed=signed)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+  """`[...]` to `[blocks, 256]`, the last block filled up with zeros."""
+  return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+
+
+def _unblock(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return blocks.reshape(-1)[: int(np.prod(shape))].reshape(shape)

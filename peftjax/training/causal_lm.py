@@ -1,0 +1,118 @@
+"""Texts to their own next tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from peftjax import data, losses
+from peftjax.data.pack import Rows, RowStream, pack
+from peftjax.models import pretrained
+from peftjax.training.settings import Settings
+from peftjax.training.task import Batch, Kind, Stream
+
+
+def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  segments = batch["segments"]
+  return batch["tokens"], segments > 0, batch["positions"], segments
+
+
+KIND = Kind(inputs, losses.next_token, losses.next_token_sums)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModelling:
+  """Packed rows by part; see `task.Task`.
+
+  Attributes:
+    name: of the corpus.
+    rows: "train", "validation" and "test", and "other", held-out text of another domain.
+  """
+
+  name: str
+  rows: dict[str, Rows]
+
+  kind = KIND
+  outputs = None
+  peft_type = "CAUSAL_LM"
+
+  @property
+  def before(self) -> tuple[str, ...]:
+    return self.final
+
+  @property
+  def final(self) -> tuple[str, ...]:
+    return tuple(part for part in ("test", "other") if part in self.rows)
+
+  @property
+  def longest(self) -> int:
+    return self.rows["train"].tokens.shape[1]
+
+  def stream(self, batch_size: int, seed: int) -> Stream:
+    return RowStream(self.rows["train"], batch_size, seed, jax.process_index(), jax.process_count())
+
+  def evaluate(
+    self, predict: Callable[[Any], Any], part: str, batch_size: int
+  ) -> dict[str, float] | None:
+    """exp of the mean negative log-likelihood of the tokens to be predicted, and that mean."""
+    rows = self.rows[part]
+    plan = data.batch_plan(
+      np.full(len(rows), self.longest), (self.longest,), batch_size, seed=0, epoch=0, shuffle=False
+    )
+    pending = [predict(rows.batch(index)) for index in plan.index]
+    total, count = (sum(map(float, sums)) for sums in zip(*jax.device_get(pending), strict=True))
+    if not math.isfinite(total):
+      return None
+    loss = total / max(count, 1.0)
+    return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+
+  def criterion(self, scores: Mapping[str, float]) -> float:
+    return -scores["loss"]
+
+  def describe(self) -> str:
+    sizes = (
+      f"{len(rows):,} {part} of {rows.documents:,} texts" for part, rows in self.rows.items()
+    )
+    return f"{self.name}: rows of {self.longest} tokens: {', '.join(sizes)}"
+
+  def summary(self) -> dict[str, Any]:
+    return {
+      "rows": {part: len(rows) for part, rows in self.rows.items()},
+      "predicted_tokens": {part: int(rows.weights.sum()) for part, rows in self.rows.items()},
+      "row_length": self.longest,
+    }
+
+  def digest(self) -> str:
+    """SHA-256 of every row."""
+    total = hashlib.sha256()
+    for part in sorted(self.rows):
+      rows = self.rows[part]
+      for array in (rows.tokens, rows.segments, rows.weights):
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def load(settings: Settings) -> LanguageModelling:
+  """Reads, tokenises and packs the corpus and, for what is forgotten, another one's test texts."""
+  wanted = settings.data
+  path = settings.model.path()
+  tokenizer = data.load_tokenizer(str(path))
+  end = pretrained.end_ids(path)[0]
+  arguments = wanted.corpus_arguments()
+  corpus = data.load(seed=settings.seed, **arguments)
+  parts = dict(corpus.splits)
+  if wanted.other:
+    parts["other"] = data.load(wanted.other, seed=settings.seed).splits["test"]
+  rows = {}
+  for part, examples in parts.items():
+    completions = wanted.loss == "completions" and part != "other"
+    documents, prompts = data.documents(tokenizer, examples, end, completions=completions)
+    packed = pack(documents, wanted.max_length, prompts, settings.seed)
+    rows[part] = packed if part == "train" else packed.take(wanted.eval_rows)
+  return LanguageModelling(corpus.name, rows)

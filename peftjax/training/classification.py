@@ -1,0 +1,121 @@
+"""Texts to classes, or to a number."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import data, losses
+from peftjax.models import pretrained
+from peftjax.training import evaluate, metrics
+from peftjax.training.settings import Settings
+from peftjax.training.task import Batch, Kind, Stream
+
+
+def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+  return batch["tokens"], batch["mask"], batch["types"]
+
+
+def _logits(logits: jax.Array, batch: Batch) -> jax.Array:
+  return logits.astype(jnp.float32)
+
+
+def _cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+  return losses.classification(logits, batch["labels"], batch["weights"])
+
+
+def _squared_error(logits: jax.Array, batch: Batch) -> jax.Array:
+  return losses.regression(logits, batch["labels"], batch["weights"])
+
+
+CLASSES = Kind(inputs, _cross_entropy, _logits)
+NUMBER = Kind(inputs, _squared_error, _logits)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classification:
+  """A corpus and its tokens; see `task.Task`."""
+
+  corpus: data.Corpus
+  tokens: dict[str, data.Tokens]
+  buckets: tuple[int, ...]
+  pad_id: int
+
+  before = ()
+  final = ("test",)
+  peft_type = "SEQ_CLS"
+
+  @property
+  def kind(self) -> Kind:
+    return CLASSES if self.corpus.label_names else NUMBER
+
+  @property
+  def outputs(self) -> int:
+    """Of the head: one a class, or one number."""
+    return len(self.corpus.label_names) or 1
+
+  @property
+  def longest(self) -> int:
+    return self.buckets[-1]
+
+  def stream(self, batch_size: int, seed: int) -> Stream:
+    return data.Stream(
+      self.tokens["train"],
+      self.corpus.splits["train"].labels,
+      self.buckets,
+      batch_size,
+      seed,
+      pad_id=self.pad_id,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def evaluate(
+    self, predict: Callable[[Any], Any], part: str, batch_size: int
+  ) -> dict[str, float] | None:
+    tokens = self.tokens[part]
+    logits = evaluate.logits_of(predict, tokens, self.buckets, batch_size, self.pad_id)
+    if not np.isfinite(logits).all():
+      return None
+    return metrics.compute(self.corpus.metrics, logits, self.corpus.splits[part].labels)
+
+  def criterion(self, scores: Mapping[str, float]) -> float:
+    return scores[self.corpus.metrics[0]]
+
+  def describe(self) -> str:
+    sizes = ", ".join(f"{len(t):,} {part}" for part, t in self.tokens.items())
+    return f"{self.corpus.name}: {sizes}; dropped {self.corpus.dropped}; padded to {self.buckets}"
+
+  def summary(self) -> dict[str, Any]:
+    return {
+      "labels": list(self.corpus.label_names),
+      "examples": {part: len(tokens) for part, tokens in self.tokens.items()},
+      "dropped": dict(self.corpus.dropped),
+      "buckets": list(self.buckets),
+    }
+
+  def digest(self) -> str:
+    """SHA-256 of every token and label."""
+    total = hashlib.sha256()
+    for part in sorted(self.tokens):
+      t, labels = self.tokens[part], self.corpus.splits[part].labels
+      for array in (t.ids, t.types, t.offsets, labels):
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def load(settings: Settings) -> Classification:
+  """Reads and tokenises the corpus; one set of length buckets for all of its splits."""
+  corpus = data.load(seed=settings.seed, **settings.data.corpus_arguments())
+  tokenizer = data.load_tokenizer(str(settings.model.path()))
+  length = settings.data.max_length
+  tokens = {part: data.encode(tokenizer, corpus.splits[part], length) for part in corpus.splits}
+  lengths = np.concatenate([t.lengths for t in tokens.values()])
+  pad_id = pretrained.pad_id(settings.model.path())
+  return Classification(corpus, tokens, data.buckets(lengths, max_length=length), pad_id)

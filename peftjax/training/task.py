@@ -1,0 +1,78 @@
+"""What a run needs to know of what it trains for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Batch = Mapping[str, jax.Array]
+
+
+class Kind(NamedTuple):
+  """The pure part of a task: plain functions, so that it is static under jit.
+
+  Attributes:
+    inputs: a batch to the positional arguments of the module.
+    loss: logits and a batch to a scalar.
+    output: logits and a batch to what evaluation needs of them.
+  """
+
+  inputs: Callable[[Batch], tuple[Any, ...]]
+  loss: Callable[[jax.Array, Batch], jax.Array]
+  output: Callable[[jax.Array, Batch], Any]
+
+
+class Stream(Protocol):
+  """Batches by global step, the same whenever they are asked for."""
+
+  steps_per_epoch: int
+
+  def iterate(self, start: int, stop: int) -> Iterator[Any]: ...
+
+
+class Task(Protocol):
+  """Data, loss and metrics of a run.
+
+  Attributes:
+    kind: the pure part.
+    outputs: of a new head, or None.
+    longest: tokens of the longest row.
+    before: parts that are also scored before training.
+    final: parts that are scored once, with the best parameters.
+    peft_type: what Hugging Face PEFT calls the task.
+  """
+
+  kind: Kind
+  outputs: int | None
+  longest: int
+  before: tuple[str, ...]
+  final: tuple[str, ...]
+  peft_type: str
+
+  def stream(self, batch_size: int, seed: int) -> Stream:
+    """The training batches of this process."""
+    ...
+
+  def evaluate(
+    self, predict: Callable[[Any], Any], part: str, batch_size: int
+  ) -> dict[str, float] | None:
+    """Metrics of a part; None if what `predict` gave is not finite."""
+    ...
+
+  def criterion(self, scores: Mapping[str, float]) -> float:
+    """What the best parameters have most of, of the scores of the validation part."""
+    ...
+
+  def describe(self) -> str:
+    """One line for people."""
+    ...
+
+  def summary(self) -> dict[str, Any]:
+    """What `result.json` says of the data."""
+    ...
+
+  def digest(self) -> str:
+    """SHA-256 of all data; a continuation has to have the same."""
+    ...

@@ -1,0 +1,98 @@
+"""A finished run, or a pretrained model, as a function from prompts to texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from peftjax import data
+from peftjax.core import tree
+from peftjax.data import chat
+from peftjax.models import pretrained
+from peftjax.models.generate import generate
+from peftjax.training import build
+from peftjax.training.checkpoint import Checkpoints, digest
+from peftjax.training.settings import from_config
+
+
+class Writer:
+  """The best checkpoint of a `causal_lm` run in `workdir`, ready to continue texts.
+
+  Args:
+    workdir: of the run.
+    adapted: False for the model as it was before training.
+
+  Raises:
+    ValueError: if `workdir` holds no trained language model, or the pretrained one is another now.
+  """
+
+  def __init__(self, workdir: str | Path, *, adapted: bool = True):
+    workdir = build.resolve(workdir)
+    untrained = ValueError(
+      f"{workdir} holds no evaluated run of a language model; train first:\n"
+      f"  python -m experiments.train --config=configs/causal_lm.py --workdir={workdir}"
+    )
+    if not (workdir / "checkpoints" / "best").is_dir():
+      raise untrained
+    settings = from_config(ConfigDict(json.loads((workdir / "config.json").read_text())))
+    if settings.task != "causal_lm":
+      raise untrained
+    self.path = settings.model.path()
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+      meta = checkpoints.meta("best")
+      if meta is None:
+        raise untrained
+      if meta["base"] != digest(self.path):
+        raise ValueError(f"{self.path} is not the model {workdir} was trained on")
+      made = build.adapted(settings, None)
+      adapter, base = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
+      if adapted:  # an adapter as `attach` makes it changes nothing
+        adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]
+    finally:
+      checkpoints.close()
+    self.model, self.params = made.module, tree.combine(adapter, base)
+    self._tokenizer = data.load_tokenizer(str(self.path))
+    self._end = pretrained.end_ids(self.path)
+
+  def write(
+    self,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    as_chat: bool = False,
+  ) -> list[str]:
+    """What follows each prompt; with `as_chat`, the answer to it as a user's message."""
+    if as_chat:
+      text = chat.template(self.path)
+      prompts = [chat.render(text, [{"role": "user", "content": p}]) for p in prompts]
+    ids = [e.ids for e in self._tokenizer.encode_batch_fast(prompts, add_special_tokens=False)]
+    # A length of its own would be a program of its own.
+    length = -(-max(1, *map(len, ids)) // 16) * 16
+    tokens = np.full((len(ids), length), self._end[0], np.int32)
+    mask = np.zeros((len(ids), length), bool)
+    for row, one in enumerate(ids):
+      tokens[row, length - len(one) :], mask[row, length - len(one) :] = one, True
+    new, counts = generate(
+      self.model,
+      self.params,
+      jnp.asarray(tokens),
+      jnp.asarray(mask),
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      top_p=top_p,
+      stop=self._end,
+      pad_id=self._end[0],
+      key=jax.random.key(seed),
+    )
+    rows = zip(np.asarray(new), np.asarray(counts), strict=True)
+    return self._tokenizer.decode_batch([row[:count].tolist() for row, count in rows])

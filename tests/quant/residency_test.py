@@ -1,0 +1,117 @@
+"""Nothing dense stays: temporaries of compiled programs, per quantised layer.
+
+One layer of D = 1024 is 4 MiB dense. The programs of 8 layers need hardly more than those of 2;
+with the data dependence taken out, a dense weight more for each layer.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import peftjax as pj
+from peftjax.core.einsum import einsum
+from peftjax.quant import product
+
+D, RANK = 1024, 8
+DENSE = 4 * D * D  # bytes
+
+
+def layers(count, stacked):
+  """Abstract quantised weights and factors."""
+  make = lambda key: pj.nf4().quantize(jax.random.normal(key, (D, D)))
+  codes, scales = jax.eval_shape(make, jax.random.key(0))
+  shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+  layer = (pj.Quantized(codes=codes, scales=scales, fmt=pj.nf4()), shape(RANK, D), shape(D, RANK))
+  if not stacked:
+    return [layer] * count
+  widen = lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype)
+  return jax.tree.map(widen, layer)
+
+
+def block(x, layer):
+  weight, a, b = layer
+  return jnp.tanh(einsum("ti,io->to", x, weight) + (x @ a.T) @ b.T)
+
+
+def unrolled(layers, x):
+  for layer in layers:
+    x = block(x, layer)
+  return x
+
+
+def scanned(layers, x, wrap=lambda f: f):
+  return jax.lax.scan(wrap(lambda x, layer: (block(x, layer), None)), x, layers)[0]
+
+
+def gradient(forward):
+  """Of the factors, as training takes it."""
+
+  def of(layers, x):
+    whole = [layers] if isinstance(layers, tuple) else layers
+    weights, factors = [layer[0] for layer in whole], [layer[1:] for layer in whole]
+
+    def loss(factors):
+      joined = [(w, *f) for w, f in zip(weights, factors, strict=True)]
+      return forward(joined[0] if isinstance(layers, tuple) else joined, x).sum()
+
+    return jax.grad(loss)(factors)
+
+  return of
+
+
+def accumulated(layers, x):
+  """Gradients of two micro-batches, one after the other."""
+  step = lambda total, part: (jax.tree.map(jnp.add, total, gradient(unrolled)(layers, part)), None)
+  zero = jax.tree.map(jnp.zeros_like, [layer[1:] for layer in layers])
+  return jax.lax.scan(step, zero, x.reshape(2, -1, D))[0]
+
+
+def decode(layers, x):
+  """Thirty-two steps, each through all layers."""
+  return jax.lax.scan(lambda x, _: (unrolled(layers, x), x), x, length=32)[1]
+
+
+PROGRAMS = {
+  "unrolled": (gradient(unrolled), False, 64),
+  "scan": (gradient(scanned), True, 64),
+  "scan and remat": (gradient(lambda *args: scanned(*args, wrap=jax.checkpoint)), True, 64),
+  "accumulation": (accumulated, False, 64),
+  "decode": (decode, False, 1),
+}
+
+
+def grows(name):
+  """Bytes of temporaries a layer, from 2 layers to 8."""
+  program, stacked, rows = PROGRAMS[name]
+  x = jax.ShapeDtypeStruct((rows, D), jnp.float32)
+  sizes = [
+    jax.jit(lambda q, x: program(q, x))  # a new function: nothing is cached
+    .lower(layers(count, stacked), x)
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+    for count in (2, 8)
+  ]
+  return (sizes[1] - sizes[0]) / 6
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_dense_weight_stays(name):
+  """Less than half a dense weight a layer."""
+  assert grows(name) < DENSE / 2
+
+
+@pytest.mark.parametrize("name", ["unrolled", "decode", "accumulation"])
+def test_without_the_data_dependence_they_stay(name, monkeypatch):
+  """What the test above would miss if it could not fail."""
+  monkeypatch.setattr(product, "tied", lambda codes, x: codes)
+  assert grows(name) > 0.9 * DENSE
+
+
+def test_many_adapters_on_one_base_decode_it_once():
+  """Mapped over activations, codes stay unmapped: the dense weight is computed one time."""
+  [(weight, *_)] = layers(1, False)
+  x = jax.ShapeDtypeStruct((8, 4, D), jnp.float32)
+  run = jax.vmap(lambda x, w: einsum("ti,io->to", x, w), in_axes=(0, None))
+  size = jax.jit(run).lower(x, weight).compile().memory_analysis().temp_size_in_bytes
+  assert size < 2 * DENSE

@@ -1,0 +1,215 @@
+"""Language-model runs: a tiny Llama in four bits on a tiny corpus of prompts and completions."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from configs.causal_lm import get_config
+from peftjax.core import paths, tree
+from peftjax.training import build
+from peftjax.training.run import Run
+from peftjax.training.settings import from_config
+from peftjax.training.writer import Writer
+from tests.training import runs
+
+
+class Interrupted(Exception):
+  """Stands for anything that ends a process in the middle."""
+
+
+DIGITS = [str(i) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, pytestconfig):
+  """A model directory with a tokenizer that knows digits and a few words."""
+  folder = tmp_path_factory.mktemp("llama") / "model"
+  shutil.copytree(pytestconfig.rootpath / "tests/golden/llama3_tiny", folder)
+  words = ["<unk>", "<s>", "</s>", *DIGITS, "then", "comes", "row", "of"]
+  tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+  tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+  tokenizer.save(str(folder / "tokenizer.json"))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+  """Prompts of five digits and, as completions, the five that follow."""
+  path = tmp_path_factory.mktemp("texts") / "rows.jsonl"
+  draws = np.random.default_rng(0).choice(10, (120, 4))
+  rows = [
+    {
+      "prompt": " ".join(map(str, [*d, d[-1]])),
+      "answer": " ".join(str((d[-1] + k) % 10) for k in range(1, 6)),
+    }
+    for d in draws
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+@pytest.fixture(scope="module")
+def lm_config(llama, texts):
+  def make(argument="", **changes):
+    made = get_config(f"data=files,{argument}" if argument else "data=files")
+    base = dict(
+      model__directory=str(llama),
+      quant__block_size=32,
+      data__train_file=str(texts),
+      data__text_column="prompt",
+      data__pair_column="answer",
+      data__loss="completions",
+      data__other="",
+      data__max_length=24,
+      method__rank=4,
+      optimizer__learning_rate=2e-2,
+      train__steps=16,
+      train__batch_size=8,
+      train__log_every=4,
+      train__save_every=6,
+      compilation_cache="",
+    )
+    for key, value in {**base, **changes}.items():
+      if key == "method__rank" and "method=full" in argument:
+        continue
+      made.update_from_flattened_dict({key.replace("__", "."): value})
+    return made
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def finished(run_once, lm_config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("lm") / "run"
+  return workdir, run_once(lm_config(), workdir)
+
+
+def test_perplexity_falls_and_is_compared_with_before(finished):
+  """The result has the test split before and after; the logs have them too."""
+  workdir, result = finished
+  before, after = (result[key]["test"] for key in ("before", "metrics"))
+  assert after["perplexity"] < 0.5 * before["perplexity"]
+  for scores in (before, after):
+    assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
+  first = runs.rows(workdir)[0]
+  assert first["step"] == 0 and first["test_perplexity"] == before["perplexity"]
+  assert result["rows"]["train"] > result["rows"]["test"] > 0
+  assert (workdir / "peft" / "adapter_config.json").exists()
+  config = json.loads((workdir / "peft" / "adapter_config.json").read_text())
+  assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_the_base_is_quantised_and_stays_as_it_was(finished, lm_config):
+  """Codes are loaded byte for byte as before, and no checkpoint holds them."""
+  settings = from_config(lm_config())
+  flat = paths.leaves(build.adapted(settings, None).params)
+  assert {type(leaf.base).__name__ for p, leaf in flat.items() if hasattr(leaf, "base")} == {
+    "Quantized"
+  }
+  _, saved = runs.arrays(finished[0], "latest")
+  assert saved and not any("codes" in name or "embedding" in name for name in saved)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+  finished, run_once, lm_config, tmp_path, monkeypatch
+):
+  """Stopped at step 9 after the checkpoint at 6; before and after stay what they were."""
+  place, count = Run.place, [0]
+
+  def stop(self, batch):
+    count[0] += 1
+    if count[0] == 2 + 6 + 2 + 3:  # before, an epoch, its evaluation, three steps of the next
+      raise Interrupted
+    return place(self, batch)
+
+  workdir = tmp_path / "run"
+  monkeypatch.setattr(Run, "place", stop)
+  with pytest.raises(Interrupted):
+    run_once(lm_config(), workdir)
+  monkeypatch.undo()
+  run_once(lm_config(), workdir)
+  runs.assert_same(workdir, finished[0])
+
+
+def test_loss_on_completions_counts_only_these(lm_config):
+  """Five digits and the end of each answer; with "all", everything but first tokens."""
+  task = build.task(from_config(lm_config()))
+  everything = build.task(from_config(lm_config(data__loss="all")))
+  for part in ("train", "test"):
+    n = task.rows[part].documents
+    assert task.rows[part].weights.sum() == 6 * n
+    pieces = sum(int(row.max()) for row in everything.rows[part].segments)
+    assert everything.rows[part].weights.sum() == 11 * n - (pieces if pieces > n else n)
+
+
+def test_full_fine_tuning_of_a_dense_base_and_not_of_four_bits(run_once, lm_config, tmp_path):
+  """The control run works; asked for on codes, it is refused before anything is written."""
+  short = dict(train__steps=2, optimizer__learning_rate=1e-4)
+  result = run_once(lm_config("method=full,quant=none", **short), tmp_path / "full")
+  assert result["trainable_params"] == result["total_params"]
+  with pytest.raises(ValueError, match="pj.train cannot train .*Quantized"):
+    run_once(lm_config("method=full", **short), tmp_path / "refused")
+  assert not (tmp_path / "refused").exists()
+
+
+def test_the_writer_continues_with_the_adapter(finished):
+  """After training it counts on; before, it does not; padding and batches change nothing."""
+  writer = Writer(finished[0])
+  asked = ["1 2 3 4 4", "9 8 7 7"]
+  got = writer.write(asked, max_new_tokens=6)
+  assert got == [writer.write([one], max_new_tokens=6)[0] for one in asked]
+  base = Writer(finished[0], adapted=False)
+  assert base.write(asked, max_new_tokens=6) != got
+  leaves = zip(
+    jax.tree.leaves(tree.partition(writer.params, _codes(writer.params))[0]),
+    jax.tree.leaves(tree.partition(base.params, _codes(base.params))[0]),
+    strict=True,
+  )
+  assert all((a == b).all() for a, b in leaves)
+
+
+def _codes(params):
+  """True on codes."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: paths.name(path).endswith("/codes"), params
+  )
+
+
+def test_a_run_without_evaluation_or_of_another_task_is_no_language_model(
+  finished, tmp_path, lm_config
+):
+  with pytest.raises(ValueError, match="no evaluated run of a language model"):
+    Writer(tmp_path)
+  shutil.copytree(finished[0], tmp_path / "copy")
+  config = json.loads((tmp_path / "copy" / "config.json").read_text())
+  config["model"]["directory"] = str(tmp_path / "other")
+  shutil.copytree(finished[1]["config"]["model"]["directory"], tmp_path / "other")
+  (tmp_path / "other" / "config.json").write_text(
+    (tmp_path / "other" / "config.json").read_text() + " "
+  )
+  (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="is not the model"):
+    Writer(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(quant__name="nf5"), "quant.name 'nf5' is not one of none, nf4"),
+    (dict(quant__block_size=48), "block_size 48 is not one of"),
+    (dict(data__loss="some"), 'data.loss .some. is not "all" or "completions"'),
+    (dict(data__max_length=64), "32 positions"),
+    (dict(model__directory="", model__name="gpt5"), "model.name 'gpt5' is not one of minilm"),
+    (dict(quant__targets=("nothing",)), "matches no parameter"),
+  ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+  changes, message, run_once, lm_config, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    run_once(lm_config(**changes), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
