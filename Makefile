@@ -17,6 +17,12 @@ help: ## List the targets
 quickstart: .venv/.installed ## Fine-tune a pretrained BERT three ways, print the table
 	$(BIN)/python -m experiments.quickstart $(ARGS)
 
+qlora: .venv/.installed ## Fine-tune a language model whose base is in four bits, and let it write
+	$(BIN)/python -m experiments.train --config=configs/causal_lm.py:model=smollm2,quant=nf4,method=lora \
+	  --workdir=runs/qlora $(ARGS)
+	$(BIN)/python -m experiments.generate --workdir=runs/qlora --base \
+	  --prompt="Shares in the airline" --prompt="The striker said"
+
 install: .venv/.installed ## Make .venv from requirements.lock
 
 test: .venv/.installed ## Run the tests (no torch needed)
@@ -31,7 +37,7 @@ format: .venv/.installed ## Let ruff mend what it can and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-parity: .venv/.parity ## Add torch, transformers and peft, compare with them live
+parity: .venv/.parity ## Add torch, transformers, peft and bitsandbytes, compare with them live
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
 bench: .venv/.parity ## Time a step and a whole run against HF PEFT's (ARGS=--out=FILE)
@@ -63,7 +69,7 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "'$(PYTHON)' cannot make virtual environments: install its venv module"; \
 	  echo "(Debian, Ubuntu: apt-get install python3-venv)."; exit 1; }
-	@echo "Fetching and installing the locked packages into .venv (some 330 MB, a few minutes) ..."
+	@echo "Fetching and installing the locked packages into .venv (some 430 MB, a few minutes) ..."
 	@set -e; rm -rf .venv/fetched; t0=$$(date +%s); \
 	$(PYTHON) -m venv .venv; \
 	$(PIP) download --no-deps --require-hashes -d .venv/fetched -r requirements.lock; \
@@ -77,7 +83,7 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 # torch goes first and by its exact name, so that pip's own settings (find-links, index) choose the
 # build: the default one on Linux brings gigabytes of CUDA. The constraints hold the locked versions.
 .venv/.parity: .venv/.installed
-	@echo "Adding torch, transformers and peft to .venv ..."
+	@echo "Adding torch, transformers, peft and bitsandbytes to .venv ..."
 	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > .venv/constraints.txt
 	@set -e; t0=$$(date +%s); \
 	$(PIP) install -c .venv/constraints.txt $(TORCH); \
@@ -85,4 +91,4 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 	echo "Added in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart install test lint format parity bench lock clean
+.PHONY: help quickstart qlora install test lint format parity bench lock clean

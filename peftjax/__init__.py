@@ -21,6 +21,7 @@ from peftjax.methods.lora import lora
 from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.masks import train
 from peftjax.methods.swap import align_ranks, unmerge
+from peftjax.models.generate import generate
 from peftjax.models.pretrained import load_pretrained
 from peftjax.optim import freeze
 from peftjax.quant.formats import fp4, int4, int8, nf4
@@ -44,6 +45,7 @@ __all__ = [
   "einsum",
   "fp4",
   "freeze",
+  "generate",
   "int4",
   "int8",
   "linen",

@@ -14,3 +14,14 @@ def example(batch_size: int, length: int) -> dict[str, np.ndarray]:
     "labels": random.integers(0, 2, batch_size, np.int32),
     "weights": np.ones(batch_size, np.float32),
   }
+
+
+def packed(batch_size: int, length: int) -> dict[str, np.ndarray]:
+  """Random tokens of a language model, one document a row."""
+  tokens = np.random.default_rng(0).integers(1000, 40000, (batch_size, length), np.int32)
+  return {
+    "tokens": tokens,
+    "segments": np.ones_like(tokens),
+    "positions": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
+    "weights": np.ones(tokens.shape, np.float32),
+  }

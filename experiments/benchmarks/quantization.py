@@ -1,0 +1,53 @@
+"""Quantising and dequantising a 4096 x 4096 matrix against bitsandbytes.
+
+  python -m experiments.benchmarks.quantization --out=quantization.jsonl
+
+NF4 in blocks of 64 with double quantisation. A dequantisation is timed into a buffer that is there
+("warm": ours donates it, the peer's kernel is handed it) and into fresh memory; a product is that
+of 2,048 tokens with the quantised matrix. Both sides have the same threads, each its own process,
+and take turns. Costs are medians. Needs `make parity`'s packages.
+"""
+
+import statistics
+
+from absl import app, flags
+
+from experiments.benchmarks import report
+from experiments.benchmarks.turns import Worker
+
+OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
+SIZE = flags.DEFINE_integer("size", 4096, "Rows and columns of the matrix.")
+TURNS = flags.DEFINE_integer("turns", 6, "How often the sides change.")
+STEPS = flags.DEFINE_integer("steps", 5, "Repetitions of a turn.")
+
+OPERATIONS = ("quantize", "dequantize_warm", "dequantize_fresh", "matmul")
+DTYPES = ("float32", "bfloat16")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  rows = [compare(operation, dtype) for operation in OPERATIONS for dtype in DTYPES]
+  report.show(f"NF4 with double quantisation, {SIZE.value}², {report.machine()}", rows)
+  if OUT.value:
+    report.write(OUT.value, rows)
+
+
+def compare(operation: str, dtype: str) -> report.Row:
+  args = (operation, dtype, str(SIZE.value))
+  sides = [
+    Worker(f"experiments.benchmarks.quantization_{side}", *args) for side in ("ours", "peer")
+  ]
+  seconds: tuple[list[float], list[float]] = ([], [])
+  for _ in range(TURNS.value):
+    for worker, taken in zip(sides, seconds, strict=True):
+      worker.run(1)  # caches are the other side's: not counted
+      taken += worker.run(STEPS.value)
+  for worker in sides:
+    worker.close()
+  ours, peer = (1e3 * statistics.median(taken) for taken in seconds)
+  return report.Row(f"{operation}_{dtype}", ours, peer, "ms")
+
+
+if __name__ == "__main__":
+  app.run(main)
