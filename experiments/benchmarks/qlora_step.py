@@ -31,12 +31,12 @@ def main(argv: list[str]) -> None:
   for _ in range(TURNS.value):
     for worker, taken in zip(sides, seconds, strict=True):
       taken += worker.run(STEPS.value)
-  medians = [statistics.median(taken) for taken in seconds]
-  peaks = [worker.close() for worker in sides]
+  ours, peer = (statistics.median(taken) for taken in seconds)
+  our_peak, peer_peak = (worker.close() for worker in sides)
   tokens = BATCH.value * LENGTH.value
   rows = [
-    report.Row("qlora_step", *medians, "s", f"{tokens / medians[0]:,.0f} tokens/s"),
-    report.Row("qlora_peak_mem", *peaks, "MiB", "resident"),
+    report.Row("qlora_step", ours, peer, "s", f"{tokens / ours:,.0f} tokens/s"),
+    report.Row("qlora_peak_mem", our_peak, peer_peak, "MiB", "resident"),
   ]
   report.show(f"QLoRA of SmolLM2, batch {BATCH.value} x {LENGTH.value}, {report.machine()}", rows)
   if OUT.value:

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ class Predictor:
 
   Attributes:
     labels: names of the classes; empty for a regression.
+    params: of the model, with the trained adapter.
 
   Raises:
     ValueError: if `workdir` holds no trained run, or the pretrained model is another one now.
@@ -55,14 +57,16 @@ class Predictor:
     finally:
       checkpoints.close()
     # An adapter from a checkpoint wins over what `attach` has just drawn.
-    self._predict = functools.partial(
-      jax.jit(functools.partial(step.eval_step, model.module, CLASSES)), adapter, base
-    )
+    self.params = tree.combine(adapter, base)
+    self._predict = jax.jit(functools.partial(step.outputs, model.module, CLASSES))
     self._tokenizer = data.load_tokenizer(str(self.settings.model.path()))
     self._pad_id = pretrained.pad_id(self.settings.model.path())
 
-  def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
-    """`[N, K]` float32, in the order of `texts`."""
+  def logits(
+    self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Any = None
+  ) -> np.ndarray:
+    """`[N, K]` float32, in the order of `texts`; with other parameters of this model, if given."""
+    params = self.params if params is None else params
     length = self.settings.data.max_length
     examples = data.Examples(
       list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32)
@@ -70,7 +74,8 @@ class Predictor:
     tokens = data.encode(self._tokenizer, examples, length)
     buckets = data.buckets(tokens.lengths, max_length=length)
     size = min(self.settings.train.eval_batch_size, len(texts))
-    return evaluate.logits_of(self._predict, tokens, buckets, size, self._pad_id)
+    predict = lambda batch: self._predict(params, batch)
+    return evaluate.logits_of(predict, tokens, buckets, size, self._pad_id)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -49,6 +49,10 @@ def train_step(
 
 
 def eval_step(model: nn.Module, kind: Kind, train: Any, frozen: Any, batch: Batch) -> Any:
+  """`outputs` of the two halves of the parameters."""
+  return outputs(model, kind, tree.combine(train, frozen), batch)
+
+
+def outputs(model: nn.Module, kind: Kind, params: Any, batch: Batch) -> Any:
   """`kind.output` of the logits, without dropout."""
-  params = tree.combine(train, frozen)
   return kind.output(apply(model, params, *kind.inputs(batch)), batch)

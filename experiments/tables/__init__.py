@@ -1,0 +1,1 @@
+"""Tables of papers, made again: `python -m experiments.tables NAME`."""
