@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
+from peftjax.quant import blockwise, double
 from peftjax.quant.formats import Format
 from peftjax.quant.weight import Quantized
 
@@ -103,15 +104,35 @@ def quantize_leaf(path: str, leaf: Any, fmt: Format) -> Quantized:
   Raises:
     ValueError: if an entry is NaN or infinite.
   """
-  make = functools.partial(_quantized, fmt=fmt, axis=axis_of(path))
+  axis, dtype = axis_of(path), leaf.dtype.name
   if isinstance(leaf, jax.ShapeDtypeStruct):
-    return jax.eval_shape(make, leaf)[0]
-  weight, finite = _jitted(leaf, fmt, axis_of(path))
+    codes, scales = jax.eval_shape(lambda w: fmt.quantize(w, axis), leaf)
+  else:
+    codes, absmax = encode(path, leaf, fmt, axis)
+    scales = finish_scales(absmax, fmt, axis)
+  return Quantized(codes=codes, scales=scales, fmt=fmt, axis=axis, dense_dtype=dtype)
+
+
+def encode(path: str, leaf: Any, fmt: Format, axis: int) -> tuple[jax.Array, jax.Array]:
+  """Codes and float32 scales of an array, or of some of its outputs.
+
+  Raises:
+    ValueError: if an entry is NaN or infinite.
+  """
+  codes, absmax, finite = _encode(leaf, fmt, axis)
   if not isinstance(finite, jax.core.Tracer) and not finite:
     raise ValueError(
       f"{path} has NaN or infinite entries, which no quantised format holds. Mend the checkpoint."
     )
-  return weight
+  return codes, absmax
+
+
+def finish_scales(absmax: Any, fmt: Format, axis: int) -> Any:
+  """The scales as the format keeps them.
+
+  A program of its own: their mean is the same to the last bit however they were computed.
+  """
+  return _double(absmax, axis) if fmt.double_quant else absmax
 
 
 def axis_of(path: str) -> int:
@@ -119,10 +140,10 @@ def axis_of(path: str) -> int:
   return -1 if path.split("/")[-1] == "embedding" else -2
 
 
-def _quantized(leaf: Any, fmt: Format, axis: int) -> tuple[Quantized, jax.Array]:
-  codes, scales = fmt.quantize(leaf, axis)
-  weight = Quantized(codes=codes, scales=scales, fmt=fmt, axis=axis, dense_dtype=leaf.dtype.name)
-  return weight, jnp.isfinite(leaf).all()
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _encode(leaf: Any, fmt: Format, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  codes, absmax = blockwise.quantize(leaf, fmt.name, fmt.block_size, axis)
+  return codes, absmax, jnp.isfinite(leaf).all()
 
 
-_jitted = jax.jit(_quantized, static_argnums=(1, 2))
+_double = jax.jit(double.quantize, static_argnums=1)

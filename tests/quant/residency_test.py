@@ -80,19 +80,18 @@ PROGRAMS = {
 }
 
 
-def grows(name):
-  """Bytes of temporaries a layer, from 2 layers to 8."""
+def grows(name, sharding=None):
+  """Bytes of temporaries a layer, from 2 layers to 8; on the devices of a sharding."""
   program, stacked, rows = PROGRAMS[name]
-  x = jax.ShapeDtypeStruct((rows, D), jnp.float32)
-  sizes = [
-    jax.jit(lambda q, x: program(q, x))  # a new function: nothing is cached
-    .lower(layers(count, stacked), x)
-    .compile()
-    .memory_analysis()
-    .temp_size_in_bytes
-    for count in (2, 8)
-  ]
-  return (sizes[1] - sizes[0]) / 6
+
+  def temporaries(count):
+    arguments = layers(count, stacked), jax.ShapeDtypeStruct((rows, D), jnp.float32)
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    run = jax.jit(lambda q, x: program(q, x))  # a new function: nothing is cached
+    compiled = run.lower(*jax.tree.map(place, arguments)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  return (temporaries(8) - temporaries(2)) / 6
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
