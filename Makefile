@@ -7,6 +7,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 UV = uv==0.13.9
 TORCH = torch==2.13.0
+LIBTPU = libtpu==0.0.42.*
 LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header
@@ -82,12 +83,14 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 
 # torch goes first and by its exact name, so that pip's own settings (find-links, index) choose the
 # build: the default one on Linux brings gigabytes of CUDA. The constraints hold the locked versions.
+# The TPU compiler, in the version that the locked jax asks for, lies apart: jax warns where it sees it.
 .venv/.parity: .venv/.installed
 	@echo "Adding torch, transformers, peft and bitsandbytes to .venv ..."
 	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > .venv/constraints.txt
 	@set -e; t0=$$(date +%s); \
 	$(PIP) install -c .venv/constraints.txt $(TORCH); \
 	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[parity]'; \
+	$(PIP) install --no-deps --upgrade --target .venv/tpu '$(LIBTPU)'; \
 	echo "Added in $$(($$(date +%s) - t0)) s."
 	@touch $@
 

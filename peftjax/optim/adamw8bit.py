@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.struct
@@ -114,21 +115,27 @@ def _scale_by_adam8bit(
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdam8bitState]:
     count = optax.safe_increment(state.count)
-    grads, tree = jax.tree.flatten(updates)
-    new, mu, nu = [], [], []
-    old = zip(tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
-    for g, (m, v) in zip(grads, old, strict=True):
+    correct1, correct2 = _correction(b1, count), _correction(b2, count)
+
+    def step(g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
       g = g.astype(jnp.float32)
-      m, keep_m = _opened(m, signed=True)
-      v, keep_v = _opened(v, signed=False)
+      m, store_m = _opened(mu, signed=True)
+      v, store_v = _opened(nu, signed=False)
       m = b1 * m + (1 - b1) * g
       v = b2 * v + (1 - b2) * g * g
-      new.append((m / (1 - b1**count)) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**count) + eps))
-      mu.append(keep_m(m))
-      nu.append(keep_v(v))
-    return tree.unflatten(new), ScaleByAdam8bitState(count, tree.unflatten(mu), tree.unflatten(nu))
+      new = (m / correct1) / (jnp.sqrt(v) / jnp.sqrt(correct2) + eps)
+      return new, store_m(m), store_v(v)
+
+    steps = jax.tree.map(step, updates, state.mu, state.nu)
+    part = lambda i: jax.tree.map(lambda _, three: three[i], updates, steps)
+    return part(0), ScaleByAdam8bitState(count, part(1), part(2))
 
   return optax.GradientTransformation(init, update)
+
+
+def _correction(b: float, count: jax.Array) -> jax.Array:
+  """1 − bᵗ, without the cancellation that 1 − 0.999 has in float32."""
+  return -jnp.expm1(count * np.float32(math.log(b))) if b else jnp.ones([])
 
 
 def _opened(moment: Any, *, signed: bool) -> tuple[jax.Array, Any]:

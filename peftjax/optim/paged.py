@@ -4,66 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from peftjax.core import paths
+from peftjax.optim.lazy import Lazy
+
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
-
-
-class Page(flax.struct.PyTreeNode):
-  """The optimizer state of one array: the leaves of `tx.init` on a tree of that array alone.
-
-  Scalars, like a step count, are on the device, everything else in `pinned_host`.
-  """
-
-  arrays: tuple[Any, ...]
 
 
 def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """`tx` with its state in host memory; an update brings it to the device one leaf at a time.
 
-  The numbers are those of `tx`. The device holds the state of one leaf in place of all, so AdamW
-  saves eight bytes a trained parameter, and every update moves them to the device and back. That
-  pays for full fine-tuning; the state of LoRA itself is too small to matter. (QLoRA, Dettmers et
-  al. 2023, arXiv 2305.14314, section 3, pages between GPU and CPU on demand; XLA allocates ahead,
-  so here the visits are part of the program.)
+  The numbers are those of `tx`, and so is the structure of the state; its arrays, scalars
+  excepted, are in `pinned_host`. Inside jit the device holds the state of about one leaf in place
+  of all, so AdamW saves eight bytes a trained parameter, and every update moves them to the device
+  and back. That pays for full fine-tuning; the state of LoRA itself is too small to matter.
+  (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3, pages between GPU and CPU on demand;
+  XLA plans memory ahead, so here the visits are part of the program.)
 
-  The state has the structure of the parameters with a `Page` for every array. `tx` sees the
-  parameters with `None` for all leaves but one, under their own paths: masks, schedules and labels
-  work. What has to see all leaves at once would be wrong: clip by the global norm outside, with
+  What has to see all leaves at once cannot be paged. Clip by the global norm outside:
   `optim.wrap(paged(tx), clip_norm=1.0, accumulate=1)`.
 
   Raises:
-    ValueError: in `init`, if in `tx` the gradient of one leaf moves another.
+    ValueError: in `update`, if in `tx` the gradient of one leaf moves another.
   """
   tx = optax.with_extra_args_support(tx)
 
   def init(params: Any) -> Any:
-    leaves, tree = jax.tree.flatten(params)
-    _check_apart(tx, leaves, tree)
-    states = [tx.init(_alone(tree, i, leaf)) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(tree, [Page(_move(tuple(jax.tree.leaves(s)), _HOST)) for s in states])
+    return jax.tree.map(lambda x: _move(x, _HOST), tx.init(params))
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-    grads, tree = jax.tree.flatten(updates)
-    pages = tree.flatten_up_to(state)
-    weights = grads if params is None else tree.flatten_up_to(params)
-    new, kept, token = [], [], ()
-    for i, (grad, page, weight) in enumerate(zip(grads, pages, weights, strict=True)):
-      # Without the token the compiler starts every transfer at once, and all of the state is there.
-      arrays, grad, token = jax.lax.optimization_barrier((page.arrays, grad, token))
-      alone = _alone(tree, i, weight)
-      inner = jax.tree.structure(jax.eval_shape(tx.init, alone))
-      visiting = inner.unflatten(_move(arrays, _DEVICE))
-      own = None if params is None else alone
-      out, visited = tx.update(_alone(tree, i, grad), visiting, own, **extra)
-      leaving = _move(tuple(jax.tree.leaves(visited)), _HOST)
-      token = leaving
-      new.append(tree.flatten_up_to(out)[i])
-      kept.append(Page(leaving))
-    return jax.tree.unflatten(tree, new), jax.tree.unflatten(tree, kept)
+    if not jax.tree.leaves(updates):
+      return tx.update(updates, state, params, **extra)
+    return _update(lambda u, s, p: tx.update(u, s, p, **extra), updates, state, params)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -100,28 +75,83 @@ def decide_paging(
   return page, f"{verb} {needed / 2**30:.2f} of {limit / 2**30:.2f} GiB on {device.device_kind}"
 
 
-def _alone(tree: Any, i: int, leaf: Any) -> Any:
-  """The tree with `None` for every leaf but the i-th."""
-  return jax.tree.unflatten(tree, [leaf if j == i else None for j in range(tree.num_leaves)])
+def _update(fn: Any, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+  """`fn(updates, state, params)`: its own equations, in an order that needs little memory."""
+  here = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # as if all were on the device
+  program, out = jax.make_jaxpr(fn, return_shape=True)(
+    *jax.tree.map(here, (updates, state, params))
+  )
+  grads, pages = jax.tree.leaves(updates), jax.tree.leaves(state)
+  n = len(grads)
+  values = Lazy(program, [*grads, *pages, *jax.tree.leaves(params)])
+  away = {i for i, page in enumerate(pages, n) if page.ndim}
+  results: dict[int, Any] = {}
+  # Nothing is fetched before all gradients are there: the backward pass needs the memory itself.
+  token = sum(map(_sum, grads))
+  for outputs in _by_leaf(values, updates, len(jax.tree.leaves(out))):
+    wanted = sorted(away & set[int]().union(*map(values.needs, outputs)))
+    away -= set(wanted)
+    values.inputs |= _fetch({i: pages[i - n] for i in wanted}, token)
+    made = {o: values.output(o) for o in outputs}
+    places = {o: grads[o] if o < n else pages[o - n] for o in outputs}
+    made |= _evict({o for o in outputs if o >= n and made[o].ndim}, made, places, token)
+    token = sum((_sum(made[o]) for o in outputs if o < n), token)
+    results |= made
+  leaves = [results[o] for o in range(len(results))]
+  return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
-def _move(arrays: tuple[Any, ...], space: jax.memory.Space) -> tuple[Any, ...]:
-  return tuple(jax.device_put(x, space) if x.ndim else x for x in arrays)
+def _by_leaf(values: Lazy, updates: Any, outputs: int) -> list[list[int]]:
+  """The numbers of the outputs, those together that depend on the gradient of the same leaf.
+
+  Small leaves first: by the time of the largest, most gradients are gone.
+  """
+  names = [paths.name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+  groups: dict[Any, list[int]] = {}
+  for output in range(outputs):
+    leaves = [names[i] for i in values.needs(output) if i < len(names)]
+    if len(leaves) > 1:
+      raise ValueError(
+        f"paged(tx) updates one leaf after the other, but in this tx {leaves[0]} and {leaves[1]} "
+        "move together, as in optax.clip_by_global_norm. Take that out of tx and write "
+        "optim.wrap(optim.paged(tx), clip_norm=..., accumulate=1)."
+      )
+    groups.setdefault(leaves[0] if leaves else output, []).append(output)
+  return sorted(groups.values(), key=lambda outputs: values.size(outputs[0]))
 
 
-def _check_apart(tx: Any, leaves: list[Any], tree: Any) -> None:
-  """Updates miniatures of all leaves, one with a gradient that is not a number: does it spread?"""
-  if len(leaves) < 2:
-    return
-  with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-    small = [jnp.ones((1,) * x.ndim, x.dtype) for x in leaves]
-    grads = jax.tree.unflatten(tree, [small[0] * jnp.nan, *small[1:]])
-    out, _ = tx.update(grads, tx.init(jax.tree.unflatten(tree, small)), jax.tree.unflatten(tree, small))
-    others = jax.tree.leaves(tree.flatten_up_to(out)[1:])
-    spread = any(bool(jnp.isnan(x).any()) for x in others)
-  if spread:
-    raise ValueError(
-      "paged(tx) updates one leaf after the other, but in this tx the gradient of one leaf moves "
-      "another, as in optax.clip_by_global_norm. Take that out of tx and write "
-      "optim.wrap(optim.paged(tx), clip_norm=..., accumulate=1)."
-    )
+def _fetch(pages: dict[int, Any], token: Any) -> dict[int, Any]:
+  """Copies on the device, made once the token is known."""
+  blank = {i: jnp.zeros(x.shape, x.dtype) for i, x in pages.items()}
+  fetched = lambda *_: {i: _move(x, _DEVICE) for i, x in pages.items()}
+  return jax.lax.fori_loop(0, _once(token), fetched, blank) if pages else {}
+
+
+def _evict(
+  leaving: set[int], made: dict[int, Any], places: dict[int, Any], token: Any
+) -> dict[int, Any]:
+  """`made`, those of `leaving` in host memory, and the others not before that is done.
+
+  `places` are arrays of the same shapes that nothing needs any more.
+  """
+  places = {o: places[o].astype(x.dtype) for o, x in made.items()}
+  moved = lambda *_: {o: _move(x, _HOST) if o in leaving else x for o, x in made.items()}
+  return jax.lax.fori_loop(0, _once(token), moved, places) if leaving else made
+
+
+def _once(token: Any) -> Any:
+  """1, but the compiler cannot know before it has the token.
+
+  Copies in a loop of so many rounds start and end within it. Without the loop it starts them all as
+  early, and ends them as late, as it can, and `optimization_barrier` does not stop it: barriers are
+  gone when it schedules.
+  """
+  return ((token < 1) | ~(token < 0)).astype(jnp.int32)  # of a NaN too
+
+
+def _sum(x: Any) -> Any:
+  return x.sum().astype(jnp.float32)
+
+
+def _move(x: Any, space: Any) -> Any:
+  return jax.device_put(x, space) if x.ndim else x

@@ -10,30 +10,30 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peftjax.optim.adamw8bit import Moment
-from peftjax.optim.paged import Page
 
 
 def state_shardings(tx: Any, state: Any, params: Any, mesh: Mesh) -> Any:
   """A sharding for every array of `state`, which is `tx.init(params)`.
 
   An array of its parameter's shape (a moment, or the codes of one) lies as the parameter does;
-  scales and counters are everywhere. Arrays of a `Page` stay in host memory.
+  scales and counters are everywhere. What is in host memory (`paged`) stays there.
   """
   everywhere = NamedSharding(mesh, P())
 
-  def of(part: Any, param: Any) -> Any:
-    def place(x: Any) -> Any:
-      sharding = param.sharding if x.shape == param.shape else everywhere
-      host = isinstance(part, Page) and len(x.shape) > 0
-      return sharding.with_memory_kind("pinned_host") if host else sharding
+  def place(x: Any, sharding: NamedSharding) -> NamedSharding:
+    kind = None if x.sharding is None else x.sharding.memory_kind
+    return sharding if kind is None else sharding.with_memory_kind(kind)
 
-    return jax.tree.map(place, part)
+  def of(part: Any, param: Any) -> Any:
+    return jax.tree.map(
+      lambda x: place(x, param.sharding if x.shape == param.shape else everywhere), part
+    )
 
   return optax.tree_utils.tree_map_params(
     tx,
     of,
     state,
     params,
-    transform_non_params=lambda _: everywhere,
-    is_leaf=lambda node: isinstance(node, (Moment, Page)),
+    transform_non_params=lambda x: place(x, everywhere),
+    is_leaf=lambda node: isinstance(node, Moment),
   )

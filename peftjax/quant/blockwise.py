@@ -73,12 +73,23 @@ def nearest(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
 
 
 def lookup(table: np.ndarray, index: jax.Array) -> jax.Array:
-  """`table[index]` of four bits.
+  """`table[index]` of four bits: a gather on CPUs, a tree of selects on what gathers slowly.
 
-  A gather, and not a tree of selects: its sixteen broadcast constants would be hoisted out of a
-  scan over layers, each an array of a whole weight.
+  Both as branches by platform: outside of one, the tree's sixteen broadcast constants would be
+  hoisted out of a scan over layers, each an array of a whole weight.
   """
-  return jnp.take(jnp.asarray(table), index, mode="clip")
+
+  def gather(index: jax.Array) -> jax.Array:
+    return jnp.take(jnp.asarray(table), index, mode="clip")
+
+  def select(index: jax.Array) -> jax.Array:
+    values = [jnp.asarray(v) for v in table]
+    for bit in range(4):
+      odd = (index & (1 << bit)) != 0
+      values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+  return jax.lax.platform_dependent(index, cpu=gather, default=select)
 
 
 def _encode(x: jax.Array, fmt: str) -> jax.Array:
