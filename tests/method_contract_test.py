@@ -449,7 +449,8 @@ def test_law_11_factored_means_factored(subject):
   # Compute in another dtype casts the base, and nothing but the base; a quantised one is
   # looked up, scaled and reshaped, but nothing is added to it, nor is it a product.
   allow = ("convert_element_type", "scan") if subject.entry.dtype != jnp.float32 else ()
-  decoding = "gather select_n cond sub div broadcast_in_dim reshape jit convert_element_type"
+  decoding = "gather select_n cond sub div broadcast_in_dim reshape jit"
+  decoding += " convert_element_type bitcast_convert_type"
   allow += tuple(decoding.split()) if subject.entry.base else ()
   args = (*subject.split(subject.attached), KEY)
   if shapes:

@@ -73,21 +73,23 @@ def nearest(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
 
 
 def lookup(table: np.ndarray, index: jax.Array) -> jax.Array:
-  """`table[index]` of four bits: a gather on CPUs, a tree of selects on what gathers slowly.
-
-  Both as branches by platform: outside of one, the tree's sixteen broadcast constants would be
-  hoisted out of a scan over layers, each an array of a whole weight.
-  """
+  """`table[index]` of four bits: a gather on CPUs, a tree of selects on what gathers slowly."""
 
   def gather(index: jax.Array) -> jax.Array:
     return jnp.take(jnp.asarray(table), index, mode="clip")
 
   def select(index: jax.Array) -> jax.Array:
-    values = [jnp.asarray(v) for v in table]
-    for bit in range(4):
-      odd = (index & (1 << bit)) != 0
-      values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    # The first level in bits and not as where(odd, one, two), whose sixteen broadcast constants
+    # would be hoisted out of a scan over layers, each an array of a whole weight.
+    bits = table.view(f"uint{8 * table.itemsize}")
+    odd = -(index & 1).astype(bits.dtype)  # all ones or none
+    values = [(odd & (one ^ two)) ^ one for one, two in zip(bits[::2], bits[1::2], strict=True)]
+    for bit in (2, 4, 8):
+      high = (index & bit) != 0
+      values = [
+        jnp.where(high, two, one) for one, two in zip(values[::2], values[1::2], strict=True)
+      ]
+    return jax.lax.bitcast_convert_type(values[0], table.dtype)
 
   return jax.lax.platform_dependent(index, cpu=gather, default=select)
 

@@ -186,3 +186,13 @@ def test_unknown_formats_are_refused():
     pj.nf4(codebook="best")
   with pytest.raises(ValueError, match="'e2m1', 'e3m0'"):
     pj.fp4(layout="e1m2")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_both_ways_to_look_codes_up_give_the_table(dtype, monkeypatch):
+  """The gather of CPUs and the selects of other devices, which are run here in its place."""
+  table = np.random.default_rng(0).integers(-99, 99, 16).astype(dtype)
+  index = jnp.arange(16, dtype=jnp.uint8)
+  np.testing.assert_array_equal(blockwise.lookup(table, index), table)
+  monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, cpu, default: default(x))
+  np.testing.assert_array_equal(blockwise.lookup(table, index), table)
