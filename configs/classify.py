@@ -65,6 +65,9 @@ def get_config(arg: str = "") -> ConfigDict:
         glue_dir=placeholder(str),
       ),
       optimizer=dict(
+        name="adamw",  # or adamw8bit
+        paged="never",  # or always, or auto: if the step does not fit otherwise
+        device_memory_bytes=placeholder(int),
         learning_rate=LEARNING_RATES[given["method"]],
         schedule="linear",
         warmup=0.06,

@@ -18,7 +18,7 @@ from peftjax.core import tree
 from peftjax.training import build, state, step
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
-from peftjax.training.settings import Settings
+from peftjax.training.settings import OPTIMIZERS, Settings
 
 _DIVERGED = (
   "{} not finite. The last good checkpoint is kept; try a lower --config.optimizer.learning_rate "
@@ -47,7 +47,25 @@ class Run:
     train, self.frozen = tree.partition(model.params, model.mask)
     self.stream = self.task.stream(settings.train.batch_size, settings.seed)
     self.total = settings.train.total_steps(self.stream.steps_per_epoch)
-    self.schedule, tx = _optimizer(settings, model.method, self.total)
+    self._key = build.dropout_key(settings)
+    wanted = settings.optimizer.paged
+    self._compile(model.method, train, paged=wanted == "always")
+    self.paging = ""
+    if wanted == "auto":
+      batch = self.place(next(iter(self.stream.iterate(0, 1))))
+      compiled = self._step.lower(self.state, self.frozen, batch, self._key).compile()
+      paged, self.paging = optim.decide_paging(
+        compiled, jax.devices()[0], settings.optimizer.device_memory_bytes
+      )
+      if paged:
+        self._compile(model.method, train, paged=True)
+    self._predict = jax.jit(functools.partial(step.eval_step, self.module, self.task.kind))
+    self.steps_done = 0
+    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+  def _compile(self, method: Any, train: Any, *, paged: bool) -> None:
+    """The initial state and the step."""
+    self.schedule, tx = _optimizer(self.settings, method, self.total, paged)
     self.state = jax.jit(functools.partial(state.init, tx))(train)
     places = None
     if self.mesh is not None:
@@ -58,15 +76,13 @@ class Run:
       donate_argnums=0,
       out_shardings=None if places is None else (places, None),
     )
-    self._predict = jax.jit(functools.partial(step.eval_step, self.module, self.task.kind))
-    self._key = build.dropout_key(settings)
-    self.steps_done = 0
-    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
   def announce(self, bar: Bar) -> None:
     bar.print(self.task.describe())
     share = 100 * self.trainable / self.parameters
     bar.print(f"training {self.trainable:,} of {self.parameters:,} parameters ({share:.2f} %)")
+    if self.paging:
+      bar.print(f"optimizer state {self.paging}")
     if self.new:
       bar.print(f"new in this model: {', '.join(self.new)}")
     if self.steps_done:
@@ -163,23 +179,20 @@ def _all_finite(arrays: Any) -> jax.Array:
   return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]).all()
 
 
-def _optimizer(settings: Settings, method: Any, total: int) -> tuple[optax.Schedule, Any]:
+def _optimizer(
+  settings: Settings, method: Any, total: int, paged: bool
+) -> tuple[optax.Schedule, Any]:
   o = settings.optimizer
   updates = max(total // o.accumulate, 1)
   schedule = optim.schedule(o.schedule, o.learning_rate, updates, o.warmup_steps(updates))
-  tx = optim.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+  make = OPTIMIZERS[o.name]
+  tx = make(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+  tx = optim.paged(tx) if paged else tx
   return schedule, method.optimizer(tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate)
 
 
 def _state_shardings(tx: Any, current: state.TrainState, train: Any, mesh: Any) -> Any:
   """Moments lie where their parameters do; counters everywhere."""
-  everywhere = NamedSharding(mesh, P())
   places = jax.tree.map(lambda x: x.sharding, train)
-  opt = optax.tree_utils.tree_map_params(
-    tx,
-    lambda _, place: place,
-    current.opt_state,
-    places,
-    transform_non_params=lambda _: everywhere,
-  )
-  return state.TrainState(step=everywhere, train=places, opt_state=opt)
+  opt = optim.state_shardings(tx, current.opt_state, train, mesh)
+  return state.TrainState(step=NamedSharding(mesh, P()), train=places, opt_state=opt)

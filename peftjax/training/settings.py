@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from peftjax import optim
 from peftjax.methods.base import Method, chain
 from peftjax.methods.lora import lora
 from peftjax.methods.masks import train
@@ -21,6 +22,11 @@ T = TypeVar("T")
 
 # The name of a method in a config, and what builds it.
 METHODS: Mapping[str, Callable[..., Method]] = {"lora": lora, "train": train}
+# The name of an optimizer in a config, and what builds it.
+OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
+  "adamw": optim.adamw,
+  "adamw8bit": optim.adamw8bit,
+}
 
 
 # Sample models that install from the package index: the package, what of it, its requirement.
@@ -119,6 +125,9 @@ class Text:
 class Optimizer:
   """AdamW and its schedule."""
 
+  name: str = "adamw"  # or adamw8bit
+  paged: str = "never"  # keep its state in host memory: never, always, or auto: if it has to be
+  device_memory_bytes: int | None = None  # for auto, where the device does not report its own
   learning_rate: float = 5e-4
   schedule: str = "linear"  # after the warm-up: linear, cosine or constant
   warmup: float = 0.06  # fraction of all updates, or, from 1 on, a number of updates
@@ -131,6 +140,10 @@ class Optimizer:
 
   def __post_init__(self) -> None:
     _check_positive("optimizer", self, "accumulate")
+    if self.name not in OPTIMIZERS:
+      raise ValueError(f"optimizer.name {self.name!r} is not one of {', '.join(OPTIMIZERS)}")
+    if self.paged not in ("never", "always", "auto"):
+      raise ValueError(f"optimizer.paged {self.paged!r} is not one of never, always, auto")
 
   def warmup_steps(self, updates: int) -> int:
     return int(self.warmup if self.warmup >= 1 else self.warmup * updates)

@@ -213,3 +213,25 @@ def test_bad_settings_are_refused_before_anything_is_written(
   with pytest.raises(ValueError, match=message):
     run_once(lm_config(**changes), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_paged_run_is_the_run(name, run_once, lm_config, tmp_path, capsys):
+  """Its state in host memory, decided by the program's size, changes no number."""
+  short = dict(train__steps=4, optimizer__name=name)
+  run_once(lm_config(**short), tmp_path / "plain")
+  auto = dict(optimizer__paged="auto", optimizer__device_memory_bytes=1000)
+  capsys.readouterr()
+  run_once(lm_config(**short, **auto), tmp_path / "paged")
+  assert "optimizer state paged: the step would need" in capsys.readouterr().out
+  plain, paged = (runs.rows(tmp_path / folder) for folder in ("plain", "paged"))
+  assert [row.keys() for row in plain] == [row.keys() for row in paged]
+  for one, two in zip(plain, paged, strict=True):
+    for key in one:
+      assert two[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_a_step_that_fits_is_not_paged(run_once, lm_config, tmp_path, capsys):
+  auto = dict(optimizer__paged="auto", optimizer__device_memory_bytes=10**12)
+  run_once(lm_config(train__steps=1, **auto), tmp_path / "run")
+  assert "optimizer state not paged: the step needs" in capsys.readouterr().out
