@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from peftjax.core.fence import computed_once
 from peftjax.quant import blockwise, codebooks, double
 from peftjax.quant.double import DoubleScales
 
@@ -46,8 +47,8 @@ class Format:
 
 
 def absmax_of(scales: Any, axis: int) -> jax.Array:
-  """The float32 scales, dequantised if they have to be."""
-  return scales.dequantize(axis) if isinstance(scales, DoubleScales) else scales
+  """The float32 scales, dequantised if they have to be: once, and not again for every weight."""
+  return computed_once(scales.dequantize(axis)) if isinstance(scales, DoubleScales) else scales
 
 
 def nf4(block_size: int = 64, double_quant: bool = True, *, codebook: str = "published") -> Format:
