@@ -41,8 +41,10 @@ format: .venv/.installed ## Let ruff mend what it can and format the code
 parity: .venv/.parity ## Add torch, transformers, peft and bitsandbytes, compare with them live
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
-bench: .venv/.parity ## Time a step and a whole run against HF PEFT's (ARGS=--out=FILE)
+bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=FILE)
 	$(BIN)/python -m experiments.benchmarks.train_step $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.quantization $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.qlora_step $(ARGS)
 	$(BIN)/python -m experiments.benchmarks.whole_run $(ARGS)
 
 lock: ## Make requirements.lock anew (ARGS=--upgrade: with newer versions)
