@@ -5,6 +5,8 @@
 
 datatypes: perplexity of SmolLM2 and accuracy of MiniLM with their linear layers in each data type,
   at each block size, beside QLoRA's table 2.
+qlora_vs_lora: SmolLM2 fine-tuned whole, and by LoRA over a dense, int8, FP4 and NF4 base, beside
+  QLoRA's table 3.
 
 A cell that has been computed is kept in --workdir: a killed run goes on where it was.
 """
@@ -21,9 +23,9 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is left to compute, an
 
 
 def main(argv: list[str]) -> None:
-  from experiments.tables import cells, datatypes
+  from experiments.tables import cells, datatypes, qlora_vs_lora
 
-  tables = {"datatypes": datatypes}
+  tables = {"datatypes": datatypes, "qlora_vs_lora": qlora_vs_lora}
   if len(argv) != 2 or argv[1] not in tables:
     raise app.UsageError(f"name one table: {', '.join(tables)}")
   runtime.set_up("~/.cache/peftjax")
