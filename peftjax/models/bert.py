@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
+from peftjax.models.names import torch_name
+from peftjax.models.stack import layer_keys, run_layers
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Linear
@@ -25,8 +26,6 @@ UNUSED = r".*position_ids|cls\..*|lm_head\..*|(roberta\.)?pooler\..*"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
 
-_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-
 
 def hf_name(path: str) -> str:
   """The Hugging Face tensor of a parameter.
@@ -34,8 +33,7 @@ def hf_name(path: str) -> str:
   >>> hf_name("bert/encoder/layers_0/attention/self/query/kernel")
   'bert.encoder.layer.0.attention.self.query.weight'
   """
-  *modules, leaf = path.removeprefix("head/").split("/")
-  return re.sub(r"\blayers_(\d+)", r"layer.\1", ".".join([*modules, _TORCH[leaf]]))
+  return torch_name(path.removeprefix("head/"), "layer.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,12 +169,12 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-  """One block; a scan step: (x, inputs) to (x, None)."""
+  """One block; a scan step: (x, key, inputs) to (x, None)."""
 
   config: BertConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> Any:
+  def __call__(self, x: jax.Array, key: jax.Array | None, bias: jax.Array) -> Any:
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     x = Attention(self.config, name="attention")(x, bias, keys[:2])
     y = Intermediate(self.config, name="intermediate")(x)
@@ -191,22 +189,7 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
     c = self.config
-    # A layer's key depends on its number alone, so scanned and unrolled draw the same masks.
-    keys = (
-      None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(c.layers))
-    )
-    if c.scan_layers:
-      layers = nn.scan(
-        Layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
-        length=c.layers,
-      )
-      return layers(c, name="layers")(x, bias, keys)[0]
-    for i in range(c.layers):
-      x, _ = Layer(c, name=f"layers_{i}")(x, bias, None if keys is None else keys[i])
-    return x
+    return run_layers(Layer, c, x, (layer_keys(key, c.layers),), (bias,))[0]
 
 
 class Body(nn.Module):

@@ -37,6 +37,40 @@ class Cache(flax.struct.PyTreeNode):
     at = (jnp.int32(0), self.index)
     return self.replace(valid=jax.lax.dynamic_update_slice(self.valid, mask_BT, at))
 
+  def after(self, layers: Any, count: int) -> Cache:
+    """With the layers' new pairs, `count` columns on."""
+    return self.replace(layers=layers, index=self.index + count)
+
+
+def context(
+  config: Any,
+  tokens: jax.Array,
+  mask: jax.Array | None,
+  positions: jax.Array | None,
+  segments: jax.Array | None,
+  cache: Cache | None,
+  window: int | None = None,
+) -> tuple[jax.Array, jax.Array, Cache | None]:
+  """Positions, the bias of the scores, and the cache with these tokens marked, of a decoder's call.
+
+  Raises:
+    ValueError: there are more tokens than positions.
+  """
+  mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+  length = tokens.shape[1]
+  if cache is None:
+    if length > config.max_length:
+      raise ValueError(f"{length} tokens, but this model has {config.max_length} positions")
+    before = jnp.int32(0)
+    bias = causal_bias(mask, segments, window=window)
+  else:
+    before = cache.valid.sum(1, keepdims=True)
+    cache = cache.advance(mask)
+    bias = causal_bias(cache.valid, first=cache.index, length=length, window=window)
+  if positions is None:
+    positions = jnp.maximum(before + jnp.cumsum(mask, 1) - 1, 0)
+  return positions, bias, cache
+
 
 def write(
   pair: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: jax.Array

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend
-from peftjax.models.cache import Cache, causal_bias, write
+from peftjax.models.cache import Cache, context, write
+from peftjax.models.names import torch_name
+from peftjax.models.stack import layer_keys, run_layers
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Linear
@@ -27,8 +28,6 @@ UNUSED = r".*attn\.(masked_)?bias|lm_head\.weight"
 # Hugging Face keeps these kernels [in, out], as here.
 OUT_FIRST = False
 
-_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-
 
 def hf_name(path: str) -> str:
   """The Hugging Face tensor of a parameter.
@@ -36,8 +35,7 @@ def hf_name(path: str) -> str:
   >>> hf_name("transformer/layers_0/attn/c_attn/kernel")
   'transformer.h.0.attn.c_attn.weight'
   """
-  *modules, leaf = path.split("/")
-  return re.sub(r"\blayers_(\d+)", r"h.\1", ".".join([*modules, _TORCH[leaf]]))
+  return torch_name(path, "h.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,30 +157,11 @@ class Body(nn.Module):
     c = self.config
     embed = Embedding(c.vocab, c.width, c.dtype, name="wte")
     x = embed(tokens) + Embedding(c.positions, c.width, c.dtype, name="wpe")(positions)
-    keys = None
+    keys = layer_keys(key, c.layers)
     if key is not None:
-      # A layer's key depends on its number alone, so scanned and unrolled draw the same masks.
-      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(c.layers))
       x = dropout(jax.random.fold_in(key, c.layers), x, c.dropout)
     shared = (bias, cache and cache.index)
-    pairs = None if cache is None else cache.layers
-    block = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
-    if c.scan_layers:
-      layers = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, 0, nn.broadcast, nn.broadcast),
-        length=c.layers,
-      )
-      x, pairs = layers(c, name="layers")(x, pairs, keys, *shared)
-    else:
-      made = []
-      for i in range(c.layers):
-        own = None if keys is None else keys[i]
-        x, pair = block(c, name=f"layers_{i}")(x, pairs and pairs[i], own, *shared)
-        made.append(pair)
-      pairs = pairs and tuple(made)
+    x, pairs = run_layers(Layer, c, x, (cache and cache.layers, keys), shared, remat=c.remat)
     return LayerNorm(c.eps, name="ln_f")(x), embed.table(), pairs
 
 
@@ -208,24 +187,11 @@ class GPT2LMHeadModel(nn.Module):
       train: applies dropout, from the `"dropout"` rng.
     """
     c = self.config
-    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-    if cache is None:
-      if tokens.shape[1] > c.max_length:
-        raise ValueError(f"{tokens.shape[1]} tokens, but this model has {c.max_length} positions")
-      before = jnp.int32(0)
-      bias = causal_bias(mask, segments)
-    else:
-      before = cache.valid.sum(1, keepdims=True)
-      cache = cache.advance(mask)
-      bias = causal_bias(cache.valid, first=cache.index, length=tokens.shape[1])
-    if positions is None:
-      positions = jnp.maximum(before + jnp.cumsum(mask, 1) - 1, 0)
+    positions, bias, cache = context(c, tokens, mask, positions, segments, cache)
     key = self.make_rng("dropout") if train else None
     x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, bias, cache, key)
     logits = attend(table, x_BTD).astype(jnp.float32)
-    if cache is None:
-      return logits
-    return logits, cache.replace(layers=pairs, index=cache.index + tokens.shape[1])
+    return logits if cache is None else (logits, cache.after(pairs, tokens.shape[1]))
 
 
 # What `pretrained` makes a model of this family with.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.einsum import attend
-from peftjax.models.cache import Cache, causal_bias, write
+from peftjax.models.cache import Cache, context, write
+from peftjax.models.names import torch_name
+from peftjax.models.stack import run_layers
 from peftjax.nn import rope
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import swiglu
@@ -28,8 +29,6 @@ UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
 
-_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-
 
 def hf_name(path: str) -> str:
   """The Hugging Face tensor of a parameter.
@@ -37,8 +36,7 @@ def hf_name(path: str) -> str:
   >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
   'model.layers.0.self_attn.q_proj.weight'
   """
-  *modules, leaf = path.split("/")
-  return re.sub(r"\blayers_(\d+)", r"layers.\1", ".".join([*modules, _TORCH[leaf]]))
+  return torch_name(path, "layers.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,23 +168,7 @@ class Body(nn.Module):
     x = embed(tokens)
     omega, factor = c.frequencies()
     shared = (rope.angles(positions, omega, factor, c.dtype), bias, cache and cache.index)
-    pairs = None if cache is None else cache.layers
-    block = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
-    if c.scan_layers:
-      layers = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, *[nn.broadcast] * 3),
-        length=c.layers,
-      )
-      x, pairs = layers(c, name="layers")(x, pairs, *shared)
-    else:
-      made = []
-      for i in range(c.layers):
-        x, pair = block(c, name=f"layers_{i}")(x, pairs and pairs[i], *shared)
-        made.append(pair)
-      pairs = pairs and tuple(made)
+    x, pairs = run_layers(Layer, c, x, (cache and cache.layers,), shared, remat=c.remat)
     return RMSNorm(c.eps, name="norm")(x), embed.table(), pairs
 
 
@@ -217,28 +199,14 @@ class LlamaForCausalLM(nn.Module):
       train: of no effect: this family has no dropout of its own.
     """
     c = self.config
-    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-    if cache is None:
-      if tokens.shape[1] > c.max_length:
-        raise ValueError(f"{tokens.shape[1]} tokens, but this model has {c.max_length} positions")
-      before = jnp.int32(0)
-      bias = causal_bias(mask, segments, window=c.window)
-    else:
-      before = cache.valid.sum(1, keepdims=True)
-      cache = cache.advance(mask)
-      length = tokens.shape[1]
-      bias = causal_bias(cache.valid, first=cache.index, length=length, window=c.window)
-    if positions is None:
-      positions = jnp.maximum(before + jnp.cumsum(mask, 1) - 1, 0)
+    positions, bias, cache = context(c, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, bias, cache)
     if c.tied:
       logits = attend(table, x_BTD)
     else:
       logits = Linear(c.vocab, use_bias=False, name="lm_head")(x_BTD)
     logits = logits.astype(jnp.float32)
-    if cache is None:
-      return logits
-    return logits, cache.replace(layers=pairs, index=cache.index + tokens.shape[1])
+    return logits if cache is None else (logits, cache.after(pairs, tokens.shape[1]))
 
 
 # What `pretrained` makes a model of this family with.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core.fence import zero
 from peftjax.quant import blockwise, codebooks
 
 GROUP = 256
@@ -89,7 +90,5 @@ def _rounded(product: jax.Array, witness: jax.Array) -> jax.Array:
   A fused multiply-add rounds once where bitsandbytes rounds twice. Its bits are combined with a
   zero that depends on data, which no compiler can see through.
   """
-  bits = jax.lax.bitcast_convert_type(witness.reshape(-1)[0], jnp.uint32)
-  zero = (bits == jnp.uint32(0x7FC12345)).astype(jnp.uint32)  # a NaN that nothing computes
-  bits = jax.lax.bitcast_convert_type(product, jnp.uint32) ^ zero
+  bits = jax.lax.bitcast_convert_type(product, jnp.uint32) ^ zero(witness, jnp.uint32)
   return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core.einsum import split_subscripts
+from peftjax.core.fence import zero
 from peftjax.quant.formats import Format
 
 
@@ -58,11 +59,9 @@ def _no_gradient(x: jax.Array) -> Any:
 def tied(codes: jax.Array, x: jax.Array) -> jax.Array:
   """The codes, for a compiler a function of x: they cannot be decoded before x is there.
 
-  Combined with a zero computed from x: whether its first entry is one certain NaN, which no
-  arithmetic yields. Mapped over many x, the codes stay unmapped: any one of them will do.
+  Mapped over many x, the codes stay unmapped: any one of them will do.
   """
-  bits = jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
-  return codes ^ (bits == jnp.uint32(0x7FC12345)).astype(codes.dtype)
+  return codes ^ zero(x, codes.dtype)
 
 
 @tied.def_vmap

@@ -38,11 +38,11 @@ def quantize(
       quantised or has an adapter already, or has an odd contraction size; and, before the tree is
       made, a weight with NaN or infinite entries.
   """
-  chosen = paths.select(params, where)
+  chosen = set(paths.select(params, where))
   flat = paths.leaves(params)
-  for path in chosen:
+  for path in sorted(chosen):
     check(path, flat[path], fmt, layout)
-  make = lambda path, leaf: quantize_leaf(path, leaf, fmt) if path in set(chosen) else leaf
+  make = lambda path, leaf: quantize_leaf(path, leaf, fmt) if path in chosen else leaf
   return paths.map_leaves(make, params)
 
 
