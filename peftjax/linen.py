@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from peftjax.core import tree
 from peftjax.core.einsum import attend, einsum, linear, split_subscripts, take
 from peftjax.core.layout import Axes, Layout
-from peftjax.core.weight import Weight
+from peftjax.core.weight import Weight, reader
 from peftjax.nn.linear import Embedding, Linear
 
 
@@ -66,7 +66,11 @@ def bridge() -> Iterator[None]:
       weight = _param(module, name)
       if isinstance(weight, Weight):
         return handler(module, weight, *args, **kwargs)
-    return next_fn(*args, **kwargs)
+    token = reader.set("/".join(module.path))
+    try:
+      return next_fn(*args, **kwargs)
+    finally:
+      reader.reset(token)
 
   with nn.intercept_methods(intercept):
     yield

@@ -24,7 +24,14 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
   (r".*/intermediate/dense/kernel", ("fsdp", "tensor")),
   (r".*/(query|key|value|intermediate/dense)/bias", ("tensor",)),
   (r".*/output/dense/kernel", ("tensor", "fsdp")),
-  (r".*/word_embeddings/embedding", ("tensor", "fsdp")),
+  (r".*/(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
+  (r".*/(q|k|v|gate|up)_proj/bias", ("tensor",)),
+  (r".*/(o|down)_proj/kernel", ("tensor", "fsdp")),
+  (r".*/c_fc/kernel", ("fsdp", "tensor")),
+  (r".*/c_fc/bias", ("tensor",)),
+  (r".*/c_proj/kernel", ("tensor", "fsdp")),
+  (r"lm_head/kernel", ("fsdp", "tensor")),
+  (r".*/(word_embeddings|embed_tokens|wte)/embedding", ("tensor", "fsdp")),
   (r"(.*/)?kernel", ("fsdp", None)),
   (r".*", ()),
 )
@@ -59,7 +66,8 @@ def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> 
 
   The first rule that matches a leaf's path gives the spec of its dense array; the children of a
   `Weight` derive theirs from it. A mesh axis that does not divide an array's axis is dropped
-  there. An array that a model annotated (`nn.Partitioned`) keeps its own axes.
+  there; one that would cut the blocks of a quantised matrix splits its other axis. An array that a
+  model annotated (`nn.Partitioned`) keeps its own axes.
 
   Raises:
     ValueError: if no rule matches a leaf, or a rule names an axis the mesh lacks.
@@ -71,6 +79,7 @@ def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> 
       if name not in mesh.shape:
         raise ValueError(f"rule for {path} names the axis {name!r}; the mesh has {mesh.axis_names}")
     spec = P(*[None] * (len(leaf.shape) - len(names)), *names)
+    spec = _along_blocks(spec, leaf, mesh) if isinstance(leaf, Weight) else spec
     tree = leaf.child_specs(spec) if isinstance(leaf, Weight) else spec
     is_spec = lambda x: isinstance(x, P)
     return jax.tree.map(lambda s, x: _divisible(s, x.shape, mesh), tree, leaf, is_leaf=is_spec)
@@ -99,13 +108,27 @@ def _rule(path: str, rules: Sequence[tuple[str, Any]]) -> tuple[str | None, ...]
   raise ValueError(f'no sharding rule matches {path}; end the rules with (".*", ())')
 
 
-def _divisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-  def size(names: Any) -> int:
-    group = names if isinstance(names, tuple) else (names,)
-    return math.prod(mesh.shape[name] for name in group)
+def _along_blocks(spec: P, weight: Weight, mesh: Mesh) -> P:
+  """The spec, with what cannot split one axis of a quantised matrix on the other."""
+  names, cuts = list(spec), weight.cuts
+  for i, j in ((-2, -1), (-1, -2)):
+    if cuts[i] != weight.shape[i] and cuts[i] % _ways(names[i], mesh):
+      both = (*_group(names[j]), *_group(names[i]))
+      names[i] = None
+      names[j] = both if cuts[j] % _ways(both, mesh) == 0 else names[j]
+  return P(*names)
 
-  kept = [
-    name if name is not None and axis % size(name) == 0 else None
-    for name, axis in zip(spec, shape, strict=False)
-  ]
-  return P(*kept)
+
+def _divisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+  return P(
+    *[n if axis % _ways(n, mesh) == 0 else None for n, axis in zip(spec, shape, strict=False)]
+  )
+
+
+def _ways(names: Any, mesh: Mesh) -> int:
+  return math.prod(mesh.shape[name] for name in _group(names))
+
+
+def _group(names: Any) -> tuple[str, ...]:
+  """The mesh axes of one entry of a spec: None, a name or a tuple of them."""
+  return () if names is None else names if isinstance(names, tuple) else (names,)

@@ -144,6 +144,28 @@ def test_the_bridge_builds_no_dense_array_and_linen_alone_does(case):
   assert producers(grad(lambda p: model.apply({"params": p}, x)), shapes, train, frozen)
 
 
+class ReadsDense(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    h = nn.Dense(64, use_bias=False, name="known")(x)
+    return Own(name="own")(h)
+
+
+class Own(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return x @ self.param("kernel", nn.initializers.ones, (64, 64))
+
+
+def test_a_module_that_reads_a_quantised_weight_densely_is_named():
+  x = jnp.ones((2, 64))
+  params = pj.quantize(ReadsDense().init(jax.random.key(0), x)["params"], pj.nf4(), "kernel")
+  with pytest.warns(UserWarning, match=r"^own reads a quantised weight \(64, 64\)") as caught:
+    got = jax.jit(lambda p: pj.apply(ReadsDense(), p, x))(params)
+  assert len(caught) == 1  # nn.Dense computes with it
+  chex.assert_trees_all_close(got, pj.apply(ReadsDense(), pj.merge(params, dense=True), x))
+
+
 def test_describe_says_factored(case):
   _, model, x, params, _ = case
   rows = pj.describe(params, model=model, example=[x])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
@@ -48,6 +49,26 @@ def test_the_rules_of_the_encoder():
   assert found["head/classifier/kernel"] == P("fsdp", None)
 
 
+@pytest.mark.parametrize(
+  ("path", "want"),
+  [
+    ("model/layers/self_attn/k_proj/kernel", P(None, "fsdp", "tensor")),
+    ("model/layers/self_attn/o_proj/kernel", P(None, "tensor", "fsdp")),
+    ("model/layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),
+    ("model/layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),
+    ("model/embed_tokens/embedding", P("tensor", "fsdp")),
+    ("lm_head/kernel", P("fsdp", "tensor")),
+    ("transformer/h/attn/c_attn/kernel", P(None, "fsdp", None)),
+    ("transformer/h/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),
+    ("transformer/h/mlp/c_proj/kernel", P(None, "tensor", "fsdp")),
+  ],
+)
+def test_the_rules_of_the_decoders(path, want):
+  rank = 2 if want[0] else 3
+  tree = unflatten_dict({path: jnp.ones((8,) * rank)}, sep="/")
+  assert paths.leaves(specs(tree, make_mesh(MESH))) == {path: want}
+
+
 def test_a_stack_of_layers_is_not_split():
   found = paths.leaves(specs(tiny.scanned_params(), make_mesh(MESH)))
   layer = "bert/encoder/layers"
@@ -85,6 +106,30 @@ def test_a_mesh_axis_that_does_not_divide_is_dropped_there_only():
     assert got == {"w": P(want, None)}
   for params in (tree, tiny.params()):  # nothing left to refuse
     jax.device_put(params, pj.shardings(params, make_mesh("tensor:8")))
+
+
+@pytest.mark.parametrize(
+  ("mesh", "shape", "want"),
+  [
+    ("fsdp:4,tensor:2", (256, 64), ("fsdp", "tensor")),
+    ("fsdp:8", (256, 64), (None, ("tensor", "fsdp"))),  # four blocks, eight devices
+    ("fsdp:2,tensor:4", (96, 64), (None, ("tensor", "fsdp"))),  # a short last block
+    ("fsdp:8", (256, 60), (None, "tensor")),  # neither way
+    ("tensor:8", (256, 64), ("fsdp", "tensor")),
+  ],
+)
+def test_blocks_of_a_quantised_matrix_stay_whole(mesh, shape, want):
+  mesh = make_mesh(mesh)
+  tree = {"query": {"kernel": jnp.ones(shape)}}
+  tree = pj.quantize(tree, pj.nf4(64, double_quant=False), "query")
+  params = pj.lora(2, targets="query").attach(jax.random.key(0), tree)
+  rules = [(".*", ("fsdp", "tensor"))]
+  (got,) = paths.leaves(specs(params, mesh, rules)).values()
+  assert got.base.codes == got.base.scales == P(*want)
+  assert (got.a, got.b) == (P(None, want[0]), P(want[1], None))
+  placed = jax.device_put(params, pj.shardings(params, mesh, rules))["query"]["kernel"].base
+  ways = shape[0] * shape[1] // 2 // placed.codes.addressable_shards[0].data.size
+  assert ways == (1 if want == (None, "tensor") else 8)
 
 
 def test_the_first_rule_wins_and_a_leaf_without_one_raises():

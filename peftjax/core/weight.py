@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import flax.struct
@@ -11,6 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
+
+# The path of the linen module that is being called, where `linen.bridge` is at work.
+reader: ContextVar[str] = ContextVar("reader", default="")
+
+_DENSE = (
+  "{} reads a quantised weight {} as a dense array, which then may stay in memory from the forward "
+  "to the backward pass. Let its module be nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed or "
+  "pj.nn.Linear, or quantise without it (where=)."
+)
 
 
 class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
@@ -51,6 +62,11 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
     return False
 
   @property
+  def cuts(self) -> tuple[int, ...]:
+    """Of each axis, the number whose divisors are the devices that it can be split over."""
+    return self.shape
+
+  @property
   def ndim(self) -> int:
     return len(self.shape)
 
@@ -81,6 +97,10 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
   def unbox(self) -> jax.Array:
+    if self.quantised:
+      warnings.warn(
+        _DENSE.format(reader.get() or "nn.unbox, or a module", self.shape), stacklevel=2
+      )
     return self.materialize()
 
   def replace_boxed(self, val: Any) -> Any:

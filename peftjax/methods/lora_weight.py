@@ -61,6 +61,10 @@ class LoRA(Weight):
     return isinstance(self.base, Weight) and self.base.quantised
 
   @property
+  def cuts(self) -> tuple[int, ...]:
+    return self.base.cuts if isinstance(self.base, Weight) else self.shape
+
+  @property
   def stack(self) -> tuple[int, ...]:
     return tuple(self.a.shape[:-2])
 

@@ -49,6 +49,14 @@ class Quantized(Weight):
   def quantised(self) -> bool:
     return True
 
+  @property
+  def cuts(self) -> tuple[int, ...]:
+    """A block is never split; with a short last one its axis is not split at all."""
+    cuts = list(self.shape)
+    whole, rest = divmod(cuts[self.axis], self.fmt.block_size)
+    cuts[self.axis] = 1 if rest else whole
+    return tuple(cuts)
+
   def true_size(self) -> int:
     return 0 if self.codes is None else self.size
 
