@@ -16,9 +16,10 @@ def example(batch_size: int, length: int) -> dict[str, np.ndarray]:
   }
 
 
-def packed(batch_size: int, length: int) -> dict[str, np.ndarray]:
+def packed(batch_size: int, length: int, vocab: int) -> dict[str, np.ndarray]:
   """Random tokens of a language model, one document a row."""
-  tokens = np.random.default_rng(0).integers(1000, 40000, (batch_size, length), np.int32)
+  shape = (batch_size, length)
+  tokens = np.random.default_rng(0).integers(1000, min(vocab, 40_000), shape, np.int32)
   return {
     "tokens": tokens,
     "segments": np.ones_like(tokens),

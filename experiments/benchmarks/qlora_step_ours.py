@@ -1,38 +1,75 @@
-"""Worker: our QLoRA step. Arguments: batch, length."""
+"""Worker: our QLoRA step. Arguments: model, batch, length, cpu | cuda."""
 
 import sys
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 import peftjax as pj
+from experiments.benchmarks import shapes, turns
 from experiments.benchmarks.batch import packed
-from experiments.benchmarks.turns import serve
+from peftjax.core import paths
+from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
+from peftjax.quant import transform
 from peftjax.training import state, step
 from peftjax.training.causal_lm import KIND
 from peftjax.training.settings import Model
 
+TOKENS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 
-def main(batch_size: int, length: int) -> None:
-  path = Model(name="smollm2").path()
-  model, params = pj.load_pretrained(path, scan_layers=True, remat=True, quant=pj.nf4())
+
+def main(name: str, batch_size: int, length: int, device: str) -> None:
+  jax.config.update("jax_platforms", device)
+  dtype = jnp.bfloat16 if device == "cuda" else jnp.float32
+  options: dict[str, Any] = dict(scan_layers=True, remat=True, dtype=dtype)
+  model: nn.Module
+  if name in shapes.RANDOM:
+    model = LlamaForCausalLM(LlamaConfig.from_hf(shapes.RANDOM[name], **options))
+    params = random_params(model, dtype)
+  else:
+    model, params = pj.load_pretrained(Model(name=name).path(), quant=pj.nf4(), **options)
   method = pj.lora(16, 16, "all-linear")
-  layout = pj.linen.layout(model, jnp.ones((1, 4), jnp.int32))
-  params = method.attach(jax.random.key(1), params, layout)
+  params = method.attach(jax.random.key(1), params, pj.linen.layout(model, TOKENS))
   train, frozen = pj.partition(params, method.trainable(params))
   tx = method.optimizer(optax.adamw(1e-4), total_steps=1_000)
   current = jax.jit(lambda t: state.init(tx, t))(train)
   run = jax.jit(lambda s, f, b, k: step.train_step(model, tx, KIND, s, f, b, k), donate_argnums=0)
-  batch, key = packed(batch_size, length), jax.random.key(2)
+  batch, key = packed(batch_size, length, shapes.config(name)["vocab_size"]), jax.random.key(2)
 
   def once() -> float:
     nonlocal current
     current, out = run(current, frozen, batch, key)
     return float(out["loss"])
 
-  serve(once)
+  turns.serve(once, peak_allocated if device == "cuda" else turns.peak_resident)
+
+
+def random_params(model: nn.Module, dtype: Any) -> Any:
+  """Parameters of a scanned Llama, its linear layers in NF4: never more than one of them is dense.
+
+  Norms are ones, all else is normal with a deviation of 0.02.
+  """
+  abstract = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+  linear = set(paths.select(abstract, "all-linear"))
+  normal = lambda key, shape: jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+
+  def make(path: str, leaf: Any) -> Any:
+    key = paths.fold_in_path(jax.random.key(0), path)
+    layer = lambda key: transform.quantize_leaf(path, normal(key, leaf.shape[1:]), pj.nf4())
+    if path in linear:
+      return jax.jit(lambda keys: jax.lax.map(layer, keys))(jax.random.split(key, leaf.shape[0]))
+    return jnp.ones(leaf.shape, dtype) if path.endswith("scale") else normal(key, leaf.shape)
+
+  return paths.map_leaves(make, abstract)
+
+
+def peak_allocated() -> float:
+  """The most of the GPU's memory that JAX has allocated, in MiB."""
+  return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
 
 
 if __name__ == "__main__":
-  main(int(sys.argv[1]), int(sys.argv[2]))
+  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

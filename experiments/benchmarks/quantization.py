@@ -4,21 +4,20 @@
 
 NF4 in blocks of 64 with double quantisation. A dequantisation is timed into a buffer that is there
 ("warm": ours donates it, the peer's kernel is handed it) and into fresh memory; a product is that
-of 2,048 tokens with the quantised matrix. Both sides have the same threads, each its own process,
-and take turns. Costs are medians. Needs `make parity`'s packages.
+of 2,048 tokens with the quantised matrix. Both sides have the same threads or, where there is one,
+the same GPU, each its own process, and take turns. Costs are medians. Needs `make parity`'s
+packages.
 """
-
-import statistics
 
 from absl import app, flags
 
-from experiments.benchmarks import report
-from experiments.benchmarks.turns import Worker
+from experiments.benchmarks import report, turns
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 SIZE = flags.DEFINE_integer("size", 4096, "Rows and columns of the matrix.")
 TURNS = flags.DEFINE_integer("turns", 6, "How often the sides change.")
 STEPS = flags.DEFINE_integer("steps", 5, "Repetitions of a turn.")
+ALONE = flags.DEFINE_bool("alone", False, "Our side only, where the peer's packages are missing.")
 
 OPERATIONS = ("quantize", "dequantize_warm", "dequantize_fresh", "matmul")
 DTYPES = ("float32", "bfloat16")
@@ -34,19 +33,13 @@ def main(argv: list[str]) -> None:
 
 
 def compare(operation: str, dtype: str) -> report.Row:
-  args = (operation, dtype, str(SIZE.value))
-  sides = [
-    Worker(f"experiments.benchmarks.quantization_{side}", *args) for side in ("ours", "peer")
-  ]
-  seconds: tuple[list[float], list[float]] = ([], [])
-  for _ in range(TURNS.value):
-    for worker, taken in zip(sides, seconds, strict=True):
-      worker.run(1)  # caches are the other side's: not counted
-      taken += worker.run(STEPS.value)
-  for worker in sides:
+  args = (operation, dtype, str(SIZE.value), "cuda" if report.gpu() else "cpu")
+  workers = turns.sides("quantization", *args, alone=ALONE.value)
+  # A turn's first step finds the other side's caches: not counted.
+  seconds = turns.medians(workers, TURNS.value, STEPS.value, uncounted=1)
+  for worker in workers:
     worker.close()
-  ours, peer = (1e3 * statistics.median(taken) for taken in seconds)
-  return report.Row(f"{operation}_{dtype}", ours, peer, "ms")
+  return report.Row.of(f"{operation}_{dtype}", [1e3 * s for s in seconds], "ms")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Worker: one of our operations on a quantised matrix. Arguments: operation, dtype, size."""
+"""Worker: one of our operations on a matrix. Arguments: operation, dtype, size, cpu | cuda."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,8 @@ import peftjax as pj
 from experiments.benchmarks.turns import serve
 
 
-def main(operation: str, dtype: str, size: int) -> None:
+def main(operation: str, dtype: str, size: int, device: str) -> None:
+  jax.config.update("jax_platforms", device)
   fmt = pj.nf4(64, double_quant=True)
   dense = (0.02 * jax.random.normal(jax.random.key(0), (size, size))).astype(dtype)
   quantize = jax.jit(fmt.quantize)
@@ -44,4 +45,4 @@ def main(operation: str, dtype: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+  main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

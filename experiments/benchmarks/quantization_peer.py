@@ -13,10 +13,12 @@ from bitsandbytes.cextension import lib
 from experiments.benchmarks.turns import serve
 
 
-def main(operation: str, dtype: str, size: int) -> None:
+def main(operation: str, dtype: str, size: int, device: str) -> None:
   torch.set_num_threads(len(os.sched_getaffinity(0)))
+  if device == "cuda":
+    torch.set_float32_matmul_precision("high")  # TF32, as XLA has it on GPUs
   torch.manual_seed(0)
-  dense = (0.02 * torch.randn(size, size)).to(getattr(torch, dtype))
+  dense = (0.02 * torch.randn(size, size)).to(device, getattr(torch, dtype))
   quantize = lambda: bnb.quantize_4bit(
     dense, blocksize=64, quant_type="nf4", compress_statistics=True
   )
@@ -25,7 +27,7 @@ def main(operation: str, dtype: str, size: int) -> None:
   into(buffer, codes, state)
   if not torch.equal(buffer, bnb.dequantize_4bit(codes, state)):
     raise RuntimeError("this version of bitsandbytes calls its kernel in another way")
-  x = torch.randn(2048, size).to(dense.dtype)
+  x = torch.randn(2048, size).to(dense)
   run: dict[str, Callable[[], Any]] = {
     "quantize": quantize,
     "dequantize_fresh": lambda: bnb.dequantize_4bit(codes, state),
@@ -36,13 +38,18 @@ def main(operation: str, dtype: str, size: int) -> None:
   def once() -> float:
     with torch.no_grad():
       run[operation]()
+    if device == "cuda":
+      torch.cuda.synchronize()
     return 0.0
 
   serve(once)
 
 
 def into(buffer: torch.Tensor, codes: torch.Tensor, state: bnb.QuantState) -> None:
-  """`dequantize_4bit(out=buffer)`, which it offers on other devices only: its CPU kernel itself."""
+  """`dequantize_4bit(out=buffer)`, which it does not offer on CPUs: there its kernel itself."""
+  if buffer.is_cuda:
+    bnb.dequantize_4bit(codes, state, out=buffer)
+    return
   absmax = bnb.dequantize_blockwise(state.absmax, state.state2)
   absmax += state.offset
   kind = "fp32" if buffer.dtype == torch.float32 else "bf16"
@@ -52,4 +59,4 @@ def into(buffer: torch.Tensor, codes: torch.Tensor, state: bnb.QuantState) -> No
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+  main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

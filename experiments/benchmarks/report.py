@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -21,17 +25,38 @@ PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbyt
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One comparison: `ratio` is the peer's cost over ours, above 1 we are ahead."""
+  """One comparison: `ratio` is the peer's cost over ours, above 1 we are ahead.
+
+  Where only our side ran, `peer` and `ratio` are None.
+  """
 
   case: str
   ours: float
-  peer: float
+  peer: float | None
   unit: str
   note: str = ""
 
+  @classmethod
+  def of(cls, case: str, costs: Sequence[float], unit: str, note: str = "") -> Row:
+    """Our cost and, if both sides ran, the peer's."""
+    return cls(case, costs[0], costs[1] if len(costs) > 1 else None, unit, note)
+
   @property
-  def ratio(self) -> float:
-    return self.peer / self.ours
+  def ratio(self) -> float | None:
+    return None if self.peer is None else self.peer / self.ours
+
+
+@functools.cache
+def gpu() -> str | None:
+  """The name of the NVIDIA GPU that JAX runs on, if any.
+
+  Another process asks, for JAX keeps some of a GPU's memory as soon as it sees it.
+  """
+  if not shutil.which("nvidia-smi"):
+    return None
+  ask = "import jax; print(jax.devices('cuda')[0].device_kind)"
+  asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+  return asked.stdout.strip() or None
 
 
 def machine() -> str:
@@ -42,7 +67,8 @@ def machine() -> str:
     name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
   except (OSError, StopIteration):
     pass
-  return f"{name}, {len(os.sched_getaffinity(0))} cores"
+  cores = f"{name}, {len(os.sched_getaffinity(0))} cores"
+  return f"{cores}, {gpu()}" if gpu() else cores
 
 
 def versions() -> dict[str, str]:
@@ -60,7 +86,7 @@ def show(title: str, rows: list[Row]) -> None:
   for column in ("case", "ours", "peer", "unit", "ratio", "note"):
     table.add_column(column, justify="right" if column in ("ours", "peer", "ratio") else "left")
   for row in rows:
-    numbers = (f"{row.ours:.1f}", f"{row.peer:.1f}", row.unit, f"{row.ratio:.2f}")
+    numbers = (_cost(row.ours), _cost(row.peer), row.unit, _ratio(row.ratio))
     table.add_row(row.case, *numbers, row.note)
   console = Console()
   console.print(table)
@@ -89,9 +115,21 @@ def markdown(path: str) -> str:
   rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
   lines = ["| case | ours | HF PEFT | unit | ratio |", "|---|---|---|---|---|"]
   for row in rows:
-    numbers = f"{row['ours']:.1f} | {row['peer']:.1f} | {row['unit']} | {row['ratio']:.2f}"
+    numbers = (
+      f"{_cost(row['ours'])} | {_cost(row['peer'])} | {row['unit']} | {_ratio(row['ratio'])}"
+    )
     lines.append(f"| {row['case']} | {numbers} |")
   return "\n".join(lines)
+
+
+def _cost(value: float | None) -> str:
+  if value is None:
+    return ""
+  return f"{value:.1f}" if value >= 1 else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+  return "" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

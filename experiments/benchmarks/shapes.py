@@ -1,0 +1,69 @@
+"""The models of the QLoRA step, and what its time is measured against on a GPU."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from peftjax.models import pretrained
+from peftjax.models.llama import LlamaConfig
+from peftjax.training.settings import Model
+
+
+def _llama(width: int, layers: int, heads: int, ffn: int, positions: int) -> Mapping[str, Any]:
+  return {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": heads,
+    "intermediate_size": ffn,
+    "max_position_embeddings": positions,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+  }
+
+
+# Hugging Face configurations of models with random weights.
+RANDOM: Mapping[str, Mapping[str, Any]] = {
+  "llama-1.3b": _llama(2048, 24, 16, 5504, 2048),
+  "llama-7b": _llama(4096, 32, 32, 11008, 4096),
+}
+MODELS = ("smollm2", *RANDOM)
+
+# FLOP/s of dense bfloat16 products, by the name of the GPU.
+_PEAKS = {
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA A100*": 312e12,
+  "NVIDIA L4": 121e12,
+}
+
+
+def config(model: str) -> Mapping[str, Any]:
+  """The Hugging Face configuration of one of `MODELS`."""
+  return RANDOM.get(model) or pretrained.config_of(Model(name=model).path())
+
+
+def peak_flops(gpu: str | None) -> float | None:
+  """The most FLOP/s that a GPU's tensor cores do in bfloat16; None if unknown."""
+  return next((peak for name, peak in _PEAKS.items() if fnmatch.fnmatch(gpu or "", name)), None)
+
+
+def step_flops(config: Mapping[str, Any], batch: int, length: int) -> float:
+  """Floating-point operations that a LoRA step needs.
+
+  A token takes 2 N forward and 2 N backward, N the weights of the linear layers and the head: their
+  inputs have a gradient, the frozen weights none. Attention takes 2 T D a token and layer forward,
+  q kᵀ and p v over the T/2 places that causal attention sees on average, and twice that backward.
+  What gradient checkpointing computes again does not count, nor do dequantisation, norms and the
+  small products with LoRA's factors.
+  """
+  c = LlamaConfig.from_hf(config)
+  queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+  layer = c.width * (2 * queries + 2 * keys + 3 * c.ffn)
+  weights = c.layers * layer + c.vocab * c.width
+  attention = 2 * length * queries * c.layers
+  return batch * length * (4 * weights + 3 * attention)
