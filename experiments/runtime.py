@@ -7,6 +7,7 @@ import difflib
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,14 +23,20 @@ def set_up(compilation_cache: str | None) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """For `app.run(flags_parser=...)`: an unknown config field is a message and not a trace."""
-  from absl import app, flags
+  """For `app.run(flags_parser=...)`: what is wrong with flags is a message and not a trace."""
+  from absl import flags
 
   try:
-    rest = app.parse_flags_with_usage(argv)
+    rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
       hasattr(flags.FLAGS.config, "seed")  # of a config file that is not there, any use raises
     return rest
+  except flags.Error as error:
+    if os.environ.get("PEFTJAX_TRACEBACK"):
+      raise
+    if refused := _raised_in("get_config", error):
+      sys.exit(f"error: {refused}")
+    sys.exit(f"error: {error}\nPass --helpshort to see all flags.")
   except OSError as error:
     sys.exit(f"error: {error}")
   except (AttributeError, KeyError):
@@ -40,6 +47,13 @@ def parse_flags(argv: list[str]) -> list[str]:
       if field.startswith("config."):
         _check_field(config, field.removeprefix("config."))
     raise
+
+
+def _raised_in(function: str, error: BaseException | None) -> BaseException | None:
+  """The exception that led to `error`, if one came out of that function."""
+  while error and all(x.name != function for x in traceback.extract_tb(error.__traceback__)):
+    error = error.__context__
+  return error
 
 
 def _check_field(config: Any, field: str) -> None:

@@ -7,14 +7,16 @@ llama.cpp's converter reorders the rows of query and key for its own rotary layo
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from peftjax.io.safetensors_dir import TensorInfo
+from peftjax.quant import stream
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
@@ -47,15 +49,15 @@ class GGUFFile:
 
   def __init__(self, path: str | Path):
     self.path = Path(path)
-    reader = _reader(self.path)
-    self._tensors = {hf_name(t.name): t for t in reader.tensors if t.name != "rope_freqs.weight"}
-    for tensor in reader.tensors:
+    tensors = _open(self.path).tensors
+    self._tensors = {hf_name(t.name): t for t in tensors if t.name != "rope_freqs.weight"}
+    for tensor in tensors:
       if tensor.tensor_type.name not in TYPES:
         raise ValueError(
           f"{self.path}: tensor {tensor.name} has type {tensor.tensor_type.name}; only "
           f"{', '.join(TYPES)} are read. Convert the model to one of them with llama-quantize."
         )
-    if any(t.name == "rope_freqs.weight" for t in reader.tensors):
+    if any(t.name == "rope_freqs.weight" for t in tensors):
       raise ValueError(
         f"{self.path} stretches its rotary frequencies by a tensor, rope_freqs.weight, which is "
         "not supported; load the model's Hugging Face directory instead."
@@ -72,16 +74,26 @@ class GGUFFile:
     return TensorInfo(tuple(int(n) for n in tensor.shape[::-1]), np.dtype(np.float32))
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor, dequantised to float32 by the gguf package."""
+    """One tensor, dequantised to float32 by the gguf package, some rows at a time."""
+    shape = self.info(name).shape
+    array = stream.aligned(shape, np.float32)
+    size = max(1, stream.PIECE // math.prod(shape[1:]))
+    for start in range(0, shape[0], size):
+      array[start : start + size] = self.read_rows(name, start, start + size)
+    return array
+
+  def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    """`read(name)[start:stop]`, of which no more is dequantised."""
     from gguf.quants import dequantize
 
-    tensor = self._tensors[name]
-    array = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
-    array = array.reshape(self.info(name).shape)
+    tensor, rows = self._tensors[name], np.arange(self.info(name).shape[0])
     for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
       if self.config["model_type"] == "llama" and f".{module}." in name:
-        array = _unpermute(array, self.config[heads])
-    return array
+        rows = _unpermute(rows, self.config[heads])
+    rows = rows[start:stop]
+    if tensor.data.ndim == 1:  # blocks would go across rows
+      return np.array(dequantize(tensor.data, tensor.tensor_type)[rows], np.float32)
+    return np.array(dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
 
 
 def hf_name(name: str) -> str:
@@ -97,14 +109,20 @@ def hf_name(name: str) -> str:
   return f"{_MODULES.get(module, module)}.{kind}"
 
 
-def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   """Rows from llama.cpp's order, pairs (i, i + 1), to Hugging Face's, pairs (i, i + H/2)."""
-  split = w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:])
-  return np.ascontiguousarray(split.swapaxes(1, 2).reshape(w.shape))
+  return rows.reshape(heads, len(rows) // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+class _Opened(NamedTuple):
+  """A file's tensors as the gguf package gives them, mapped and not yet read, and its metadata."""
+
+  tensors: list[Any]
+  metadata: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=1)
-def _reader(path: Path) -> Any:
+def _open(path: Path) -> _Opened:
   try:
     import gguf
   except ImportError:
@@ -112,15 +130,16 @@ def _reader(path: Path) -> Any:
   if not path.is_file():
     raise ValueError(f"no file {path}")
   try:
-    return gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(path)
+    # Its own fields have several arrays for every token: 160 MB for a vocabulary of 49,152.
+    return _Opened(reader.tensors, {k: field.contents() for k, field in reader.fields.items()})
   except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
     raise ValueError(f"{path} is not a sound GGUF file: {error}. Download it again.") from error
 
 
 def metadata(path: str | Path, key: str, default: Any = None) -> Any:
   """One value of the file's metadata."""
-  field = _reader(Path(path)).get_field(key)
-  return default if field is None else field.contents()
+  return _open(Path(path)).metadata.get(key, default)
 
 
 def _config(path: Path, names: Iterable[str]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def _read(
   """One parameter, tensor by tensor, quantised if it is to be: a tree of NumPy arrays."""
 
   def one(layer_path: str, name: str) -> Any:
-    if fmt and turned and isinstance(tensors, TensorDir):
+    if fmt and turned and isinstance(tensors, TensorDir | GGUFFile):
       info, rows = tensors.info(name), lambda at: tensors.read_rows(name, at.start, at.stop).T
       return stream.quantize_pieces(layer_path, info.shape[::-1], info.dtype, rows, fmt)
     array = tensors.read(name)

@@ -168,6 +168,21 @@ def test_flags_of_the_command_itself(workdir, arguments, named):
 
 
 @pytest.mark.parametrize(
+  ("name", "argument", "message"),
+  [
+    ("classify", "method=lor", "method='lor' is not one of lora, head, full, bitfit"),
+    ("causal_lm", "quant=nf4,method=", "method='' is not one of lora, full"),
+    ("classify", "methd=lora", "classify.py takes method=... and data=..., not 'methd=lora'"),
+  ],
+)
+def test_argument_of_a_config_file(workdir, name, argument, message):
+  """What `get_config` refuses is one line, also with fields after it."""
+  config = f"--config={ROOT / 'configs' / name}.py:{argument}"
+  ended = train(config, "--config.seed=1", f"--workdir={workdir}")
+  assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
   ("arguments", "named"),
   [
     (["--workdir={workdir}"], "--config"),

@@ -1,7 +1,5 @@
 """Commands on a tiny model: train, predict, quickstart's helpers, benchmark rows."""
 
-import contextlib
-import io
 import json
 import shutil
 
@@ -12,15 +10,6 @@ from configs.classify import get_config
 from experiments.benchmarks import batch, report
 from peftjax.training.predict import Predictor
 from tests.experiments.conftest import load
-
-
-@pytest.fixture(scope="module")
-def trained(command, config, tmp_path_factory):
-  """The workdir of a run that `experiments.train` made, and what it printed."""
-  workdir, printed = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
-  with contextlib.redirect_stdout(printed):
-    command("train", config=config(), workdir=str(workdir), mesh="")
-  return workdir, printed.getvalue()
 
 
 def test_train_prints_its_result(trained):

@@ -1,6 +1,8 @@
 """Commands called in this process, each module with its flags to itself."""
 
+import contextlib
 import importlib
+import io
 import types
 
 import pytest
@@ -49,6 +51,15 @@ def command():
       return main.main([module])
 
   return call
+
+
+@pytest.fixture(scope="session")
+def trained(command, config, tmp_path_factory):
+  """The workdir of a run that `experiments.train` made, and what it printed."""
+  workdir, printed = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    command("train", config=config(), workdir=str(workdir), mesh="")
+  return workdir, printed.getvalue()
 
 
 def load(name):

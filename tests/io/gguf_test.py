@@ -17,6 +17,7 @@ from peftjax.data import chat
 from peftjax.io import safetensors_dir
 from peftjax.io.gguf import GGUFFile, hf_name
 from peftjax.models import llama
+from peftjax.quant import stream
 
 NAMES = {
   "self_attn.q_proj": "attn_q",
@@ -142,6 +143,29 @@ def test_every_type_is_dequantised_as_the_package_does(wide, kind, tmp_path):
       np.testing.assert_array_equal(file.read(name), array.reshape(tensors.info(name).shape))
     assert file.info(name).shape == tensors.info(name).shape
     assert np.abs(file.read(name) - tensors.read(name)).max() < 0.02
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0, Type.Q4_1])
+def test_rows_are_rows_of_the_tensor(wide, kind, tmp_path, monkeypatch):
+  """Of every tensor, query and key included, whatever the size of the pieces."""
+  file = GGUFFile(write(tmp_path / "m.gguf", wide, kind))
+  whole = {name: file.read(name) for name in file.names()}
+  monkeypatch.setattr(stream, "PIECE", 7 * 64)
+  for name, array in whole.items():
+    np.testing.assert_array_equal(file.read(name), array)
+    np.testing.assert_array_equal(file.read_rows(name, 3, 30), array[3:30])
+    assert file.read_rows(name, 3, 30).base is None and array.dtype == np.float32
+
+
+def test_a_quantised_load_is_quantising_what_was_loaded(wide, tmp_path, monkeypatch):
+  """Bit for bit, though no matrix is dequantised as a whole."""
+  path = write(tmp_path / "m.gguf", wide, Type.Q8_0)
+  _, dense = pj.load_pretrained(path)
+  want = pj.quantize(dense, pj.nf4(32))
+  monkeypatch.setattr(stream, "PIECE", 7 * 64)
+  _, got = pj.load_pretrained(path, quant=pj.nf4(32))
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_the_tokenizer_splits_digits_and_knows_control_tokens(wide, tmp_path):

@@ -1,4 +1,4 @@
-"""Loading 3 GB with `quant=`: never more in memory than what comes out and two tensors."""
+"""Loading with `quant=`: never more in memory than what comes out and two tensors."""
 
 import json
 import os
@@ -8,18 +8,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
-WIDTH, FFN, LAYERS, VOCAB = 2048, 5632, 16, 8192
+WIDTH, FFN = 2048, 5632
 CONFIG = {
   "model_type": "llama",
-  "vocab_size": VOCAB,
   "hidden_size": WIDTH,
-  "num_hidden_layers": LAYERS,
   "num_attention_heads": 32,
   "num_key_value_heads": 4,
   "intermediate_size": FFN,
@@ -27,7 +27,6 @@ CONFIG = {
   "rms_norm_eps": 1e-5,
   "tie_word_embeddings": True,
 }
-LARGEST = 4 * WIDTH * VOCAB  # bytes of the largest tensor, float32
 _MATRICES = {
   "self_attn.q_proj": (WIDTH, WIDTH),
   "self_attn.k_proj": (256, WIDTH),
@@ -39,18 +38,25 @@ _MATRICES = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  """A Llama of 721 million random weights, float32, a shard for every layer."""
-  directory = tmp_path_factory.mktemp("streaming")
+class Source(NamedTuple):
+  """A checkpoint: its weights, and bytes of its largest tensor and, at most, of it quantised."""
+
+  path: Path
+  weights: int
+  largest: int
+  quantised: float
+
+
+def _generated(directory, layers, vocab, dtype):
+  """A Llama of random weights, a shard for every layer."""
   if shutil.disk_usage(directory).free < 8e9:
     pytest.skip(f"less than 8 GB free at {directory}")
-  block = np.random.default_rng(0).standard_normal(WIDTH * VOCAB, np.float32)
-  block *= np.float32(0.02)
+  block = np.random.default_rng(0).standard_normal(WIDTH * max(vocab, FFN), np.float32)
+  block = (block * np.float32(0.02)).astype(dtype)
   part = lambda *shape: block[: np.prod(shape)].reshape(shape)
-  norm = np.ones(WIDTH, np.float32)
-  shards = [{"model.embed_tokens.weight": part(VOCAB, WIDTH), "model.norm.weight": norm}]
-  for i in range(LAYERS):
+  norm = np.ones(WIDTH, dtype)
+  shards = [{"model.embed_tokens.weight": part(vocab, WIDTH), "model.norm.weight": norm}]
+  for i in range(layers):
     layer = {f"{name}.weight": part(*shape) for name, shape in _MATRICES.items()}
     layer |= {f"{n}_layernorm.weight": norm for n in ("input", "post_attention")}
     shards.append({f"model.layers.{i}.{name}": array for name, array in layer.items()})
@@ -59,16 +65,40 @@ def checkpoint(tmp_path_factory):
     where |= dict.fromkeys(shard, f"model-{i:05}.safetensors")
     save_file(shard, directory / f"model-{i:05}.safetensors")
   (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-  (directory / "config.json").write_text(json.dumps(CONFIG))
-  yield directory
+  config = {**CONFIG, "num_hidden_layers": layers, "vocab_size": vocab}
+  (directory / "config.json").write_text(json.dumps(config))
+  return directory
+
+
+@pytest.fixture(scope="module")
+def float32(tmp_path_factory):
+  """3 GB."""
+  directory = _generated(tmp_path_factory.mktemp("float32"), 16, 8192, np.float32)
+  yield Source(directory, 721_487_872, 4 * 8192 * WIDTH, 0.45e9)
   shutil.rmtree(directory)
 
 
-def _measured(directory, *how):
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory):
+  """0.6 GB."""
+  directory = _generated(tmp_path_factory.mktemp("bfloat16"), 6, 16384, ml_dtypes.bfloat16)
+  yield Source(directory, 297_822_208, 2 * 16384 * WIDTH, 0.21e9)
+  shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def gguf():
+  """A real model, its table in Q8_0 and its matrices in Q4_1: read, both are float32."""
+  from peftjax.training.settings import Model  # here, as the measured process imports this file too
+
+  return Source(Model(name="smollm2").path(), 134_515_008, 4 * 49152 * 576, 0.17e9)
+
+
+def _measured(source, *how):
   """Bytes of a load in a process of its own: of the model, and the most there were at once."""
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   done = subprocess.run(
-    [sys.executable, "-m", "tests.io.streaming_test", directory, *how],
+    [sys.executable, "-m", "tests.io.streaming_test", source.path, *how],
     cwd=ROOT,
     env=env,
     capture_output=True,
@@ -79,17 +109,24 @@ def _measured(directory, *how):
   return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
-def test_a_quantised_load_holds_the_model_and_two_tensors(checkpoint, layers):
+@pytest.mark.parametrize(
+  ("name", "layers"),
+  [("float32", "unrolled"), ("bfloat16", "scanned"), ("gguf", "unrolled")],
+)
+def test_a_quantised_load_holds_the_model_and_two_tensors(name, layers, request):
   """Anonymous memory above that after the imports, sampled every two milliseconds."""
-  got = _measured(checkpoint, "nf4", layers)
-  assert got["weights"] == 721_487_872 and got["model"] < 0.45e9
-  assert got["peak"] <= got["model"] + 2 * LARGEST, got
+  source = request.getfixturevalue(name)
+  got = _measured(source, "nf4", layers)
+  assert got["weights"] == source.weights and got["model"] < source.quantised
+  assert got["peak"] <= got["model"] + 2 * source.largest, got
 
 
-def test_a_dense_load_breaks_that_bound(checkpoint):
+@pytest.mark.parametrize(("name", "times"), [("float32", 4), ("gguf", 1.4)])
+def test_a_dense_load_breaks_that_bound(name, times, request):
   """The control: the measurement sees what is there."""
-  assert _measured(checkpoint, "dense", "unrolled")["peak"] > 4 * (0.45e9 + 2 * LARGEST)
+  source = request.getfixturevalue(name)
+  got = _measured(source, "dense", "unrolled")
+  assert got["peak"] > times * (source.quantised + 2 * source.largest), got
 
 
 def _anonymous():
@@ -98,7 +135,7 @@ def _anonymous():
   return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
-def main(directory, quant, layers):
+def main(path, quant, layers):
   """Loads, and prints what `_measured` returns."""
   import jax
 
@@ -115,7 +152,7 @@ def main(directory, quant, layers):
   thread.start()
   began = time.perf_counter()
   fmt = pj.nf4() if quant == "nf4" else None
-  _, params = pj.load_pretrained(directory, quant=fmt, scan_layers=layers == "scanned")
+  _, params = pj.load_pretrained(path, quant=fmt, scan_layers=layers == "scanned")
   jax.block_until_ready(params)
   seconds = time.perf_counter() - began
   end = _anonymous()

@@ -1,19 +1,19 @@
 """Language-model runs: a tiny Llama in four bits on a tiny corpus of prompts and completions."""
 
+import functools
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from configs.causal_lm import get_config
 from peftjax.core import paths, tree
-from peftjax.training import build
+from peftjax.training import build, loop
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
 from peftjax.training.writer import Writer
+from tests import tiny_lm
 from tests.training import runs
 
 
@@ -21,71 +21,25 @@ class Interrupted(Exception):
   """Stands for anything that ends a process in the middle."""
 
 
-DIGITS = [str(i) for i in range(10)]
+@pytest.fixture(scope="module")
+def lm_config(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tiny_lm")
+  made = tiny_lm.model_dir(folder / "model"), tiny_lm.corpus(folder / "rows.jsonl")
+  return functools.partial(tiny_lm.config, *made)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory, pytestconfig):
-  """A model directory with a tokenizer that knows digits and a few words."""
-  folder = tmp_path_factory.mktemp("llama") / "model"
-  shutil.copytree(pytestconfig.rootpath / "tests/golden/llama3_tiny", folder)
-  words = ["<unk>", "<s>", "</s>", *DIGITS, "then", "comes", "row", "of"]
-  tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-  tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-  tokenizer.save(str(folder / "tokenizer.json"))
-  return folder
+def trained(run_once, lm_config, tmp_path_factory):
+  """The workdir and result of a run, and the `Run` as it was at the end."""
+  workdir, made = tmp_path_factory.mktemp("lm") / "run", []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "Run", lambda *given: made.append(Run(*given)) or made[-1])
+    return workdir, run_once(lm_config(), workdir), *made
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-  """Prompts of five digits and, as completions, the five that follow."""
-  path = tmp_path_factory.mktemp("texts") / "rows.jsonl"
-  draws = np.random.default_rng(0).choice(10, (120, 4))
-  rows = [
-    {
-      "prompt": " ".join(map(str, [*d, d[-1]])),
-      "answer": " ".join(str((d[-1] + k) % 10) for k in range(1, 6)),
-    }
-    for d in draws
-  ]
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return path
-
-
-@pytest.fixture(scope="module")
-def lm_config(llama, texts):
-  def make(argument="", **changes):
-    made = get_config(f"data=files,{argument}" if argument else "data=files")
-    base = dict(
-      model__directory=str(llama),
-      quant__block_size=32,
-      data__train_file=str(texts),
-      data__text_column="prompt",
-      data__pair_column="answer",
-      data__loss="completions",
-      data__other="",
-      data__max_length=24,
-      method__rank=4,
-      optimizer__learning_rate=2e-2,
-      train__steps=16,
-      train__batch_size=8,
-      train__log_every=4,
-      train__save_every=6,
-      compilation_cache="",
-    )
-    for key, value in {**base, **changes}.items():
-      if key == "method__rank" and "method=full" in argument:
-        continue
-      made.update_from_flattened_dict({key.replace("__", "."): value})
-    return made
-
-  return make
-
-
-@pytest.fixture(scope="module")
-def finished(run_once, lm_config, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("lm") / "run"
-  return workdir, run_once(lm_config(), workdir)
+def finished(trained):
+  return trained[:2]
 
 
 def test_perplexity_falls_and_is_compared_with_before(finished):
@@ -103,8 +57,7 @@ def test_perplexity_falls_and_is_compared_with_before(finished):
   assert config["task_type"] == "CAUSAL_LM"
 
 
-def test_the_base_is_quantised_and_stays_as_it_was(finished, lm_config):
-  """Codes are loaded byte for byte as before, and no checkpoint holds them."""
+def test_the_base_is_quantised_and_in_no_checkpoint(finished, lm_config):
   settings = from_config(lm_config())
   flat = paths.leaves(build.adapted(settings, None).params)
   assert {type(leaf.base).__name__ for p, leaf in flat.items() if hasattr(leaf, "base")} == {
@@ -112,6 +65,25 @@ def test_the_base_is_quantised_and_stays_as_it_was(finished, lm_config):
   }
   _, saved = runs.arrays(finished[0], "latest")
   assert saved and not any("codes" in name or "embedding" in name for name in saved)
+
+
+def test_a_run_leaves_the_base_as_it_was_loaded(trained, lm_config):
+  """Codes, scales and all else that is frozen, byte for byte; what is trained has changed."""
+  made = build.adapted(from_config(lm_config()), None)
+  train, frozen = tree.partition(made.params, made.mask)
+  before, after = _bytes(frozen), _bytes(trained[2].frozen)
+  assert after == before
+  for part in ("/codes", "/scales"):
+    assert sum(part in name for name in before) >= 7
+  assert {kind for name, (kind, _) in before.items() if name.endswith("/codes")} == {"uint8"}
+  before, after = _bytes(train), _bytes(trained[2].state.train)
+  assert before.keys() == after.keys() and not any(before[name] == after[name] for name in before)
+
+
+def _bytes(params):
+  """Dtype and bytes of every array by path."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  return {paths.name(path): (x.dtype.name, np.asarray(x).tobytes()) for path, x in flat}
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(
