@@ -8,7 +8,9 @@ datatypes: perplexity of SmolLM2 and accuracy of MiniLM with their linear layers
 qlora_vs_lora: SmolLM2 fine-tuned whole, and by LoRA over a dense, int8, FP4 and NF4 base, beside
   QLoRA's table 3.
 
-A cell that has been computed is kept in --workdir: a killed run goes on where it was.
+What is in experiments/results/NAME.jsonl (--results) is shown from there; cells that are missing
+are computed and added one by one, so a killed run goes on where it was. Take lines out to compute
+them again.
 """
 
 from pathlib import Path
@@ -17,8 +19,8 @@ from absl import app, flags
 
 from experiments import runtime
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/tables", "Folder for what is computed.")
-OUT = flags.DEFINE_string("out", None, "Write the rows to this file as JSON lines.")
+RESULTS = flags.DEFINE_string("results", "experiments/results", "Folder of the results.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/tables", "Folder for runs that cells need.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is left to compute, and how long.")
 
 
@@ -30,16 +32,14 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"name one table: {', '.join(tables)}")
   runtime.set_up("~/.cache/peftjax")
   name = argv[1]
-  folder = Path(WORKDIR.value) / name
+  results = Path(RESULTS.value) / f"{name}.jsonl"
   with runtime.readable_errors():
-    todo = tables[name].cells(folder)
+    todo = tables[name].cells(Path(WORKDIR.value) / name)
     if DRY_RUN.value:
-      cells.show_left(name, todo, folder)
+      cells.show_left(name, todo, results)
       return
-    rows = cells.compute(todo, folder)
+    rows = cells.compute(todo, results)
   tables[name].show(rows)
-  if OUT.value:
-    cells.write(OUT.value, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cells of a table: computed once each, kept in files."""
+"""Cells of a table: computed once each, kept as lines of a results file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from rich.progress import track
 
 from experiments.benchmarks import report
 from peftjax.training import process
-from peftjax.training.logs import write_atomic
 
 
 class Cell(NamedTuple):
   """One number of a table, and what belongs to it.
 
   Attributes:
-    name: of its file.
+    name: of its line.
     run: computes it: fields of a row.
     minutes: what it takes on two CPU cores, roughly.
   """
@@ -31,35 +30,41 @@ class Cell(NamedTuple):
   minutes: float
 
 
-def show_left(table: str, cells: list[Cell], folder: Path) -> None:
-  left = [cell for cell in cells if not _file(folder, cell).exists()]
-  console = Console()
-  for cell in left:
+def left(cells: list[Cell], results: Path) -> list[Cell]:
+  """Those that the results do not have yet."""
+  done = rows(results)
+  return [cell for cell in cells if cell.name not in done]
+
+
+def show_left(table: str, cells: list[Cell], results: Path) -> None:
+  missing, console = left(cells, results), Console()
+  for cell in missing:
     console.print(f"  {cell.name}  {cell.minutes:.1f} min", highlight=False)
-  hours = sum(cell.minutes for cell in left) / 60
-  console.print(f"{table}: {len(left)} of {len(cells)} cells left, about {hours:.1f} hours")
+  hours = sum(cell.minutes for cell in missing) / 60
+  console.print(f"{table}: {len(missing)} of {len(cells)} cells left, about {hours:.1f} hours")
 
 
-def compute(cells: list[Cell], folder: Path) -> list[dict[str, Any]]:
-  """The rows of all cells; those whose file is there are read."""
-  folder.mkdir(parents=True, exist_ok=True)
-  for cell in track(cells, "cells"):
-    if not _file(folder, cell).exists():
-      row = {"cell": cell.name, **cell.run(), "commit": process.commit()}
-      write_atomic(_file(folder, cell), json.dumps(row) + "\n")
-  return [json.loads(_file(folder, cell).read_text()) for cell in cells]
+def compute(cells: list[Cell], results: Path) -> list[dict[str, Any]]:
+  """The rows of all cells; what is not in the results is computed and added to them at once."""
+  results.parent.mkdir(parents=True, exist_ok=True)
+  for cell in track(left(cells, results), "cells"):
+    row = {
+      "cell": cell.name,
+      **cell.run(),
+      "command": shlex.join(["python", "-m", "experiments.tables", *sys.argv[1:]]),
+      "commit": process.commit(),
+      "machine": report.machine(),
+      "versions": report.versions(),
+    }
+    with results.open("a", encoding="utf-8") as file:
+      file.write(json.dumps(row) + "\n")
+  done = rows(results)
+  return [done[cell.name] for cell in cells]
 
 
-def write(path: str, rows: list[dict[str, Any]]) -> None:
-  """One JSON line a row, with command, machine and versions."""
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  common = {
-    "command": shlex.join(["python", "-m", "experiments.tables", *sys.argv[1:]]),
-    "machine": report.machine(),
-    "versions": report.versions(),
-  }
-  write_atomic(Path(path), "".join(json.dumps({**row, **common}) + "\n" for row in rows))
-
-
-def _file(folder: Path, cell: Cell) -> Path:
-  return folder / f"{cell.name}.json"
+def rows(results: Path) -> dict[str, dict[str, Any]]:
+  """The lines of a results file by cell."""
+  if not results.exists():
+    return {}
+  lines = results.read_text(encoding="utf-8").splitlines()
+  return {row["cell"]: row for row in map(json.loads, lines)}
