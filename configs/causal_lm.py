@@ -4,7 +4,7 @@
     --workdir=runs/qlora
 
 model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
-quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8. method: lora, full.
+quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8. method: lora, adalora, full.
 data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text a row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column.
 Every field below can be given as a flag: --config.method.rank=4.
@@ -29,11 +29,32 @@ METHODS = {
     alpha_pattern=(),
     head=False,
   ),
+  "adalora": dict(
+    name="adalora",
+    rank=12,
+    target_rank=8.0,
+    alpha=16.0,
+    targets=("all-linear",),
+    warmup=0.1,  # of all updates
+    final=0.4,
+    interval=10,
+    penalty="squared",  # or norm
+    gamma=0.1,
+    beta1=0.85,
+    beta2=0.85,
+    score="full",  # or sensitivity, magnitude
+    regrow="kept",  # or random, zero
+    form="svd",  # or lora
+    dropout=0.0,
+    rank_pattern=(),
+    alpha_pattern=(),
+    head=False,
+  ),
   "full": dict(name="train", targets=(".*",), head=False),
 }
 
 # What suits each method; the rest is common.
-LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
+LEARNING_RATES = {"lora": 1e-3, "adalora": 1e-3, "full": 5e-5}
 
 
 def get_config(arg: str = "") -> ConfigDict:

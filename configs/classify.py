@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=runs/bbc
 
-method: lora, head, full, bitfit. data: bbc, sentiment, glue/<task>, or files with
+method: lora, adalora, head, full, bitfit. data: bbc, sentiment, glue/<task>, or files with
   --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
 Every field below can be given as a flag: --config.method.rank=4.
 
@@ -26,13 +26,34 @@ METHODS = {
     alpha_pattern=(),
     head=True,
   ),
+  "adalora": dict(
+    name="adalora",
+    rank=12,
+    target_rank=8.0,
+    alpha=16.0,
+    targets=("all-linear",),
+    warmup=0.1,  # of all updates
+    final=0.4,
+    interval=10,
+    penalty="squared",  # or norm
+    gamma=0.1,
+    beta1=0.85,
+    beta2=0.85,
+    score="full",  # or sensitivity, magnitude
+    regrow="kept",  # or random, zero
+    form="svd",  # or lora
+    dropout=0.0,
+    rank_pattern=(),
+    alpha_pattern=(),
+    head=True,
+  ),
   "head": dict(name="train", targets=("head/.*",), head=False),
   "full": dict(name="train", targets=(".*",), head=False),
   "bitfit": dict(name="train", targets=(".*/bias", "head/.*"), head=False),
 }
 
 # What suits each method; the rest is common.
-LEARNING_RATES = {"lora": 2e-3, "head": 1e-2, "full": 2e-4, "bitfit": 2e-3}
+LEARNING_RATES = {"lora": 2e-3, "adalora": 2e-3, "head": 1e-2, "full": 2e-4, "bitfit": 2e-3}
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -16,6 +16,9 @@ from peftjax.describe import describe
 from peftjax.io.hf_peft import load as load_peft
 from peftjax.io.hf_peft import save as save_peft
 from peftjax.linen import apply
+from peftjax.methods.adalora import adalora
+from peftjax.methods.adalora_ranks import ranks, to_lora
+from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.base import Method, chain
 from peftjax.methods.lora import lora
 from peftjax.methods.lora_weight import LoRA
@@ -33,7 +36,9 @@ __all__ = [
   "LoRA",
   "Method",
   "Quantized",
+  "SVDLoRA",
   "Weight",
+  "adalora",
   "adapter_mask",
   "align_ranks",
   "apply",
@@ -59,12 +64,14 @@ __all__ = [
   "optim",
   "partition",
   "quantize",
+  "ranks",
   "requantize",
   "save_peft",
   "select",
   "sharding",
   "shardings",
   "take",
+  "to_lora",
   "train",
   "unmerge",
   "value_and_grad",

@@ -29,6 +29,7 @@ from tests.models import tiny
 
 _QV = r".*/(query|value)/kernel/[ab]"
 _LINEAR = r"bert/.*/kernel/[ab]"
+_TRIPLETS = r"bert/.*/kernel/[abe]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entry:
 
 
 _BOTH = ("unrolled", "scanned")
-lora, train, chain = pj.lora, pj.train, pj.chain
+lora, adalora, train, chain = pj.lora, pj.adalora, pj.train, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
 )
@@ -86,6 +87,15 @@ ENTRIES = [
     base=pj.fp4(32, double_quant=False),
   ),
   Entry("nf4 bf16", lambda: lora(4, 8), _QV, dtype=jnp.bfloat16, rounding=3e-2, base=pj.nf4(32)),
+  Entry(
+    "adalora", lambda: adalora(4, 2, 400.0), _TRIPLETS, lambda: adalora(3, 2, 500.0), layers=_BOTH
+  ),
+  Entry(
+    "adalora nf4",
+    lambda: adalora(4, 2, 400.0, ["query", "value"], dropout=0.2),
+    r".*/(query|value)/kernel/[abe]",
+    base=pj.nf4(),
+  ),
   Entry("full", lambda: train(".*"), ".*"),
   Entry("head", lambda: train("head/.*"), "head/.*"),
   Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*"),

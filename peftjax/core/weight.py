@@ -48,6 +48,9 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # Children that came from the pretrained files; the rest was made by a method's `attach`.
   pretrained: ClassVar[frozenset[str]] = frozenset({"base"})
 
+  # Whether only the optimizer of its own method may train it (AdaLoRA's, which allocates ranks).
+  allocated: ClassVar[bool] = False
+
   @property
   def shape(self) -> tuple[int, ...]:
     raise NotImplementedError

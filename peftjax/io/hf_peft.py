@@ -1,9 +1,10 @@
-"""Reads and writes LoRA adapters as the Hugging Face PEFT library keeps them (peft 0.21).
+"""Reads and writes LoRA and AdaLoRA adapters as the Hugging Face PEFT library has them (peft 0.21).
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linear module has
 `lora_A.weight` [r, in] and `lora_B.weight` [out, r], an embedding `lora_embedding_A` [r, V] and
 `lora_embedding_B` [D, r], which is how our factors lie too; a module in `modules_to_save` is a
-whole copy, its kernel transposed.
+whole copy, its kernel transposed. AdaLoRA's `lora_A` [r', in], `lora_E` [r', 1] and `lora_B`
+[out, r'] are of the triplets that are left, and its `rank_pattern` says which those are.
 
 Invariants:
 - The tensors say which modules have an adapter; the config says at which scale.
@@ -28,6 +29,7 @@ from peftjax.core import paths, tree
 from peftjax.core.weight import Weight
 from peftjax.io import hf_peft_config, safetensors_dir
 from peftjax.io.hf_peft_reader import FACTORS, ROOT, STEM, Reader
+from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
 from peftjax.models.pretrained import FAMILIES, stack_of
 
@@ -42,7 +44,7 @@ def save(
   task_type: str | None = "SEQ_CLS",
   rslora: bool = False,
 ) -> None:
-  """Writes the `LoRA` leaves of `params`, and the trained head, as a PEFT directory.
+  """Writes the `LoRA` or `SVDLoRA` leaves of `params`, and the trained head, as a PEFT directory.
 
   Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
   from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
@@ -58,23 +60,25 @@ def save(
     rslora: write `use_rslora`.
 
   Raises:
-    ValueError: no `LoRA` leaf; a PiSSA leaf; an adapter of another kind; a trained array that is
-      neither a factor nor of the head; a head with an adapter in it; dropout rates that differ.
+    ValueError: no `LoRA` leaf; a PiSSA leaf; AdaLoRA of several scales, or beside LoRA; an adapter
+      of another kind; a trained array that is neither a factor nor of the head; a head with an
+      adapter in it; dropout rates that differ.
   """
   family = FAMILIES[model.config.family]
   adapters: dict[str, _Adapter] = {}
   for path, leaf in paths.leaves(params).items():
-    if type(leaf) is LoRA:
+    if isinstance(leaf, LoRA):
       adapters.update(_adapters(path, leaf, family, rslora))
     elif isinstance(leaf, Weight) and any(jax.tree.leaves(tree.made_mask(leaf))):
-      raise ValueError(f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA")
+      raise ValueError(
+        f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA, SVDLoRA"
+      )
   if not adapters:
     raise ValueError("params has no LoRA leaf to save: attach pj.lora(...) first")
   whole = _whole(params, family, trained, task_type)
   tensors = {name: array for arrays in whole.values() for name, array in arrays.items()}
   for module, adapter in adapters.items():
-    tensors[f"{module}.{adapter.names[0]}"] = adapter.a
-    tensors[f"{module}.{adapter.names[1]}"] = adapter.b
+    tensors.update({f"{module}.{name}": array for name, array in adapter.tensors.items()})
   config = hf_peft_config.build(
     [(m, x.rank, x.alpha, x.dropout) for m, x in adapters.items()],
     hf_peft_config.suffixes(set(adapters), _modules(params, family)),
@@ -83,6 +87,10 @@ def save(
     task_type=task_type,
     base_model=base_model,
   )
+  kept = {module: x.kept for module, x in adapters.items() if x.kept is not None}
+  if kept and len(kept) < len(adapters):
+    raise ValueError("LoRA and AdaLoRA in one model: save pj.to_lora(params), which is all LoRA")
+  config = hf_peft_config.build_adalora(config, kept) if kept else config
   _write(Path(directory), config, {ROOT + name: array for name, array in tensors.items()})
 
 
@@ -110,7 +118,8 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
 
   def flags(path: str, leaf: Any) -> Any:
     mask = jax.tree.map(lambda _: path in reader.replaced, leaf)
-    return mask.replace(a=True, b=True) if path in reader.attached else mask
+    trained = {"a": True, "b": True, **({"e": True} if isinstance(leaf, SVDLoRA) else {})}
+    return mask.replace(**trained) if path in reader.attached else mask
 
   return loaded, paths.map_leaves(flags, loaded)
 
@@ -118,12 +127,11 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
 class _Adapter(NamedTuple):
   """The adapter of one torch module."""
 
-  names: tuple[str, str]
-  a: np.ndarray
-  b: np.ndarray
+  tensors: dict[str, np.ndarray]
   rank: int
   alpha: float
   dropout: float
+  kept: list[bool] | None  # of AdaLoRA, which triplets are left
 
 
 def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Adapter]:
@@ -134,6 +142,8 @@ def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Ad
       "format add B A to.\nSave the whole model instead, from pj.merge(params), or train with "
       'pj.lora(..., init="kaiming").'
     )
+  if isinstance(leaf, SVDLoRA) and (leaf.e is None or path.endswith("embedding")):
+    raise ValueError(f"{path}: peft has no such AdaLoRA adapter; save pj.to_lora(params)")
   names = FACTORS[path.rpartition("/")[2]]
   a, b = (np.asarray(x).reshape(-1, *x.shape[-2:]) for x in (leaf.a, leaf.b))
   ranks, scales = (np.asarray(x).ravel() for x in (leaf.rank, leaf.scale))
@@ -142,8 +152,19 @@ def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Ad
     if rank := int(ranks[i]):
       alpha = _alpha(scales[i], math.sqrt(rank) if rslora else rank)
       low = a[i, :rank], b[i, :, :rank]
-      found[_module(family, layer)] = _Adapter(names, *low, rank, alpha, leaf.dropout)
+      tensors, kept = dict(zip(names, low, strict=True)), None
+      if isinstance(leaf, SVDLoRA):
+        tensors, kept = _triplets(*low, np.asarray(leaf.e).reshape(len(ranks), -1)[i, :rank])
+      found[_module(family, layer)] = _Adapter(tensors, rank, alpha, leaf.dropout, kept)
   return found
+
+
+def _triplets(
+  a: np.ndarray, b: np.ndarray, e: np.ndarray
+) -> tuple[dict[str, np.ndarray], list[bool]]:
+  """The tensors of what is left of one module, and which that is."""
+  on = e != 0
+  return {"lora_A": a[on], "lora_B": b[:, on], "lora_E": e[on, None]}, on.tolist()
 
 
 def _alpha(scale: np.float32, divisor: float) -> float:
@@ -165,7 +186,7 @@ def _whole(
   for path in flat:
     flag = flags.get(path)
     on = any(jax.tree.leaves(getattr(flag, "base", flag)))
-    if on and (type(flat[path]) is LoRA or not re.fullmatch(family.NEW, path)):
+    if on and (isinstance(flat[path], LoRA) or not re.fullmatch(family.NEW, path)):
       raise ValueError(
         f"{path} is trained, and a PEFT LoRA directory has no place for it: only for factors and "
         "for the head.\nSave the whole model instead, from pj.merge(params), or train with "

@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a LoRA adapter, as the Hugging Face PEFT library writes and reads it."""
+"""`adapter_config.json` of a LoRA or AdaLoRA adapter, as the Hugging Face PEFT library has it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Settings(NamedTuple):
-  """What `adapter_config.json` says that a reader needs."""
+  """What `adapter_config.json` says that a reader needs.
 
+  Of AdaLoRA, `rank` is the initial one, which the scale is of, and `rank_pattern` says how many of
+  its triplets each module's `lora_E` has left.
+  """
+
+  adalora: bool
   rank: int
   alpha: float
   rslora: bool
@@ -38,14 +43,14 @@ def read(directory: str | os.PathLike) -> Settings:
   """Reads and checks the config; peft's defaults for what is not in it."""
   config = safetensors_dir.read_config(directory, NAME)
   wrong = {field: config[field] for field in _VARIANTS if config.get(field)}
-  for field, plain in (("peft_type", "LORA"), ("bias", "none")):
-    if config.get(field, "none") != plain:
+  for field, plain in (("peft_type", ("LORA", "ADALORA")), ("bias", ("none",))):
+    if config.get(field, "none") not in plain:
       wrong[field] = config.get(field)
   if wrong:
     field, value = next(iter(wrong.items()))
     raise ValueError(
-      f"{directory}/{NAME} has {field}={value!r}; read is plain LoRA only: peft_type 'LORA', "
-      f"bias 'none', no {', '.join(_VARIANTS)}.\n"
+      f"{directory}/{NAME} has {field}={value!r}; read is plain LoRA and AdaLoRA only: peft_type "
+      f"'LORA' or 'ADALORA', bias 'none', no {', '.join(_VARIANTS)}.\n"
       "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
     )
   if (init := config.get("init_lora_weights")) not in _INITS:
@@ -55,17 +60,32 @@ def read(directory: str | os.PathLike) -> Settings:
       "saves the initial adapter at the start and then writes plain LoRA:\n"
       "  model.save_pretrained(NEW, path_initial_model_for_weight_conversion=INITIAL)"
     )
+  adalora = config.get("peft_type") == "ADALORA"
+  patterns = config.get("rank_pattern") or {}
+  if adalora:
+    patterns = _left(patterns, f"{directory}/{NAME}")
   settings = Settings(
-    config.get("r", 8),
+    adalora,
+    config.get("init_r", 12) if adalora else config.get("r", 8),
     config.get("lora_alpha", 8),
     bool(config.get("use_rslora")),
     config.get("lora_dropout", 0.0),
-    config.get("rank_pattern") or {},
+    patterns,
     config.get("alpha_pattern") or {},
     tuple(config.get("modules_to_save") or ()),
   )
   _check(settings, f"{directory}/{NAME}")
   return settings
+
+
+def _left(patterns: Any, where: str) -> dict[str, int]:
+  """AdaLoRA's `{"module.lora_E": [true, false, ...]}` as patterns of what is left."""
+  if not isinstance(patterns, dict) or not all(
+    isinstance(flags, list) and all(type(flag) is bool for flag in flags)
+    for flags in patterns.values()
+  ):
+    raise ValueError(f"{where}: rank_pattern must be {{tensor: [true, false, ...]}} of AdaLoRA")
+  return {re.escape(key.removesuffix(".lora_E")): sum(x) for key, x in patterns.items()}
 
 
 def _check(settings: Settings, where: str) -> None:
@@ -80,7 +100,7 @@ def _check(settings: Settings, where: str) -> None:
         raise ValueError(f"{where}: {field} {pattern!r} is no regex: {error}") from None
   for field, ranks in (("r", [settings.rank]), ("rank_pattern", settings.rank_pattern.values())):
     for rank in ranks:
-      if type(rank) is not int or rank < 1:
+      if type(rank) is not int or rank < (0 if settings.adalora and field != "r" else 1):
         raise ValueError(f"{where}: {field} has {rank!r}; a rank is a whole number from 1")
   for field, alphas in (
     ("lora_alpha", [settings.alpha]),
@@ -162,3 +182,34 @@ def build(
     "use_dora": False,
     "use_rslora": rslora,
   }
+
+
+def build_adalora(plain: dict[str, Any], kept: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+  """The config of AdaLoRA adapters, from that of the same as LoRA of their initial rank.
+
+  Args:
+    plain: by `build`.
+    kept: of each module, which triplets are left.
+
+  Raises:
+    ValueError: if rank or alpha differ: this format has one scale, alpha over the initial rank.
+  """
+  if plain["rank_pattern"] or plain["alpha_pattern"]:
+    raise ValueError(
+      "a PEFT AdaLoRA directory has one initial rank and one alpha, and these weights several; "
+      "save pj.to_lora(params), which is the same adapter as plain LoRA"
+    )
+  left = sum(map(sum, kept.values()))
+  fields = {
+    "peft_type": "ADALORA",
+    "init_r": plain["r"],
+    "r": 8,  # unused; peft warns at any other number
+    "target_r": round(left / len(kept)),
+    "rank_pattern": {f"{module}.lora_E": list(flags) for module, flags in kept.items()},
+    # Training is over; peft asks for a schedule that fits.
+    "tinit": 0,
+    "tfinal": 0,
+    "deltaT": 1,
+    "total_step": 1,
+  }
+  return {**plain, **fields}

@@ -13,6 +13,7 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.io import hf_peft_config
 from peftjax.io.safetensors_dir import TensorDir
+from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
 from peftjax.models.pretrained import stack_of
 
@@ -49,11 +50,9 @@ class Reader:
     if any(name in self.available or self._must_be_saved(name) for name in names):
       return self._replaced(path, leaf, names)
     modules = [name.rpartition(".")[0] for name in names]
-    kind = path.rpartition("/")[2]
-    if kind in FACTORS and any(
-      f"{m}.{factor}" in self.available for m in modules for factor in FACTORS[kind]
-    ):
-      return self._attached(path, leaf, modules, FACTORS[kind])
+    factors = self._names(path.rpartition("/")[2])
+    if any(f"{m}.{factor}" in self.available for m in modules for factor in factors):
+      return self._attached(path, leaf, modules, factors)
     return leaf
 
   def check_all_used(self) -> None:
@@ -84,42 +83,49 @@ class Reader:
     array = self._read(name, shape, leaf.dtype, hint if "head/" in path else "")
     return array.T if turned else array
 
-  def _attached(self, path: str, leaf: Any, modules: list[str], names: tuple[str, str]) -> LoRA:
+  def _names(self, kind: str) -> tuple[str, ...]:
+    """The tensors of A and B and, of AdaLoRA, λ; none where there is no adapter."""
+    if self.settings.adalora:
+      return ("lora_A", "lora_B", "lora_E") if kind == "kernel" else ()
+    return FACTORS.get(kind, ())
+
+  def _attached(self, path: str, leaf: Any, modules: list[str], names: tuple[str, ...]) -> LoRA:
     self.attached.add(path)
     n_in, n_out = leaf.shape[-2:]
     stack = stack_of(path, leaf)
     found = [self._factors(m, names, n_in, n_out) for m in modules]
-    width = max(len(a) for a, _, _ in found)
+    width = max(len(a) for a, *_ in found)
     pad = lambda x, axis: np.pad(
       x, [(0, width - x.shape[i]) if i == axis else (0, 0) for i in (0, 1)]
     )
-    return LoRA(
+    fields = dict(
       base=leaf,
-      a=jnp.asarray(np.stack([pad(a, 0) for a, _, _ in found]).reshape(*stack, width, n_in)),
-      b=jnp.asarray(np.stack([pad(b, 1) for _, b, _ in found]).reshape(*stack, n_out, width)),
-      scale=jnp.asarray([scale for _, _, scale in found], jnp.float32).reshape(stack),
-      rank=jnp.asarray([len(a) for a, _, _ in found], jnp.int32).reshape(stack),
+      a=jnp.asarray(np.stack([pad(a, 0) for a, *_ in found]).reshape(*stack, width, n_in)),
+      b=jnp.asarray(np.stack([pad(b, 1) for _, b, *_ in found]).reshape(*stack, n_out, width)),
+      scale=jnp.asarray([scale for *_, scale in found], jnp.float32).reshape(stack),
+      rank=jnp.asarray([len(a) for a, *_ in found], jnp.int32).reshape(stack),
       dropout=float(self.settings.dropout),
       names=getattr(leaf, "names", None),
     )
+    if not self.settings.adalora:
+      return LoRA(**fields)
+    e = np.stack([pad(e, 0)[:, 0] for _, _, e, _ in found]).reshape(*stack, width)
+    return SVDLoRA(**fields, e=jnp.asarray(e))
 
-  def _factors(
-    self, module: str, names: tuple[str, str], n_in: int, n_out: int
-  ) -> tuple[np.ndarray, np.ndarray, float]:
-    """A, B and the scale of one module; of rank 0 if it has no adapter."""
-    a, b = (f"{module}.{name}" for name in names)
-    if a not in self.available and b not in self.available:
-      return np.zeros((0, n_in), np.float32), np.zeros((n_out, 0), np.float32), 0.0
+  def _factors(self, module: str, names: tuple[str, ...], n_in: int, n_out: int) -> tuple[Any, ...]:
+    """A, B, λ of AdaLoRA, and the scale of one module; of rank 0 if it has no adapter."""
+    tensors, s = [f"{module}.{name}" for name in names], self.settings
+    shape = lambda rank: ((rank, n_in), (n_out, rank), (rank, 1))[: len(names)]
+    if not self.available & set(tensors):
+      return *(np.zeros(size, np.float32) for size in shape(0)), 0.0
     key = module.removeprefix(ROOT)
-    rank = hf_peft_config.match(self.settings.rank_pattern, key, self.settings.rank)
-    alpha = hf_peft_config.match(self.settings.alpha_pattern, key, self.settings.alpha)
-    scale = alpha / (math.sqrt(rank) if self.settings.rslora else rank)
+    rank = hf_peft_config.match(s.rank_pattern, key, s.rank)
+    alpha = hf_peft_config.match(s.alpha_pattern, key, s.alpha)
+    of = s.rank if s.adalora else rank  # AdaLoRA's scale stays that of the rank it began with
     hint = f" with rank {rank}, as {hf_peft_config.NAME} says"
-    return (
-      self._read(a, (rank, n_in), np.float32, hint),
-      self._read(b, (n_out, rank), np.float32, hint),
-      scale,
-    )
+    pairs = zip(tensors, shape(rank), strict=True)
+    read = [self._read(name, size, np.float32, hint) for name, size in pairs]
+    return *read, alpha / (math.sqrt(of) if s.rslora else of)
 
   def _read(self, name: str, shape: tuple[int, ...], dtype: Any, hint: str = "") -> np.ndarray:
     if name not in self.available:

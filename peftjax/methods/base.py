@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -11,6 +12,11 @@ import optax
 from peftjax import optim
 from peftjax.core import paths
 from peftjax.core.weight import Weight, children
+
+# From clipping and an optimizer to what does both and more.
+Outer = Callable[
+  [optax.GradientTransformation, optax.GradientTransformation], optax.GradientTransformation
+]
 
 
 class Method(Protocol):
@@ -39,9 +45,33 @@ class Method(Protocol):
     """The outermost transform: clips, accumulates, and whatever the method adds."""
     ...
 
+  def outer(self, total_steps: int) -> Outer | None:
+    """What the method adds to clipping and the optimizer."""
+    ...
+
+
+class Optimized:
+  """The optimizer of a method: that of the caller, clipped and accumulated, in the method's own."""
+
+  def outer(self, total_steps: int) -> Outer | None:
+    """What goes around clipping and the optimizer: `outer(clip, tx)`; None for nothing."""
+    return None
+
+  def optimizer(
+    self,
+    tx: optax.GradientTransformation,
+    total_steps: int,
+    *,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+  ) -> optax.GradientTransformation:
+    """See `Method.optimizer`."""
+    outer = self.outer(total_steps)
+    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate, outer=outer)
+
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(Optimized):
   """Several methods on disjoint leaves; see `chain`."""
 
   methods: tuple[Method, ...]
@@ -68,15 +98,16 @@ class Chain:
     masks = [method.trainable(params) for method in self.methods]
     return jax.tree.map(lambda *ms: any(ms), *masks)
 
-  def optimizer(
-    self,
-    tx: optax.GradientTransformation,
-    total_steps: int,
-    *,
-    clip_norm: float | None = None,
-    accumulate: int = 1,
-  ) -> optax.GradientTransformation:
-    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate)
+  def outer(self, total_steps: int) -> Outer | None:
+    """Of the one method that has one."""
+    found = [(m, outer) for m in self.methods if (outer := m.outer(total_steps)) is not None]
+    if len(found) > 1:
+      names = "\n  ".join(str(method) for method, _ in found)
+      raise ValueError(
+        f"each of these methods has to be the outermost optimizer:\n  {names}\n"
+        "Write one of them with the targets of both."
+      )
+    return found[0][1] if found else None
 
 
 def chain(*methods: Method) -> Chain:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax.core import meta
 
-from peftjax import optim
 from peftjax.core import paths
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
 from peftjax.methods import lora_init
-from peftjax.methods.base import trainable_mask
+from peftjax.methods.base import Optimized, trainable_mask
 from peftjax.methods.lora_weight import LoRA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAMethod:
+class LoRAMethod(Optimized):
   """Attaches `LoRA` to the targeted weights and trains its factors; see `lora`."""
+
+  leaf: ClassVar[type[LoRA]] = LoRA
+  trained: ClassVar[frozenset[str]] = frozenset({"a", "b"})
 
   rank: int
   alpha: float
@@ -64,17 +65,11 @@ class LoRAMethod:
     return paths.map_leaves(wrap, params)
 
   def trainable(self, params: Any) -> Any:
-    return trainable_mask(params, set(self.claims(params)), frozenset({"a", "b"}))
+    return trainable_mask(params, set(self.claims(params)), self.trained)
 
-  def optimizer(
-    self,
-    tx: optax.GradientTransformation,
-    total_steps: int,
-    *,
-    clip_norm: float | None = None,
-    accumulate: int = 1,
-  ) -> optax.GradientTransformation:
-    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate)
+  def _extra(self, stack: tuple[int, ...], width: int) -> dict[str, Any]:
+    """Further children of the leaf."""
+    return {}
 
   def _wrap(self, key: jax.Array, path: str, leaf: Any, axes: Axes, layers: list[str]) -> LoRA:
     if isinstance(leaf, LoRA):
@@ -104,7 +99,7 @@ class LoRAMethod:
         pair = lora_init.factors(layer_key, self.init, rank, n_in, n_out, is_table, self.dtype)
         a.append(jnp.pad(pair[0], ((0, width - rank), (0, 0))))
         b.append(jnp.pad(pair[1], ((0, 0), (0, width - rank))))
-      weight = LoRA(
+      weight = self.leaf(
         base=base,
         a=jnp.stack(a).reshape(*stack, width, n_in),
         b=jnp.stack(b).reshape(*stack, n_out, width),
@@ -113,6 +108,7 @@ class LoRAMethod:
         axes=axes,
         dropout=self.dropout,
         names=getattr(leaf, "names", None),
+        **self._extra(stack, width),
       )
       return _pissa(weight, path, self.dtype) if self.init == "pissa" else weight
 

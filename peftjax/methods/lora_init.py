@@ -8,20 +8,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Deviation of AdaLoRA's P and Q.
+TRIPLET_STD = 0.02
+
 INITS = ("kaiming", "gaussian", "pissa")
 
 
 def factors(
   key: jax.Array, init: str, rank: int, n_in: int, n_out: int, is_table: bool, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """A `[rank, in]` and B `[out, rank]` whose product is zero.
+  """A `[rank, in]` and B `[out, rank]` whose product is zero, but for AdaLoRA's.
 
   A is U(±1/√in) for `"kaiming"`, which is torch's kaiming_uniform(√5), N(0, 1/rank²) for
   `"gaussian"`. A table looks rows of A up, so there A is zero and B ~ N(0, 1), as in PEFT.
+  `"triplets"` are AdaLoRA's Q and P, both N(0, 0.02²), with a λ of zero between them.
   """
-  if is_table:
+  if is_table and init != "triplets":
     return jnp.zeros((rank, n_in), dtype), jax.random.normal(key, (n_out, rank), dtype)
   bound = 1.0 / math.sqrt(n_in)
+  if init == "triplets":
+    of_p, of_q = jax.random.split(key)
+    draw = lambda key, *shape: TRIPLET_STD * jax.random.normal(key, shape, dtype)
+    return draw(of_q, rank, n_in), draw(of_p, n_out, rank)
   if init == "gaussian":
     a = jax.random.normal(key, (rank, n_in), dtype) / rank
   else:

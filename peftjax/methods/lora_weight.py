@@ -82,7 +82,7 @@ class LoRA(Weight):
   def delta(self) -> jax.Array:
     """ΔW = scale · (b a)ᵀ in the kernel's shape and the factors' dtype."""
     s = len(self.stack)
-    low = (self.b * self.scale[..., None, None]) @ self.a
+    low = self._up() @ self.a
     low = low.reshape(*self.stack, *self._dims(self.axes.outs), *self._dims(self.axes.ins))
     order = [*range(s), *(self.ndim + i for i in (*self.axes.outs, *self.axes.ins))]
     return low.transpose([order.index(i) for i in range(self.ndim)])
@@ -109,8 +109,7 @@ class LoRA(Weight):
       return super().einsum(eqn, x)
     down_eqn, up_eqn, transposed = branch
     a = self.a.reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
-    b = self.b * self.scale[..., None, None]
-    b = b.reshape(*self.stack, *self._dims(self.axes.outs), b.shape[-1])
+    b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
     down, up = (b, a) if transposed else (a, b)
     low = jnp.einsum(down_eqn, self._dropped(x), down.astype(x.dtype))
     return einsum(eqn, x, self.base) + jnp.einsum(up_eqn, low, up.astype(x.dtype))
@@ -118,7 +117,7 @@ class LoRA(Weight):
   def take(self, ids: jax.Array) -> jax.Array:
     """base[ids] + s · A[:, ids]ᵀ Bᵀ: the branch's table is never built."""
     rows = jnp.take(self.a.T, ids, axis=0)
-    return take(self.base, ids) + (rows @ (self.b * self.scale).T).astype(self.dtype)
+    return take(self.base, ids) + (rows @ self._up().T).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits of the *base* table: an adapter on a tied table changes the lookup only (as PEFT)."""
@@ -145,6 +144,10 @@ class LoRA(Weight):
       rank=P(*stack),
       key=None if self.key is None else P(*stack),
     )
+
+  def _up(self) -> jax.Array:
+    """B with all that multiplies its columns."""
+    return self.b * self.scale[..., None, None]
 
   def _dropped(self, x: jax.Array) -> jax.Array:
     if self.key is None:

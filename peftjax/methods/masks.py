@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from peftjax import optim
 from peftjax.core import paths
+from peftjax.methods.base import Optimized
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Optimized):
   """Trains the leaves that `targets` name, as they are; see `train`."""
 
   targets: str | Sequence[str]
@@ -36,16 +35,6 @@ class Train:
   def trainable(self, params: Any) -> Any:
     claimed = set(self.claims(params))
     return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
-
-  def optimizer(
-    self,
-    tx: optax.GradientTransformation,
-    total_steps: int,
-    *,
-    clip_norm: float | None = None,
-    accumulate: int = 1,
-  ) -> optax.GradientTransformation:
-    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate)
 
 
 def train(targets: str | Sequence[str]) -> Train:

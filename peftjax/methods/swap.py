@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths
+from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
 
 
@@ -35,9 +36,11 @@ def _pad(width: int, leaf: Any) -> Any:
     return leaf
   extra = width - leaf.a.shape[-2]
   lead = [(0, 0)] * (leaf.a.ndim - 2)
-  return leaf.replace(
-    a=jnp.pad(leaf.a, [*lead, (0, extra), (0, 0)]), b=jnp.pad(leaf.b, [*lead, (0, 0), (0, extra)])
-  )
+  a = jnp.pad(leaf.a, [*lead, (0, extra), (0, 0)])
+  b = jnp.pad(leaf.b, [*lead, (0, 0), (0, extra)])
+  if isinstance(leaf, SVDLoRA) and leaf.e is not None:
+    leaf = leaf.replace(e=jnp.pad(leaf.e, [*lead, (0, extra)]))
+  return leaf.replace(a=a, b=b)
 
 
 def unmerge(merged: Any, params: Any) -> Any:

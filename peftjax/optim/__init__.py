@@ -1,7 +1,15 @@
 """Optimizers on ordinary optax."""
 
 from peftjax.optim.adamw8bit import Moment, adamw8bit
-from peftjax.optim.base import adamw, decay_mask, freeze, schedule, wrap
+from peftjax.optim.base import (
+  adamw,
+  allocator_state,
+  check_allocated,
+  decay_mask,
+  freeze,
+  schedule,
+  wrap,
+)
 from peftjax.optim.paged import decide_paging, paged
 from peftjax.optim.placement import state_shardings
 
@@ -9,6 +17,8 @@ __all__ = [
   "Moment",
   "adamw",
   "adamw8bit",
+  "allocator_state",
+  "check_allocated",
   "decay_mask",
   "decide_paging",
   "freeze",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from peftjax.core import paths
+from peftjax.core.weight import Weight
 
 
 def schedule(kind: str, peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
@@ -61,20 +63,61 @@ def adamw(
 
 
 def wrap(
-  tx: optax.GradientTransformation, *, clip_norm: float | None, accumulate: int
+  tx: optax.GradientTransformation,
+  *,
+  clip_norm: float | None,
+  accumulate: int,
+  outer: Callable[..., optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformation:
   """`tx` after clipping by the global norm, once every `accumulate` calls on the mean gradient.
 
+  Args:
+    outer: makes one transformation of clipping and `tx`; by default the one after the other.
+
   Raises:
-    ValueError: if `tx` is itself an `optax.MultiSteps`: its calls would be counted as updates.
+    ValueError: if `tx` is itself an `optax.MultiSteps`: its calls would be counted as updates; or,
+      from its init, if there are weights that another method's optimizer has to train.
   """
   if isinstance(tx, optax.MultiSteps):
     raise ValueError("pass the inner optimizer and accumulate=N instead of an optax.MultiSteps")
-  if clip_norm is not None:
+  if outer is not None:
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    tx = outer(clip, tx)
+  elif clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+  tx = _checked(tx)
   if accumulate > 1:
     tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
   return tx
+
+
+def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx` with `check_allocated` in its init."""
+  tx = optax.with_extra_args_support(tx)
+
+  def init(train: Any) -> Any:
+    state = tx.init(train)
+    check_allocated(train, state)
+    return state
+
+  return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def check_allocated(train: Any, state: Any) -> None:
+  """Raises `ValueError` if weights need an allocator, and the optimizer's state has none."""
+  found = [p for p, x in paths.leaves(train).items() if isinstance(x, Weight) and x.allocated]
+  if found and allocator_state(state) is None:
+    raise ValueError(
+      f"{found[0]} is an AdaLoRA weight, which another optimizer would train without penalty and "
+      "budget; write tx = method.optimizer(tx, total_steps) with the method that attached it"
+    )
+
+
+def allocator_state(state: Any) -> Any:
+  """The allocator's part of an optimizer state, or None."""
+  allocates = lambda node: getattr(node, "allocates", False)
+  nodes = jax.tree.leaves(state, is_leaf=allocates)
+  return next((node for node in nodes if allocates(node)), None)
 
 
 def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +128,7 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransfo
   The update of a frozen leaf is the scalar -0.0, the one float that changes no bit when added, or
   the integer 0: a float would take integers through float32, which does not hold them all.
   """
-  tx = optax.with_extra_args_support(tx)
+  tx = _checked(tx)
   chosen = lambda tree: jax.tree.map(lambda m, leaf: leaf if m else None, mask, tree)
 
   def update(updates, state, params=None, **extra):

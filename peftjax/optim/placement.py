@@ -5,35 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peftjax.optim.adamw8bit import Moment
+from peftjax.core import paths
 
 
-def state_shardings(tx: Any, state: Any, params: Any, mesh: Mesh) -> Any:
-  """A sharding for every array of `state`, which is `tx.init(params)`.
+def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
+  """A sharding for every array of `state`, the optimizer state of `params`.
 
-  An array of its parameter's shape (a moment, or the codes of one) lies as the parameter does;
-  scales and counters are everywhere. What is in host memory (`paged`) stays there.
+  An array that is kept under a parameter's path and has its shape (a moment, the codes of one, an
+  average) lies as the parameter does; scales and counters are everywhere. What is in host memory
+  (`paged`) stays there.
   """
   everywhere = NamedSharding(mesh, P())
+  flat = jax.tree_util.tree_flatten_with_path(params)[0]
+  of_path = {paths.name(path): x for path, x in flat}
 
-  def place(x: Any, sharding: NamedSharding) -> NamedSharding:
+  def place(path: Any, x: Any) -> NamedSharding:
+    param = _owner(paths.name(path).split("/"), of_path)
+    sharding = param.sharding if param is not None and param.shape == x.shape else everywhere
     kind = None if x.sharding is None else x.sharding.memory_kind
     return sharding if kind is None else sharding.with_memory_kind(kind)
 
-  def of(part: Any, param: Any) -> Any:
-    return jax.tree.map(
-      lambda x: place(x, param.sharding if x.shape == param.shape else everywhere), part
-    )
+  return jax.tree_util.tree_map_with_path(place, state)
 
-  return optax.tree_utils.tree_map_params(
-    tx,
-    of,
-    state,
-    params,
-    transform_non_params=lambda x: place(x, everywhere),
-    is_leaf=lambda node: isinstance(node, Moment),
-  )
+
+def _owner(parts: list[str], of_path: dict[str, Any]) -> Any:
+  """The parameter whose path is the longest within another one."""
+  spans = ((i, j) for i in range(len(parts)) for j in range(len(parts), i, -1))
+  found = (of_path.get("/".join(parts[i:j])) for i, j in spans)
+  return next((param for param in found if param is not None), None)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from peftjax.core import paths
 from peftjax.io import hf_peft
+from peftjax.methods.adalora_ranks import ranks
 from peftjax.methods.lora_weight import LoRA
 from peftjax.training import build, process, resume
 from peftjax.training.checkpoint import Checkpoints
@@ -123,6 +124,7 @@ def train_and_evaluate(
     "total_params": run.parameters,
     "metrics": {"validation": best["metrics"], **final},
     **({"before": untrained} if untrained else {}),
+    **({"ranks": left} if (left := ranks(params)) else {}),
     "best_step": best["step"],
     "steps": run.total,
     **run.task.summary(),

@@ -69,7 +69,7 @@ class Run:
     self.state = jax.jit(functools.partial(state.init, tx))(train)
     places = None
     if self.mesh is not None:
-      places = _state_shardings(tx, self.state, train, self.mesh)
+      places = _state_shardings(self.state, train, self.mesh)
       self.state = jax.device_put(self.state, places)
     self._step = jax.jit(
       functools.partial(step.train_step, self.module, tx, self.task.kind),
@@ -191,8 +191,8 @@ def _optimizer(
   return schedule, method.optimizer(tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate)
 
 
-def _state_shardings(tx: Any, current: state.TrainState, train: Any, mesh: Any) -> Any:
+def _state_shardings(current: state.TrainState, train: Any, mesh: Any) -> Any:
   """Moments lie where their parameters do; counters everywhere."""
   places = jax.tree.map(lambda x: x.sharding, train)
-  opt = optim.state_shardings(tx, current.opt_state, train, mesh)
+  opt = optim.state_shardings(current.opt_state, train, mesh)
   return state.TrainState(step=NamedSharding(mesh, P()), train=places, opt_state=opt)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from peftjax import optim
+from peftjax.methods.adalora import adalora
 from peftjax.methods.base import Method, chain
 from peftjax.methods.lora import lora
 from peftjax.methods.masks import train
@@ -21,7 +22,7 @@ from peftjax.quant.formats import FORMATS, Format
 T = TypeVar("T")
 
 # The name of a method in a config, and what builds it.
-METHODS: Mapping[str, Callable[..., Method]] = {"lora": lora, "train": train}
+METHODS: Mapping[str, Callable[..., Method]] = {"lora": lora, "adalora": adalora, "train": train}
 # The name of an optimizer in a config, and what builds it.
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
   "adamw": optim.adamw,

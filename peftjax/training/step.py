@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import optax
 
+from peftjax import optim
 from peftjax.core import tree
 from peftjax.linen import apply
 from peftjax.training.state import TrainState
@@ -33,8 +34,13 @@ def train_step(
     key: of the run; the step folds its number in.
 
   Returns:
-    The next state, and "loss" and "grad_norm" (before clipping), float32 scalars.
+    The next state, and "loss" and "grad_norm" (before clipping), float32 scalars;
+    of AdaLoRA also "orthogonality", R(P, Q), and the "budget".
+
+  Raises:
+    ValueError: AdaLoRA weights are trained by another optimizer than their method's.
   """
+  optim.check_allocated(state.train, state.opt_state)
   rngs = {"dropout": jax.random.fold_in(key, state.step)}
 
   def objective(train: Any) -> jax.Array:
@@ -45,6 +51,8 @@ def train_step(
   updates, opt_state = tx.update(grads, state.opt_state, state.train)
   train = optax.apply_updates(state.train, updates)
   metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+  if (allocator := optim.allocator_state(opt_state)) is not None:
+    metrics.update(orthogonality=allocator.penalty, budget=allocator.budget)
   return TrainState(step=state.step + 1, train=train, opt_state=opt_state), metrics
 
 

@@ -172,7 +172,7 @@ def test_sharded_equals_unsharded_and_lies_where_the_parameters_do():
   place = NamedSharding(mesh, P("fsdp", "tensor"))
   spread = jax.device_put(plain, place)
   state, spread_state = tx.init(plain), tx.init(spread)
-  places = optim.state_shardings(tx, spread_state, spread, mesh)
+  places = optim.state_shardings(spread_state, spread, mesh)
   for moment in _moments(places):
     assert (moment.codes.spec, moment.absmax.spec) == (P("fsdp", "tensor"), P())
   spread_state = jax.device_put(spread_state, places)

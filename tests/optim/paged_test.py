@@ -163,7 +163,7 @@ def test_sharded_equals_unsharded_and_stays_in_host_memory():
     "bias": jax.device_put(params["bias"], NamedSharding(mesh, P())),
   }
   state, spread_state = tx.init(params), tx.init(spread)
-  places = optim.state_shardings(tx, spread_state, spread, mesh)
+  places = optim.state_shardings(spread_state, spread, mesh)
   assert places[0].mu["kernel"].spec == P("fsdp", "tensor")
   assert places[0].mu["kernel"].memory_kind == "pinned_host"
   spread_state = jax.device_put(spread_state, places)

@@ -1,0 +1,195 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): one budget of ranks for all matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import paths
+from peftjax.core.layout import Layout
+from peftjax.methods import budget
+from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.allocator import REGROW, SCORES, Allocator
+from peftjax.methods.base import Outer
+from peftjax.methods.lora import LoRAMethod, lora
+from peftjax.methods.lora_weight import LoRA
+from peftjax.methods.orthogonality import PENALTIES
+
+FORMS = ("svd", "lora")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaLoRAMethod(LoRAMethod):
+  """Attaches `SVDLoRA` to the targeted weights; its optimizer is an `Allocator`; see `adalora`."""
+
+  leaf: ClassVar[type[LoRA]] = SVDLoRA
+  trained: ClassVar[frozenset[str]] = frozenset({"a", "b", "e"})
+
+  target_rank: float | None
+  warmup: float
+  final: float
+  interval: int
+  penalty: str
+  gamma: float
+  beta1: float
+  beta2: float
+  score: str
+  regrow: str
+  form: str
+  seed: int
+
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    """Every targeted weight becomes an `SVDLoRA` around it, with λ = 0, so outputs stay.
+
+    Raises:
+      ValueError: as of `lora`; and if the ranks are fewer than the target asks for.
+    """
+    attached = super().attach(key, params, layout)
+    made = [w for p, w in paths.leaves(attached).items() if p in set(self.claims(params))]
+    ranks = [r for w in made for r in _ranks(w)]
+    if self.target_rank is not None and self.target_rank * len(ranks) > sum(ranks):
+      raise ValueError(
+        f"target_rank {self.target_rank} on {len(ranks)} matrices is more than the "
+        f"{sum(ranks)} triplets that rank and rank_pattern give them"
+      )
+    return attached
+
+  def outer(self, total_steps: int) -> Outer:
+    """The allocator over `total_steps` updates.
+
+    Raises:
+      ValueError: if warm-up and final steps leave none between them.
+    """
+    if self.target_rank is None:
+      schedule = budget.Schedule(total_steps, total_steps + 1, 1)
+    else:
+      schedule = budget.schedule(total_steps, self.warmup, self.final, self.interval)
+    return Allocator(
+      schedule=schedule,
+      target_rank=self.target_rank or 0.0,
+      penalty=self.penalty,
+      gamma=self.gamma,
+      beta1=self.beta1,
+      beta2=self.beta2,
+      score=self.score,
+      regrow=self.regrow,
+      seed=self.seed,
+    ).wrap
+
+  def _extra(self, stack: tuple[int, ...], width: int) -> dict[str, Any]:
+    return {} if self.form == "lora" else {"e": jnp.zeros((*stack, width), self.dtype)}
+
+
+def adalora(
+  rank: int = 12,
+  target_rank: float | None = 8,
+  alpha: float = 16.0,
+  targets: str | Sequence[str] = "all-linear",
+  *,
+  warmup: float = 0.1,
+  final: float = 0.4,
+  interval: int = 10,
+  penalty: str = "squared",
+  gamma: float = 0.1,
+  beta1: float = 0.85,
+  beta2: float = 0.85,
+  score: str = "full",
+  regrow: str = "kept",
+  form: str = "svd",
+  dropout: float = 0.0,
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  seed: int = 0,
+  dtype: Any = jnp.float32,
+) -> AdaLoRAMethod:
+  """AdaLoRA: h = W x + (α/r) P diag(λ) Q x, of whose triplets (P_i, λ_i, Q_i) the best b stay.
+
+  The loss is C + γ R(P, Q). After every ΔT-th step the triplets of all matrices are ranked by
+  S_i = s(λ_i) + mean s(P_i) + mean s(Q_i), and λ_i of all but the first b(t) is set to zero; its
+  P_i and Q_i stay and learn, so a triplet may come back. s(w) = Ī(w) Ū(w) are moving averages of
+  the sensitivity |w ∂L/∂w| and of how far it strays from its average (equations 3 to 13). b falls
+  from r to `target_rank` a matrix on a cubic curve; in the final steps the choice is fixed.
+
+  Train with `method.optimizer(tx, total_steps)`: any other optimizer raises.
+
+  Args:
+    rank: r of each matrix at first; the scale α/r stays of this r.
+    target_rank: b(T) divided by the number of matrices; None prunes nothing (SVD-LoRA).
+    alpha: α.
+    targets: module names, regexes of whole paths, or `"all-linear"`.
+    warmup, final: t_i and t_f, updates before pruning starts and after it has ended; below 1,
+      fractions of all updates.
+    interval: ΔT.
+    penalty: R: `"squared"`, the paper's sum of squares, or `"norm"`, the released code's mean of
+      norms (`orthogonality.penalty`).
+    gamma: γ; 0 for none.
+    beta1, beta2: of Ī and of Ū.
+    score: `"full"`; for the ablations of the paper's table 4 `"sensitivity"`, s(w) = |w ∂L/∂w|
+      of this step, or `"magnitude"`, S_i = |λ_i|.
+    regrow: what becomes of P_i and Q_i when λ_i is masked. `"kept"`: they stay (the paper).
+      `"random"`: they are drawn anew. `"zero"`: they are zeroed, after which nothing of the triplet
+      has a gradient and it never comes back.
+    form: `"svd"`, or `"lora"` for LoRA's own B A with penalty (LoRA_regu, with target_rank=None) or
+      pruned by pairs (Prune-LoRA), which never come back.
+    dropout: rate on the branch's input.
+    rank_pattern, alpha_pattern: as of `lora`.
+    seed: of what `regrow="random"` draws.
+    dtype: of P, λ and Q.
+
+  Raises:
+    ValueError: on an unknown name, a number out of range, or a target above the rank.
+  """
+  common = lora(
+    rank,
+    alpha,
+    targets,
+    dropout=dropout,
+    rank_pattern=rank_pattern,
+    alpha_pattern=alpha_pattern,
+    dtype=dtype,
+  )
+  for name, value, allowed in (
+    ("penalty", penalty, PENALTIES),
+    ("score", score, SCORES),
+    ("regrow", regrow, REGROW),
+    ("form", form, FORMS),
+  ):
+    if value not in allowed:
+      raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
+  if form == "lora" and score == "magnitude":
+    raise ValueError('score "magnitude" is that of λ, which form "lora" does not have')
+  for name, number, top in (("beta1", beta1, 1.0), ("beta2", beta2, 1.0), ("gamma", gamma, 1e9)):
+    if not 0.0 <= number < top:
+      raise ValueError(f"{name} {number} is not in [0, {top:g})")
+  if interval < 1 or warmup < 0 or final < 0:
+    raise ValueError(f"interval {interval}, warmup {warmup} or final {final}: too small")
+  top_rank = max([rank, *(rank_pattern or {}).values()])
+  if target_rank is not None and not 0 <= target_rank <= top_rank:
+    raise ValueError(f"target_rank {target_rank} is not between 0 and the initial rank {top_rank}")
+  fields = {f.name: getattr(common, f.name) for f in dataclasses.fields(common)}
+  return AdaLoRAMethod(
+    **{**fields, "init": "kaiming" if form == "lora" else "triplets"},
+    target_rank=target_rank,
+    warmup=warmup,
+    final=final,
+    interval=interval,
+    penalty=penalty,
+    gamma=gamma,
+    beta1=beta1,
+    beta2=beta2,
+    score=score,
+    regrow=regrow,
+    form=form,
+    seed=seed,
+  )
+
+
+def _ranks(weight: Any) -> list[int]:
+  """Of each layer; of shapes alone, as many as there are rows."""
+  if isinstance(weight.rank, jax.ShapeDtypeStruct):
+    return [weight.a.shape[-2]] * max(weight.rank.size, 1)
+  return [int(r) for r in weight.rank.ravel()]

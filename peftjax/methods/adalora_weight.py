@@ -1,0 +1,46 @@
+"""The AdaLoRA leaf: a weight plus a product in the form of a singular value decomposition."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from peftjax.core.weight import children
+from peftjax.methods.lora_weight import LoRA
+
+
+class SVDLoRA(LoRA):
+  """W = base + scale · (P diag(λ) Q)ᵀ (Zhang et al. 2023, eq. 3), for a Flax kernel.
+
+  P is `b`, `[*stack, out, R]`, and Q is `a`, `[*stack, R, in]`. A column of P, a row of Q and their
+  λ are a triplet. Which triplets stay is decided over all matrices (`allocator`).
+
+  Attributes:
+    e: λ, `[*stack, R]`; None for LoRA's own form, W = base + scale · (P Q)ᵀ, of which pairs are
+      pruned.
+  """
+
+  e: Any = None
+
+  allocated: ClassVar[bool] = True
+
+  def true_size(self) -> int:
+    """As of LoRA, and λ."""
+    size = super().true_size()
+    if self.e is None:
+      return size
+    known = isinstance(self.rank, (jax.Array, np.ndarray))
+    return size + (int(np.sum(self.rank)) if known else math.prod(self.e.shape))
+
+  def child_specs(self, spec: P) -> SVDLoRA:
+    made = super().child_specs(spec)
+    e = None if self.e is None else P(*made.scale, None)
+    return self.replace(**{**children(made), "e": e})
+
+  def _up(self) -> jax.Array:
+    up = super()._up()
+    return up if self.e is None else up * self.e[..., None, :]

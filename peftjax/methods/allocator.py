@@ -1,0 +1,198 @@
+"""AdaLoRA's optimizer: any optimizer, and around it the penalty, the scores and the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peftjax.core import paths
+from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.budget import Schedule, largest
+from peftjax.methods.lora_init import TRIPLET_STD
+from peftjax.methods.orthogonality import penalty
+
+SCORES = ("full", "sensitivity", "magnitude")
+REGROW = ("kept", "random", "zero")
+
+
+class AllocatorState(NamedTuple):
+  """What the allocator knows; `mean` and `spread` hold, by path, weights of averages.
+
+  Attributes:
+    step: int32 `[]`, updates so far.
+    inner: of the optimizer within.
+    mean: Ī, the moving average of the sensitivity of every entry of P, λ and Q.
+    spread: Ū, that of its uncertainty.
+    valid: bool `[*stack, R]` by path: which triplets are no padding.
+    penalty: float32 `[]`, R(P, Q) before the last update, without γ.
+    budget: int32 `[]`, how many triplets there may be after it.
+  """
+
+  step: jax.Array
+  inner: Any
+  mean: dict[str, SVDLoRA]
+  spread: dict[str, SVDLoRA]
+  valid: dict[str, jax.Array]
+  penalty: jax.Array
+  budget: jax.Array
+
+  @property
+  def allocates(self) -> bool:
+    """What `optim.check_allocated` looks for."""
+    return True
+
+
+def weights(train: Any) -> dict[str, SVDLoRA]:
+  """The AdaLoRA weights of a trained tree, by path: they hold P, λ and Q alone."""
+  return {p: leaf for p, leaf in paths.leaves(train).items() if isinstance(leaf, SVDLoRA)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Allocator:
+  """What AdaLoRA does around an optimizer; the fields are arguments of `adalora`."""
+
+  schedule: Schedule
+  target_rank: float
+  penalty: str
+  gamma: float
+  beta1: float
+  beta2: float
+  score: str
+  regrow: str
+  seed: int
+
+  def wrap(
+    self, clip: optax.GradientTransformation, tx: optax.GradientTransformation
+  ) -> optax.GradientTransformationExtraArgs:
+    """`tx` with, in this order: g + γ∇R, clipped; the update; scores of what it gives; the mask.
+
+    Raises (at `update`):
+      ValueError: without the trained tree, or without an AdaLoRA weight in it.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(train: Any) -> AllocatorState:
+      found = weights(train)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), found)
+      valid = {path: _valid(weight) for path, weight in found.items()}
+      return AllocatorState(
+        step=jnp.zeros((), jnp.int32),
+        inner=tx.init(train),
+        mean=zeros,
+        spread=zeros,
+        valid=valid,
+        penalty=jnp.zeros(()),
+        budget=_total(valid),
+      )
+
+    def update(
+      grads: Any, state: AllocatorState, params: Any = None, **extra: Any
+    ) -> tuple[Any, AllocatorState]:
+      if params is None or not state.valid:
+        raise ValueError(
+          "AdaLoRA's optimizer needs the trained tree, with an AdaLoRA weight in it; write "
+          "tx.update(grads, state, train)"
+        )
+      value, grads = self._regularised(grads, weights(params), state.valid)
+      grads, _ = clip.update(grads, clip.init(params), params)
+      updates, inner = tx.update(grads, state.inner, params, **extra)
+      new = weights(optax.apply_updates(params, updates))
+      now = jax.tree.map(lambda w, g: jnp.abs(w * g).astype(jnp.float32), new, weights(grads))
+      mean, spread = self._averages(state, now)
+      budget = self._budget(state)
+      masks = jax.lax.cond(
+        self.schedule.allocates(state.step),
+        lambda: largest(self._scores(now, mean, spread, new), state.valid, budget),
+        lambda: jax.tree.map(jnp.ones_like, state.valid),
+      )
+      updates = self._masked(updates, weights(params), masks, state)
+      state = AllocatorState(state.step + 1, inner, mean, spread, state.valid, value, budget)
+      return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+  def _regularised(
+    self, grads: Any, found: dict[str, SVDLoRA], valid: dict[str, jax.Array]
+  ) -> tuple[jax.Array, Any]:
+    """R(P, Q) of all matrices, and the gradients with γ times its own."""
+    factors = 2 * sum(v.size // v.shape[-1] for v in valid.values())
+    share = 1.0 if self.penalty == "squared" else 1.0 / factors
+    parts = {path: penalty(self.penalty, w.b, w.a, valid[path]) for path, w in found.items()}
+
+    def of(path: str, g: Any) -> Any:
+      if path not in parts:
+        return g
+      add = lambda x, y: x + (self.gamma * share * y).astype(x.dtype)
+      _, to_p, to_q = parts[path]
+      return g.replace(b=add(g.b, to_p), a=add(g.a, to_q))
+
+    value = share * sum((part[0] for part in parts.values()), jnp.zeros(()))
+    return value, paths.map_leaves(of, grads)
+
+  def _averages(self, state: AllocatorState, now: Any) -> tuple[Any, Any]:
+    """Ī and Ū (equations 11 and 12) with a step's sensitivities; in the final steps they stay."""
+    learns = state.step < self.schedule.end
+
+    def ema(beta: float, old: Any, new: Any) -> Any:
+      return jax.tree.map(lambda o, n: jnp.where(learns, beta * o + (1.0 - beta) * n, o), old, new)
+
+    mean = ema(self.beta1, state.mean, now)
+    off = jax.tree.map(lambda n, m: jnp.abs(n - m), now, mean)
+    return mean, ema(self.beta2, state.spread, off)
+
+  def _budget(self, state: AllocatorState) -> jax.Array:
+    initial = _total(state.valid)
+    matrices = sum(v.any(-1).sum() for v in state.valid.values())
+    target = jnp.round(self.target_rank * matrices).astype(jnp.int32)
+    return self.schedule.budget(state.step, initial, target)
+
+  def _scores(self, now: Any, mean: Any, spread: Any, new: Any) -> dict[str, jax.Array]:
+    """S of each triplet: s(λ) + mean s(P) + mean s(Q) with s = Ī · Ū (equations 9 and 13)."""
+    if self.score == "magnitude":
+      return {path: jnp.abs(w.e).astype(jnp.float32) for path, w in new.items()}
+    s = now if self.score == "sensitivity" else jax.tree.map(jnp.multiply, mean, spread)
+    alone = lambda w: 0.0 if w.e is None else w.e
+    return {path: alone(w) + w.b.mean(-2) + w.a.mean(-1) for path, w in s.items()}
+
+  def _masked(
+    self,
+    updates: Any,
+    found: dict[str, SVDLoRA],
+    keep: dict[str, jax.Array],
+    state: AllocatorState,
+  ) -> Any:
+    """The updates, those of pruned triplets leading to zero or, with "random", to new P and Q."""
+    key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+    final = state.step >= self.schedule.end
+
+    def of(path: str, u: Any) -> Any:
+      if path not in found:
+        return u
+      w, on = found[path], keep[path]
+      keep_a, keep_b = on[..., :, None], on[..., None, :]
+      made = u if w.e is None else u.replace(e=jnp.where(on, u.e, -w.e))
+      if self.regrow == "zero" or w.e is None:
+        return made.replace(a=jnp.where(keep_a, u.a, -w.a), b=jnp.where(keep_b, u.b, -w.b))
+      if self.regrow == "random":
+        keys = jax.random.split(paths.fold_in_path(key, path))
+        drawn = lambda key, x: TRIPLET_STD * jax.random.normal(key, x.shape, x.dtype) - x
+        return made.replace(
+          a=jnp.where(keep_a | final | ~state.valid[path][..., :, None], u.a, drawn(keys[0], w.a)),
+          b=jnp.where(keep_b | final | ~state.valid[path][..., None, :], u.b, drawn(keys[1], w.b)),
+        )
+      return made
+
+    return paths.map_leaves(of, updates)
+
+
+def _valid(weight: SVDLoRA) -> jax.Array:
+  """Rows that padding left zero are none; every other one has been drawn at random."""
+  return (weight.a != 0).any(-1)
+
+
+def _total(valid: dict[str, jax.Array]) -> jax.Array:
+  return sum((v.sum() for v in valid.values()), jnp.zeros((), jnp.int32)).astype(jnp.int32)
