@@ -2,7 +2,7 @@
 
 SmolLM2's weights come from a Q4_1 file, so its "dense" is a 4-bit model widened; MiniLM's are true
 float32. QLoRA's table 2 (Dettmers et al. 2023) is the mean perplexity on Pile-CC of models of 125 M
-to 13 B.
+to 13 B. The code entropy says how evenly the codes are used: 4 bits (8 of int8) if all equally.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import peftjax as pj
 from configs import causal_lm, classify
 from experiments.tables.cells import Cell
 from peftjax.core import paths
+from peftjax.quant import blockwise
 from peftjax.quant.formats import Format
 from peftjax.quant.transform import quantize_leaf
 from peftjax.training import build, classification, step
@@ -70,9 +71,10 @@ def _quantised(
   params, measure = score()
   chosen = set(pj.select(params, "all-linear"))
   off = total = stored = count = 0.0
+  used = np.zeros(256)
 
   def quantise(path: str, leaf: Any) -> Any:
-    nonlocal off, total, stored, count
+    nonlocal off, total, stored, count, used
     if path not in chosen:
       return leaf
     base = leaf.base if isinstance(leaf, pj.LoRA) else leaf
@@ -81,9 +83,12 @@ def _quantised(
     total += float(jnp.square(base).sum())
     stored += 8 * sum(x.nbytes for x in jax.tree.leaves(weight))
     count += base.size
+    codes = weight.codes if fmt.bits == 8 else blockwise.unpack(weight.codes, weight.axis)
+    used += np.bincount(np.asarray(codes).ravel(), minlength=256)
     return leaf.replace(base=weight) if isinstance(leaf, pj.LoRA) else weight
 
   quantised = paths.map_leaves(quantise, params)
+  share = used[used > 0] / count
   return {
     "model": model,
     "format": fmt.name,
@@ -91,6 +96,7 @@ def _quantised(
     "double_quant": fmt.double_quant,
     "bits": stored / count,
     "error": math.sqrt(off / total),
+    "code_entropy": float(-(share * np.log2(share)).sum()),  # of 4 or 8 bits
     "qlora_table_2": paper,
     **measure(quantised),
   }
@@ -146,6 +152,7 @@ def show(rows: list[dict[str, Any]]) -> None:
       *(f"block {b}" for b in BLOCKS),
       "bits (64)",
       "error (64)",
+      "code entropy (64)",
       "QLoRA t. 2",
     ):
       table.add_column(column, justify="left" if column == "type" else "right")
@@ -157,6 +164,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         *(f"{row[key]:.4g}" for row in line),
         f"{at_64['bits']:.3f}",
         f"{at_64['error']:.4f}",
+        f"{at_64['code_entropy']:.3f}",
         "" if paper is None else f"{paper}",
       )
     Console(width=140).print(table)
