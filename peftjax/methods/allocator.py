@@ -77,13 +77,13 @@ class Allocator:
 
     def init(train: Any) -> AllocatorState:
       found = weights(train)
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), found)
+      zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), found)
       valid = {path: _valid(weight) for path, weight in found.items()}
       return AllocatorState(
         step=jnp.zeros((), jnp.int32),
         inner=tx.init(train),
-        mean=zeros,
-        spread=zeros,
+        mean=zeros(),
+        spread=zeros(),
         valid=valid,
         penalty=jnp.zeros(()),
         budget=_total(valid),

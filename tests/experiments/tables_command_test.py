@@ -1,0 +1,61 @@
+"""`experiments.tables`: cells are computed once, and the committed results make whole tables."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.tables import cells
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+TABLES = ("datatypes", "qlora_vs_lora")
+
+
+def counting(name, calls, fails=False):
+  def run():
+    if fails:
+      raise ValueError(name)
+    calls.append(name)
+    return {"value": len(calls)}
+
+  return cells.Cell(name, run, 1.5)
+
+
+def test_a_killed_table_goes_on_where_it_was(tmp_path):
+  """Rows are in the file as soon as they are known, and none is computed twice."""
+  calls, path = [], tmp_path / "folder" / "table.jsonl"
+  todo = [counting("one", calls), counting("two", calls, fails=True), counting("three", calls)]
+  with pytest.raises(ValueError, match="two"):
+    cells.compute(todo, path)
+  assert [cell.name for cell in cells.left(todo, path)] == ["two", "three"]
+  rows = cells.compute([counting(cell.name, calls) for cell in todo], path)
+  assert calls == ["one", "two", "three"]
+  assert [(row["cell"], row["value"]) for row in rows] == [("one", 1), ("two", 2), ("three", 3)]
+  assert {"command", "commit", "machine", "versions"} <= set(rows[0])
+  assert cells.compute(todo, path) == rows
+  assert len(path.read_text().splitlines()) == 3
+
+
+def test_what_is_left_is_told(tmp_path, capsys):
+  path = tmp_path / "table.jsonl"
+  path.write_text(json.dumps({"cell": "one"}) + "\n")
+  cells.show_left("table", [counting(name, []) for name in ("one", "two", "three")], path)
+  out = capsys.readouterr().out
+  assert "two  1.5 min" in out and "one  " not in out
+  assert "table: 2 of 3 cells left, about 0.1 hours" in out
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_committed_results_are_whole_and_say_where_they_are_from(name, capsys, tmp_path):
+  table, path = importlib.import_module(f"experiments.tables.{name}"), RESULTS / f"{name}.jsonl"
+  if not path.exists():
+    pytest.skip("not computed yet")
+  todo = table.cells(tmp_path)
+  rows = cells.rows(path)
+  assert list(rows) and set(rows) == {cell.name for cell in todo}
+  for row in rows.values():
+    assert f"experiments.tables {name}" in row["command"]
+    assert row["commit"] and "seed" in row and row["machine"]
+  table.show([rows[cell.name] for cell in todo])
+  assert "SmolLM2" in capsys.readouterr().out
