@@ -4,7 +4,8 @@
     --workdir=runs/qlora
 
 model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
-quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8. method: lora, adalora, full.
+quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8.
+method: lora, dora, adalora, full.
 data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text a row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column.
 Every field below can be given as a flag: --config.method.rank=4.
@@ -26,6 +27,18 @@ METHODS = {
     rslora=False,
     init="kaiming",
     rank_pattern=(),  # e.g. (r".*/layers_0/.*=4", "q_proj=16"),
+    alpha_pattern=(),
+    head=False,
+  ),
+  "dora": dict(
+    name="dora",
+    rank=16,
+    alpha=16.0,
+    targets=("all-linear",),
+    dropout=0.0,
+    rslora=False,
+    from_quantised=True,
+    rank_pattern=(),
     alpha_pattern=(),
     head=False,
   ),
@@ -54,7 +67,7 @@ METHODS = {
 }
 
 # What suits each method; the rest is common.
-LEARNING_RATES = {"lora": 1e-3, "adalora": 1e-3, "full": 5e-5}
+LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "adalora": 1e-3, "full": 5e-5}
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=runs/bbc
 
-method: lora, adalora, head, full, bitfit. data: bbc, sentiment, glue/<task>, or files with
+method: lora, dora, adalora, head, full, bitfit. data: bbc, sentiment, glue/<task>, or files with
   --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
 Every field below can be given as a flag: --config.method.rank=4.
 
@@ -23,6 +23,18 @@ METHODS = {
     rslora=False,
     init="kaiming",
     rank_pattern=(),  # e.g. (r".*/layers_0/.*=4", "value=16"),
+    alpha_pattern=(),
+    head=True,
+  ),
+  "dora": dict(
+    name="dora",
+    rank=8,
+    alpha=16.0,
+    targets=("query", "value"),
+    dropout=0.1,
+    rslora=False,
+    from_quantised=False,
+    rank_pattern=(),
     alpha_pattern=(),
     head=True,
   ),
@@ -53,7 +65,14 @@ METHODS = {
 }
 
 # What suits each method; the rest is common.
-LEARNING_RATES = {"lora": 2e-3, "adalora": 2e-3, "head": 1e-2, "full": 2e-4, "bitfit": 2e-3}
+LEARNING_RATES = {
+  "lora": 2e-3,
+  "dora": 2e-3,
+  "adalora": 2e-3,
+  "head": 1e-2,
+  "full": 2e-4,
+  "bitfit": 2e-3,
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:

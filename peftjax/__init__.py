@@ -20,6 +20,7 @@ from peftjax.methods.adalora import adalora
 from peftjax.methods.adalora_ranks import ranks, to_lora
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.base import Method, chain
+from peftjax.methods.dora import dora
 from peftjax.methods.lora import lora
 from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.masks import train
@@ -47,6 +48,7 @@ __all__ = [
   "combine",
   "count",
   "describe",
+  "dora",
   "einsum",
   "fp4",
   "freeze",

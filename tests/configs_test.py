@@ -24,13 +24,17 @@ FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init
 # What each argument of a file may be; a new file adds a line.
 ARGUMENTS = {
   "classify": [
-    *(f"method={method},data=bbc" for method in ("lora", "adalora", "head", "full", "bitfit")),
+    *(
+      f"method={method},data=bbc"
+      for method in ("lora", "dora", "adalora", "head", "full", "bitfit")
+    ),
     *(f"data={name}" for name in ("sentiment", "glue/cola", "glue/stsb", "files")),
     "",
   ],
   "causal_lm": [
     *(
-      f"method={method},model=smollm2,quant=none,data=bbc" for method in ("lora", "adalora", "full")
+      f"method={method},model=smollm2,quant=none,data=bbc"
+      for method in ("lora", "dora", "adalora", "full")
     ),
     *(f"quant={name}" for name in ("nf4", "nf4_textbook", "lloyd_max", "fp4", "int4", "int8")),
     "data=files",

@@ -29,6 +29,7 @@ from tests.models import tiny
 
 _QV = r".*/(query|value)/kernel/[ab]"
 _LINEAR = r"bert/.*/kernel/[ab]"
+_QV_M = r".*/(query|value)/kernel/[abm]"
 _TRIPLETS = r"bert/.*/kernel/[abe]"
 
 
@@ -48,7 +49,7 @@ class Entry:
 
 
 _BOTH = ("unrolled", "scanned")
-lora, adalora, train, chain = pj.lora, pj.adalora, pj.train, pj.chain
+lora, adalora, dora, train, chain = pj.lora, pj.adalora, pj.dora, pj.train, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
 )
@@ -96,6 +97,15 @@ ENTRIES = [
     r".*/(query|value)/kernel/[abe]",
     base=pj.nf4(),
   ),
+  Entry("dora", lambda: dora(4, 8), _QV_M, lambda: dora(2, 3), _BOTH, identity=5e-6),
+  Entry(
+    "dora all-linear",
+    lambda: dora(4, 8, "all-linear", dropout=0.2),
+    r"bert/.*/kernel/[abm]",
+    lambda: dora(3, 9, "all-linear", dropout=0.2),
+    identity=5e-6,
+  ),
+  Entry("dora nf4", lambda: dora(4, 8, from_quantised=True), _QV_M, base=pj.nf4(), identity=5e-6),
   Entry("full", lambda: train(".*"), ".*"),
   Entry("head", lambda: train("head/.*"), "head/.*"),
   Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*"),

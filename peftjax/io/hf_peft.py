@@ -1,8 +1,9 @@
-"""Reads and writes LoRA and AdaLoRA adapters as the Hugging Face PEFT library has them (peft 0.21).
+"""Reads and writes LoRA, DoRA and AdaLoRA as the Hugging Face PEFT library has them (peft 0.21).
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linear module has
 `lora_A.weight` [r, in] and `lora_B.weight` [out, r], an embedding `lora_embedding_A` [r, V] and
-`lora_embedding_B` [D, r], which is how our factors lie too; a module in `modules_to_save` is a
+`lora_embedding_B` [D, r], which is how our factors lie too; DoRA has a `lora_magnitude_vector`
+[out] more; a module in `modules_to_save` is a
 whole copy, its kernel transposed. AdaLoRA's `lora_A` [r', in], `lora_E` [r', 1] and `lora_B`
 [out, r'] are of the triplets that are left, and its `rank_pattern` says which those are.
 
@@ -28,8 +29,9 @@ import numpy as np
 from peftjax.core import paths, tree
 from peftjax.core.weight import Weight
 from peftjax.io import hf_peft_config, safetensors_dir
-from peftjax.io.hf_peft_reader import FACTORS, ROOT, STEM, Reader
+from peftjax.io.hf_peft_reader import FACTORS, MAGNITUDE, ROOT, STEM, Reader
 from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.dora_weight import DoRA
 from peftjax.methods.lora_weight import LoRA
 from peftjax.models.pretrained import FAMILIES, stack_of
 
@@ -44,7 +46,7 @@ def save(
   task_type: str | None = "SEQ_CLS",
   rslora: bool = False,
 ) -> None:
-  """Writes the `LoRA` or `SVDLoRA` leaves of `params`, and the trained head, as a PEFT directory.
+  """Writes the adapters of `params`, `LoRA`, `DoRA` or `SVDLoRA`, and the trained head for PEFT.
 
   Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
   from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
@@ -60,8 +62,8 @@ def save(
     rslora: write `use_rslora`.
 
   Raises:
-    ValueError: no `LoRA` leaf; a PiSSA leaf; AdaLoRA of several scales, or beside LoRA; an adapter
-      of another kind; a trained array that is neither a factor nor of the head; a head with an
+    ValueError: no `LoRA` leaf; a PiSSA leaf; AdaLoRA of several scales; adapters of several kinds
+      or of another one; a trained array that is neither a factor nor of the head; a head with an
       adapter in it; dropout rates that differ.
   """
   family = FAMILIES[model.config.family]
@@ -71,10 +73,16 @@ def save(
       adapters.update(_adapters(path, leaf, family, rslora))
     elif isinstance(leaf, Weight) and any(jax.tree.leaves(tree.made_mask(leaf))):
       raise ValueError(
-        f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA, SVDLoRA"
+        f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA, SVDLoRA, DoRA"
       )
   if not adapters:
     raise ValueError("params has no LoRA leaf to save: attach pj.lora(...) first")
+  kinds = {type(leaf) for leaf in paths.leaves(params).values() if isinstance(leaf, LoRA)}
+  if len(kinds) > 1:
+    raise ValueError(
+      f"a PEFT directory holds one kind of adapter, and these are {_named(kinds)}: save each in a "
+      "directory of its own, or pj.to_lora(params), which makes LoRA of AdaLoRA"
+    )
   whole = _whole(params, family, trained, task_type)
   tensors = {name: array for arrays in whole.values() for name, array in arrays.items()}
   for module, adapter in adapters.items():
@@ -86,10 +94,9 @@ def save(
     modules_to_save=sorted(whole),
     task_type=task_type,
     base_model=base_model,
+    dora=kinds == {DoRA},
   )
   kept = {module: x.kept for module, x in adapters.items() if x.kept is not None}
-  if kept and len(kept) < len(adapters):
-    raise ValueError("LoRA and AdaLoRA in one model: save pj.to_lora(params), which is all LoRA")
   config = hf_peft_config.build_adalora(config, kept) if kept else config
   _write(Path(directory), config, {ROOT + name: array for name, array in tensors.items()})
 
@@ -118,7 +125,9 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
 
   def flags(path: str, leaf: Any) -> Any:
     mask = jax.tree.map(lambda _: path in reader.replaced, leaf)
-    trained = {"a": True, "b": True, **({"e": True} if isinstance(leaf, SVDLoRA) else {})}
+    trained = {"a": True, "b": True}
+    for kind, name in ((SVDLoRA, "e"), (DoRA, "m")):
+      trained.update({name: True} if isinstance(leaf, kind) else {})
     return mask.replace(**trained) if path in reader.attached else mask
 
   return loaded, paths.map_leaves(flags, loaded)
@@ -155,6 +164,8 @@ def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Ad
       tensors, kept = dict(zip(names, low, strict=True)), None
       if isinstance(leaf, SVDLoRA):
         tensors, kept = _triplets(*low, np.asarray(leaf.e).reshape(len(ranks), -1)[i, :rank])
+      if isinstance(leaf, DoRA):
+        tensors[MAGNITUDE] = np.asarray(leaf.m).reshape(len(ranks), -1)[i]
       found[_module(family, layer)] = _Adapter(tensors, rank, alpha, leaf.dropout, kept)
   return found
 
@@ -165,6 +176,10 @@ def _triplets(
   """The tensors of what is left of one module, and which that is."""
   on = e != 0
   return {"lora_A": a[on], "lora_B": b[:, on], "lora_E": e[on, None]}, on.tolist()
+
+
+def _named(kinds: set[type]) -> str:
+  return " and ".join(sorted(kind.__name__ for kind in kinds))
 
 
 def _alpha(scale: np.float32, divisor: float) -> float:

@@ -15,7 +15,7 @@ NAME = "adapter_config.json"
 # Config fields that make an adapter more than base + s·BA, unless they are empty or false.
 _VARIANTS = (
   *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
-  *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora"),
+  *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"),
   *("use_qalora", "velora_config"),
 )
 # Initialisations that leave the base as it was; all others of peft (PiSSA, OLoRA, ...) change it.
@@ -30,6 +30,7 @@ class Settings(NamedTuple):
   """
 
   adalora: bool
+  dora: bool
   rank: int
   alpha: float
   rslora: bool
@@ -49,7 +50,7 @@ def read(directory: str | os.PathLike) -> Settings:
   if wrong:
     field, value = next(iter(wrong.items()))
     raise ValueError(
-      f"{directory}/{NAME} has {field}={value!r}; read is plain LoRA and AdaLoRA only: peft_type "
+      f"{directory}/{NAME} has {field}={value!r}; read are LoRA, DoRA and AdaLoRA only: peft_type "
       f"'LORA' or 'ADALORA', bias 'none', no {', '.join(_VARIANTS)}.\n"
       "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
     )
@@ -66,6 +67,7 @@ def read(directory: str | os.PathLike) -> Settings:
     patterns = _left(patterns, f"{directory}/{NAME}")
   settings = Settings(
     adalora,
+    bool(config.get("use_dora")),
     config.get("init_r", 12) if adalora else config.get("r", 8),
     config.get("lora_alpha", 8),
     bool(config.get("use_rslora")),
@@ -141,6 +143,7 @@ def build(
   modules_to_save: Sequence[str],
   task_type: str | None,
   base_model: str,
+  dora: bool = False,
 ) -> dict[str, Any]:
   """The config of adapters, each (module, rank, alpha, dropout).
 
@@ -179,7 +182,7 @@ def build(
     "rank_pattern": rank_pattern,
     "target_modules": list(target_modules),
     "task_type": task_type,
-    "use_dora": False,
+    "use_dora": dora,
     "use_rslora": rslora,
   }
 

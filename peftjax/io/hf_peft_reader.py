@@ -14,11 +14,13 @@ from peftjax.core import paths
 from peftjax.io import hf_peft_config
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.dora_weight import DoRA, squares
 from peftjax.methods.lora_weight import LoRA
 from peftjax.models.pretrained import stack_of
 
 STEM, ROOT = "adapter_model", "base_model.model."
 # The tensors of A and B beside a module's name.
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's m
 FACTORS = {
   "kernel": ("lora_A.weight", "lora_B.weight"),
   "embedding": ("lora_embedding_A", "lora_embedding_B"),
@@ -107,10 +109,22 @@ class Reader:
       dropout=float(self.settings.dropout),
       names=getattr(leaf, "names", None),
     )
+    if self.settings.dora:
+      return self._directed(fields, modules)
     if not self.settings.adalora:
       return LoRA(**fields)
     e = np.stack([pad(e, 0)[:, 0] for _, _, e, _ in found]).reshape(*stack, width)
     return SVDLoRA(**fields, e=jnp.asarray(e))
+
+  def _directed(self, fields: dict[str, Any], modules: list[str]) -> DoRA:
+    """DoRA of LoRA's fields; a layer without an adapter has the magnitude of its base."""
+    weight = DoRA(**fields)
+    square = squares(weight.base, weight.axes, weight.stack)
+    rows = np.sqrt(np.asarray(square)).reshape(len(modules), -1)
+    for i, name in enumerate(f"{module}.{MAGNITUDE}" for module in modules):
+      if weight.rank.ravel()[i]:
+        rows[i] = self._read(name, rows[i].shape, np.float32)
+    return weight.replace(m=jnp.asarray(rows.reshape(square.shape)), square=square)
 
   def _factors(self, module: str, names: tuple[str, ...], n_in: int, n_out: int) -> tuple[Any, ...]:
     """A, B, λ of AdaLoRA, and the scale of one module; of rank 0 if it has no adapter."""

@@ -80,8 +80,10 @@ class AdaLoRAMethod(LoRAMethod):
       seed=self.seed,
     ).wrap
 
-  def _extra(self, stack: tuple[int, ...], width: int) -> dict[str, Any]:
-    return {} if self.form == "lora" else {"e": jnp.zeros((*stack, width), self.dtype)}
+  def _finish(self, path: str, weight: Any) -> Any:
+    if self.form == "lora":
+      return weight
+    return weight.replace(e=jnp.zeros((*weight.stack, weight.a.shape[-2]), self.dtype))
 
 
 def adalora(

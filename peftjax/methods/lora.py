@@ -67,9 +67,9 @@ class LoRAMethod(Optimized):
   def trainable(self, params: Any) -> Any:
     return trainable_mask(params, set(self.claims(params)), self.trained)
 
-  def _extra(self, stack: tuple[int, ...], width: int) -> dict[str, Any]:
-    """Further children of the leaf."""
-    return {}
+  def _finish(self, path: str, weight: Any) -> Any:
+    """The leaf with all that depends on its base or its kind."""
+    return _pissa(weight, path, self.dtype) if self.init == "pissa" else weight
 
   def _wrap(self, key: jax.Array, path: str, leaf: Any, axes: Axes, layers: list[str]) -> LoRA:
     if isinstance(leaf, LoRA):
@@ -108,9 +108,8 @@ class LoRAMethod(Optimized):
         axes=axes,
         dropout=self.dropout,
         names=getattr(leaf, "names", None),
-        **self._extra(stack, width),
       )
-      return _pissa(weight, path, self.dtype) if self.init == "pissa" else weight
+      return self._finish(path, weight)
 
     base = leaf.value if _is_box(leaf) else leaf
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))

@@ -114,6 +114,10 @@ class LoRA(Weight):
     low = jnp.einsum(down_eqn, self._dropped(x), down.astype(x.dtype))
     return einsum(eqn, x, self.base) + jnp.einsum(up_eqn, low, up.astype(x.dtype))
 
+  def unmerged(self, dense: jax.Array) -> jax.Array:
+    """The base that this adapter was merged into: `materialize` the other way round."""
+    return dense - self.delta().astype(dense.dtype)
+
   def take(self, ids: jax.Array) -> jax.Array:
     """base[ids] + s · A[:, ids]ᵀ Bᵀ: the branch's table is never built."""
     rows = jnp.take(self.a.T, ids, axis=0)

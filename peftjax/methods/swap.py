@@ -52,10 +52,6 @@ def unmerge(merged: Any, params: Any) -> Any:
   """
 
   def undo(leaf: Any, dense: Any) -> Any:
-    return (
-      leaf.replace(base=dense - leaf.delta().astype(dense.dtype))
-      if isinstance(leaf, LoRA)
-      else dense
-    )
+    return leaf.replace(base=leaf.unmerged(dense)) if isinstance(leaf, LoRA) else dense
 
   return jax.tree.map(undo, params, merged, is_leaf=paths.is_leaf)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from peftjax import optim
 from peftjax.methods.adalora import adalora
 from peftjax.methods.base import Method, chain
+from peftjax.methods.dora import dora
 from peftjax.methods.lora import lora
 from peftjax.methods.masks import train
 from peftjax.quant.formats import FORMATS, Format
@@ -22,7 +23,12 @@ from peftjax.quant.formats import FORMATS, Format
 T = TypeVar("T")
 
 # The name of a method in a config, and what builds it.
-METHODS: Mapping[str, Callable[..., Method]] = {"lora": lora, "adalora": adalora, "train": train}
+METHODS: Mapping[str, Callable[..., Method]] = {
+  "lora": lora,
+  "dora": dora,
+  "adalora": adalora,
+  "train": train,
+}
 # The name of an optimizer in a config, and what builds it.
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
   "adamw": optim.adamw,

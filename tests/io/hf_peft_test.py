@@ -313,7 +313,7 @@ def test_a_trained_base_under_an_adapter_is_not_saved(unrolled, tmp_path):
   [
     ("peft_type", "IA3"),
     ("peft_type", None),
-    ("use_dora", True),
+    ("use_bdlora", True),
     ("lora_bias", True),
     ("bias", "lora_only"),
     ("layer_replication", [[0, 2], [1, 2]]),

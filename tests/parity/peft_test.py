@@ -72,6 +72,7 @@ _METHODS = {
   "rslora": pj.lora(4, 16, ["query", "key"], rslora=True, rank_pattern={"key": 8}),
   "embedding": pj.lora(3, 6, ["word_embeddings", "position_embeddings", "value"]),
   "all-linear": pj.lora(2, 4, "all-linear"),
+  "dora": pj.dora(4, 8, "all-linear"),
   "one layer": pj.lora(2, 4, [".*layers_1/output/dense/kernel", ".*layers_0/.*key/kernel"]),
 }
 _TO_PEFT = [
@@ -118,6 +119,8 @@ _CONFIGS = {
     modules_to_save=["classifier"],
   ),
   "rslora": dict(r=4, lora_alpha=16, use_rslora=True, target_modules=["key"], bias="none"),
+  "dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=["query", "dense"]),
+  "dora layer": dict(r=4, use_dora=True, target_modules=["query"], layers_to_transform=[1]),
   "embedding": dict(r=3, lora_alpha=6, target_modules=["word_embeddings", "query"]),
   "layers": dict(r=3, target_modules=["query", "dense"], layers_to_transform=[1]),
   "excluded": dict(r=3, target_modules=["dense"], exclude_modules=r".*layer\.0.*|.*classifier.*"),
@@ -151,7 +154,8 @@ def test_pefts_in_ours(base, name, scan, tmp_path):
   assert_near(ours, want)
   assert np.abs(pj.apply(model, params, *batch) - want).max() > 0.05
   trained = sum(x.numel() for x in theirs.parameters() if x.requires_grad)
-  assert pj.count(loaded, mask) == trained or (scan and name in ("layers", "excluded"))
+  some = ("layers", "excluded", "dora layer")
+  assert pj.count(loaded, mask) == trained or (scan and name in some)
 
 
 def test_an_adapter_of_the_bare_encoder(tmp_path):
