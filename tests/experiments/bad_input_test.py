@@ -170,8 +170,8 @@ def test_flags_of_the_command_itself(workdir, arguments, named):
 @pytest.mark.parametrize(
   ("name", "argument", "message"),
   [
-    ("classify", "method=lor", "method='lor' is not one of lora, head, full, bitfit"),
-    ("causal_lm", "quant=nf4,method=", "method='' is not one of lora, full"),
+    ("classify", "method=lor", "method='lor' is not one of lora, dora, adalora, head, full, bitfit"),
+    ("causal_lm", "quant=nf4,method=", "method='' is not one of lora, dora, adalora, full"),
     ("classify", "methd=lora", "classify.py takes method=... and data=..., not 'methd=lora'"),
   ],
 )
