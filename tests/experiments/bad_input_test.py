@@ -170,7 +170,11 @@ def test_flags_of_the_command_itself(workdir, arguments, named):
 @pytest.mark.parametrize(
   ("name", "argument", "message"),
   [
-    ("classify", "method=lor", "method='lor' is not one of lora, dora, adalora, head, full, bitfit"),
+    (
+      "classify",
+      "method=lor",
+      "method='lor' is not one of lora, dora, adalora, head, full, bitfit",
+    ),
     ("causal_lm", "quant=nf4,method=", "method='' is not one of lora, dora, adalora, full"),
     ("classify", "methd=lora", "classify.py takes method=... and data=..., not 'methd=lora'"),
   ],
