@@ -26,6 +26,8 @@ METHODS = {
     dropout=0.0,
     rslora=False,
     init="kaiming",
+    freeze_a=False,  # LoRA-FA
+    b_rate=1.0,  # LoRA+: 16.0
     rank_pattern=(),  # e.g. (r".*/layers_0/.*=4", "q_proj=16"),
     alpha_pattern=(),
     head=False,

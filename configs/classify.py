@@ -22,6 +22,8 @@ METHODS = {
     dropout=0.1,
     rslora=False,
     init="kaiming",
+    freeze_a=False,  # LoRA-FA
+    b_rate=1.0,  # LoRA+: 16.0
     rank_pattern=(),  # e.g. (r".*/layers_0/.*=4", "value=16"),
     alpha_pattern=(),
     head=True,

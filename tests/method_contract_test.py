@@ -97,6 +97,8 @@ ENTRIES = [
     r".*/(query|value)/kernel/[abe]",
     base=pj.nf4(),
   ),
+  Entry("lora-fa", lambda: lora(4, 8, freeze_a=True), r".*/(query|value)/kernel/b"),
+  Entry("lora+", lambda: lora(4, 8, b_rate=4.0), _QV, lambda: lora(2, 3, b_rate=4.0)),
   Entry("dora", lambda: dora(4, 8), _QV_M, lambda: dora(2, 3), _BOTH, identity=5e-6),
   Entry(
     "dora all-linear",

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA and PiSSA."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA, PiSSA, LoRA-FA and LoRA+."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class LoRAMethod(Optimized):
   dropout: float
   rslora: bool
   init: str
+  freeze_a: bool
+  b_rate: float
   rank_pattern: Mapping[str, int]
   alpha_pattern: Mapping[str, float]
   dtype: Any
@@ -65,7 +67,8 @@ class LoRAMethod(Optimized):
     return paths.map_leaves(wrap, params)
 
   def trainable(self, params: Any) -> Any:
-    return trainable_mask(params, set(self.claims(params)), self.trained)
+    trained = self.trained - {"a"} if self.freeze_a else self.trained
+    return trainable_mask(params, set(self.claims(params)), trained)
 
   def _finish(self, path: str, weight: Any) -> Any:
     """The leaf with all that depends on its base or its kind."""
@@ -107,6 +110,7 @@ class LoRAMethod(Optimized):
         rank=jnp.asarray(ranks, jnp.int32).reshape(stack),
         axes=axes,
         dropout=self.dropout,
+        b_rate=self.b_rate,
         names=getattr(leaf, "names", None),
       )
       return self._finish(path, weight)
@@ -124,6 +128,8 @@ def lora(
   dropout: float = 0.0,
   rslora: bool = False,
   init: str = "kaiming",
+  freeze_a: bool = False,
+  b_rate: float = 1.0,
   rank_pattern: Mapping[str, int] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
   dtype: Any = jnp.float32,
@@ -139,6 +145,9 @@ def lora(
     init: of A, with B = 0 (`lora_init.factors`): `"kaiming"`, U(±1/√in), or `"gaussian"`,
       N(0, 1/r²). `"pissa"`: the principal triplets of W make up B A and the base keeps the rest
       (Meng et al. 2024, arXiv 2404.02948, eq. 2-4).
+    freeze_a: train B alone (LoRA-FA; Zhang et al. 2023, arXiv 2308.03303, section 3).
+    b_rate: the learning rate of B over that of A (LoRA+; Hayou et al. 2024, arXiv 2402.12354,
+      which advises 16); `method.optimizer` applies it.
     rank_pattern, alpha_pattern: patterns to another r or α; the first match wins. The layers of a
       scanned stack go by the unrolled model's names: `.*/layers_3/.*`.
     dtype: of A and B.
@@ -150,6 +159,8 @@ def lora(
     raise ValueError(f"init {init!r} is not one of {', '.join(map(repr, lora_init.INITS))}")
   if not 0.0 <= dropout < 1.0:
     raise ValueError(f"dropout {dropout} is not in [0, 1)")
+  if b_rate <= 0:
+    raise ValueError(f"b_rate {b_rate} is not above 0")
   for value in (rank, *(rank_pattern or {}).values()):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
       raise ValueError(f"rank {value!r} is not a positive integer")
@@ -160,6 +171,8 @@ def lora(
     dropout=dropout,
     rslora=rslora,
     init=init,
+    freeze_a=freeze_a,
+    b_rate=b_rate,
     rank_pattern=dict(rank_pattern or {}),
     alpha_pattern=dict(alpha_pattern or {}),
     dtype=dtype,

@@ -32,6 +32,7 @@ class LoRA(Weight):
     axes: which axes of the kernel are inputs and outputs.
     dropout: rate of that dropout.
     residual: `base` is no longer the pretrained array (PiSSA took its principal part).
+    b_rate: by how much B learns faster than A (LoRA+); for the optimizer of a method.
   """
 
   base: Any
@@ -43,6 +44,7 @@ class LoRA(Weight):
   axes: Axes = flax.struct.field(pytree_node=False, default=Axes())
   dropout: float = flax.struct.field(pytree_node=False, default=0.0)
   residual: bool = flax.struct.field(pytree_node=False, default=False)
+  b_rate: float = flax.struct.field(pytree_node=False, default=1.0)
 
   @property
   def pretrained(self) -> frozenset[str]:  # type: ignore[override]

@@ -92,7 +92,7 @@ def wrap(
 
 
 def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`tx` with `check_allocated` in its init."""
+  """`tx` with `check_allocated` in its init, and with the rates that weights have of their own."""
   tx = optax.with_extra_args_support(tx)
 
   def init(train: Any) -> Any:
@@ -100,7 +100,17 @@ def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     check_allocated(train, state)
     return state
 
-  return optax.GradientTransformationExtraArgs(init, tx.update)
+  def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    updates, state = tx.update(grads, state, params, **extra)
+    return paths.map_leaves(_at_own_rate, updates), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _at_own_rate(path: str, update: Any) -> Any:
+  """LoRA+: η_B = b_rate · η_A."""
+  rate = getattr(update, "b_rate", 1.0)
+  return update if rate == 1.0 else update.replace(b=rate * update.b)
 
 
 def check_allocated(train: Any, state: Any) -> None:

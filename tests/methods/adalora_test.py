@@ -435,3 +435,36 @@ def test_lambda_starts_at_zero_between_random_factors():
   assert abs(np.corrcoef(w.a[:, :300].ravel(), w.b.T.ravel())[0, 1]) < 0.05
   assert pj.count(params) == 400 * 300 + 64 * 701
   assert paths.leaves(params)["w"].true_size() == pj.count(params)
+
+
+def test_on_a_mesh_the_same_triplets_are_left(golden_run):
+  """Averages lie as their factors do, and the step is traced once for every budget."""
+  mesh = pj.make_mesh("fsdp:4,tensor:2")
+  rules = [("l0/.*", ("fsdp", "tensor")), ("l1/.*", ("tensor", "fsdp")), (".*", ("fsdp", "tensor"))]
+  m = method()
+  train, frozen = attached(m)
+  params = jax.device_put(
+    pj.combine(train, frozen), pj.shardings(pj.combine(train, frozen), mesh, rules)
+  )
+  train, _ = pj.partition(params, m.trainable(params))
+  tx = m.optimizer(optax.sgd(LR), STEPS)
+  state = jax.jit(tx.init)(train)
+  places = pj.optim.state_shardings(state, train, mesh)
+  state = jax.device_put(state, places)
+  assert state.mean["l0/kernel"].a.sharding == train["l0"]["kernel"].a.sharding
+  assert state.spread["l1/kernel"].b.sharding == train["l1"]["kernel"].b.sharding
+  assert len(train["l0"]["kernel"].a.sharding.device_set) == 8
+
+  @jax.jit
+  @chex.assert_max_traces(1)
+  def step(train, state, grads):
+    updates, state = tx.update(grads, state, train)
+    return optax.apply_updates(train, updates), state
+
+  places = (jax.tree.map(lambda x: x.sharding, train), places)
+  for number, given in enumerate(problem()[1]):
+    grads = jax.device_put(as_grads(train, given), places[0])
+    train, state = jax.device_put(step(train, state, grads), places)
+    chex.assert_trees_all_close(
+      jax.device_get(train), jax.device_get(golden_run[number][0]), rtol=1e-5, atol=1e-5
+    )

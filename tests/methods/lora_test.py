@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -421,3 +422,25 @@ def test_pissa_needs_a_plain_float_matrix():
 def test_bad_arguments_raise_at_once(how, text):
   with pytest.raises(ValueError, match=text):
     pj.lora(**how)
+
+
+def test_b_learns_faster_by_its_rate():
+  """LoRA+: B's update is b_rate times that of LoRA, A's and all others are LoRA's."""
+  tree = {"query": {"kernel": jnp.ones((12, 8))}, "bias": jnp.ones(8)}
+  updates = {}
+  for rate in (1.0, 16.0):
+    method = pj.chain(pj.lora(4, targets="query", b_rate=rate), pj.train("bias"))
+    params = method.attach(jax.random.key(0), tree)
+    train, _ = pj.partition(params, method.trainable(params))
+    tx = method.optimizer(optax.adamw(1e-2, weight_decay=0.1), 10, clip_norm=1.0, accumulate=2)
+    state = tx.init(train)
+    for _ in range(2):
+      got, state = tx.update(jax.tree.map(jnp.ones_like, train), state, train)
+    updates[rate] = got
+  one, fast = updates[1.0], updates[16.0]
+  weight = fast["query"]["kernel"]
+  chex.assert_trees_all_close(weight.b, 16.0 * one["query"]["kernel"].b, rtol=1e-6)
+  chex.assert_trees_all_equal(weight.a, one["query"]["kernel"].a)
+  chex.assert_trees_all_equal(fast["bias"], one["bias"])
+  with pytest.raises(ValueError, match="b_rate 0 is not above 0"):
+    pj.lora(4, b_rate=0)
