@@ -2,7 +2,8 @@
 
   python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=runs/bbc
 
-method: lora, dora, adalora, head, full, bitfit. data: bbc, sentiment, glue/<task>, or files with
+method: lora, dora, adalora, ia3, head, full, bitfit.
+data: bbc, sentiment, glue/<task>, or files with
   --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
 Every field below can be given as a flag: --config.method.rank=4.
 
@@ -61,6 +62,12 @@ METHODS = {
     alpha_pattern=(),
     head=True,
   ),
+  "ia3": dict(
+    name="ia3",
+    outputs=("key", "value"),
+    inputs=(r".*/layers(_\d+)?/output/dense/kernel",),
+    head=True,
+  ),
   "head": dict(name="train", targets=("head/.*",), head=False),
   "full": dict(name="train", targets=(".*",), head=False),
   "bitfit": dict(name="train", targets=(".*/bias", "head/.*"), head=False),
@@ -71,6 +78,7 @@ LEARNING_RATES = {
   "lora": 2e-3,
   "dora": 2e-3,
   "adalora": 2e-3,
+  "ia3": 1e-2,
   "head": 1e-2,
   "full": 2e-4,
   "bitfit": 2e-3,

@@ -21,6 +21,8 @@ from peftjax.methods.adalora_ranks import ranks, to_lora
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.base import Method, chain
 from peftjax.methods.dora import dora
+from peftjax.methods.ia3 import ia3
+from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora import lora
 from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.masks import train
@@ -34,6 +36,7 @@ from peftjax.quant.weight import Quantized
 from peftjax.sharding import make_mesh, shardings
 
 __all__ = [
+  "IA3",
   "LoRA",
   "Method",
   "Quantized",
@@ -55,6 +58,7 @@ __all__ = [
   "generate",
   "int4",
   "int8",
+  "ia3",
   "linen",
   "load_peft",
   "load_pretrained",

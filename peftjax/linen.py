@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from peftjax.core import tree
 from peftjax.core.einsum import attend, einsum, linear, split_subscripts, take
 from peftjax.core.layout import Axes, Layout
-from peftjax.core.weight import Weight, reader
+from peftjax.core.weight import Weight, materialize, reader
 from peftjax.nn.linear import Embedding, Linear
 
 
@@ -44,6 +44,7 @@ def apply(
   Raises:
     ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing.
   """
+  params = tree.tie(params)
   if train:
     params = tree.with_dropout_keys(params, (rngs or {}).get("dropout"))
   method = kwargs.get("method") or type(model).__call__
@@ -112,8 +113,13 @@ def _param(module: nn.Module, name: str) -> Any:
   return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _finish(module: Any, y: jax.Array) -> jax.Array:
+def _bias(module: nn.Module) -> Any:
   bias = _param(module, "bias")
+  return None if bias is None else materialize(bias)
+
+
+def _finish(module: Any, y: jax.Array) -> jax.Array:
+  bias = _bias(module)
   if bias is None:
     return y
   return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -138,7 +144,7 @@ def _dense_general(module: nn.DenseGeneral, weight: Weight, x: jax.Array) -> jax
   lead = "".join(letters[axis] for axis in batch)
   rest = "".join(c for i, c in enumerate(letters) if i not in axes and i not in batch)
   y = einsum(f"{letters},{lead}{ins}{outs}->{lead}{rest}{outs}", _cast(module, x, weight), weight)
-  bias = _param(module, "bias")
+  bias = _bias(module)
   if bias is None:
     return y
   ones = (1,) * len(rest)
@@ -149,7 +155,7 @@ def _dense_general(module: nn.DenseGeneral, weight: Weight, x: jax.Array) -> jax
 def _einsum(module: nn.Einsum, weight: Weight, x: jax.Array, eqn: str | None = None) -> jax.Array:
   eqn = (eqn or module.einsum_str or "").replace(" ", "")
   y = einsum(eqn, _cast(module, x, weight), weight)
-  bias = _param(module, "bias")
+  bias = _bias(module)
   if bias is None:
     return y
   _, w_s, out_s = split_subscripts(eqn)

@@ -111,6 +111,8 @@ def _rule(path: str, rules: Sequence[tuple[str, Any]]) -> tuple[str | None, ...]
 def _along_blocks(spec: P, weight: Weight, mesh: Mesh) -> P:
   """The spec, with what cannot split one axis of a quantised matrix on the other."""
   names, cuts = list(spec), weight.cuts
+  if cuts == weight.shape:
+    return spec
   for i, j in ((-2, -1), (-1, -2)):
     if cuts[i] != weight.shape[i] and cuts[i] % _ways(names[i], mesh):
       both = (*_group(names[j]), *_group(names[i]))

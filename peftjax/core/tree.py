@@ -32,6 +32,17 @@ def combine(*trees: Any) -> Any:
   )
 
 
+def tie(params: Any) -> Any:
+  """`params` with, in every weight that borrows an array of another leaf, that array.
+
+  Such a weight names the leaf in `of`, and its own child is None, so that an array that several
+  weights use is trained, saved and counted once.
+  """
+  flat = paths.leaves(params)
+  give = lambda leaf: leaf.borrow(flat[leaf.of]) if getattr(leaf, "of", "") else leaf
+  return paths.map_leaves(lambda _, leaf: give(leaf), params)
+
+
 def merge(params: Any, *, dense: bool = False) -> Any:
   """Ordinary arrays: every `Weight` replaced by the dense array it stands for.
 
@@ -52,7 +63,7 @@ def merge(params: Any, *, dense: bool = False) -> Any:
       )
     return materialize(leaf)
 
-  return paths.map_leaves(of, params)
+  return paths.map_leaves(of, tie(params))
 
 
 def made_mask(params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reads and writes LoRA, DoRA and AdaLoRA as the Hugging Face PEFT library has them (peft 0.21).
+"""Reads and writes LoRA, DoRA, AdaLoRA and IA3 as Hugging Face's PEFT library has them (0.21).
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linear module has
 `lora_A.weight` [r, in] and `lora_B.weight` [out, r], an embedding `lora_embedding_A` [r, V] and
@@ -29,9 +29,10 @@ import numpy as np
 from peftjax.core import paths, tree
 from peftjax.core.weight import Weight
 from peftjax.io import hf_peft_config, safetensors_dir
-from peftjax.io.hf_peft_reader import FACTORS, MAGNITUDE, ROOT, STEM, Reader
+from peftjax.io.hf_peft_reader import FACTORS, MAGNITUDE, ROOT, SCALES, STEM, Reader
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.dora_weight import DoRA
+from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora_weight import LoRA
 from peftjax.models.pretrained import FAMILIES, stack_of
 
@@ -46,7 +47,7 @@ def save(
   task_type: str | None = "SEQ_CLS",
   rslora: bool = False,
 ) -> None:
-  """Writes the adapters of `params`, `LoRA`, `DoRA` or `SVDLoRA`, and the trained head for PEFT.
+  """Writes the adapters of `params`, `LoRA`, `DoRA`, `SVDLoRA` or `IA3`, and the trained head.
 
   Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
   from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
@@ -71,13 +72,16 @@ def save(
   for path, leaf in paths.leaves(params).items():
     if isinstance(leaf, LoRA):
       adapters.update(_adapters(path, leaf, family, rslora))
+    elif isinstance(leaf, IA3):
+      adapters.update(_scales(path, leaf, family))
     elif isinstance(leaf, Weight) and any(jax.tree.leaves(tree.made_mask(leaf))):
       raise ValueError(
-        f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA, SVDLoRA, DoRA"
+        f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA, SVDLoRA, DoRA, "
+        "IA3"
       )
   if not adapters:
     raise ValueError("params has no LoRA leaf to save: attach pj.lora(...) first")
-  kinds = {type(leaf) for leaf in paths.leaves(params).values() if isinstance(leaf, LoRA)}
+  kinds = {type(leaf) for leaf in paths.leaves(params).values() if isinstance(leaf, LoRA | IA3)}
   if len(kinds) > 1:
     raise ValueError(
       f"a PEFT directory holds one kind of adapter, and these are {_named(kinds)}: save each in a "
@@ -87,9 +91,10 @@ def save(
   tensors = {name: array for arrays in whole.values() for name, array in arrays.items()}
   for module, adapter in adapters.items():
     tensors.update({f"{module}.{name}": array for name, array in adapter.tensors.items()})
+  every = _modules(params, family)
   config = hf_peft_config.build(
     [(m, x.rank, x.alpha, x.dropout) for m, x in adapters.items()],
-    hf_peft_config.suffixes(set(adapters), _modules(params, family)),
+    hf_peft_config.suffixes(set(adapters), every),
     rslora=rslora,
     modules_to_save=sorted(whole),
     task_type=task_type,
@@ -98,6 +103,10 @@ def save(
   )
   kept = {module: x.kept for module, x in adapters.items() if x.kept is not None}
   config = hf_peft_config.build_adalora(config, kept) if kept else config
+  if kinds == {IA3}:
+    ins = {module for module, x in adapters.items() if x.tensors[SCALES].shape[0] == 1}
+    sides = (hf_peft_config.suffixes(side, every) for side in (set(adapters) - ins, ins))
+    config = hf_peft_config.build_ia3(config, *sides)
   _write(Path(directory), config, {ROOT + name: array for name, array in tensors.items()})
 
 
@@ -125,10 +134,9 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
 
   def flags(path: str, leaf: Any) -> Any:
     mask = jax.tree.map(lambda _: path in reader.replaced, leaf)
-    trained = {"a": True, "b": True}
-    for kind, name in ((SVDLoRA, "e"), (DoRA, "m")):
-      trained.update({name: True} if isinstance(leaf, kind) else {})
-    return mask.replace(**trained) if path in reader.attached else mask
+    names = ["l"] if isinstance(leaf, IA3) else ["a", "b"]
+    names += [name for kind, name in ((SVDLoRA, "e"), (DoRA, "m")) if isinstance(leaf, kind)]
+    return mask.replace(**dict.fromkeys(names, True)) if path in reader.attached else mask
 
   return loaded, paths.map_leaves(flags, loaded)
 
@@ -168,6 +176,19 @@ def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Ad
         tensors[MAGNITUDE] = np.asarray(leaf.m).reshape(len(ranks), -1)[i]
       found[_module(family, layer)] = _Adapter(tensors, rank, alpha, leaf.dropout, kept)
   return found
+
+
+def _scales(path: str, leaf: IA3, family: Any) -> dict[str, _Adapter]:
+  """IA3's l of each layer, [1, in] or [out, 1]; a bias has its kernel's."""
+  if leaf.of:
+    return {}
+  layers = paths.layer_paths(path, tuple(leaf.l.shape[:-1]))
+  rows = np.asarray(leaf.l).reshape(len(layers), -1)
+  shape = (1, -1) if leaf.inputs else (-1, 1)
+  return {
+    _module(family, layer): _Adapter({SCALES: row.reshape(shape)}, 1, 1, 0.0, None)
+    for layer, row in zip(layers, rows, strict=True)
+  }
 
 
 def _triplets(

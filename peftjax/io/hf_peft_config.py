@@ -22,6 +22,10 @@ _VARIANTS = (
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
+# Values of peft_type that are read.
+KINDS = ("LORA", "ADALORA", "IA3")
+
+
 class Settings(NamedTuple):
   """What `adapter_config.json` says that a reader needs.
 
@@ -29,7 +33,7 @@ class Settings(NamedTuple):
   its triplets each module's `lora_E` has left.
   """
 
-  adalora: bool
+  kind: str  # "LORA", "ADALORA" or "IA3"
   dora: bool
   rank: int
   alpha: float
@@ -44,14 +48,14 @@ def read(directory: str | os.PathLike) -> Settings:
   """Reads and checks the config; peft's defaults for what is not in it."""
   config = safetensors_dir.read_config(directory, NAME)
   wrong = {field: config[field] for field in _VARIANTS if config.get(field)}
-  for field, plain in (("peft_type", ("LORA", "ADALORA")), ("bias", ("none",))):
+  for field, plain in (("peft_type", KINDS), ("bias", ("none",))):
     if config.get(field, "none") not in plain:
       wrong[field] = config.get(field)
   if wrong:
     field, value = next(iter(wrong.items()))
     raise ValueError(
-      f"{directory}/{NAME} has {field}={value!r}; read are LoRA, DoRA and AdaLoRA only: peft_type "
-      f"'LORA' or 'ADALORA', bias 'none', no {', '.join(_VARIANTS)}.\n"
+      f"{directory}/{NAME} has {field}={value!r}; read are LoRA, DoRA, AdaLoRA and IA3 only: "
+      f"peft_type {', '.join(map(repr, KINDS))}, bias 'none', no {', '.join(_VARIANTS)}.\n"
       "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
     )
   if (init := config.get("init_lora_weights")) not in _INITS:
@@ -61,12 +65,12 @@ def read(directory: str | os.PathLike) -> Settings:
       "saves the initial adapter at the start and then writes plain LoRA:\n"
       "  model.save_pretrained(NEW, path_initial_model_for_weight_conversion=INITIAL)"
     )
-  adalora = config.get("peft_type") == "ADALORA"
+  adalora = config["peft_type"] == "ADALORA"
   patterns = config.get("rank_pattern") or {}
   if adalora:
     patterns = _left(patterns, f"{directory}/{NAME}")
   settings = Settings(
-    adalora,
+    config["peft_type"],
     bool(config.get("use_dora")),
     config.get("init_r", 12) if adalora else config.get("r", 8),
     config.get("lora_alpha", 8),
@@ -102,7 +106,7 @@ def _check(settings: Settings, where: str) -> None:
         raise ValueError(f"{where}: {field} {pattern!r} is no regex: {error}") from None
   for field, ranks in (("r", [settings.rank]), ("rank_pattern", settings.rank_pattern.values())):
     for rank in ranks:
-      if type(rank) is not int or rank < (0 if settings.adalora and field != "r" else 1):
+      if type(rank) is not int or rank < (0 if settings.kind == "ADALORA" and field != "r" else 1):
         raise ValueError(f"{where}: {field} has {rank!r}; a rank is a whole number from 1")
   for field, alphas in (
     ("lora_alpha", [settings.alpha]),
@@ -216,3 +220,25 @@ def build_adalora(plain: dict[str, Any], kept: Mapping[str, Sequence[bool]]) -> 
     "total_step": 1,
   }
   return {**plain, **fields}
+
+
+def build_ia3(
+  plain: dict[str, Any], outputs: Sequence[str], inputs: Sequence[str]
+) -> dict[str, Any]:
+  """The config of IA3 adapters, from LoRA's of the same model.
+
+  Args:
+    plain: by `build`.
+    outputs, inputs: names, as of `suffixes`, of the modules that are scaled on either side.
+  """
+  common = (
+    *("base_model_name_or_path", "fan_in_fan_out", "inference_mode", "modules_to_save"),
+    "task_type",
+  )
+  return {
+    **{field: plain[field] for field in common},
+    "peft_type": "IA3",
+    "target_modules": sorted({*outputs, *inputs}),
+    "feedforward_modules": sorted(inputs),
+    "init_ia3_weights": True,
+  }

@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core import paths
+from peftjax.core.layout import Axes
 from peftjax.io import hf_peft_config
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.dora_weight import DoRA, squares
+from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora_weight import LoRA
 from peftjax.models.pretrained import stack_of
 
 STEM, ROOT = "adapter_model", "base_model.model."
 # The tensors of A and B beside a module's name.
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's m
+SCALES = "ia3_l"  # IA3's l, [1, in] or [out, 1]
 FACTORS = {
   "kernel": ("lora_A.weight", "lora_B.weight"),
   "embedding": ("lora_embedding_A", "lora_embedding_B"),
@@ -45,13 +48,15 @@ class Reader:
 
   def leaf(self, path: str, leaf: Any) -> Any:
     """The leaf itself, or with its adapter, or as the directory has it."""
-    if isinstance(leaf, LoRA):
+    if isinstance(leaf, LoRA | IA3):
       raise ValueError(f"{path} has an adapter already: load into the base model's params")
     layers = paths.layer_paths(path, stack_of(path, leaf))
     names = [ROOT + self.hf_name(layer).removeprefix(self.bare) for layer in layers]
     if any(name in self.available or self._must_be_saved(name) for name in names):
       return self._replaced(path, leaf, names)
     modules = [name.rpartition(".")[0] for name in names]
+    if any(f"{m}.{SCALES}" in self.available for m in modules):
+      return self._scaled(path, leaf, modules)
     factors = self._names(path.rpartition("/")[2])
     if any(f"{m}.{factor}" in self.available for m in modules for factor in factors):
       return self._attached(path, leaf, modules, factors)
@@ -87,7 +92,7 @@ class Reader:
 
   def _names(self, kind: str) -> tuple[str, ...]:
     """The tensors of A and B and, of AdaLoRA, λ; none where there is no adapter."""
-    if self.settings.adalora:
+    if self.settings.kind == "ADALORA":
       return ("lora_A", "lora_B", "lora_E") if kind == "kernel" else ()
     return FACTORS.get(kind, ())
 
@@ -111,10 +116,28 @@ class Reader:
     )
     if self.settings.dora:
       return self._directed(fields, modules)
-    if not self.settings.adalora:
+    if self.settings.kind != "ADALORA":
       return LoRA(**fields)
     e = np.stack([pad(e, 0)[:, 0] for _, _, e, _ in found]).reshape(*stack, width)
     return SVDLoRA(**fields, e=jnp.asarray(e))
+
+  def _scaled(self, path: str, leaf: Any, modules: list[str]) -> Any:
+    """IA3 of a kernel, or of the bias beside one; a layer without it has scales of 1."""
+    parent, _, kind = path.rpartition("/")
+    tensors = [f"{module}.{SCALES}" for module in modules]
+    there = [name for name in tensors if name in self.available]
+    inputs = self.tensors.info(there[0]).shape[0] == 1
+    if kind == "bias" and not inputs:
+      return IA3(base=leaf, l=None, axes=Axes((), (-1,)), of=f"{parent}/kernel")
+    if kind != "kernel":
+      return leaf
+    self.attached.add(path)
+    size = leaf.shape[-2 if inputs else -1]
+    shape = (1, size) if inputs else (size, 1)
+    ones = np.ones(shape, np.float32)
+    rows = [self._read(x, shape, np.float32) if x in there else ones for x in tensors]
+    scales = jnp.asarray(np.stack(rows).reshape(*stack_of(path, leaf), size))
+    return IA3(base=leaf, l=scales, inputs=inputs)
 
   def _directed(self, fields: dict[str, Any], modules: list[str]) -> DoRA:
     """DoRA of LoRA's fields; a layer without an adapter has the magnitude of its base."""
@@ -135,7 +158,9 @@ class Reader:
     key = module.removeprefix(ROOT)
     rank = hf_peft_config.match(s.rank_pattern, key, s.rank)
     alpha = hf_peft_config.match(s.alpha_pattern, key, s.alpha)
-    of = s.rank if s.adalora else rank  # AdaLoRA's scale stays that of the rank it began with
+    of = (
+      s.rank if s.kind == "ADALORA" else rank
+    )  # AdaLoRA's scale stays that of the rank it began with
     hint = f" with rank {rank}, as {hf_peft_config.NAME} says"
     pairs = zip(tensors, shape(rank), strict=True)
     read = [self._read(name, size, np.float32, hint) for name, size in pairs]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths
+from peftjax.core import paths, tree
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
 
@@ -51,7 +51,7 @@ def unmerge(merged: Any, params: Any) -> Any:
     params: the attached tree; the values of its base arrays are not read.
   """
 
-  def undo(leaf: Any, dense: Any) -> Any:
-    return leaf.replace(base=leaf.unmerged(dense)) if isinstance(leaf, LoRA) else dense
+  def undo(leaf: Any, tied: Any, dense: Any) -> Any:
+    return leaf.replace(base=tied.unmerged(dense)) if hasattr(leaf, "unmerged") else dense
 
-  return jax.tree.map(undo, params, merged, is_leaf=paths.is_leaf)
+  return jax.tree.map(undo, params, tree.tie(params), merged, is_leaf=paths.is_leaf)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from peftjax.core import paths
 from peftjax.io import hf_peft
 from peftjax.methods.adalora_ranks import ranks
+from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora_weight import LoRA
 from peftjax.training import build, process, resume
 from peftjax.training.checkpoint import Checkpoints
@@ -141,7 +142,7 @@ def train_and_evaluate(
 
 def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
   """Writes the best adapter for Hugging Face PEFT too, where that format can say it."""
-  if not any(isinstance(leaf, LoRA) for leaf in paths.leaves(params).values()):
+  if not any(isinstance(leaf, LoRA | IA3) for leaf in paths.leaves(params).values()):
     return
   rslora = bool(run.settings.method.get("rslora"))
   base = str(run.settings.model.directory) or run.settings.model.path().parent.name

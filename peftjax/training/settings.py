@@ -16,6 +16,7 @@ from peftjax import optim
 from peftjax.methods.adalora import adalora
 from peftjax.methods.base import Method, chain
 from peftjax.methods.dora import dora
+from peftjax.methods.ia3 import ia3
 from peftjax.methods.lora import lora
 from peftjax.methods.masks import train
 from peftjax.quant.formats import FORMATS, Format
@@ -27,6 +28,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
   "lora": lora,
   "dora": dora,
   "adalora": adalora,
+  "ia3": ia3,
   "train": train,
 }
 # The name of an optimizer in a config, and what builds it.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import BertModel
 
@@ -41,6 +41,9 @@ def _theirs(base, **config):
   return classifier(directory(), num_labels=labels, **config), batch
 
 
+_FFN = r".*/layers(_\d+)?/output/dense/kernel"
+
+
 def _drawn(model, params, method):
   """Attached, every trained array drawn, and the mask; a rank is cut to its layer's."""
   attached = method.attach(
@@ -73,6 +76,7 @@ _METHODS = {
   "embedding": pj.lora(3, 6, ["word_embeddings", "position_embeddings", "value"]),
   "all-linear": pj.lora(2, 4, "all-linear"),
   "dora": pj.dora(4, 8, "all-linear"),
+  "ia3": pj.ia3(["key", "value"], _FFN),
   "one layer": pj.lora(2, 4, [".*layers_1/output/dense/kernel", ".*layers_0/.*key/kernel"]),
 }
 _TO_PEFT = [
@@ -90,7 +94,7 @@ def test_ours_in_peft(base, name, scan, tmp_path):
   model, params, batch = _ours(base, scan)
   method = _METHODS[name]
   attached, mask = _drawn(model, params, pj.chain(method, _HEAD))
-  hf_peft.save(tmp_path, attached, model, trained=mask, rslora=method.rslora)
+  hf_peft.save(tmp_path, attached, model, trained=mask, rslora=getattr(method, "rslora", False))
   theirs, _ = _theirs(base)
   plain = logits(theirs, batch)
   adapted = PeftModel.from_pretrained(theirs, tmp_path)
@@ -135,6 +139,25 @@ _FROM_PEFT = [
   ("minilm", "plain"),
   ("minilm", "all-linear"),
 ]
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("feedforward", [["output.dense"], []], ids=["ffn", "no ffn"])
+def test_pefts_ia3_in_ours(feedforward, scan, tmp_path):
+  model, params, batch = _ours("bert", scan)
+  config = IA3Config(
+    task_type="SEQ_CLS",
+    target_modules=["key", "value", *feedforward],
+    feedforward_modules=feedforward,
+  )
+  theirs = get_peft_model(_theirs("bert")[0], config)
+  draw(theirs, 5, "ia3_l")
+  theirs.save_pretrained(tmp_path)
+  loaded, mask = hf_peft.load(tmp_path, params, model)
+  want = logits(theirs, batch)
+  assert_near(pj.apply(model, loaded, *batch), want)
+  assert np.abs(pj.apply(model, params, *batch) - want).max() > 0.05
+  assert pj.count(loaded, mask) == sum(x.numel() for x in theirs.parameters() if x.requires_grad)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])

@@ -1,0 +1,113 @@
+"""IA3 (Liu et al. 2022, arXiv 2205.05638): learned scales of activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import paths
+from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.weight import Weight
+from peftjax.methods.base import Optimized, trainable_mask
+from peftjax.methods.ia3_weight import IA3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IA3Method(Optimized):
+  """Attaches `IA3` to kernels, and to the biases beside them; see `ia3`."""
+
+  outputs: str | Sequence[str]
+  inputs: str | Sequence[str]
+  dtype: Any
+
+  def claims(self, params: Any) -> list[str]:
+    flat, (outs, ins) = paths.leaves(params), self._kernels(params)
+    if both := set(outs) & set(ins):
+      raise ValueError(f"{sorted(both)[0]} is named by outputs and by inputs: choose one")
+    biases = [bias for path in outs if (bias := _bias(path)) in flat]
+    return [*outs, *ins, *biases]
+
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    """Every named kernel becomes an `IA3` around it, with l = 1, so outputs stay.
+
+    A bias beside a kernel whose outputs are scaled is scaled with them.
+
+    Args:
+      key: not used; nothing is random.
+      params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
+      layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+
+    Raises:
+      ValueError: a name that matches nothing or no matrix, or matches both ways; a leaf that has
+        an adapter already; a kernel of more than two axes without `layout`.
+    """
+    flat = paths.leaves(params)
+    claimed = self.claims(params)
+    outs, ins = self._kernels(params)
+    axes = {path: axes_of(path, tuple(flat[path].shape), layout) for path in (*outs, *ins)}
+    kernel_of = {_bias(path): path for path in outs}
+
+    def wrap(path: str, leaf: Any) -> Any:
+      if path not in claimed:
+        return leaf
+      if isinstance(leaf, Weight) and not (leaf.quantised and path in axes):
+        raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
+      if path in axes:
+        return self._kernel(leaf, axes[path], path in ins)
+      count = len(axes[kernel_of[path]].outs)
+      own = Axes((), tuple(range(-count, 0)))
+      return IA3(base=leaf, l=None, axes=own, of=kernel_of[path], names=_names(leaf))
+
+    return paths.map_leaves(wrap, params)
+
+  def trainable(self, params: Any) -> Any:
+    return trainable_mask(params, set(self.claims(params)), frozenset({"l"}))
+
+  def _kernels(self, params: Any) -> tuple[list[str], list[str]]:
+    """Paths whose outputs, and whose inputs, are scaled."""
+    outs, ins = (paths.select(params, x) if x else [] for x in (self.outputs, self.inputs))
+    return outs, ins
+
+  def _kernel(self, leaf: Any, axes: Axes, inputs: bool) -> IA3:
+    stack = axes.stack(tuple(leaf.shape))
+    size = math.prod(leaf.shape[axis] for axis in (axes.ins if inputs else axes.outs))
+    make = lambda: jnp.ones((*stack, size), self.dtype)
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
+    scales = jax.eval_shape(make) if abstract else make()
+    return IA3(base=leaf, l=scales, axes=axes, inputs=inputs, names=_names(leaf))
+
+
+def ia3(
+  outputs: str | Sequence[str] = (), inputs: str | Sequence[str] = (), *, dtype: Any = jnp.float32
+) -> IA3Method:
+  """IA3: h = l ⊙ (W x + b), or h = W (l ⊙ x) + b (Liu et al. 2022, section 3.3).
+
+  The paper scales the outputs of the projections to keys and values, and the inputs of the second
+  feed-forward matrix: `pj.ia3(["key", "value"], [r".*/layers(_\\d+)?/output/dense/kernel"])` of
+  BERT, `pj.ia3(["k_proj", "v_proj"], ["down_proj"])` of Llama.
+
+  Args:
+    outputs, inputs: module names or regexes of the kernels that are scaled on either side.
+    dtype: of l.
+
+  Raises:
+    ValueError: if both are empty.
+  """
+  if not outputs and not inputs:
+    raise ValueError('ia3 scales nothing; write e.g. pj.ia3(["key", "value"], ["output.dense"])')
+  as_given = lambda x: x if isinstance(x, str) else tuple(x)
+  return IA3Method(outputs=as_given(outputs), inputs=as_given(inputs), dtype=dtype)
+
+
+def _bias(path: str) -> str:
+  head, slash, _ = path.rpartition("/")
+  return f"{head}{slash}bias"
+
+
+def _names(leaf: Any) -> Any:
+  return getattr(leaf, "names", None)

@@ -1,0 +1,106 @@
+"""The IA3 leaf: a weight whose inputs or outputs are scaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from peftjax.core.einsum import einsum, split_subscripts
+from peftjax.core.layout import Axes
+from peftjax.core.weight import Weight, materialize
+
+
+class IA3(Weight):
+  """W = base · diag(l), or diag(l) · base (Liu et al. 2022, section 3.3), and a bias l ⊙ base.
+
+  Attributes:
+    base: the pretrained weight, an array or any `Weight`.
+    l: `[*stack, n]`, n the size of the scaled axes, flattened; None in a bias, which is given that
+      of its kernel by `tree.tie`.
+    axes: which axes of the base are inputs and outputs.
+    inputs: the inputs are scaled, else the outputs.
+    of: of a bias, the path of its kernel.
+  """
+
+  base: Any
+  l: Any  # noqa: E741 - the paper's letter
+  axes: Axes = flax.struct.field(pytree_node=False, default=Axes())
+  inputs: bool = flax.struct.field(pytree_node=False, default=False)
+  of: str = flax.struct.field(pytree_node=False, default="")
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.base.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.base.dtype
+
+  @property
+  def quantised(self) -> bool:
+    return isinstance(self.base, Weight) and self.base.quantised
+
+  @property
+  def cuts(self) -> tuple[int, ...]:
+    return self.base.cuts if isinstance(self.base, Weight) else self.shape
+
+  def true_size(self) -> int:
+    """Parameters of the base and the scales that are here."""
+    size = self.base.true_size() if isinstance(self.base, Weight) else getattr(self.base, "size", 0)
+    return size + (0 if self.l is None else self.l.size)
+
+  def materialize(self) -> jax.Array:
+    base = materialize(self.base)
+    return base * self._scales().astype(base.dtype)
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """The product with the base, its operand or its result scaled."""
+    x_s, w_s, out_s = split_subscripts(eqn)
+    ndim = len(self.axes.ins) + len(self.axes.outs)
+    stack = w_s[: len(w_s) - ndim]
+    letters = stack + "".join(w_s[axis] for axis in self._scaled)
+    scales = self.l.reshape(*(self.shape[w_s.index(c)] for c in letters)).astype(x.dtype)
+    if set(letters) <= set(x_s):
+      return einsum(eqn, jnp.einsum(f"{x_s},{letters}->{x_s}", x, scales), self.base)
+    if set(letters) <= set(out_s):
+      return jnp.einsum(f"{out_s},{letters}->{out_s}", einsum(eqn, x, self.base), scales)
+    return super().einsum(eqn, x)
+
+  def unmerged(self, dense: jax.Array) -> jax.Array:
+    """The base that this adapter was merged into: `materialize` the other way round."""
+    return dense / self._scales().astype(dense.dtype)
+
+  def borrow(self, kernel: IA3) -> IA3:
+    """A bias with the scales of its kernel."""
+    return self.replace(l=kernel.l)
+
+  def child_specs(self, spec: P) -> IA3:
+    ndim = len(self.axes.ins) + len(self.axes.outs)
+    full = (*spec, *[None] * (len(self.shape) - len(spec)))
+    lies = P(*full[: len(full) - ndim], full[self._scaled[0]])
+    base = self.base.child_specs(spec) if isinstance(self.base, Weight) else spec
+    return self.replace(base=base, l=None if self.l is None else lies)
+
+  @property
+  def _scaled(self) -> tuple[int, ...]:
+    return self.axes.ins if self.inputs else self.axes.outs
+
+  def _scales(self) -> jax.Array:
+    """l in the rank of the base, 1 on the other axes.
+
+    Raises:
+      ValueError: in a bias that has not been given its kernel's.
+    """
+    if self.l is None:
+      raise ValueError(
+        f"the bias of {self.of} has no scales of its own; use pj.apply or pj.merge, which give it "
+        "those of its kernel"
+      )
+    others = [a for a in (*self.axes.ins, *self.axes.outs) if a not in self._scaled]
+    stack = self.shape[: len(self.shape) - len(others) - len(self._scaled)]
+    scales = self.l.reshape(*stack, *(self.shape[a] for a in self._scaled))
+    return jnp.expand_dims(scales, tuple(a % len(self.shape) for a in others))
