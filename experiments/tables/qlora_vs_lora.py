@@ -89,8 +89,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     row["seed"]: row["after"]["test"]["perplexity"] for row in rows if row["base"] == "LoRA, dense"
   }
   title = (
-    f"SmolLM2-135M (from Q4_1) on BBC news, {STEPS} steps of 1,024 tokens, {len(SEEDS)} seeds: perplexity of "
-    "held-out texts"
+    f"SmolLM2-135M (from Q4_1) on BBC news, {STEPS} steps of 1,024 tokens, {len(SEEDS)} seeds: "
+    "perplexity of held-out texts"
   )
   table = Table(title=title)
   for column in (
