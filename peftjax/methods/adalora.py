@@ -134,7 +134,7 @@ def adalora(
       of this step, or `"magnitude"`, S_i = |λ_i|.
     regrow: what becomes of P_i and Q_i when λ_i is masked. `"kept"`: they stay (the paper).
       `"random"`: they are drawn anew. `"zero"`: they are zeroed, after which nothing of the triplet
-      has a gradient and it never comes back.
+      has a gradient, so that only an optimizer's momentum can bring it back.
     form: `"svd"`, or `"lora"` for LoRA's own B A with penalty (LoRA_regu, with target_rank=None) or
       pruned by pairs (Prune-LoRA), which never come back.
     dropout: rate on the branch's input.
