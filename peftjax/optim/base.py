@@ -85,14 +85,14 @@ def wrap(
     tx = outer(clip, tx)
   elif clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
-  tx = _checked(tx)
+  tx = _at_own_rates(_checked(tx))
   if accumulate > 1:
     tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
   return tx
 
 
 def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`tx` with `check_allocated` in its init, and with the rates that weights have of their own."""
+  """`tx` with `check_allocated` in its init."""
   tx = optax.with_extra_args_support(tx)
 
   def init(train: Any) -> Any:
@@ -100,17 +100,22 @@ def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     check_allocated(train, state)
     return state
 
+  return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _at_own_rates(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx` with the rates that weights have of their own: η_B = b_rate · η_A (LoRA+)."""
+  tx = optax.with_extra_args_support(tx)
+
+  def of(path: str, update: Any) -> Any:
+    rate = getattr(update, "b_rate", 1.0)
+    return update if rate == 1.0 else update.replace(b=rate * update.b)
+
   def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
     updates, state = tx.update(grads, state, params, **extra)
-    return paths.map_leaves(_at_own_rate, updates), state
+    return paths.map_leaves(of, updates), state
 
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _at_own_rate(path: str, update: Any) -> Any:
-  """LoRA+: η_B = b_rate · η_A."""
-  rate = getattr(update, "b_rate", 1.0)
-  return update if rate == 1.0 else update.replace(b=rate * update.b)
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def check_allocated(train: Any, state: Any) -> None:

@@ -442,5 +442,9 @@ def test_b_learns_faster_by_its_rate():
   chex.assert_trees_all_close(weight.b, 16.0 * one["query"]["kernel"].b, rtol=1e-6)
   chex.assert_trees_all_equal(weight.a, one["query"]["kernel"].a)
   chex.assert_trees_all_equal(fast["bias"], one["bias"])
+  mask = method.trainable(params)
+  frozen_too = pj.freeze(method.optimizer(optax.sgd(1.0), 10), mask)
+  got, _ = frozen_too.update(jax.tree.map(jnp.ones_like, params), frozen_too.init(params), params)
+  np.testing.assert_array_equal(got["query"]["kernel"].b, jnp.full((8, 4), -16.0))  # once
   with pytest.raises(ValueError, match="b_rate 0 is not above 0"):
     pj.lora(4, b_rate=0)

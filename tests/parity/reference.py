@@ -12,6 +12,7 @@ TOLERANCE = 1e-4  # of logits
 
 def classifier(directory: str | Path, **config) -> PreTrainedModel:
   """transformers' classifier from `directory`, with its attention written out."""
+  torch.manual_seed(0)  # of a head that the directory lacks
   return AutoModelForSequenceClassification.from_pretrained(
     directory, attn_implementation="eager", **config
   )
