@@ -5,7 +5,7 @@
 
 model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
 quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8.
-method: lora, dora, adalora, ia3, full.
+method: lora, dora, adalora, ia3, adapters, full.
 data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text a row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column.
 Every field below can be given as a flag: --config.method.rank=4.
@@ -66,11 +66,22 @@ METHODS = {
     head=False,
   ),
   "ia3": dict(name="ia3", outputs=("k_proj", "v_proj"), inputs=("down_proj",), head=False),
+  "adapters": dict(
+    name="adapters",
+    size=64,
+    placement="houlsby",  # or pfeiffer, parallel, scaled_parallel, after_residual
+    targets=(),  # modules instead of the placement's own
+    activation=placeholder(str),  # None, here and below: as the placement's paper has it
+    init=placeholder(str),
+    scale=placeholder(float),
+    norms=placeholder(bool),
+    head=False,
+  ),
   "full": dict(name="train", targets=(".*",), head=False),
 }
 
 # What suits each method; the rest is common.
-LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "adalora": 1e-3, "ia3": 5e-3, "full": 5e-5}
+LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "adalora": 1e-3, "ia3": 5e-3, "adapters": 1e-3, "full": 5e-5}
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=runs/bbc
 
-method: lora, dora, adalora, ia3, head, full, bitfit.
+method: lora, dora, adalora, ia3, adapters, head, full, bitfit.
 data: bbc, sentiment, glue/<task>, or files with
   --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
 Every field below can be given as a flag: --config.method.rank=4.
@@ -68,6 +68,17 @@ METHODS = {
     inputs=(r".*/layers(_\d+)?/output/dense/kernel",),
     head=True,
   ),
+  "adapters": dict(
+    name="adapters",
+    size=64,
+    placement="houlsby",  # or pfeiffer, parallel, scaled_parallel, after_residual
+    targets=(),  # modules instead of the placement's own
+    activation=placeholder(str),  # None, here and below: as the placement's paper has it
+    init=placeholder(str),
+    scale=placeholder(float),
+    norms=placeholder(bool),
+    head=True,
+  ),
   "head": dict(name="train", targets=("head/.*",), head=False),
   "full": dict(name="train", targets=(".*",), head=False),
   "bitfit": dict(name="train", targets=(".*/bias", "head/.*"), head=False),
@@ -79,6 +90,7 @@ LEARNING_RATES = {
   "dora": 2e-3,
   "adalora": 2e-3,
   "ia3": 1e-2,
+  "adapters": 1e-3,
   "head": 1e-2,
   "full": 2e-4,
   "bitfit": 2e-3,
@@ -113,6 +125,9 @@ def get_config(arg: str = "") -> ConfigDict:
         label_column="label",
         regression=False,
         glue_dir=placeholder(str),
+        split_seed=placeholder(int),  # of splits and subsets, by default seed
+        train_examples=placeholder(int),
+        eval_examples=placeholder(int),
       ),
       optimizer=dict(
         name="adamw",  # or adamw8bit

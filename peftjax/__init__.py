@@ -19,6 +19,7 @@ from peftjax.linen import apply
 from peftjax.methods.adalora import adalora
 from peftjax.methods.adalora_ranks import ranks, to_lora
 from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.adapters import adapters
 from peftjax.methods.base import Method, chain
 from peftjax.methods.dora import dora
 from peftjax.methods.ia3 import ia3
@@ -44,6 +45,7 @@ __all__ = [
   "Weight",
   "adalora",
   "adapter_mask",
+  "adapters",
   "align_ranks",
   "apply",
   "attend",

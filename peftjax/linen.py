@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import tree
+from peftjax.core import paths, tree
+from peftjax.core.attachment import Attachment
 from peftjax.core.einsum import attend, einsum, linear, split_subscripts, take
-from peftjax.core.layout import Axes, Layout
+from peftjax.core.layout import Axes, Layout, Site
 from peftjax.core.weight import Weight, materialize, reader
 from peftjax.nn.linear import Embedding, Linear
 
@@ -58,9 +59,21 @@ def apply(
 
 @contextlib.contextmanager
 def bridge() -> Iterator[None]:
-  """Within it, the common linen layers compute with the factors of a `Weight`, read-only."""
+  """Within it, the common linen layers compute with the factors of a `Weight`, read-only.
+
+  A module with an `Attachment` among its parameters, under the name "adapter", computes with that.
+  """
 
   def intercept(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    adapter = _param(context.module, "adapter") if context.method_name == "__call__" else None
+    if not isinstance(adapter, Attachment):
+      return plain(next_fn, args, kwargs, context)
+    first = [lambda *a, **k: plain(next_fn, a, k, context)]
+    # A compact method cannot run twice in one call; a second time it is another, unbound, module.
+    call = lambda *a, **k: first.pop()(*a, **k) if first else _unadapted(context.module, a, k)
+    return adapter.around(call, args, kwargs)
+
+  def plain(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
     if (type(module), context.method_name) in _HANDLERS:
       name, handler = _HANDLERS[type(module), context.method_name]
@@ -78,7 +91,7 @@ def bridge() -> Iterator[None]:
 
 
 def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
-  """Contracted and output axes of every kernel and table, from one abstract trace of `model`.
+  """Axes of every kernel and table, and widths of every module, from one abstract trace of `model`.
 
   Inside its module a kernel has its own axes; what it has more of in the parameter tree is a
   stack of layers (`nn.scan`, `nn.vmap`) that lies before them.
@@ -88,24 +101,44 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
     *args, **kwargs: example inputs; `jax.ShapeDtypeStruct` will do.
 
   Returns:
-    A dict from path to axes, for `method.attach(key, params, layout)`.
+    A dict from path to axes or site, for `method.attach(key, params, layout)`.
   """
   found: dict[str, Axes] = {}
+  sites: dict[str, Site] = {}
 
   def intercept(next_fn: Callable[..., Any], fargs: Any, fkwargs: Any, context: Any) -> Any:
     module = context.module
     name, axes = _AXES.get(type(module), ("", None))
     if axes is not None and context.method_name == "__call__":
       found["/".join((*module.path, name))] = axes(module, *fargs, **fkwargs)
-    return next_fn(*fargs, **fkwargs)
+    result = next_fn(*fargs, **fkwargs)
+    if context.method_name == "__call__" and module.path:
+      # What lifts the module's parameters (scan, vmap) stacks this one too.
+      module.put_variable("params", _MARK, jnp.zeros(()))
+      first = result[0] if isinstance(result, tuple) and result else result
+      sites["/".join(module.path)] = Site(tuple(map(_width, fargs)), _width(first))
+    return result
 
   def init(*args: Any, **kwargs: Any) -> Any:
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
     with nn.intercept_methods(intercept):
       return model.init(keys, *args, **kwargs)
 
-  jax.eval_shape(init, *args, **kwargs)
-  return found
+  made = paths.leaves(jax.eval_shape(init, *args, **kwargs)["params"])
+  stack = lambda path: tuple(made[f"{path}/{_MARK}"].shape)
+  return {**found, **{path: site._replace(stack=stack(path)) for path, site in sites.items()}}
+
+
+def _width(x: Any) -> int | None:
+  """Of an array of floats its last axis."""
+  floats = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+  return x.shape[-1] if floats and x.ndim >= 2 else None
+
+
+def _unadapted(module: nn.Module, args: Any, kwargs: Any) -> Any:
+  """The module's result from its own parameters alone."""
+  params = {name: x for name, x in module.variables["params"].items() if name != "adapter"}
+  return module.clone(parent=None).apply({"params": params}, *args, **kwargs)
 
 
 def _param(module: nn.Module, name: str) -> Any:
@@ -186,6 +219,9 @@ def _einsum_axes(module: nn.Einsum, x: jax.Array, eqn: str | None = None) -> Axe
   at = lambda keep: tuple(i - len(w_s) for i, c in enumerate(w_s) if keep(c))
   return Axes(at(lambda c: c not in out_s), at(lambda c: c in out_s and c not in x_s))
 
+
+# Of no parameter's name.
+_MARK = "<site>"
 
 _matrix_axes = lambda module, *args, **kwargs: Axes()
 

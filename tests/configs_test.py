@@ -26,7 +26,7 @@ ARGUMENTS = {
   "classify": [
     *(
       f"method={method},data=bbc"
-      for method in ("lora", "dora", "adalora", "ia3", "head", "full", "bitfit")
+      for method in ("lora", "dora", "adalora", "ia3", "adapters", "head", "full", "bitfit")
     ),
     *(f"data={name}" for name in ("sentiment", "glue/cola", "glue/stsb", "files")),
     "",

@@ -9,7 +9,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.core.layout import Axes
+from peftjax.core.layout import Axes, Site
 from tests.core.programs import jit, producers
 
 KEY = jax.random.key(0)
@@ -328,8 +328,18 @@ def test_apply_passes_everything_through():
 def test_layout_records_contracted_and_output_axes():
   """From one abstract trace; the leading rest of a kernel is a stack."""
   heads = pj.linen.layout(Heads(), jax.ShapeDtypeStruct(X.shape, X.dtype))
-  assert heads == {"out/kernel": Axes((-3,), (-2, -1)), "in/kernel": Axes((-3, -2), (-1,))}
-  assert pj.linen.layout(Embedding(), IDS) == {"table/embedding": Axes(), "dense/kernel": Axes()}
+  assert heads == {
+    "out/kernel": Axes((-3,), (-2, -1)),
+    "in/kernel": Axes((-3, -2), (-1,)),
+    "out": Site((12,), 2),
+    "in": Site((2,), 9),
+  }
+  assert pj.linen.layout(Embedding(), IDS) == {
+    "table/embedding": Axes(),
+    "dense/kernel": Axes(),
+    "table": Site((None,), 6),
+    "dense": Site((6,), 6),
+  }
   assert pj.linen.layout(*MODELS["Einsum, order"])["kernel"] == Axes((-2,), (-3, -1))
   assert pj.linen.layout(Batched(), X)["per_row/kernel"].stack((3, 12, 7)) == (3,)
   attention = pj.linen.layout(Attention(), X)

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.core.attachment import attachments
 from peftjax.core.weight import Weight, children
 from peftjax.io import hf_peft
 from peftjax.models.bert import BertClassifier
@@ -33,6 +34,8 @@ _QV_M = r".*/(query|value)/kernel/[abm]"
 _FFN = r".*/layers(_\d+)?/output/dense/kernel"
 _SCALES = rf".*/(key|value)/kernel/l|{_FFN}/l"
 _TRIPLETS = r"bert/.*/kernel/[abe]"
+_BOTTLENECKS = r".*/adapter/(down|up)(_bias)?"
+_NORMS = r".*/LayerNorm/(scale|bias)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Entry:
 
 
 _BOTH = ("unrolled", "scanned")
-lora, adalora, dora, ia3 = pj.lora, pj.adalora, pj.dora, pj.ia3
+lora, adalora, dora, ia3, adapters = pj.lora, pj.adalora, pj.dora, pj.ia3, pj.adapters
 train, chain = pj.train, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
@@ -113,6 +116,23 @@ ENTRIES = [
     identity=5e-6,
   ),
   Entry("dora nf4", lambda: dora(4, 8, from_quantised=True), _QV_M, base=pj.nf4(), identity=5e-6),
+  Entry("houlsby", lambda: adapters(8), f"{_BOTTLENECKS}|{_NORMS}", None, _BOTH, identity=5e-3),
+  Entry("pfeiffer", lambda: adapters(8, "pfeiffer"), _BOTTLENECKS, None, _BOTH, identity=3e-2),
+  Entry("parallel", lambda: adapters(8, "parallel"), _BOTTLENECKS, identity=2e-2),
+  Entry(
+    "scaled parallel nf4",
+    lambda: adapters(8, "scaled_parallel"),
+    _BOTTLENECKS,
+    base=pj.nf4(),
+  ),
+  Entry("after residual", lambda: adapters(8, "after_residual"), _BOTTLENECKS, identity=5e-3),
+  Entry(
+    "adapters bf16",
+    lambda: adapters(8, targets="intermediate", init="lora", norms=False),
+    _BOTTLENECKS,
+    dtype=jnp.bfloat16,
+    rounding=3e-2,
+  ),
   Entry("full", lambda: train(".*"), ".*"),
   Entry("head", lambda: train("head/.*"), "head/.*"),
   Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*"),
@@ -230,6 +250,10 @@ class Subject:
   def adapters(self, params):
     return pj.partition(params, pj.adapter_mask(params, self.mask))
 
+  def apart(self, params):
+    """The outputs by linen's own modules, where the method is a change of weights."""
+    return self.forward(params) if attachments(params) else self.plain(merge(params))
+
   def weights(self, params):
     """The weights a method attached."""
     flat = {p: leaf for p, leaf in paths.leaves(params).items() if isinstance(leaf, Weight)}
@@ -296,7 +320,14 @@ def test_law_2_einsum_and_take_equal_those_of_the_dense_array(subject):
 
 
 def test_law_3_merge_preserves_outputs_and_unmerge_gives_the_base_back(subject):
-  """A merged tree is a plain tree of the model; unmerging it is attaching again."""
+  """A merged tree is a plain tree of the model; unmerging it is attaching again.
+
+  What changes no weight is refused.
+  """
+  if attachments(subject.live):
+    with pytest.raises(ValueError, match="Bottleneck cannot be merged"):
+      merge(subject.live)
+    return
   merged = merge(subject.live)
   assert not any(isinstance(leaf, Weight) for leaf in paths.leaves(merged).values())
   chex.assert_trees_all_equal_shapes_and_dtypes(merged, merge(subject.params))
@@ -371,7 +402,7 @@ def test_law_6_an_adapter_is_swapped_without_tracing_again(subject):
     )
     assert pj.count(swapped, subject.mask) != pj.count(subject.attached, subject.mask)
     chex.assert_trees_all_close(merge(swapped), merge(unaligned), atol=1e-6)
-  close(subject, subject.plain(merge(moved)), subject.forward(moved))
+  close(subject, subject.apart(moved), subject.forward(moved))
 
 
 def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
@@ -504,7 +535,7 @@ def test_law_13_dropout_draws_anew_each_step_and_never_in_evaluation(subject):
     subject.live,
     is_leaf=paths.is_leaf,
   )
-  close(subject, subject.forward(subject.live), subject.plain(merge(still)))
+  close(subject, subject.forward(subject.live), subject.apart(still))
 
 
 def test_weights_have_the_children_that_their_class_declares():

@@ -47,7 +47,8 @@ def show_left(table: str, cells: list[Cell], results: Path) -> None:
 def compute(cells: list[Cell], results: Path) -> list[dict[str, Any]]:
   """The rows of all cells; what is not in the results is computed and added to them at once."""
   results.parent.mkdir(parents=True, exist_ok=True)
-  for cell in track(left(cells, results), "cells"):
+  todo = left(cells, results)
+  for cell in track(todo, "cells") if todo else ():
     row = {
       "cell": cell.name,
       **cell.run(),

@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import peftjax as pj
 from configs import causal_lm, classify
 from experiments.tables.cells import Cell
+from experiments.tables.report import Report
 from peftjax.core import paths
 from peftjax.quant import blockwise
 from peftjax.quant.formats import Format
@@ -138,33 +137,33 @@ def _minilm(folder: Path) -> tuple[Any, Callable[[Any], dict[str, float]]]:
 _SCORES = {"smollm2": _smollm2, "minilm": _minilm}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-  """A table a model: a line a type, a column a block size."""
-  for model, key, title in (
-    ("smollm2", "perplexity", "SmolLM2-135M (from Q4_1), perplexity of held-out BBC news"),
-    ("minilm", "accuracy", "MiniLM with LoRA, accuracy on BBC news"),
-  ):
+def table(rows: list[dict[str, Any]]) -> Report:
+  """A line a model and type, a column a block size."""
+  lines = []
+  for model, key in (("smollm2", "perplexity"), ("minilm", "accuracy")):
     own = {row["cell"]: row for row in rows if row["model"] == model}
-    dense = own[f"{model}-dense"][key]
-    table = Table(title=f"{title}; dense {dense:.4g}")
-    for column in (
-      "type",
-      *(f"block {b}" for b in BLOCKS),
-      "bits (64)",
-      "error (64)",
-      "code entropy (64)",
-      "QLoRA t. 2",
-    ):
-      table.add_column(column, justify="left" if column == "type" else "right")
+    dense = f"{own[f'{model}-dense'][key]:.4g}"
+    lines.append([model, "dense", *[dense] * len(BLOCKS), "", "", "", ""])
     for name, double, paper in TYPES:
       line = [own[f"{model}-{name}{'-dq' if double else ''}-{block}"] for block in BLOCKS]
       at_64 = line[BLOCKS.index(64)]
-      table.add_row(
-        name + (" + DQ" if double else ""),
-        *(f"{row[key]:.4g}" for row in line),
-        f"{at_64['bits']:.3f}",
-        f"{at_64['error']:.4f}",
-        f"{at_64['code_entropy']:.3f}",
-        "" if paper is None else f"{paper}",
+      lines.append(
+        [
+          model,
+          name + (" + DQ" if double else ""),
+          *(f"{row[key]:.4g}" for row in line),
+          f"{at_64['bits']:.3f}",
+          f"{at_64['error']:.4f}",
+          f"{at_64['code_entropy']:.3f}",
+          "" if paper is None else f"{paper}",
+        ]
       )
-    Console(width=140).print(table)
+  columns = ["model", "type", *(f"block {b}" for b in BLOCKS)]
+  columns += ["bits", "error", "entropy", "QLoRA t. 2"]
+  return Report(
+    "Linear layers in each data type: SmolLM2-135M (from Q4_1), perplexity of held-out BBC news; "
+    "MiniLM (float32) with LoRA, accuracy on BBC news.",
+    columns,
+    lines,
+    ("bits a parameter, relative error and entropy of the codes in bits: at blocks of 64.",),
+  )

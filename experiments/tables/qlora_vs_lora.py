@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from configs import causal_lm
 from experiments.tables.cells import Cell
+from experiments.tables.report import Report, mean
 from peftjax.training.loop import train_and_evaluate
 
 SEEDS = (0, 1, 2)
@@ -83,44 +81,40 @@ def _train(base: Base, seed: int, workdir: Path) -> dict[str, Any]:
   }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def table(rows: list[dict[str, Any]]) -> Report:
   """A line a base: mean and standard deviation over the seeds."""
   dense = {
     row["seed"]: row["after"]["test"]["perplexity"] for row in rows if row["base"] == "LoRA, dense"
   }
-  title = (
-    f"SmolLM2-135M (from Q4_1) on BBC news, {STEPS} steps of 1,024 tokens, {len(SEEDS)} seeds: "
-    "perplexity of held-out texts"
-  )
-  table = Table(title=title)
-  for column in (
-    "base",
-    "news before",
-    "news after",
-    "- LoRA, dense",
-    "sentiment before",
-    "sentiment after",
-    "QLoRA t. 3: GLUE",
-    "T5-80M RougeL",
-  ):
-    table.add_column(column, justify="left" if column == "base" else "right")
+  lines = []
   for base in BASES:
     own = [row for row in rows if row["base"] == base.name]
     value = lambda when, part, own=own: [row[when][part]["perplexity"] for row in own]
     apart = [row["after"]["test"]["perplexity"] - dense[row["seed"]] for row in own]
-    table.add_row(
-      base.name,
-      _mean(value("before", "test")),
-      _mean(value("after", "test")),
-      _mean(apart, "+.2f"),
-      _mean(value("before", "other")),
-      _mean(value("after", "other")),
-      "" if base.glue is None else f"{base.glue}",
-      f"{base.rouge}",
+    lines.append(
+      [
+        base.name + ("" if len(own) > 1 else " (1 seed)"),
+        mean(value("before", "test")),
+        mean(value("after", "test")),
+        mean(apart, "+.2f"),
+        mean(value("before", "other")),
+        mean(value("after", "other")),
+        "" if base.glue is None else f"{base.glue}",
+        f"{base.rouge}",
+      ]
     )
-  Console(width=140).print(table)
-
-
-def _mean(values: list[float], form: str = ".2f") -> str:
-  spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else " (1 seed)"
-  return f"{statistics.mean(values):{form}}{spread}"
+  return Report(
+    f"SmolLM2-135M (from Q4_1) on BBC news, {STEPS} steps of 1,024 tokens, {len(SEEDS)} seeds: "
+    "perplexity of held-out texts.",
+    [
+      "base",
+      "news before",
+      "news after",
+      "- LoRA, dense",
+      "sentiment before",
+      "sentiment after",
+      "QLoRA t. 3: GLUE",
+      "T5-80M RougeL",
+    ],
+    lines,
+  )

@@ -1,4 +1,4 @@
-"""Which axes of a kernel are contracted, which are outputs; the rest are stacked layers."""
+"""Axes of kernels: contracted, outputs, stacked layers; what modules read and return."""
 
 from __future__ import annotations
 
@@ -16,8 +16,19 @@ class Axes(NamedTuple):
     return tuple(shape[: len(shape) - len(self.ins) - len(self.outs)])
 
 
-# Axes of every kernel by path: what `peftjax.linen.layout` records.
-Layout = Mapping[str, Axes]
+class Site(NamedTuple):
+  """A module: the widths (last axes) of its arguments and of its result, and its stack of layers.
+
+  None where it is no array of floats.
+  """
+
+  reads: tuple[int | None, ...]
+  returns: int | None
+  stack: tuple[int, ...] = ()
+
+
+# Axes of every kernel and table, and every module, by path: what `peftjax.linen.layout` records.
+Layout = Mapping[str, Axes | Site]
 
 
 def axes_of(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
@@ -31,8 +42,8 @@ def axes_of(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
   """
   if len(shape) < 2:
     raise ValueError(f"{path} {shape} is no matrix; target kernels or embedding tables")
-  if layout and path in layout:
-    return layout[path]
+  if layout and isinstance(axes := layout.get(path), Axes):
+    return axes
   if len(shape) == 2:
     return Axes()
   why = "is in no module that layout() knows" if layout else "may be stacked layers or heads"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from peftjax.core import paths
+from peftjax.core.attachment import attachments, is_attachment
 from peftjax.core.weight import Weight, children, materialize
 
 
@@ -51,8 +52,14 @@ def merge(params: Any, *, dense: bool = False) -> Any:
     dense: dequantise quantised weights too, which makes them four to eight times as large.
 
   Raises:
-    ValueError: on a quantised weight, alone or under an adapter, unless `dense`.
+    ValueError: on a quantised weight, alone or under an adapter, unless `dense`; on what stands
+      for no dense array (bottleneck adapters, prefixes, prompts).
   """
+  if found := attachments(params):
+    raise ValueError(
+      f"{type(found[0]).__name__} cannot be merged: it is no change of a weight. Keep the adapted "
+      "parameters and call pj.apply(model, params, ...)."
+    )
 
   def of(path: str, leaf: Any) -> Any:
     if isinstance(leaf, Weight) and leaf.quantised and not dense:
@@ -71,7 +78,7 @@ def made_mask(params: Any) -> Any:
 
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, Weight):
-      return jax.tree.map(lambda _: False, leaf)
+      return jax.tree.map(lambda _: is_attachment(leaf), leaf)
     return leaf.replace(
       **{
         field: of(child) if field in leaf.pretrained else jax.tree.map(lambda _: True, child)
@@ -79,7 +86,7 @@ def made_mask(params: Any) -> Any:
       }
     )
 
-  return jax.tree.map(of, params, is_leaf=paths.is_leaf)
+  return jax.tree.map(of, params, is_leaf=lambda n: paths.is_leaf(n) or is_attachment(n))
 
 
 def adapter_mask(params: Any, trainable: Any) -> Any:

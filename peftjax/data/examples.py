@@ -31,6 +31,13 @@ class Examples:
       self.labels[rows],
     )
 
+  def sample(self, size: int, seed: int) -> "Examples":
+    """At most `size` of the examples, drawn without replacement, in their old order."""
+    if size < 1:
+      raise ValueError(f"a subset of {size} examples is none; write a number from 1 on, or null")
+    rows = np.random.default_rng(seed).permutation(len(self))[:size]
+    return self.take(np.sort(rows))
+
   def keys(self) -> list[tuple[str, ...]]:
     """What makes two examples duplicates: their texts, every run of whitespace being one space."""
     columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]

@@ -18,6 +18,7 @@ from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Linear
 from peftjax.nn.norm import LayerNorm
+from peftjax.nn.residual import Residual
 
 # Parameters a checkpoint may lack, because they are new with the task, ...
 NEW = r"head/.*|bert/pooler/.*"
@@ -143,7 +144,7 @@ class Output(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, residual: jax.Array, key: jax.Array | None) -> jax.Array:
     y = Linear(self.config.width, name="dense")(x)
-    y = residual + dropout(key, y, self.config.dropout)
+    y = Residual(name="residual")(dropout(key, y, self.config.dropout), residual)
     return LayerNorm(self.config.eps, name="LayerNorm")(y)
 
 

@@ -20,6 +20,7 @@ from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Linear
 from peftjax.nn.norm import LayerNorm
+from peftjax.nn.residual import Residual
 
 # Every tensor has to be there, ...
 NEW = r"(?!)"
@@ -141,8 +142,9 @@ class Layer(nn.Module):
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     h = LayerNorm(c.eps, name="ln_1")(x)
     y, cache = SelfAttention(c, name="attn")(h, bias, index, cache, keys[:2])
-    x = x + y
-    return x + Mlp(c, name="mlp")(LayerNorm(c.eps, name="ln_2")(x), keys[2]), cache
+    x = Residual(name="attn_residual")(y, x)
+    y = Mlp(c, name="mlp")(LayerNorm(c.eps, name="ln_2")(x), keys[2])
+    return Residual(name="mlp_residual")(y, x), cache
 
 
 class Body(nn.Module):

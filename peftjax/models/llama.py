@@ -21,6 +21,7 @@ from peftjax.nn.attention import attention
 from peftjax.nn.ffn import swiglu
 from peftjax.nn.linear import Embedding, Linear
 from peftjax.nn.norm import RMSNorm
+from peftjax.nn.residual import Residual
 
 # Every tensor has to be there, ...
 NEW = r"(?!)"
@@ -150,8 +151,9 @@ class Layer(nn.Module):
     c = self.config
     h = RMSNorm(c.eps, name="input_layernorm")(x)
     y, cache = SelfAttention(c, name="self_attn")(h, angles, bias, index, cache)
-    x = x + y
-    return x + Mlp(c, name="mlp")(RMSNorm(c.eps, name="post_attention_layernorm")(x)), cache
+    x = Residual(name="self_attn_residual")(y, x)
+    y = Mlp(c, name="mlp")(RMSNorm(c.eps, name="post_attention_layernorm")(x))
+    return Residual(name="mlp_residual")(y, x), cache
 
 
 class Body(nn.Module):

@@ -50,9 +50,7 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
     **model.options(),
   )
   method = settings.build_method()
-  layout = None
-  if model.scan_layers:
-    layout = linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+  layout = linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
   params = method.attach(jax.random.fold_in(key, 1), params, layout)
   if mesh is not None:
     params = jax.device_put(params, sharding.shardings(params, mesh))

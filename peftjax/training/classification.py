@@ -112,9 +112,16 @@ class Classification:
 
 def load(settings: Settings) -> Classification:
   """Reads and tokenises the corpus; one set of length buckets for all of its splits."""
-  corpus = data.load(seed=settings.seed, **settings.data.corpus_arguments())
+  wanted = settings.data
+  seed = settings.seed if wanted.split_seed is None else wanted.split_seed
+  corpus = data.load(seed=seed, **wanted.corpus_arguments())
+  sizes = {"train": wanted.train_examples}
+  for part, examples in corpus.splits.items():
+    size = sizes.get(part, wanted.eval_examples)
+    if size is not None:
+      corpus.splits[part] = examples.sample(size, seed)
   tokenizer = data.load_tokenizer(str(settings.model.path()))
-  length = settings.data.max_length
+  length = wanted.max_length
   tokens = {part: data.encode(tokenizer, corpus.splits[part], length) for part in corpus.splits}
   lengths = np.concatenate([t.lengths for t in tokens.values()])
   pad_id = pretrained.pad_id(settings.model.path())

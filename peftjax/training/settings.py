@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from peftjax import optim
 from peftjax.methods.adalora import adalora
+from peftjax.methods.adapters import adapters
 from peftjax.methods.base import Method, chain
 from peftjax.methods.dora import dora
 from peftjax.methods.ia3 import ia3
@@ -29,6 +30,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
   "dora": dora,
   "adalora": adalora,
   "ia3": ia3,
+  "adapters": adapters,
   "train": train,
 }
 # The name of an optimizer in a config, and what builds it.
@@ -97,10 +99,14 @@ class Data:
   label_column: str = "label"
   regression: bool = False
   glue_dir: str | None = None
+  split_seed: int | None = None  # of splits and subsets, by default the run's
+  train_examples: int | None = None  # a random subset of at most this many
+  eval_examples: int | None = None  # likewise of validation and of test
 
   def corpus_arguments(self) -> dict[str, Any]:
     fields = dataclasses.asdict(self)
-    del fields["max_length"]
+    for name in ("max_length", "split_seed", "train_examples", "eval_examples"):
+      del fields[name]
     return fields
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.tables import cells
+from experiments.tables import cells, report
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 TABLES = ("datatypes", "qlora_vs_lora")
@@ -55,5 +55,7 @@ def test_committed_results_are_whole_and_say_where_they_are_from(name, capsys, t
   for row in rows.values():
     assert f"experiments.tables {name}" in row["command"]
     assert row["commit"] and "seed" in row and row["machine"]
-  table.show([rows[cell.name] for cell in todo])
-  assert "SmolLM2" in capsys.readouterr().out
+  made = table.table([rows[cell.name] for cell in todo])
+  for form in report.FORMATS:
+    report.write(made, form)
+    assert made.lines[0][0] in capsys.readouterr().out.replace("\\", "")

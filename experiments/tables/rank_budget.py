@@ -1,0 +1,48 @@
+"""AdaLoRA against LoRA at equal budgets, beside the SST-2 columns of AdaLoRA's table 5.
+
+A budget is the rank that is left a matrix; AdaLoRA begins with 1.5 times as many triplets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experiments.tables import trials
+from experiments.tables.cells import Cell
+from experiments.tables.methods import accuracy, adalora, lora_all
+from experiments.tables.report import Report, mean
+from experiments.tables.trials import Trial
+
+RESULTS = trials.RESULTS
+BUDGETS = (1, 2, 4, 8)
+DATA = "sentiment"
+# Zhang et al. 2023, table 5, SST-2 at .08, .16, .32 and .65 % of the parameters.
+PRINTED = {"LoRA": ("94.38", "94.95", "", "94.95"), "AdaLoRA": ("95.64", "95.80", "96.10", "96.10")}
+
+
+def wanted() -> list[Trial]:
+  return [of(DATA, budget) for budget in BUDGETS for of in (lora_all, adalora)]
+
+
+def cells(folder: Path) -> list[Cell]:
+  return trials.cells(wanted(), folder)
+
+
+def table(rows: list[dict[str, Any]]) -> Report:
+  found = trials.by_trial(wanted(), rows)
+  lines = []
+  for i, budget in enumerate(BUDGETS):
+    lora, ada = found[lora_all(DATA, budget)], found[adalora(DATA, budget)]
+    apart = [accuracy(b) - accuracy(a) for a, b in zip(lora, ada, strict=True)]
+    scores = [mean([accuracy(row) for row in own]) for own in (lora, ada)]
+    printed = [values[i] for values in PRINTED.values()]
+    lines.append([str(budget), *scores, mean(apart, "+.2f"), *printed])
+  columns = ["budget", "LoRA", "AdaLoRA", "difference by seed", "LoRA, t. 5", "AdaLoRA, t. 5"]
+  title = f"Test accuracy on {DATA}, %, all linear layers. {trials.HEADER}."
+  return Report(title, columns, lines, NOTES)
+
+
+NOTES = (
+  "budget: rank a matrix. t. 5: Zhang et al. 2023, DeBERTaV3-base on SST-2, mean of 5 seeds.",
+)

@@ -1,0 +1,262 @@
+"""Bottleneck adapters: Houlsby et al. 2019, Pfeiffer et al. 2020, He et al. 2021."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import paths
+from peftjax.core.layout import Layout, Site
+from peftjax.methods.base import Optimized
+from peftjax.methods.bottleneck import Bottleneck
+from peftjax.nn.ffn import ACTIVATIONS
+
+# Scales and biases of normalisations, in our models and by linen's own names.
+_NORMS = r".*(norm|Norm|ln)\w*/(scale|bias)"
+# Our encoders and decoders call the residual additions of a block thus.
+_RESIDUALS = r".*/(attention/output/residual|output/residual|\w+_residual)"
+_FFN_IN_BERT, _FFN_IN_DECODERS = r".*/layers(_\d+)?/output", r".*/mlp"
+
+
+class Place(NamedTuple):
+  """Where an adapter lies, and what it reads: see `Bottleneck`."""
+
+  modules: str
+  reads: int | None = None
+  again: bool = False
+
+
+class Placement(NamedTuple):
+  """A kind of adapter as its paper has it.
+
+  Attributes:
+    places: in models of ours; those that a model has are taken.
+    module: what an adapter reads of a module that is named by hand.
+    activation, init, scale, norms: the paper's choices.
+  """
+
+  places: tuple[Place, ...]
+  module: Place
+  activation: str
+  init: str
+  scale: float = 1.0
+  norms: bool = False
+
+
+_PARALLEL = (Place(f"{_FFN_IN_BERT}/residual", 1), Place(_FFN_IN_DECODERS, 0))
+PLACEMENTS: Mapping[str, Placement] = {
+  "houlsby": Placement((Place(_RESIDUALS, 0),), Place("", None), "gelu", "near_zero", norms=True),
+  "pfeiffer": Placement(
+    (Place(f"{_FFN_IN_BERT}/LayerNorm", None, True), Place(r".*/mlp_residual")),
+    Place("", None),
+    "relu",
+    "bert",
+  ),
+  "parallel": Placement(_PARALLEL, Place("", 0), "relu", "bert"),
+  "scaled_parallel": Placement(_PARALLEL, Place("", 0), "relu", "lora", 4.0),
+  "after_residual": Placement((Place(_RESIDUALS),), Place("", None), "gelu", "near_zero"),
+}
+
+# Of W_down and W_up; biases begin at zero.
+_initializers = jax.nn.initializers
+_NEAR_ZERO = _initializers.truncated_normal(1e-2, lower=-2.0, upper=2.0)
+_BERT = _initializers.normal(0.02)
+INITS: Mapping[str, tuple[Any, Any]] = {
+  "near_zero": (_NEAR_ZERO, _NEAR_ZERO),
+  "bert": (_BERT, _BERT),
+  # U(±1/√in), as torch.nn.Linear begins.
+  "lora": (_initializers.variance_scaling(1 / 3, "fan_in", "uniform"), _initializers.zeros),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptersMethod(Optimized):
+  """Puts a `Bottleneck` beside modules and trains it; see `adapters`."""
+
+  size: int
+  placement: str
+  targets: str | Sequence[str]
+  activation: str
+  init: str
+  scale: float
+  norms: bool
+  dtype: Any
+
+  def claims(self, params: Any) -> list[str]:
+    flat = paths.leaves(params)
+    return [p for p in flat if _in_adapter(p) or (self.norms and re.fullmatch(_NORMS, p))]
+
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    """`params` with a `Bottleneck` as the parameter `adapter` of every module it is placed at.
+
+    Args:
+      key: folded with the path of each layer's module.
+      params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
+      layout: of the modules; `peftjax.linen.layout(model, *example_inputs)`.
+
+    Raises:
+      ValueError: without a layout; no module is where the placement or a target says; a module
+        does not read or return what the adapter needs; it has an adapter already.
+    """
+    sites = {path: s for path, s in (layout or {}).items() if isinstance(s, Site)}
+    if not sites:
+      raise ValueError(
+        "adapters lie beside modules, which the parameters do not show. Write "
+        "method.attach(key, params, peftjax.linen.layout(model, *example_inputs))."
+      )
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+    for path, place in self._places(sites).items():
+      site = sites[path]
+      make = lambda key, path=path, site=site, place=place: self._make(key, path, site, place)
+      node = jax.eval_shape(make, key) if abstract else make(key)
+      if _has_adapter(params, path):
+        raise ValueError(f"{path} has an adapter already; attach to the parameters without it")
+      params = _put(params, path.split("/"), node)
+    return params
+
+  def trainable(self, params: Any) -> Any:
+    """The bottlenecks but not their scale, and normalisations if `norms`."""
+    claimed = set(self.claims(params))
+    on = lambda path: path in claimed and not path.endswith("adapter/scale")
+    return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: on(p), leaf), params)
+
+  def _places(self, sites: Mapping[str, Site]) -> dict[str, Place]:
+    """The place of every module that gets an adapter, by path."""
+    kind = PLACEMENTS[self.placement]
+    if not self.targets:
+      found = {p: place for p in sites for place in kind.places if re.fullmatch(place.modules, p)}
+      if not found:
+        raise ValueError(
+          f"no module of this model is where {self.placement!r} adapters go. Name modules "
+          f"yourself, targets=[...]; there are:\n  {_some(sites)}"
+        )
+      return found
+    patterns = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+    places: dict[str, Place] = {}
+    for pattern in patterns:
+      found = {p: kind.module for p in sites if _names(pattern, p)}
+      if not found:
+        raise ValueError(f"target {pattern!r} matches no module; there are:\n  {_some(sites)}")
+      places.update(found)
+    return places
+
+  def _make(self, key: jax.Array, path: str, site: Site, place: Place) -> Bottleneck:
+    wide = site.returns
+    reads = wide if place.reads is None else dict(enumerate(site.reads)).get(place.reads)
+    if reads is None or wide is None:
+      raise ValueError(
+        f"{path} reads {site.reads} and returns {site.returns} (widths of float arrays), which a "
+        f"{self.placement!r} adapter cannot be put around"
+      )
+    down_init, up_init = INITS[self.init]
+    downs, ups = [], []
+    for layer in paths.layer_paths(path, site.stack):
+      down_key, up_key = jax.random.split(paths.fold_in_path(key, layer))
+      downs.append(down_init(down_key, (reads, self.size), self.dtype))
+      ups.append(up_init(up_key, (self.size, wide), self.dtype))
+    stacked = lambda xs: jnp.stack(xs).reshape(*site.stack, *xs[0].shape)
+    return Bottleneck(
+      down=stacked(downs),
+      down_bias=jnp.zeros((*site.stack, self.size), self.dtype),
+      up=stacked(ups),
+      up_bias=jnp.zeros((*site.stack, wide), self.dtype),
+      scale=jnp.full(site.stack, self.scale, jnp.float32),
+      activation=self.activation,
+      reads=place.reads,
+      again=place.again,
+    )
+
+
+def adapters(
+  size: int = 64,
+  placement: str = "houlsby",
+  targets: str | Sequence[str] = (),
+  *,
+  activation: str | None = None,
+  init: str | None = None,
+  scale: float | None = None,
+  norms: bool | None = None,
+  dtype: Any = jnp.float32,
+) -> AdaptersMethod:
+  """Bottleneck adapters f(u) = s · (W_up φ(W_down u + b_down) + b_up).
+
+  With x what a sub-layer (attention or feed-forward) takes, h what it returns and r the stream of
+  the residuals, the placements are
+
+  * `"houlsby"`: r + h + f(h), after both sub-layers; φ = GELU; all LayerNorms are trained too
+    (Houlsby et al. 2019, arXiv 1902.00751, section 2.1 and figure 2).
+  * `"pfeiffer"`: LN(r + h + f(LN(r + h))), after the feed-forward, with the one frozen LayerNorm
+    twice; in a pre-norm decoder r + h + f(r + h); φ = ReLU (Pfeiffer et al. 2020, arXiv 2005.00247,
+    appendix A.1).
+  * `"parallel"`: r + h + f(x), beside the feed-forward; φ = ReLU (He et al. 2021, arXiv 2110.04366,
+    table 1); `"scaled_parallel"`: with s = 4 and f = 0 at first (there, section 4.6).
+  * `"after_residual"`: r + h + f(r + h), after both sub-layers, before what normalises next.
+
+  Args:
+    size: M, the width of the bottleneck.
+    placement: one of these.
+    targets: modules instead, by name or regex, of any linen model: a parallel adapter then adds
+      f(first argument), any other f(result), to what the module returns.
+    activation: φ, of `nn.ffn.ACTIVATIONS`.
+    init: of W_down and W_up: `"near_zero"`, N(0, 0.01²) cut at 2σ (Houlsby, section 3.6), `"bert"`,
+      N(0, 0.02²), or `"lora"`, U(±1/√in) and 0.
+    scale: s.
+    norms: also train the scales and biases of all normalisations.
+    dtype: of the adapter.
+
+  None is as the paper has it.
+
+  Raises:
+    ValueError: on an unknown name, or a size below 1.
+  """
+  for what, given, allowed in (
+    ("placement", placement, PLACEMENTS),
+    ("activation", activation, ACTIVATIONS),
+    ("init", init, INITS),
+  ):
+    if given is not None and given not in allowed:
+      raise ValueError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
+  if size < 1:
+    raise ValueError(f"size {size} is not a positive integer")
+  kind = PLACEMENTS[placement]
+  return AdaptersMethod(
+    size=size,
+    placement=placement,
+    targets=targets if isinstance(targets, str) else tuple(targets),
+    activation=activation or kind.activation,
+    init=init or kind.init,
+    scale=kind.scale if scale is None else scale,
+    norms=kind.norms if norms is None else norms,
+    dtype=dtype,
+  )
+
+
+def _in_adapter(path: str) -> bool:
+  return path.split("/")[-2:-1] == ["adapter"]
+
+
+def _has_adapter(params: Any, path: str) -> bool:
+  return any(p.startswith(f"{path}/adapter/") for p in paths.leaves(params))
+
+
+def _names(pattern: str, path: str) -> bool:
+  """A plain word is the last name of a module; anything else has to match its whole path."""
+  return path.split("/")[-1] == pattern or re.fullmatch(pattern, path) is not None
+
+
+def _some(sites: Mapping[str, Site]) -> str:
+  shown = [p for p in sites if p][:20]
+  return "\n  ".join([*shown, *(["..."] if len(sites) > 20 else [])])
+
+
+def _put(tree: Any, modules: list[str], node: Bottleneck) -> Any:
+  """`tree` with `node` as the adapter of the module at that path."""
+  if not modules:
+    return {**tree, "adapter": node}
+  head, *rest = modules
+  return {**tree, head: _put(tree.get(head, {}), rest, node)}

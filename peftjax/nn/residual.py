@@ -1,0 +1,12 @@
+"""The residual addition of a block."""
+
+import flax.linen as nn
+import jax
+
+
+class Residual(nn.Module):
+  """stream + update: a module without parameters, so that an adapter can name the place."""
+
+  @nn.compact
+  def __call__(self, update: jax.Array, stream: jax.Array) -> jax.Array:
+    return stream + update
