@@ -1,0 +1,42 @@
+"""Fields of configs by dotted path: which count, which differ, which have to agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peftjax.training import resume
+
+# What a sweep compares. Trials that differ in anything else answer different questions.
+_COMPARED = ("method.", "optimizer.")
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields that can change a result, by dotted path."""
+  fields = resume._flat(dict(config))
+  return {path: value for path, value in fields.items() if path not in resume._FREE}
+
+
+def varying(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+  """The paths at which flat configs differ; one that a config does not have counts as None."""
+  found: dict[str, set[str]] = {}
+  configs = list(configs)
+  for path in dict.fromkeys(path for config in configs for path in config):
+    found[path] = {json.dumps(config.get(path)) for config in configs}
+  return [path for path, values in found.items() if len(values) > 1]
+
+
+def question(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The part of a flat config that all have to share whose metrics are compared."""
+  return {
+    path: value
+    for path, value in config.items()
+    if path != "seed" and not path.startswith(_COMPARED)
+  }
+
+
+def label(config: Mapping[str, Any], paths: Iterable[str]) -> str:
+  """Some fields for people: `target_rank 4, gamma 0.1`."""
+  given = [(path.rpartition(".")[2], config[path]) for path in paths if path in config]
+  return ", ".join(f"{name} {value}" for name, value in given)
