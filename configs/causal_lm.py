@@ -5,7 +5,7 @@
 
 model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
 quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8.
-method: lora, dora, adalora, ia3, adapters, full.
+method: lora, dora, adalora, ia3, adapters, vera, full.
 data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text a row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column.
 Every field below can be given as a flag: --config.method.rank=4.
@@ -77,11 +77,28 @@ METHODS = {
     norms=placeholder(bool),
     head=False,
   ),
+  "vera": dict(
+    name="vera",
+    rank=256,
+    targets=("all-linear",),
+    d_initial=0.1,
+    dropout=0.0,
+    projection_seed=0,
+    head=False,
+  ),
   "full": dict(name="train", targets=(".*",), head=False),
 }
 
 # What suits each method; the rest is common.
-LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "adalora": 1e-3, "ia3": 5e-3, "adapters": 1e-3, "full": 5e-5}
+LEARNING_RATES = {
+  "lora": 1e-3,
+  "dora": 1e-3,
+  "adalora": 1e-3,
+  "ia3": 5e-3,
+  "adapters": 1e-3,
+  "vera": 1e-2,
+  "full": 5e-5,
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:

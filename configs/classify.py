@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=runs/bbc
 
-method: lora, dora, adalora, ia3, adapters, head, full, bitfit.
+method: lora, dora, adalora, ia3, adapters, vera, head, full, bitfit.
 data: bbc, sentiment, glue/<task>, or files with
   --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
 Every field below can be given as a flag: --config.method.rank=4.
@@ -79,6 +79,15 @@ METHODS = {
     norms=placeholder(bool),
     head=True,
   ),
+  "vera": dict(
+    name="vera",
+    rank=256,
+    targets=("query", "value"),
+    d_initial=0.1,
+    dropout=0.0,
+    projection_seed=0,
+    head=True,
+  ),
   "head": dict(name="train", targets=("head/.*",), head=False),
   "full": dict(name="train", targets=(".*",), head=False),
   "bitfit": dict(name="train", targets=(".*/bias", "head/.*"), head=False),
@@ -91,6 +100,7 @@ LEARNING_RATES = {
   "adalora": 2e-3,
   "ia3": 1e-2,
   "adapters": 1e-3,
+  "vera": 1e-2,
   "head": 1e-2,
   "full": 2e-4,
   "bitfit": 2e-3,

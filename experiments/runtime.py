@@ -45,7 +45,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     config = runpy.run_path(path)["get_config"](argument)
     for field in given:
       if field.startswith("config."):
-        _check_field(config, field.removeprefix("config."))
+        try:
+          check_field(config, field.removeprefix("config."))
+        except ValueError as refused:
+          sys.exit(f"error: {refused}")
     raise
 
 
@@ -56,13 +59,14 @@ def _raised_in(function: str, error: BaseException | None) -> BaseException | No
   return error
 
 
-def _check_field(config: Any, field: str) -> None:
-  here = "config"
+def check_field(config: Any, field: str, here: str = "config") -> None:
+  """Raises ValueError, naming what is near, if `config` has no field of that dotted path."""
   for part in field.split("."):
-    if part not in config:
-      near = difflib.get_close_matches(part, list(config), n=1)
+    has = list(config) if hasattr(config, "keys") else []
+    if part not in has:
+      near = difflib.get_close_matches(part, has, n=1)
       hint = f"; did you mean {near[0]!r}?" if near else "."
-      sys.exit(f"error: {here} has no field {part!r}{hint} It has: {', '.join(config)}")
+      raise ValueError(f"{here} has no field {part!r}{hint} It has: {', '.join(has) or 'none'}")
     config, here = config[part], f"{here}.{part}"
 
 

@@ -27,7 +27,10 @@ from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora import lora
 from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.masks import train
+from peftjax.methods.prefix import prefix
+from peftjax.methods.prompt import prompt
 from peftjax.methods.swap import align_ranks, unmerge
+from peftjax.methods.vera import vera
 from peftjax.models.generate import generate
 from peftjax.models.pretrained import load_pretrained
 from peftjax.optim import freeze
@@ -71,6 +74,8 @@ __all__ = [
   "nf4",
   "optim",
   "partition",
+  "prefix",
+  "prompt",
   "quantize",
   "ranks",
   "requantize",
@@ -83,4 +88,5 @@ __all__ = [
   "train",
   "unmerge",
   "value_and_grad",
+  "vera",
 ]

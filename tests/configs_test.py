@@ -26,7 +26,7 @@ ARGUMENTS = {
   "classify": [
     *(
       f"method={method},data=bbc"
-      for method in ("lora", "dora", "adalora", "ia3", "adapters", "head", "full", "bitfit")
+      for method in ("lora", "dora", "adalora", "ia3", "adapters", "vera", "head", "full", "bitfit")
     ),
     *(f"data={name}" for name in ("sentiment", "glue/cola", "glue/stsb", "files")),
     "",
@@ -34,7 +34,7 @@ ARGUMENTS = {
   "causal_lm": [
     *(
       f"method={method},model=smollm2,quant=none,data=bbc"
-      for method in ("lora", "dora", "adalora", "ia3", "full")
+      for method in ("lora", "dora", "adalora", "ia3", "adapters", "vera", "full")
     ),
     *(f"quant={name}" for name in ("nf4", "nf4_textbook", "lloyd_max", "fp4", "int4", "int8")),
     "data=files",

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.core.attachment import attachments
+from peftjax.core.tree import tie
 from peftjax.core.weight import Weight, children
 from peftjax.io import hf_peft
 from peftjax.models.bert import BertClassifier
@@ -36,6 +37,7 @@ _SCALES = rf".*/(key|value)/kernel/l|{_FFN}/l"
 _TRIPLETS = r"bert/.*/kernel/[abe]"
 _BOTTLENECKS = r".*/adapter/(down|up)(_bias)?"
 _NORMS = r".*/LayerNorm/(scale|bias)"
+_VECTORS = r"bert/.*/kernel/[bd]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Entry:
 
 _BOTH = ("unrolled", "scanned")
 lora, adalora, dora, ia3, adapters = pj.lora, pj.adalora, pj.dora, pj.ia3, pj.adapters
-train, chain = pj.train, pj.chain
+prefix, prompt = pj.prefix, pj.prompt
+vera, train, chain = pj.vera, pj.train, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
 )
@@ -132,6 +135,17 @@ ENTRIES = [
     _BOTTLENECKS,
     dtype=jnp.bfloat16,
     rounding=3e-2,
+  ),
+  # A prefix takes its share of the attention at once, a prompt also its place before the text.
+  Entry("prefix", lambda: prefix(3), r".*/prefix/(keys|values)", None, _BOTH, identity=1.0),
+  Entry("prefix nf4", lambda: prefix(3), r".*/prefix/(keys|values)", base=pj.nf4(), identity=1.0),
+  Entry("prompt", lambda: prompt(3), r".*/prompt/embeddings", identity=10.0),
+  Entry("vera", lambda: vera(6, "all-linear", d_initial=1.0), _VECTORS, None, _BOTH),
+  Entry(
+    "vera nf4",
+    lambda: vera(6, "all-linear", d_initial=1.0, dropout=0.2),
+    _VECTORS,
+    base=pj.nf4(32),
   ),
   Entry("full", lambda: train(".*"), ".*"),
   Entry("head", lambda: train("head/.*"), "head/.*"),
@@ -257,7 +271,8 @@ class Subject:
   def weights(self, params):
     """The weights a method attached."""
     flat = {p: leaf for p, leaf in paths.leaves(params).items() if isinstance(leaf, Weight)}
-    whole = lambda leaf: not isinstance(leaf, pj.Quantized) and not getattr(leaf, "of", "")
+    # A bias of IA3 is no weight without its kernel.
+    whole = lambda leaf: not isinstance(leaf, pj.Quantized) and getattr(leaf, "l", 0) is not None
     return {p: leaf for p, leaf in flat.items() if whole(leaf)}
 
 
@@ -296,7 +311,9 @@ def test_law_1_attach_is_the_identity_on_outputs(subject):
 def test_law_2_einsum_and_take_equal_those_of_the_dense_array(subject):
   """In the common equations, of every weight."""
   seen = set()
-  for path, weight in subject.weights(subject.live).items():
+  tied = paths.leaves(tie(subject.live))
+  for path in subject.weights(subject.live):
+    weight = tied[path]
     *stack, n_in, n_out = weight.shape
     if (kind := (type(weight), path.split("/")[-1], n_in == n_out)) in seen:
       continue
@@ -325,7 +342,7 @@ def test_law_3_merge_preserves_outputs_and_unmerge_gives_the_base_back(subject):
   What changes no weight is refused.
   """
   if attachments(subject.live):
-    with pytest.raises(ValueError, match="Bottleneck cannot be merged"):
+    with pytest.raises(ValueError, match="cannot be merged"):
       merge(subject.live)
     return
   merged = merge(subject.live)
@@ -531,7 +548,7 @@ def test_law_13_dropout_draws_anew_each_step_and_never_in_evaluation(subject):
   assert one == again
   assert (one != two) == any(rates)
   still = jax.tree.map(
-    lambda leaf: leaf.replace(dropout=0.0) if isinstance(leaf, pj.LoRA) else leaf,
+    lambda leaf: leaf.replace(dropout=0.0) if hasattr(leaf, "dropout") else leaf,
     subject.live,
     is_leaf=paths.is_leaf,
   )

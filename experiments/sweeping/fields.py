@@ -14,8 +14,8 @@ _COMPARED = ("method.", "optimizer.")
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
   """The fields that can change a result, by dotted path."""
-  fields = resume._flat(dict(config))
-  return {path: value for path, value in fields.items() if path not in resume._FREE}
+  fields = resume.flat(dict(config))
+  return {path: value for path, value in fields.items() if path not in resume.FREE}
 
 
 def varying(configs: Iterable[Mapping[str, Any]]) -> list[str]:

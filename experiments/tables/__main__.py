@@ -7,6 +7,8 @@ methods: every method on two tasks, beside LoRA's table 2 and AdaLoRA's table 1.
 rank_budget: AdaLoRA against LoRA at equal budgets, beside AdaLoRA's table 5.
 adalora_ablation: its parts at one budget, beside AdaLoRA's tables 4 and 5.
 which_matrices, rank: beside LoRA's tables 5 and 6.
+ffn: feed-forward variants from scratch, beside GLU variants' table 1.
+parameters: the papers' counts of trained parameters, from abstract models (seconds).
 datatypes: perplexity of SmolLM2 and accuracy of MiniLM with their linear layers in each data type,
   at each block size, beside QLoRA's table 2.
 qlora_vs_lora: SmolLM2 fine-tuned whole, and by LoRA over a dense, int8, FP4 and NF4 base, beside
@@ -35,7 +37,9 @@ def main(argv: list[str]) -> None:
     adalora_ablation,
     cells,
     datatypes,
+    ffn,
     methods,
+    parameters,
     qlora_vs_lora,
     rank,
     rank_budget,
@@ -48,6 +52,8 @@ def main(argv: list[str]) -> None:
     "adalora_ablation": adalora_ablation,
     "which_matrices": which_matrices,
     "rank": rank,
+    "ffn": ffn,
+    "parameters": parameters,
     "datatypes": datatypes,
     "qlora_vs_lora": qlora_vs_lora,
   }

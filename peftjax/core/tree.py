@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from peftjax.core import paths
+from peftjax.core import paths, shared
 from peftjax.core.attachment import attachments, is_attachment
 from peftjax.core.weight import Weight, children, materialize
 
@@ -34,18 +34,29 @@ def combine(*trees: Any) -> Any:
 
 
 def tie(params: Any) -> Any:
-  """`params` with, in every weight that borrows an array of another leaf, that array.
+  """`params` with, in every weight that borrows arrays of another leaf or shared node, those.
 
-  Such a weight names the leaf in `of`, and its own child is None, so that an array that several
-  weights use is trained, saved and counted once.
+  Such a weight names the lender in `of`, and its own children are None, so that an array that
+  several weights use is trained, saved and counted once.
+
+  Raises:
+    ValueError: if a lender is not in `params`.
   """
-  flat = paths.leaves(params)
-  give = lambda leaf: leaf.borrow(flat[leaf.of]) if getattr(leaf, "of", "") else leaf
-  return paths.map_leaves(lambda _, leaf: give(leaf), params)
+  lenders = {**paths.leaves(params), **shared.nodes(params)}
+
+  def give(path: str, leaf: Any) -> Any:
+    of = getattr(leaf, "of", "")
+    if of and of not in lenders:
+      raise ValueError(f"{path} uses arrays of {of}, which is not in this tree: pass all of it")
+    return leaf.borrow(lenders[of]) if of else leaf
+
+  return paths.map_leaves(give, params)
 
 
 def merge(params: Any, *, dense: bool = False) -> Any:
   """Ordinary arrays: every `Weight` replaced by the dense array it stands for.
+
+  What weights shared (VeRA's projections) is left out.
 
   Args:
     params: a tree of arrays and weights.
@@ -70,7 +81,7 @@ def merge(params: Any, *, dense: bool = False) -> Any:
       )
     return materialize(leaf)
 
-  return paths.map_leaves(of, tie(params))
+  return paths.map_leaves(of, shared.without(tie(params)))
 
 
 def made_mask(params: Any) -> Any:
@@ -78,7 +89,7 @@ def made_mask(params: Any) -> Any:
 
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, Weight):
-      return jax.tree.map(lambda _: is_attachment(leaf), leaf)
+      return jax.tree.map(lambda _: is_made(leaf), leaf)
     return leaf.replace(
       **{
         field: of(child) if field in leaf.pretrained else jax.tree.map(lambda _: True, child)
@@ -86,7 +97,8 @@ def made_mask(params: Any) -> Any:
       }
     )
 
-  return jax.tree.map(of, params, is_leaf=lambda n: paths.is_leaf(n) or is_attachment(n))
+  is_made = lambda node: is_attachment(node) or shared.is_shared(node)
+  return jax.tree.map(of, params, is_leaf=lambda node: paths.is_leaf(node) or is_made(node))
 
 
 def adapter_mask(params: Any, trainable: Any) -> Any:

@@ -1,11 +1,13 @@
-"""Reads and writes LoRA, DoRA, AdaLoRA and IA3 as Hugging Face's PEFT library has them (0.21).
+"""Reads and writes adapters (`KINDS`) as Hugging Face's PEFT library has them (0.21).
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linear module has
 `lora_A.weight` [r, in] and `lora_B.weight` [out, r], an embedding `lora_embedding_A` [r, V] and
 `lora_embedding_B` [D, r], which is how our factors lie too; DoRA has a `lora_magnitude_vector`
 [out] more; a module in `modules_to_save` is a
 whole copy, its kernel transposed. AdaLoRA's `lora_A` [r', in], `lora_E` [r', 1] and `lora_B`
-[out, r'] are of the triplets that are left, and its `rank_pattern` says which those are.
+[out, r'] are of the triplets that are left, and its `rank_pattern` says which those are. VeRA's
+modules have `vera_lambda_d` [r] and `vera_lambda_b` [out], and the model one `vera_A` [r, in] and
+`vera_B` [out, r] of the largest sizes among them.
 
 Invariants:
 - The tensors say which modules have an adapter; the config says at which scale.
@@ -26,15 +28,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peftjax.core import paths, tree
+from peftjax.core import paths, shared, tree
 from peftjax.core.weight import Weight
 from peftjax.io import hf_peft_config, safetensors_dir
-from peftjax.io.hf_peft_reader import FACTORS, MAGNITUDE, ROOT, SCALES, STEM, Reader
+from peftjax.io.hf_peft_reader import (
+  FACTORS,
+  MAGNITUDE,
+  PROJECTIONS,
+  ROOT,
+  SCALES,
+  STEM,
+  VECTORS,
+  Reader,
+)
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.dora_weight import DoRA
 from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora_weight import LoRA
+from peftjax.methods.vera import PAIR
+from peftjax.methods.vera_weight import VeRA
 from peftjax.models.pretrained import FAMILIES, stack_of
+
+# Weights that have a place in such a directory.
+KINDS = (LoRA, SVDLoRA, DoRA, IA3, VeRA)
 
 
 def save(
@@ -47,7 +63,7 @@ def save(
   task_type: str | None = "SEQ_CLS",
   rslora: bool = False,
 ) -> None:
-  """Writes the adapters of `params`, `LoRA`, `DoRA`, `SVDLoRA` or `IA3`, and the trained head.
+  """Writes the adapters of `params`, of one kind (`KINDS`), and the trained head.
 
   Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
   from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
@@ -68,20 +84,23 @@ def save(
       adapter in it; dropout rates that differ.
   """
   family = FAMILIES[model.config.family]
+  pairs, params = shared.nodes(params), shared.without(params)
   adapters: dict[str, _Adapter] = {}
   for path, leaf in paths.leaves(params).items():
     if isinstance(leaf, LoRA):
       adapters.update(_adapters(path, leaf, family, rslora))
     elif isinstance(leaf, IA3):
       adapters.update(_scales(path, leaf, family))
+    elif isinstance(leaf, VeRA):
+      adapters.update(_vectors(path, leaf, family))
     elif isinstance(leaf, Weight) and any(jax.tree.leaves(tree.made_mask(leaf))):
       raise ValueError(
-        f"{path} is a {type(leaf).__name__}, which is not written; allowed: LoRA, SVDLoRA, DoRA, "
-        "IA3"
+        f"{path} is a {type(leaf).__name__}, which is not written; allowed: "
+        f"{', '.join(kind.__name__ for kind in KINDS)}"
       )
   if not adapters:
     raise ValueError("params has no LoRA leaf to save: attach pj.lora(...) first")
-  kinds = {type(leaf) for leaf in paths.leaves(params).values() if isinstance(leaf, LoRA | IA3)}
+  kinds = {type(leaf) for leaf in paths.leaves(params).values() if isinstance(leaf, KINDS)}
   if len(kinds) > 1:
     raise ValueError(
       f"a PEFT directory holds one kind of adapter, and these are {_named(kinds)}: save each in a "
@@ -107,7 +126,11 @@ def save(
     ins = {module for module, x in adapters.items() if x.tensors[SCALES].shape[0] == 1}
     sides = (hf_peft_config.suffixes(side, every) for side in (set(adapters) - ins, ins))
     config = hf_peft_config.build_ia3(config, *sides)
-  _write(Path(directory), config, {ROOT + name: array for name, array in tensors.items()})
+  tensors = {ROOT + name: array for name, array in tensors.items()}
+  if kinds == {VeRA}:
+    config = hf_peft_config.build_vera(config)
+    tensors.update(_pair(params, pairs))
+  _write(Path(directory), config, tensors)
 
 
 def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, Any]:
@@ -125,16 +148,18 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     `(params, mask)`; the mask is true on all that came from the directory: A, B, saved modules.
 
   Raises:
-    ValueError: a missing or damaged file; a config field that is not plain LoRA's; a tensor
+    ValueError: a missing or damaged file; a config field of what is not read; a tensor
       missing, of another shape than model and config mean, or without a place in the model.
   """
   reader = Reader(directory, model.config.family, FAMILIES[model.config.family].hf_name)
   loaded = paths.map_leaves(reader.leaf, params)
+  if reader.settings.kind == "VERA":
+    loaded = shared.add(loaded, {PAIR: reader.pair(loaded)})
   reader.check_all_used()
 
   def flags(path: str, leaf: Any) -> Any:
     mask = jax.tree.map(lambda _: path in reader.replaced, leaf)
-    names = ["l"] if isinstance(leaf, IA3) else ["a", "b"]
+    names = ["l"] if isinstance(leaf, IA3) else ["d" if isinstance(leaf, VeRA) else "a", "b"]
     names += [name for kind, name in ((SVDLoRA, "e"), (DoRA, "m")) if isinstance(leaf, kind)]
     return mask.replace(**dict.fromkeys(names, True)) if path in reader.attached else mask
 
@@ -189,6 +214,28 @@ def _scales(path: str, leaf: IA3, family: Any) -> dict[str, _Adapter]:
     _module(family, layer): _Adapter({SCALES: row.reshape(shape)}, 1, 1, 0.0, None)
     for layer, row in zip(layers, rows, strict=True)
   }
+
+
+def _vectors(path: str, leaf: VeRA, family: Any) -> dict[str, _Adapter]:
+  """VeRA's d and b of each layer; a layer where both are zero has none."""
+  d, b = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (leaf.d, leaf.b))
+  return {
+    _module(family, layer): _Adapter(
+      dict(zip(VECTORS, rows, strict=True)), d.shape[-1], 1, leaf.dropout, None
+    )
+    for layer, *rows in zip(paths.layer_paths(path, leaf.stack), d, b, strict=True)
+    if any(map(np.any, rows))
+  }
+
+
+def _pair(params: Any, pairs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """VeRA's projections, as far as a weight uses them: peft asks for just those sizes."""
+  weights = [leaf for leaf in paths.leaves(params).values() if isinstance(leaf, VeRA)]
+  n_in, n_out = (max(leaf.shape[axis] for leaf in weights) for axis in (-2, -1))
+  pair = pairs[weights[0].of]
+  return dict(
+    zip(PROJECTIONS, (np.asarray(pair.a)[:, :n_in], np.asarray(pair.b)[:n_out]), strict=True)
+  )
 
 
 def _triplets(

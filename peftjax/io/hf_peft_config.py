@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a LoRA or AdaLoRA adapter, as the Hugging Face PEFT library has it."""
+"""`adapter_config.json` of an adapter, as the Hugging Face PEFT library has it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 # Values of peft_type that are read.
-KINDS = ("LORA", "ADALORA", "IA3")
+KINDS = ("LORA", "ADALORA", "IA3", "VERA")
 
 
 class Settings(NamedTuple):
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
   its triplets each module's `lora_E` has left.
   """
 
-  kind: str  # "LORA", "ADALORA" or "IA3"
+  kind: str  # of KINDS
   dora: bool
   rank: int
   alpha: float
@@ -54,7 +54,8 @@ def read(directory: str | os.PathLike) -> Settings:
   if wrong:
     field, value = next(iter(wrong.items()))
     raise ValueError(
-      f"{directory}/{NAME} has {field}={value!r}; read are LoRA, DoRA, AdaLoRA and IA3 only: "
+      f"{directory}/{NAME} has {field}={value!r}; read are LoRA, DoRA, AdaLoRA, IA3 and VeRA "
+      "only: "
       f"peft_type {', '.join(map(repr, KINDS))}, bias 'none', no {', '.join(_VARIANTS)}.\n"
       "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
     )
@@ -65,17 +66,24 @@ def read(directory: str | os.PathLike) -> Settings:
       "saves the initial adapter at the start and then writes plain LoRA:\n"
       "  model.save_pretrained(NEW, path_initial_model_for_weight_conversion=INITIAL)"
     )
-  adalora = config["peft_type"] == "ADALORA"
+  kind = config["peft_type"]
+  if kind == "VERA" and not config.get("save_projection", True):
+    raise ValueError(
+      f"{directory}/{NAME} has save_projection=False: A and B are not in the directory, and only "
+      "torch draws them from projection_prng_key.\nMerge the adapter with peft "
+      "(model.merge_and_unload()) and load the model it gives."
+    )
+  adalora = kind == "ADALORA"
   patterns = config.get("rank_pattern") or {}
   if adalora:
     patterns = _left(patterns, f"{directory}/{NAME}")
   settings = Settings(
-    config["peft_type"],
+    kind,
     bool(config.get("use_dora")),
-    config.get("init_r", 12) if adalora else config.get("r", 8),
+    config.get("init_r", 12) if adalora else config.get("r", 256 if kind == "VERA" else 8),
     config.get("lora_alpha", 8),
     bool(config.get("use_rslora")),
-    config.get("lora_dropout", 0.0),
+    config.get(_dropout(kind), 0.0),
     patterns,
     config.get("alpha_pattern") or {},
     tuple(config.get("modules_to_save") or ()),
@@ -116,7 +124,12 @@ def _check(settings: Settings, where: str) -> None:
       if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise ValueError(f"{where}: {field} has {alpha!r}; an alpha is a number")
   if type(settings.dropout) not in (int, float) or not 0 <= settings.dropout < 1:
-    raise ValueError(f"{where}: lora_dropout {settings.dropout!r} must be a number in [0, 1)")
+    field = _dropout(settings.kind)
+    raise ValueError(f"{where}: {field} {settings.dropout!r} must be a number in [0, 1)")
+
+
+def _dropout(kind: str) -> str:
+  return "vera_dropout" if kind == "VERA" else "lora_dropout"
 
 
 def match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -241,4 +254,22 @@ def build_ia3(
     "target_modules": sorted({*outputs, *inputs}),
     "feedforward_modules": sorted(inputs),
     "init_ia3_weights": True,
+  }
+
+
+def build_vera(plain: dict[str, Any]) -> dict[str, Any]:
+  """The config of VeRA adapters whose projections are saved, from LoRA's of the same model."""
+  common = (
+    *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "modules_to_save"),
+    *("r", "target_modules", "task_type"),
+  )
+  return {
+    **{field: plain[field] for field in common},
+    "peft_type": "VERA",
+    "vera_dropout": plain["lora_dropout"],
+    "save_projection": True,
+    # Of what peft draws for a new adapter, and then replaces by what is saved.
+    "d_initial": 0.1,
+    "init_weights": True,
+    "projection_prng_key": 0,
   }

@@ -18,12 +18,18 @@ from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.dora_weight import DoRA, squares
 from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora_weight import LoRA
+from peftjax.methods.vera_weight import Projections, VeRA
 from peftjax.models.pretrained import stack_of
 
 STEM, ROOT = "adapter_model", "base_model.model."
 # The tensors of A and B beside a module's name.
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's m
 SCALES = "ia3_l"  # IA3's l, [1, in] or [out, 1]
+VECTORS = ("vera_lambda_d", "vera_lambda_b")  # VeRA's d and b
+PROJECTIONS = (
+  "base_model.vera_A",
+  "base_model.vera_B",
+)  # and what they share, by their whole names
 FACTORS = {
   "kernel": ("lora_A.weight", "lora_B.weight"),
   "embedding": ("lora_embedding_A", "lora_embedding_B"),
@@ -48,7 +54,7 @@ class Reader:
 
   def leaf(self, path: str, leaf: Any) -> Any:
     """The leaf itself, or with its adapter, or as the directory has it."""
-    if isinstance(leaf, LoRA | IA3):
+    if isinstance(leaf, LoRA | IA3 | VeRA):
       raise ValueError(f"{path} has an adapter already: load into the base model's params")
     layers = paths.layer_paths(path, stack_of(path, leaf))
     names = [ROOT + self.hf_name(layer).removeprefix(self.bare) for layer in layers]
@@ -57,10 +63,25 @@ class Reader:
     modules = [name.rpartition(".")[0] for name in names]
     if any(f"{m}.{SCALES}" in self.available for m in modules):
       return self._scaled(path, leaf, modules)
+    if any(f"{m}.{vector}" in self.available for m in modules for vector in VECTORS):
+      return self._vectors(path, leaf, modules)
     factors = self._names(path.rpartition("/")[2])
     if any(f"{m}.{factor}" in self.available for m in modules for factor in factors):
       return self._attached(path, leaf, modules, factors)
     return leaf
+
+  def pair(self, params: Any) -> Projections:
+    """VeRA's projections, [r, in] and [out, r], at least as large as the weights mean."""
+    shapes = [x.shape for x in paths.leaves(params).values() if isinstance(x, VeRA)]
+    there = [self.tensors.info(x).shape if x in self.available else () for x in PROJECTIONS]
+    n_in = max([*there[0][1:], *(shape[-2] for shape in shapes)], default=0)
+    n_out = max([*there[1][:1], *(shape[-1] for shape in shapes)], default=0)
+    sizes = ((self.settings.rank, n_in), (n_out, self.settings.rank))
+    hint = f" or more, with rank {self.settings.rank}, as {hf_peft_config.NAME} says"
+    read = (
+      self._read(x, size, np.float32, hint) for x, size in zip(PROJECTIONS, sizes, strict=True)
+    )
+    return Projections(*map(jnp.asarray, read))
 
   def check_all_used(self) -> None:
     """Raises `ValueError` if a tensor has no place in the model."""
@@ -138,6 +159,25 @@ class Reader:
     rows = [self._read(x, shape, np.float32) if x in there else ones for x in tensors]
     scales = jnp.asarray(np.stack(rows).reshape(*stack_of(path, leaf), size))
     return IA3(base=leaf, l=scales, inputs=inputs)
+
+  def _vectors(self, path: str, leaf: Any, modules: list[str]) -> Any:
+    """VeRA of a kernel; a layer without it has d = b = 0, which stay so in training."""
+    if not path.endswith("kernel"):
+      return leaf
+    self.attached.add(path)
+    sizes = (self.settings.rank, leaf.shape[-1])
+
+    def row(module: str, i: int) -> np.ndarray:
+      if not self.available & {f"{module}.{name}" for name in VECTORS}:
+        return np.zeros(sizes[i], np.float32)
+      return self._read(f"{module}.{VECTORS[i]}", (sizes[i],), np.float32)
+
+    d, b = (
+      jnp.asarray(np.stack([row(m, i) for m in modules]).reshape(*stack_of(path, leaf), sizes[i]))
+      for i in (0, 1)
+    )
+    dropout = float(self.settings.dropout)
+    return VeRA(base=leaf, d=d, b=b, dropout=dropout, names=getattr(leaf, "names", None))
 
   def _directed(self, fields: dict[str, Any], modules: list[str]) -> DoRA:
     """DoRA of LoRA's fields; a layer without an adapter has the magnitude of its base."""

@@ -64,12 +64,8 @@ class AdaLoRAMethod(LoRAMethod):
     Raises:
       ValueError: if warm-up and final steps leave none between them.
     """
-    if self.target_rank is None:
-      schedule = budget.Schedule(total_steps, total_steps + 1, 1)
-    else:
-      schedule = budget.schedule(total_steps, self.warmup, self.final, self.interval)
     return Allocator(
-      schedule=schedule,
+      schedule=self._schedule(total_steps),
       target_rank=self.target_rank or 0.0,
       penalty=self.penalty,
       gamma=self.gamma,
@@ -79,6 +75,15 @@ class AdaLoRAMethod(LoRAMethod):
       regrow=self.regrow,
       seed=self.seed,
     ).wrap
+
+  def settled(self, total_steps: int) -> int:
+    """After step T − t_f every matrix keeps its triplets."""
+    return 0 if self.target_rank is None else self._schedule(total_steps).end + 1
+
+  def _schedule(self, total_steps: int) -> budget.Schedule:
+    if self.target_rank is None:
+      return budget.Schedule(total_steps, total_steps + 1, 1)
+    return budget.schedule(total_steps, self.warmup, self.final, self.interval)
 
   def _finish(self, path: str, weight: Any) -> Any:
     if self.form == "lora":

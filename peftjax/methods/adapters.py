@@ -116,7 +116,7 @@ class AdaptersMethod(Optimized):
       node = jax.eval_shape(make, key) if abstract else make(key)
       if _has_adapter(params, path):
         raise ValueError(f"{path} has an adapter already; attach to the parameters without it")
-      params = _put(params, path.split("/"), node)
+      params = put(params, [*path.split("/"), "adapter"], node)
     return params
 
   def trainable(self, params: Any) -> Any:
@@ -254,9 +254,7 @@ def _some(sites: Mapping[str, Site]) -> str:
   return "\n  ".join([*shown, *(["..."] if len(sites) > 20 else [])])
 
 
-def _put(tree: Any, modules: list[str], node: Bottleneck) -> Any:
-  """`tree` with `node` as the adapter of the module at that path."""
-  if not modules:
-    return {**tree, "adapter": node}
-  head, *rest = modules
-  return {**tree, head: _put(tree.get(head, {}), rest, node)}
+def put(tree: Any, path: list[str], node: Any) -> Any:
+  """`tree` with `node` at that path, made where it is not there."""
+  head, *rest = path
+  return {**tree, head: put(tree.get(head, {}), rest, node) if rest else node}

@@ -30,6 +30,7 @@ class AllocatorState(NamedTuple):
     valid: bool `[*stack, R]` by path: which triplets are no padding.
     penalty: float32 `[]`, R(P, Q) before the last update, without γ.
     budget: int32 `[]`, how many triplets there may be after it.
+    target: int32 `[]`, b(T), how many there may be in the end.
   """
 
   step: jax.Array
@@ -39,6 +40,7 @@ class AllocatorState(NamedTuple):
   valid: dict[str, jax.Array]
   penalty: jax.Array
   budget: jax.Array
+  target: jax.Array
 
   @property
   def allocates(self) -> bool:
@@ -79,6 +81,7 @@ class Allocator:
       found = weights(train)
       zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), found)
       valid = {path: _valid(weight) for path, weight in found.items()}
+      matrices = sum(v.any(-1).sum() for v in valid.values())
       return AllocatorState(
         step=jnp.zeros((), jnp.int32),
         inner=tx.init(train),
@@ -87,6 +90,7 @@ class Allocator:
         valid=valid,
         penalty=jnp.zeros(()),
         budget=_total(valid),
+        target=jnp.round(self.target_rank * jnp.asarray(matrices)).astype(jnp.int32),
       )
 
     def update(
@@ -103,14 +107,16 @@ class Allocator:
       new = weights(optax.apply_updates(params, updates))
       now = jax.tree.map(lambda w, g: jnp.abs(w * g).astype(jnp.float32), new, weights(grads))
       mean, spread = self._averages(state, now)
-      budget = self._budget(state)
+      budget = self.schedule.budget(state.step, _total(state.valid), state.target)
       masks = jax.lax.cond(
         self.schedule.allocates(state.step),
         lambda: largest(self._scores(now, mean, spread, new), state.valid, budget),
         lambda: jax.tree.map(jnp.ones_like, state.valid),
       )
       updates = self._masked(updates, weights(params), masks, state)
-      state = AllocatorState(state.step + 1, inner, mean, spread, state.valid, value, budget)
+      state = state._replace(
+        step=state.step + 1, inner=inner, mean=mean, spread=spread, penalty=value, budget=budget
+      )
       return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -143,12 +149,6 @@ class Allocator:
     mean = ema(self.beta1, state.mean, now)
     off = jax.tree.map(lambda n, m: jnp.abs(n - m), now, mean)
     return mean, ema(self.beta2, state.spread, off)
-
-  def _budget(self, state: AllocatorState) -> jax.Array:
-    initial = _total(state.valid)
-    matrices = sum(v.any(-1).sum() for v in state.valid.values())
-    target = jnp.round(self.target_rank * matrices).astype(jnp.int32)
-    return self.schedule.budget(state.step, initial, target)
 
   def _scores(self, now: Any, mean: Any, spread: Any, new: Any) -> dict[str, jax.Array]:
     """S of each triplet: s(λ) + mean s(P) + mean s(Q) with s = Ī · Ū (equations 9 and 13)."""

@@ -49,6 +49,10 @@ class Method(Protocol):
     """What the method adds to clipping and the optimizer."""
     ...
 
+  def settled(self, total_steps: int) -> int:
+    """From which update on the model has the size that it will keep."""
+    ...
+
 
 class Optimized:
   """The optimizer of a method: that of the caller, clipped and accumulated, in the method's own."""
@@ -56,6 +60,10 @@ class Optimized:
   def outer(self, total_steps: int) -> Outer | None:
     """What goes around clipping and the optimizer: `outer(clip, tx)`; None for nothing."""
     return None
+
+  def settled(self, total_steps: int) -> int:
+    """See `Method.settled`."""
+    return 0
 
   def optimizer(
     self,
@@ -108,6 +116,9 @@ class Chain(Optimized):
         "Write one of them with the targets of both."
       )
     return found[0][1] if found else None
+
+  def settled(self, total_steps: int) -> int:
+    return max((method.settled(total_steps) for method in self.methods), default=0)
 
 
 def chain(*methods: Method) -> Chain:

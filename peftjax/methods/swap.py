@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, tree
+from peftjax.core import paths, shared, tree
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
 
@@ -43,6 +43,20 @@ def _pad(width: int, leaf: Any) -> Any:
   return leaf.replace(a=a, b=b)
 
 
+def cut_ranks(adapter: Any) -> Any:
+  """Undoes `align_ranks`: every weight with no more rows than its largest rank."""
+
+  def cut(leaf: Any) -> Any:
+    if not isinstance(leaf, LoRA):
+      return leaf
+    width = int(leaf.rank.max())
+    made = leaf.replace(a=leaf.a[..., :width, :], b=leaf.b[..., :width])
+    has_e = isinstance(leaf, SVDLoRA) and leaf.e is not None
+    return made.replace(e=leaf.e[..., :width]) if has_e else made
+
+  return jax.tree.map(cut, adapter, is_leaf=lambda n: n is None or paths.is_leaf(n))
+
+
 def unmerge(merged: Any, params: Any) -> Any:
   """Undoes `merge`: `params`' adapters around base = merged − s·(b a)ᵀ, equal up to rounding.
 
@@ -54,4 +68,6 @@ def unmerge(merged: Any, params: Any) -> Any:
   def undo(leaf: Any, tied: Any, dense: Any) -> Any:
     return leaf.replace(base=tied.unmerged(dense)) if hasattr(leaf, "unmerged") else dense
 
-  return jax.tree.map(undo, params, tree.tie(params), merged, is_leaf=paths.is_leaf)
+  own, tied = (shared.without(x) for x in (params, tree.tie(params)))
+  undone = jax.tree.map(undo, own, tied, merged, is_leaf=paths.is_leaf)
+  return shared.add(undone, shared.nodes(params))

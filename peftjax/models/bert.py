@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from peftjax.core.dropout import dropout
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
+from peftjax.nn import virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Linear
@@ -111,14 +112,20 @@ class Embeddings(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, tokens_BT: jax.Array, types_BT: jax.Array, key: jax.Array | None) -> jax.Array:
+  def __call__(
+    self, tokens_BT: jax.Array, types_BT: jax.Array, key: jax.Array | None, prompt: Any, shift: int
+  ) -> jax.Array:
+    """`[B, P + T, D]`: behind the prompt, if any, and all positions `shift` on."""
     c = self.config
-    if c.family == "roberta":
-      real = (tokens_BT != c.pad_id).astype(jnp.int32)
-      positions = jnp.cumsum(real, axis=1) * real + c.pad_id
-    else:
-      positions = jnp.arange(tokens_BT.shape[1])[None, :]
     x = Embedding(c.vocab, c.width, c.dtype, name="word_embeddings")(tokens_BT)
+    real = (tokens_BT != c.pad_id).astype(jnp.int32)
+    if prompt is not None:
+      x, length = prompt.put_before(x), prompt.length
+      types_BT, real = (virtual.before(n, y, length) for n, y in ((0, types_BT), (1, real)))
+    if c.family == "roberta":
+      positions = (jnp.cumsum(real, axis=1) + shift) * real + c.pad_id
+    else:
+      positions = jnp.arange(shift, shift + x.shape[1])[None, :]
     x = x + Embedding(c.types, c.width, c.dtype, name="token_type_embeddings")(types_BT)
     x = x + Embedding(c.positions, c.width, c.dtype, name="position_embeddings")(positions)
     return dropout(key, LayerNorm(c.eps, name="LayerNorm")(x), c.dropout)
@@ -133,6 +140,7 @@ class SelfAttention(nn.Module):
   def __call__(self, x_BTD: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
     c = self.config
     q, k, v = (Linear(c.width, name=name)(x_BTD) for name in ("query", "key", "value"))
+    k, v, bias = virtual.with_prefix(self, k, v, bias)
     return attention(q, k, v, bias, c.heads, key=key, rate=c.attention_dropout)
 
 
@@ -202,13 +210,16 @@ class Body(nn.Module):
   def __call__(self, tokens: jax.Array, mask: jax.Array, types: jax.Array, key: Any) -> Any:
     c = self.config
     keys = (None, None) if key is None else jax.random.split(key)
+    prompt, length = virtual.prompt_of(self)
+    mask = virtual.before(True, mask, length)
     # As in the reference implementation: a row without any token attends evenly, not to NaN.
     bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
-    x = Embeddings(c, name="embeddings")(tokens, types, keys[0])
+    shift = virtual.prefix_length(self)
+    x = Embeddings(c, name="embeddings")(tokens, types, keys[0], prompt, shift)
     x_BTD = Encoder(c, name="encoder")(x, bias, keys[1])
-    if c.family == "roberta":
-      return x_BTD, x_BTD[:, 0]
-    return x_BTD, Pooler(c, name="pooler")(x_BTD)
+    # As in PEFT, the first token is a virtual one where there is a prompt.
+    first = x_BTD[:, 0] if c.family == "roberta" else Pooler(c, name="pooler")(x_BTD)
+    return x_BTD[:, length:], first
 
 
 class Pooler(nn.Module):
@@ -272,8 +283,7 @@ class BertClassifier(nn.Module):
       hidden: return the last hidden state and the head's input instead.
     """
     c = self.config
-    if tokens.shape[1] > c.max_length:
-      raise ValueError(f"{tokens.shape[1]} tokens, but this model has {c.max_length} positions")
+    virtual.check_length(self, tokens.shape[1], c.max_length)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     types = jnp.zeros_like(tokens) if types is None else types
     keys = jax.random.split(self.make_rng("dropout")) if train else (None, None)

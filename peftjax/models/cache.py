@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from peftjax.nn import virtual
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -16,11 +19,13 @@ class Cache(flax.struct.PyTreeNode):
     layers: a (key, value) pair `[B, S, K·H]` for each layer, or one pair of `[L, B, S, K·H]`.
     valid: bool `[B, S]`, true where there is a token (and not the padding before a prompt).
     index: int32, where the next token goes, in every row.
+    begun: there are tokens in it, and before them those of a prompt, if the model has one.
   """
 
   layers: Any
   valid: jax.Array
   index: jax.Array
+  begun: bool = flax.struct.field(pytree_node=False, default=False)
 
   @classmethod
   def empty(cls, config: Any, batch: int, length: int) -> Cache:
@@ -39,11 +44,11 @@ class Cache(flax.struct.PyTreeNode):
 
   def after(self, layers: Any, count: int) -> Cache:
     """With the layers' new pairs, `count` columns on."""
-    return self.replace(layers=layers, index=self.index + count)
+    return self.replace(layers=layers, index=self.index + count, begun=True)
 
 
 def context(
-  config: Any,
+  module: nn.Module,
   tokens: jax.Array,
   mask: jax.Array | None,
   positions: jax.Array | None,
@@ -53,23 +58,31 @@ def context(
 ) -> tuple[jax.Array, jax.Array, Cache | None]:
   """Positions, the bias of the scores, and the cache with these tokens marked, of a decoder's call.
 
+  The virtual tokens of a prompt come before the first tokens of a text, and are seen by all of its
+  documents. Positions count them, and those of a prefix.
+
   Raises:
     ValueError: there are more tokens than positions.
   """
   mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-  length = tokens.shape[1]
+  prompt = 0 if cache is not None and cache.begun else virtual.prompt_length(module)
+  if prompt:
+    mask = virtual.before(True, mask, prompt)
+    segments = None if segments is None else virtual.before(-1, segments, prompt)
+    if positions is not None:
+      positions = virtual.before(jnp.arange(prompt), positions + prompt, prompt)
+  length = mask.shape[1]
   if cache is None:
-    if length > config.max_length:
-      raise ValueError(f"{length} tokens, but this model has {config.max_length} positions")
+    virtual.check_length(module, tokens.shape[1], module.config.max_length)
     before = jnp.int32(0)
-    bias = causal_bias(mask, segments, window=window)
+    bias = causal_bias(mask, segments, window=window, common=prompt)
   else:
     before = cache.valid.sum(1, keepdims=True)
     cache = cache.advance(mask)
     bias = causal_bias(cache.valid, first=cache.index, length=length, window=window)
   if positions is None:
     positions = jnp.maximum(before + jnp.cumsum(mask, 1) - 1, 0)
-  return positions, bias, cache
+  return positions + virtual.prefix_length(module), bias, cache
 
 
 def write(
@@ -88,6 +101,7 @@ def causal_bias(
   first: jax.Array | int = 0,
   length: int | None = None,
   window: int | None = None,
+  common: int = 0,
 ) -> jax.Array:
   """What a decoder adds to its scores: 0 where token t may see token s, else very negative.
 
@@ -99,6 +113,7 @@ def causal_bias(
     first: the column of the first query.
     length: T, the number of queries, by default S.
     window: of sliding attention.
+    common: the first columns, which later tokens of every segment may see.
 
   Returns:
     float32 `[B, 1, T, S]`.
@@ -111,5 +126,5 @@ def causal_bias(
     seen &= t - s < window
   allowed = seen[None] & mask[:, None, :].astype(bool)
   if segments is not None:
-    allowed &= segments[:, :, None] == segments[:, None, :]
+    allowed &= (segments[:, :, None] == segments[:, None, :]) | (s < common)[None]
   return jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)[:, None]

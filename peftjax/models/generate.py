@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from peftjax.linen import apply
 from peftjax.models.cache import Cache
+from peftjax.nn import virtual
 
 
 def generate(
@@ -48,7 +49,7 @@ def generate(
   Raises:
     ValueError: if prompt and new tokens exceed the model's positions, or a number is out of range.
   """
-  length = tokens.shape[1] + max_new_tokens
+  length = tokens.shape[1] + max_new_tokens + virtual.length(params)
   if max_new_tokens < 1 or length > model.config.max_length:
     raise ValueError(
       f"{tokens.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit in the "
@@ -110,7 +111,8 @@ def _generate(
     logits, cache = apply(model, params, token[:, None], cache=cache)
     return i + 1, new, lengths, ended, logits[:, -1], cache
 
-  cache = Cache.empty(model.config, batch, length + max_new_tokens)
+  prompt = virtual.prompt_length(params)
+  cache = Cache.empty(model.config, batch, prompt + length + max_new_tokens)
   logits, cache = apply(model, params, tokens, mask, cache=cache)
   carry = (
     jnp.int32(0),

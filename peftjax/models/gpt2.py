@@ -16,6 +16,7 @@ from peftjax.core.einsum import attend
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
+from peftjax.nn import virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Linear
@@ -115,6 +116,7 @@ class SelfAttention(nn.Module):
     q, k, v = jnp.split(Linear(3 * c.width, name="c_attn")(x_BTD), 3, axis=-1)
     if cache is not None:
       k, v = cache = write(cache, (k, v), index)
+    k, v, bias = virtual.with_prefix(self, k, v, bias)
     y = attention(q, k, v, bias, c.heads, key=keys[0], rate=c.attention_dropout)
     return dropout(keys[1], Linear(c.width, name="c_proj")(y), c.residual_dropout), cache
 
@@ -158,13 +160,14 @@ class Body(nn.Module):
   ) -> Any:
     c = self.config
     embed = Embedding(c.vocab, c.width, c.dtype, name="wte")
-    x = embed(tokens) + Embedding(c.positions, c.width, c.dtype, name="wpe")(positions)
+    x = virtual.with_prompt(self, embed(tokens), positions)
+    x = x + Embedding(c.positions, c.width, c.dtype, name="wpe")(positions)
     keys = layer_keys(key, c.layers)
     if key is not None:
       x = dropout(jax.random.fold_in(key, c.layers), x, c.dropout)
     shared = (bias, cache and cache.index)
     x, pairs = run_layers(Layer, c, x, (cache and cache.layers, keys), shared, remat=c.remat)
-    return LayerNorm(c.eps, name="ln_f")(x), embed.table(), pairs
+    return LayerNorm(c.eps, name="ln_f")(x[:, -tokens.shape[1] :]), embed.table(), pairs
 
 
 class GPT2LMHeadModel(nn.Module):
@@ -189,11 +192,11 @@ class GPT2LMHeadModel(nn.Module):
       train: applies dropout, from the `"dropout"` rng.
     """
     c = self.config
-    positions, bias, cache = context(c, tokens, mask, positions, segments, cache)
+    positions, bias, cache = context(self, tokens, mask, positions, segments, cache)
     key = self.make_rng("dropout") if train else None
     x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, bias, cache, key)
     logits = attend(table, x_BTD).astype(jnp.float32)
-    return logits if cache is None else (logits, cache.after(pairs, tokens.shape[1]))
+    return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
 
 
 # What `pretrained` makes a model of this family with.

@@ -16,7 +16,7 @@ from peftjax.core.einsum import attend
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import run_layers
-from peftjax.nn import rope
+from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import swiglu
 from peftjax.nn.linear import Embedding, Linear
@@ -125,6 +125,7 @@ class SelfAttention(nn.Module):
     q, k = rope.rotate(q, angles, c.heads), rope.rotate(k, angles, c.kv_heads)
     if cache is not None:
       k, v = cache = write(cache, (k, v), index)
+    k, v, bias = virtual.with_prefix(self, k, v, bias)
     y = attention(q, k, v, bias, c.heads, c.kv_heads)
     return Linear(c.width, c.out_bias, name="o_proj")(y), cache
 
@@ -167,11 +168,11 @@ class Body(nn.Module):
   ) -> Any:
     c = self.config
     embed = Embedding(c.vocab, c.width, c.dtype, name="embed_tokens")
-    x = embed(tokens)
+    x = virtual.with_prompt(self, embed(tokens), positions)
     omega, factor = c.frequencies()
     shared = (rope.angles(positions, omega, factor, c.dtype), bias, cache and cache.index)
     x, pairs = run_layers(Layer, c, x, (cache and cache.layers,), shared, remat=c.remat)
-    return RMSNorm(c.eps, name="norm")(x), embed.table(), pairs
+    return RMSNorm(c.eps, name="norm")(x[:, -tokens.shape[1] :]), embed.table(), pairs
 
 
 class LlamaForCausalLM(nn.Module):
@@ -201,14 +202,14 @@ class LlamaForCausalLM(nn.Module):
       train: of no effect: this family has no dropout of its own.
     """
     c = self.config
-    positions, bias, cache = context(c, tokens, mask, positions, segments, cache, c.window)
+    positions, bias, cache = context(self, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, bias, cache)
     if c.tied:
       logits = attend(table, x_BTD)
     else:
       logits = Linear(c.vocab, use_bias=False, name="lm_head")(x_BTD)
     logits = logits.astype(jnp.float32)
-    return logits if cache is None else (logits, cache.after(pairs, tokens.shape[1]))
+    return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
 
 
 # What `pretrained` makes a model of this family with.

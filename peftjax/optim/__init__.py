@@ -4,6 +4,7 @@ from peftjax.optim.adamw8bit import Moment, adamw8bit
 from peftjax.optim.base import (
   adamw,
   allocator_state,
+  at_rate,
   check_allocated,
   decay_mask,
   freeze,
@@ -18,6 +19,7 @@ __all__ = [
   "adamw",
   "adamw8bit",
   "allocator_state",
+  "at_rate",
   "check_allocated",
   "decay_mask",
   "decide_paging",

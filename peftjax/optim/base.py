@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,31 @@ def adamw(
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor norm scales."""
   return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+
+
+class Rate(NamedTuple):
+  """A learning rate as an array: float32 `[]`."""
+
+  rate: jax.Array
+
+
+def at_rate(tx: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:
+  """`tx` with its updates times `rate`, which lies in the state.
+
+  States of several rates are then states of one optimizer, which `vmap` or `lax.map` runs on all
+  of them; `tx` itself is made with a rate of 1.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params: Any) -> tuple[Any, Rate]:
+    return tx.init(params), Rate(jnp.float32(rate))
+
+  def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    updates, inner = tx.update(grads, state[0], params, **extra)
+    scaled = jax.tree.map(lambda u: (state[1].rate * u).astype(u.dtype), updates)
+    return scaled, (inner, state[1])
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def wrap(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths
+from peftjax.core import paths, shared, tree
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
 from peftjax.quant import blockwise, double
@@ -58,17 +58,22 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
     ‖W + ΔW‖ (Frobenius) of each of their paths. Other leaves are as they were.
   """
   errors: dict[str, float] = {}
+  flat, tied = paths.leaves(params), paths.leaves(tree.tie(params))
+  folds = lambda leaf: isinstance(getattr(leaf, "base", None), Quantized)
 
   def fold(path: str, leaf: Any) -> Any:
-    base = getattr(leaf, "base", None)
-    if not isinstance(base, Quantized):
+    if folds(flat.get(getattr(leaf, "of", ""))):
+      return tied[path].materialize()  # IA3's bias goes with its kernel
+    if not folds(leaf):
       return leaf
-    dense = leaf.materialize()
+    base, dense = leaf.base, tied[path].materialize()
     weight = quantize_leaf(path, dense, base.fmt)
     errors[path] = float(relative_error(weight, dense))
     return weight
 
-  return paths.map_leaves(fold, params), errors
+  folded = paths.map_leaves(fold, params)
+  lent = {getattr(leaf, "of", "") for leaf in paths.leaves(folded).values()}
+  return folded if lent & set(shared.nodes(folded)) else shared.without(folded), errors
 
 
 @jax.jit

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # Fields that depend on the clock and so differ between equal runs.
@@ -87,7 +87,7 @@ class Bar:
   """A progress bar with loss, examples/s and time left; plain lines where there is no terminal."""
 
   def __init__(self, name: str, start: int, total: int):
-    self.console = Console()
+    self.console = rich.get_console()  # so that it nests in the live table of a sweep
     self._bar = Progress(
       TextColumn("{task.description}"),
       BarColumn(),

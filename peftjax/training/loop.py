@@ -6,16 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from peftjax.core import paths
-from peftjax.io import hf_peft
-from peftjax.methods.adalora_ranks import ranks
-from peftjax.methods.ia3_weight import IA3
-from peftjax.methods.lora_weight import LoRA
 from peftjax.training import build, process, resume
 from peftjax.training.checkpoint import Checkpoints
+from peftjax.training.finish import finish
 from peftjax.training.logs import Bar, Logs, write_atomic
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
@@ -31,7 +26,8 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
   """Fine-tunes as `config` says and returns what `workdir/result.json` holds.
 
-  Evaluates on the validation split after every epoch, keeps the best, and scores the test split
+  Evaluates on the validation split after every epoch, keeps the best (of AdaLoRA: of those within
+  the final budget), and scores the test split
   once, with the best. Run again with the same arguments it goes on where it was stopped, to the
   same bits, or returns the result if it had finished.
 
@@ -99,7 +95,8 @@ def train_and_evaluate(
             logs.write({"step": done, "epoch": epoch, **named})
             bar.scores(f"epoch {epoch:.4g}", scores)
             value = run.task.criterion(scores)
-            if not best or value > best["value"]:
+            # One that is larger than the method leaves it in the end is no candidate.
+            if done >= run.settled and (not best or value > best["value"]):
               best = {"step": done, "value": value, "metrics": scores}
               checkpoints.save("best", done, run.adapter(), meta)
               checkpoints.wait("best")  # the latest must never name a best that is not there
@@ -111,50 +108,17 @@ def train_and_evaluate(
             raise Stopped(f"{asked}: saved step {done} of {run.total}; run again to go on")
       checkpoints.wait()
       params = run.best(checkpoints)
-      final = {part: run.evaluate(part, params) for part in run.task.final}
-      for part, scores in final.items():
-        bar.scores(part, scores)
-      _export(run, params, workdir, bar)
+      return finish(
+        run,
+        params,
+        workdir,
+        bar,
+        settings_json,
+        best,
+        untrained,
+        seconds_to_first_step=clock.first_step,
+        seconds=before + clock.seconds(),
+      )
   finally:
     logs.close()
     checkpoints.close()
-  result = {
-    "config": settings_json,
-    "method": settings.method["name"],
-    "trainable_params": run.trainable,
-    "total_params": run.parameters,
-    "metrics": {"validation": best["metrics"], **final},
-    **({"before": untrained} if untrained else {}),
-    **({"ranks": left} if (left := ranks(params)) else {}),
-    "best_step": best["step"],
-    "steps": run.total,
-    **run.task.summary(),
-    "seed": settings.seed,
-    "commit": process.commit(),
-    "device": jax.devices()[0].device_kind,
-    "seconds_to_first_step": clock.first_step,
-    "seconds": before + clock.seconds(),
-    "peak_memory_mb": process.peak_memory_mb(),
-  }
-  write_atomic(workdir / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
-  return result
-
-
-def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
-  """Writes the best adapter for Hugging Face PEFT too, where that format can say it."""
-  if not any(isinstance(leaf, LoRA | IA3) for leaf in paths.leaves(params).values()):
-    return
-  rslora = bool(run.settings.method.get("rslora"))
-  base = str(run.settings.model.directory) or run.settings.model.path().parent.name
-  try:
-    hf_peft.save(
-      workdir / "peft",
-      params,
-      run.module,
-      base_model=base,
-      trained=run.mask,
-      task_type=run.task.peft_type,
-      rslora=rslora,
-    )
-  except ValueError as error:
-    bar.print(f"no Hugging Face PEFT directory: {error}")

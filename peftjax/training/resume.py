@@ -9,7 +9,7 @@ from typing import Any
 from peftjax.training.checkpoint import Checkpoints
 
 # Settings that may change between a run and its continuation: they change no number.
-_FREE = ("compilation_cache", "train.log_every", "train.save_every", "train.eval_batch_size")
+FREE = ("compilation_cache", "train.log_every", "train.save_every", "train.eval_batch_size")
 
 
 def latest_meta(workdir: Path) -> dict[str, Any] | None:
@@ -23,17 +23,17 @@ def latest_meta(workdir: Path) -> dict[str, Any] | None:
     checkpoints.close()
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
   if not isinstance(config, dict):
     return {prefix[:-1]: config}
-  return {k: v for key, sub in config.items() for k, v in _flat(sub, f"{prefix}{key}.").items()}
+  return {k: v for key, sub in config.items() for k, v in flat(sub, f"{prefix}{key}.").items()}
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
   if not path.exists():
     return
-  old, new = _flat(json.loads(path.read_text())), _flat(config)
-  differ = [k for k in sorted({*old, *new} - {*_FREE}) if old.get(k) != new.get(k)]
+  old, new = flat(json.loads(path.read_text())), flat(config)
+  differ = [k for k in sorted({*old, *new} - {*FREE}) if old.get(k) != new.get(k)]
   if differ:
     rows = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ)
     raise ValueError(

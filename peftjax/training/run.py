@@ -27,11 +27,16 @@ _DIVERGED = (
 
 
 class Run:
-  """The compiled functions of a run and the state they pass on."""
+  """The compiled functions of a run and the state they pass on.
 
-  def __init__(self, settings: Settings, mesh_text: str):
+  With `rate_in_state` the learning rate is an array in the optimizer's state, so that the step is
+  the same program whatever it is. Without a mesh text (None, not "") it uses one device.
+  """
+
+  def __init__(self, settings: Settings, mesh_text: str | None, *, rate_in_state: bool = False):
     self.settings = settings
-    self.mesh = build.mesh_of(mesh_text)
+    self.rate_in_state = rate_in_state
+    self.mesh = None if mesh_text is None else build.mesh_of(mesh_text)
     self._check_batch("train.batch_size", settings.train.batch_size)
     self._check_batch("train.eval_batch_size", settings.train.eval_batch_size)
     self.task = build.task(settings)
@@ -47,6 +52,9 @@ class Run:
     train, self.frozen = tree.partition(model.params, model.mask)
     self.stream = self.task.stream(settings.train.batch_size, settings.seed)
     self.total = settings.train.total_steps(self.stream.steps_per_epoch)
+    every = settings.optimizer.accumulate
+    settled = model.method.settled(max(self.total // every, 1)) * every
+    self.settled = min(settled, self.total)
     self._key = build.dropout_key(settings)
     wanted = settings.optimizer.paged
     self._compile(model.method, train, paged=wanted == "always")
@@ -65,7 +73,10 @@ class Run:
 
   def _compile(self, method: Any, train: Any, *, paged: bool) -> None:
     """The initial state and the step."""
-    self.schedule, tx = _optimizer(self.settings, method, self.total, paged)
+    self.schedule, tx = _optimizer(
+      self.settings, method, self.total, paged=paged, rate_in_state=self.rate_in_state
+    )
+    self.tx = tx
     self.state = jax.jit(functools.partial(state.init, tx))(train)
     places = None
     if self.mesh is not None:
@@ -180,13 +191,16 @@ def _all_finite(arrays: Any) -> jax.Array:
 
 
 def _optimizer(
-  settings: Settings, method: Any, total: int, paged: bool
+  settings: Settings, method: Any, total: int, *, paged: bool, rate_in_state: bool
 ) -> tuple[optax.Schedule, Any]:
   o = settings.optimizer
   updates = max(total // o.accumulate, 1)
-  schedule = optim.schedule(o.schedule, o.learning_rate, updates, o.warmup_steps(updates))
+  warmup = o.warmup_steps(updates)
+  schedule = optim.schedule(o.schedule, o.learning_rate, updates, warmup)
   make = OPTIMIZERS[o.name]
-  tx = make(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+  used = optim.schedule(o.schedule, 1.0, updates, warmup) if rate_in_state else schedule
+  tx = make(used, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+  tx = optim.at_rate(tx, o.learning_rate) if rate_in_state else tx
   tx = optim.paged(tx) if paged else tx
   return schedule, method.optimizer(tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate)
 

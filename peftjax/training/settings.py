@@ -20,6 +20,9 @@ from peftjax.methods.dora import dora
 from peftjax.methods.ia3 import ia3
 from peftjax.methods.lora import lora
 from peftjax.methods.masks import train
+from peftjax.methods.prefix import prefix
+from peftjax.methods.prompt import prompt
+from peftjax.methods.vera import vera
 from peftjax.quant.formats import FORMATS, Format
 
 T = TypeVar("T")
@@ -31,6 +34,9 @@ METHODS: Mapping[str, Callable[..., Method]] = {
   "adalora": adalora,
   "ia3": ia3,
   "adapters": adapters,
+  "prefix": prefix,
+  "prompt": prompt,
+  "vera": vera,
   "train": train,
 }
 # The name of an optimizer in a config, and what builds it.

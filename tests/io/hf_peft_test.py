@@ -311,7 +311,7 @@ def test_a_trained_base_under_an_adapter_is_not_saved(unrolled, tmp_path):
 @pytest.mark.parametrize(
   "field, value",
   [
-    ("peft_type", "VERA"),
+    ("peft_type", "LOHA"),
     ("peft_type", None),
     ("use_bdlora", True),
     ("lora_bias", True),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.numpy import load_file
 from transformers import BertModel
 
@@ -85,6 +85,7 @@ _METHODS = {
   "all-linear": pj.lora(2, 4, "all-linear"),
   "dora": pj.dora(4, 8, "all-linear"),
   "ia3": pj.ia3(["key", "value"], _FFN),
+  "vera": pj.vera(6, ["query", _FFN, r".*/intermediate/dense/kernel"]),
   "one layer": pj.lora(2, 4, [".*layers_1/output/dense/kernel", ".*layers_0/.*key/kernel"]),
 }
 _TO_PEFT = [
@@ -166,6 +167,45 @@ def test_pefts_ia3_in_ours(feedforward, scan, tmp_path):
   assert_near(pj.apply(model, loaded, *batch), want)
   assert np.abs(pj.apply(model, params, *batch) - want).max() > 0.05
   assert pj.count(loaded, mask) == sum(x.numel() for x in theirs.parameters() if x.requires_grad)
+
+
+_VERA = {
+  "one size": dict(target_modules=["query", "value"]),
+  "three sizes": dict(target_modules=["query", "intermediate.dense", "output.dense"]),
+  "one layer": dict(target_modules=["query", "output.dense"], layers_to_transform=[1]),
+}
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", _VERA)
+def test_pefts_vera_in_ours_and_back(name, scan, tmp_path):
+  model, params, batch = _ours("bert", scan)
+  config = VeraConfig(task_type="SEQ_CLS", r=6, vera_dropout=0.1, **_VERA[name])
+  theirs = get_peft_model(_theirs("bert")[0], config)
+  draw(theirs, 5, "vera_lambda")
+  theirs.save_pretrained(tmp_path / "theirs")
+  loaded, mask = hf_peft.load(tmp_path / "theirs", params, model)
+  want = logits(theirs, batch)
+  assert_near(jax.jit(lambda p: pj.apply(model, p, *batch))(loaded), want)
+  assert np.abs(pj.apply(model, params, *batch) - want).max() > 0.05
+  trained = sum(x.numel() for x in theirs.parameters() if x.requires_grad)
+  assert pj.count(loaded, mask) == trained or (scan and name == "one layer")
+  hf_peft.save(tmp_path / "ours", loaded, model, trained=mask)
+  one, two = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("theirs", "ours"))
+  assert sorted(one) == sorted(two)
+  for key, value in one.items():
+    np.testing.assert_array_equal(two[key], value, err_msg=key)
+  again = PeftModel.from_pretrained(_theirs("bert")[0], tmp_path / "ours")
+  np.testing.assert_allclose(logits(again, batch), want, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A and vera_B:UserWarning")
+def test_vera_without_its_projections_is_refused(tmp_path):
+  model, params, _ = _ours("bert", False)
+  config = VeraConfig(r=6, target_modules=["query"], save_projection=False)
+  get_peft_model(_theirs("bert")[0], config).save_pretrained(tmp_path)
+  with pytest.raises(ValueError, match="save_projection=False"):
+    hf_peft.load(tmp_path, params, model)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])

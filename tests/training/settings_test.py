@@ -46,7 +46,7 @@ def test_unknown_method_field_is_named():
 
 def test_unknown_method_is_named():
   """A method that is not there raises with the list of those that are."""
-  with pytest.raises(ValueError, match="'loar' is not one of lora, dora, adalora, ia3, train"):
+  with pytest.raises(ValueError, match="'loar' is not one of lora, dora, adalora, ia3, adapters"):
     from_config(changed(method__name="loar")).build_method()
 
 

@@ -1,0 +1,23 @@
+"""Arguments of a config file: "model=base,task=rte" into a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def parse(file: str, arg: str, choices: Mapping[str, Sequence[str]]) -> dict[str, str]:
+  """What `arg` chooses; of what it does not name, the first choice.
+
+  Raises:
+    ValueError: on a name or a value that is not among the choices, which are listed.
+  """
+  given = {name: values[0] for name, values in choices.items()}
+  for part in filter(None, arg.split(",")):
+    name, _, value = part.partition("=")
+    if name not in choices:
+      takes = ", ".join(f"{n}=..." for n in choices) or "no argument"
+      raise ValueError(f"{file} takes {takes}, not {part!r}")
+    if value not in choices[name]:
+      raise ValueError(f"{name}={value!r} is not one of {', '.join(choices[name])}")
+    given[name] = value
+  return given

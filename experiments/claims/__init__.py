@@ -1,0 +1,1 @@
+"""What the text this project started from says, measured: `python -m experiments.claims`."""

@@ -1,0 +1,226 @@
+"""Claims on LoRA's algebra: its counts, its shapes, its two ways to compute, its low rank."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import peftjax as pj
+from experiments.claims import clock, runs, sample_models
+from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
+from peftjax.core import paths
+
+
+@functools.cache
+def example() -> tuple[Any, Any]:
+  """A 4096 x 4096 kernel with LoRA of rank 8, abstract, and what of it is trained."""
+  params = {"layer": {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}}
+  method = pj.lora(rank=8, targets=["layer"])
+  params = method.attach(jax.random.key(0), params)
+  return params, method.trainable(params)
+
+
+@claim(
+  says="Of a 4096 x 4096 matrix, 16.77 M parameters, LoRA of rank 8 trains r(d + k), some 65 k:"
+  " over 99.5 % fewer.",
+  measured_by="pj.lora attached to such a kernel, counted",
+  holds_if="65,536 of 16,777,216, and over 99.5 % fewer",
+  expected=HOLDS,
+)
+def parameter_count() -> Finding:
+  params, mask = example()
+  trained = pj.count(params, mask)
+  whole = pj.count(params) - trained
+  fewer = 100 * (1 - trained / whole)
+  return found(
+    {"trained": trained, "of": whole, "% fewer": fewer},
+    holds=(trained, whole) == (65_536, 16_777_216) and fewer > 99.5,
+  )
+
+
+@claim(
+  says="r(d + k) is far less than d k.",
+  measured_by="the share r(d + k) / (d k) on MiniLM's query (384 x 384) at r = 4, 64, 192 and 384",
+  holds_if="under 5 % at r = 4 and rising with r; break-even is at r = dk/(d + k)",
+  expected=HOLDS,
+)
+def break_even() -> Finding:
+  params = {"query": {"kernel": jax.ShapeDtypeStruct((384, 384), jnp.float32)}}
+  share = {}
+  for rank in (4, 64, 192, 384):
+    method = pj.lora(rank=rank, targets=["query"])
+    attached = method.attach(jax.random.key(0), params)
+    trained = pj.count(attached, method.trainable(attached))
+    share[f"r = {rank}"] = trained / (384 * 384)
+  values = list(share.values())
+  return found(share, holds=values[0] < 0.05 and values == sorted(values))
+
+
+@claim(
+  says="A is d x r and B is r x k (short answer); A is r x k and B is d x r (long answer). ΔW = B A"
+  " is d x k.",
+  measured_by="jax.eval_shape of B A under both conventions, d = 48, k = 32, r = 4",
+  holds_if="both multiply to d x k; mended if one does, and our factors have it",
+  expected=CORRECTED,
+)
+def shape_convention() -> Finding:
+  d, k, r = 48, 32, 4
+  fits = {
+    "short answer fits": _product((r, k), (d, r)) == (d, k),
+    "long answer fits": _product((d, r), (r, k)) == (d, k),
+  }
+  method = pj.lora(rank=r, targets=["kernel"])
+  leaf = method.attach(jax.random.key(0), {"kernel": jnp.zeros((k, d))})["kernel"]
+  ours = leaf.b.shape == (d, r) and leaf.a.shape == (r, k)
+  return found(
+    {**fits, "our factors are the long answer's": ours},
+    holds=all(fits.values()),
+    mended=fits["long answer fits"] and ours,
+    correction="only the long answer's: A [r, k], B [d, r]; the short one's would have to be A B",
+  )
+
+
+def _product(b: tuple[int, int], a: tuple[int, int]) -> tuple[int, ...] | None:
+  """The shape of B A, None where they do not multiply."""
+  shape = lambda s: jax.ShapeDtypeStruct(s, jnp.float32)
+  try:
+    return jax.eval_shape(jnp.matmul, shape(b), shape(a)).shape
+  except TypeError:
+    return None
+
+
+@claim(
+  says="h = W0 x + B A x is h = (W0 + B A) x.",
+  measured_by="MiniLM with trained LoRA: logits by the branch against those of the materialised"
+  " weights, 16 texts",
+  holds_if="they differ by less than 1e-4",
+  expected=HOLDS,
+)
+def two_ways() -> Finding:
+  params = runs.minilm("lora").params
+  model, rows = sample_models.minilm()[0], sample_models.batch(0)
+  branch = pj.apply(model, params, rows.tokens, rows.mask)
+  dense = model.apply({"params": pj.merge(params)}, rows.tokens, rows.mask)
+  off = float(jnp.abs(branch - dense).max())
+  moved = float(jnp.abs(branch - runs.untrained_logits(rows)).max())
+  return found({"largest difference": off, "LoRA moved logits by": moved}, holds=off < 1e-4)
+
+
+@claim(
+  says="What full fine-tuning changes has a low intrinsic rank.",
+  measured_by="MiniLM fine-tuned in full: share of ‖ΔW‖² in its 8 largest singular values, median"
+  " over the 37 matrices, beside W's own and a random matrix'; and test accuracy with every ΔW cut"
+  " to rank 8",
+  holds_if="over 90 % of ‖ΔW‖² and accuracy within 0.02; mended if the accuracy alone",
+  expected=CORRECTED,
+)
+def low_rank_change() -> Finding:
+  before, after = sample_models.minilm()[1], runs.minilm("full").params
+  chosen = pj.select(before, "all-linear")
+  old, new = paths.leaves(before), paths.leaves(after)
+  share_of, cut = {"ΔW": [], "W": [], "random": []}, {}  # type: ignore[var-annotated]
+  for path in chosen:
+    change = np.asarray(new[path] - old[path])
+    noise = np.random.default_rng(0).normal(size=change.shape)
+    u, s, vt = np.linalg.svd(change, full_matrices=False)
+    cut[path] = old[path] + (u[:, :8] * s[:8]) @ vt[:8]
+    for name, matrix in (("ΔW", change), ("W", np.asarray(old[path])), ("random", noise)):
+      values = np.linalg.svd(matrix, compute_uv=False) ** 2
+      share_of[name].append(values[:8].sum() / values.sum())
+  share = {f"share, {name}": float(np.median(values)) for name, values in share_of.items()}
+  low = paths.map_leaves(lambda path, leaf: cut.get(path, leaf), after)
+  whole, left = runs.accuracy(after), runs.accuracy(low)
+  near = abs(whole - left) <= 0.02
+  return found(
+    {**share, "accuracy": whole, "accuracy, rank 8": left},
+    holds=share["share, ΔW"] > 0.9 and near,
+    mended=near,
+    correction="ΔW itself is far from rank 8, but its first 8 directions are all the task needs",
+  )
+
+
+@claim(
+  says="LoRA computes gradients for A and B alone: the frozen weights have none.",
+  measured_by="leaves of the gradient tree outside the trained half (they would be None), and bits"
+  " of the base that differ after 80 steps",
+  holds_if="none and none",
+  expected=HOLDS,
+)
+def frozen_base() -> Finding:
+  run = runs.minilm("lora")
+  train, _ = pj.partition(run.start, run.mask)
+  rows = sample_models.batch(0)
+  grads = jax.grad(runs.loss_of("lora"))(train, pj.partition(run.start, run.mask)[1], rows)
+  gradients = sum(leaf.size for leaf in jax.tree.leaves(grads))
+  frozen = lambda params: jax.tree.leaves(pj.partition(params, run.mask)[1])
+  bits = sum(
+    int((np.asarray(a) != np.asarray(b)).sum())
+    for a, b in zip(frozen(run.start), frozen(run.params), strict=True)
+  )
+  trained = pj.count(run.start, run.mask)
+  return found(
+    {"gradient entries": gradients, "trained": trained, "changed frozen entries": bits},
+    holds=gradients == trained and bits == 0,
+  )
+
+
+@claim(
+  says="LoRA greatly lowers the cost of training.",
+  measured_by="one step of MiniLM, 16 x 32 tokens, LoRA (r = 4, query and value) over full"
+  " fine-tuning: time (turn by turn, medians), and bytes of gradients and optimizer state",
+  holds_if="both under 0.5; mended if the bytes are under 0.05",
+  expected=CORRECTED,
+)
+def cheaper_steps() -> Finding:
+  steps, sizes = [], []
+  for name in ("small", "full"):
+    method = runs.METHODS[name]()
+    params = method.attach(jax.random.key(0), sample_models.minilm()[1])
+    train, frozen = pj.partition(params, method.trainable(params))
+    tx = optax.adam(1e-3)
+    state = tx.init(train)
+    sizes.append(sum(x.nbytes for x in jax.tree.leaves((train, state))))
+    step = jax.jit(functools.partial(runs.step, tx, runs.loss_of(name)))
+    steps.append(functools.partial(step, train, frozen, state, sample_models.batch(0)))
+  lora, full = clock.medians(steps, turns=11)
+  return found(
+    {"time, LoRA over full": lora / full, "bytes, LoRA over full": sizes[0] / sizes[1]},
+    holds=lora / full < 0.5 and sizes[0] / sizes[1] < 0.5,
+    mended=sizes[0] / sizes[1] < 0.05,
+    correction="memory of gradients and optimizer, yes; the time falls by a third or so, for"
+    " forward and the activations' gradients stay",
+  )
+
+
+@claim(
+  says="An adapter is stored in place of a copy of the model.",
+  measured_by="bytes of MiniLM's LoRA (r = 4, query and value) over those of the model",
+  holds_if="under 1 %",
+  expected=HOLDS,
+)
+def small_files() -> Finding:
+  method = runs.METHODS["small"]()
+  params = method.attach(jax.random.key(0), sample_models.minilm()[1])
+  adapter, base = pj.partition(params, pj.adapter_mask(params, method.trainable(params)))
+  size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  return found(
+    {"adapter, KB": size(adapter) / 1e3, "model, KB": size(base) / 1e3},
+    holds=size(adapter) < 0.01 * size(base),
+  )
+
+
+CLAIMS = (
+  parameter_count,
+  break_even,
+  shape_convention,
+  two_ways,
+  low_rank_change,
+  frozen_base,
+  cheaper_steps,
+  small_files,
+)

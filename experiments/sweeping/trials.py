@@ -1,0 +1,123 @@
+"""From the config of a sweep to its trials."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import runtime
+from experiments.sweeping import fields
+from peftjax.training import resume
+from peftjax.training.settings import from_config
+
+_KEYS = ("base", "grid", "trials", "together")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One run of a sweep.
+
+  Attributes:
+    id: a function of `config` alone, so that one run has one id in every sweep.
+    overrides: "base", and the value of every field that the sweep sets, by dotted path.
+    config: all of the run.
+  """
+
+  id: str
+  overrides: Mapping[str, Any]
+  config: ConfigDict
+
+
+def expand(sweep: ConfigDict) -> list[Trial]:
+  """The trials of a sweep: its bases x its listed trials x its grid, the seed varying slowest.
+
+  Equal configs are one trial.
+
+  Raises:
+    ValueError: on a field that a base does not have, a value that does not fit its field, or a
+      config that `peftjax.training.settings` refuses; before anything has run.
+  """
+  given = sweep.to_dict()
+  for key in given:
+    if key not in _KEYS:
+      near = difflib.get_close_matches(key, _KEYS, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else "."
+      raise ValueError(f"a sweep has no {key!r}{hint} It has: {', '.join(_KEYS)}")
+  run_path = functools.cache(runpy.run_path)
+  made = (_trial(_load(entry["base"], run_path), entry) for entry in _product(given))
+  trials = {trial.id: trial for trial in made}
+  if not trials:
+    raise ValueError("the sweep has no trial: give every field of its grid a value, and a base")
+  return list(trials.values())
+
+
+def trial_id(config: ConfigDict) -> str:
+  """Method, rank, seed and a hash of every field that can change a result."""
+  flat = fields.flat(json.loads(config.to_json()))
+  digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+  rank = f"-rank{config.method.rank}" if "rank" in config.method else ""
+  return f"{config.method.name}{rank}-seed{config.seed}-{digest}"
+
+
+def _product(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The overrides of every trial."""
+  grid = resume.flat(given.get("grid", {}))
+  for path, values in grid.items():
+    if not isinstance(values, tuple | list):
+      raise ValueError(f"grid: {path} is {values!r}; write its values as a tuple: ({values!r},)")
+  bases = given.get("base", ())
+  bases = (bases,) if isinstance(bases, str) else bases
+  listed: list[dict[str, Any]] = []
+  entries: Sequence[dict[str, Any]] = given.get("trials") or ({},)
+  for entry in entries:
+    own = resume.flat(entry)
+    if "base" not in own and not bases:
+      raise ValueError('the sweep has no base; write base="configs/classify.py:method=lora"')
+    listed += [own] if "base" in own else [{"base": base, **own} for base in bases]
+  paths = sorted(grid, key=lambda path: path != "seed")
+  points = itertools.product(*(grid[path] for path in paths))
+  made = []
+  for point, entry in itertools.product(points, listed):
+    if twice := set(entry) & set(paths):
+      raise ValueError(f"{', '.join(sorted(twice))}: both in grid and in trials; leave one out")
+    made.append({**entry, **dict(zip(paths, point, strict=True))})
+  return made
+
+
+def _load(base: str, run_path: Callable[[str], dict[str, Any]]) -> ConfigDict:
+  """The config of `file.py:argument`; a new one each time, for a copy forgets the types of None."""
+  path, _, argument = base.partition(":")
+  try:
+    module = run_path(path)
+  except OSError as error:
+    raise ValueError(f"base {base!r}: {error}") from None
+  if "get_config" not in module:
+    raise ValueError(f"base {base!r}: {path} has no get_config")
+  return module["get_config"](argument)
+
+
+def _trial(config: ConfigDict, overrides: Mapping[str, Any]) -> Trial:
+  base = overrides["base"]
+  for path, value in overrides.items():
+    if path == "base":
+      continue
+    runtime.check_field(config, path, here=base)
+    try:
+      config.update_from_flattened_dict({path: value})
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{base}: {path}={value!r} does not fit: {error}") from None
+  try:
+    from_config(config)
+  except ValueError as error:
+    told = fields.label(overrides, [path for path in overrides if path != "base"])
+    raise ValueError(f"{base}, {told}: {error}") from None
+  return Trial(trial_id(config), overrides, config)

@@ -1,0 +1,80 @@
+"""What a person sees while a sweep runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import rich
+from rich.live import Live
+from rich.table import Table
+
+from experiments.sweeping import summary
+from experiments.sweeping.folder import Folder
+from experiments.sweeping.trials import Trial
+
+_AROUND = 11  # lines of a screen for the frame of the table and the bar of the trial below it
+
+
+class View:
+  """A table that follows the folder, or a line an event where there is no terminal.
+
+  The bar of the trial that runs appears below the table: both are on rich's own console, which
+  nests live displays.
+  """
+
+  def __init__(self, folder: Folder, listed: summary.Listed):
+    self._folder, self._listed = folder, listed
+    self._console = rich.get_console()
+    self._mine: str | None = None
+    self._read = -1.0  # when the folder was read last
+    self._states: Mapping[str, Mapping[str, Any]] = {}
+    self._table = Table()
+    self._live = Live(
+      get_renderable=self._show,
+      console=self._console,
+      refresh_per_second=1,
+      transient=True,
+      redirect_stdout=False,
+      redirect_stderr=False,
+    )
+
+  def begins(self, trial: Trial) -> None:
+    self._mine, self._read = trial.id, -1.0
+    self._say(f"\n{trial.id}: running ({summary.counts(self._look())})")
+
+  def ends(self, trial: Trial) -> None:
+    self._mine, self._read = None, -1.0
+    state = self._look()[trial.id]
+    self._say(f"{trial.id}: {state['status']}, {state.get('metric', '')} {state.get('value', '')}")
+
+  def _say(self, text: str) -> None:
+    self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+  def _look(self) -> Mapping[str, Mapping[str, Any]]:
+    """How the trials stand, at most a second ago: a bar asks ten times as often."""
+    if time.monotonic() - self._read > 1:
+      self._states = summary.states(self._folder, self._listed, self._mine)
+      height = max(self._console.size.height - _AROUND, 3)
+      self._table = summary.table(self._listed, self._states, height)
+      self._read = time.monotonic()
+    return self._states
+
+  def _show(self) -> Table:
+    self._look()
+    return self._table
+
+  def __enter__(self) -> View:
+    if self._console.is_terminal:
+      self._live.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self._live.stop()

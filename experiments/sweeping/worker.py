@@ -1,0 +1,132 @@
+"""What a worker does: claims a trial, runs it, takes the next."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+from experiments.sweeping.folder import Folder
+from experiments.sweeping.trials import Trial
+from peftjax.training import loop
+from peftjax.training.together import group_of, train_together
+
+_STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+class Watcher(Protocol):
+  """Is told what happens here."""
+
+  def begins(self, trial: Trial) -> None: ...
+  def ends(self, trial: Trial) -> None: ...
+
+
+def run(trial: Trial, workdir: Path) -> None:
+  """Trains one trial, or goes on with it, until `workdir/result.json` is there."""
+  jax.clear_caches()  # the programs of the trial before are of no use to this one
+  loop.train_and_evaluate(trial.config, workdir)
+
+
+def work(
+  trials: Sequence[Trial],
+  folder: Folder,
+  watcher: Watcher,
+  run: Callable[[Trial, Path], None] = run,
+  together: int = 1,
+) -> None:
+  """Runs the trials that have not ended and that nobody else runs, until a pass finds none.
+
+  Up to `together` trials that `training.together` can train in one step are run as one. An
+  exception of a trial is recorded, and the rest go on.
+
+  Raises:
+    loop.Stopped: after SIGTERM or Ctrl-C; the trial that was training has saved.
+    KeyboardInterrupt: after one that came at another moment.
+  """
+  with _signals() as asked:
+    left, found = list(trials), True
+    while found:
+      found = False
+      for trial in tuple(left):
+        with contextlib.ExitStack() as claims:
+          mine = _claimed(trial, left, folder, together, claims)
+          if mine:
+            found = True
+            for one in mine:
+              left.remove(one)  # once is enough, whatever it leaves behind
+              watcher.begins(one)
+            _run(mine, folder, run)
+            for one in mine:
+              watcher.ends(one)
+            if asked():
+              raise KeyboardInterrupt
+
+
+def _claimed(
+  trial: Trial, left: Sequence[Trial], folder: Folder, most: int, claims: contextlib.ExitStack
+) -> list[Trial]:
+  """The trial and others of its group, as far as they are to be run and nobody else runs them."""
+  key = lambda one: group_of(json.loads(one.config.to_json()))
+  group = [one for one in left if one is trial or (most > 1 and key(one) == key(trial))]
+  mine: list[Trial] = []
+  for one in group if trial in left else ():
+    if len(mine) < most and not folder.ended(one.id):
+      if claims.enter_context(folder.claim(one.id)) and not folder.ended(one.id):
+        mine.append(one)
+  return mine
+
+
+def _run(trials: Sequence[Trial], folder: Folder, run: Callable[[Trial, Path], None]) -> None:
+  if len(trials) > 1:
+    jax.clear_caches()
+    paths = [folder.trial(one.id) for one in trials]
+    try:
+      results = train_together([one.config for one in trials], paths)
+    except ValueError:
+      pass  # not together, then; alone each one says what is wrong with it
+    else:
+      for one, result in zip(trials, results, strict=True):
+        if isinstance(result, Exception):
+          folder.fail(one.id, result)
+      return
+  for trial in trials:
+    try:
+      run(trial, folder.trial(trial.id))
+    except loop.Stopped:
+      raise
+    except Exception as error:
+      folder.fail(trial.id, error)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+  """SIGTERM interrupts as Ctrl-C does; and whether one of them has come since the last call.
+
+  A trial has handlers of its own while it trains, and one that is at its last step just finishes.
+  The file descriptor gets the number of every signal, whoever handles it.
+  """
+  reader, writer = socket.socketpair()
+  reader.setblocking(False)
+  writer.setblocking(False)
+  descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+  def asked() -> bool:
+    try:
+      return bool(_STOPS & set(reader.recv(4096)))
+    except BlockingIOError:
+      return False
+
+  try:
+    yield asked
+  finally:
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(descriptor)
+    reader.close()
+    writer.close()

@@ -1,0 +1,106 @@
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import paths
+from peftjax.core.layout import Layout, axes_of
+from peftjax.methods.adapters import put
+from peftjax.methods.base import Optimized
+from peftjax.nn.virtual import Prefix
+
+# The kernels that make the keys of our models' attention, and how many times as wide they are.
+_KEYS: Mapping[str, int] = {"self/key": 1, "self_attn/k_proj": 1, "attn/c_attn": 3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixMethod(Optimized):
+  """Puts a `Prefix` into attention modules and trains it; see `prefix`."""
+
+  length: int
+  deviation: float
+  dtype: Any
+
+  def claims(self, params: Any) -> list[str]:
+    return [p for p in paths.leaves(params) if re.fullmatch(r".*/prefix/(keys|values)", p)]
+
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    """`params` with the parameter `prefix` in every attention module.
+
+    Args:
+      key: folded with the path of each layer's module.
+      params: of an encoder or decoder of this library; plain, quantised or abstract.
+      layout: where layers are scanned; see `peftjax.linen.layout`.
+
+    Raises:
+      ValueError: the model has no attention module that reads a prefix, or one has a prefix.
+    """
+    flat, found = paths.leaves(params), False
+    if self.claims(params):
+      raise ValueError(f"{self.claims(params)[0]}: this model has a prefix already")
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+    for path, leaf in flat.items():
+      module, times = _attention(path)
+      if not times:
+        continue
+      found = True
+      shape = tuple(leaf.shape)
+      stack = axes_of(path, shape, layout).stack(shape)
+      make = functools.partial(self._make, module=module, stack=stack, width=shape[-1] // times)
+      node = jax.eval_shape(make, key) if abstract else make(key)
+      params = put(params, [*module.split("/"), "prefix"], node)
+    if not found:
+      raise ValueError(
+        f"no attention of these parameters reads a prefix; those of this library do, whose keys "
+        f"are made by {', '.join(f'.../{name}/kernel' for name in _KEYS)}"
+      )
+    return params
+
+  def trainable(self, params: Any) -> Any:
+    claimed = set(self.claims(params))
+    return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
+
+  def _make(self, key: jax.Array, module: str, stack: tuple[int, ...], width: int) -> Prefix:
+    layers = paths.layer_paths(module, stack)
+    keys = jnp.stack([paths.fold_in_path(key, layer) for layer in layers])
+    draw = lambda k: self.deviation * jax.random.normal(k, (2, self.length, width), self.dtype)
+    drawn = jax.vmap(draw)(keys).reshape(*stack, 2, self.length, width)
+    return Prefix(keys=drawn[..., 0, :, :], values=drawn[..., 1, :, :])
+
+
+def prefix(length: int = 20, *, deviation: float = 0.02, dtype: Any = jnp.float32) -> PrefixMethod:
+  """Prefix tuning: softmax(q [P_k; K]ᵀ/√H) [P_v; V] (Li & Liang 2021, section 4.2).
+
+  Every layer attends to P trained keys and values before those of the text, whose positions come
+  after them. They are trained as they are; the paper's multilayer perceptron, which makes them
+  from a smaller matrix and is thrown away afterwards, is left out (PEFT's prefix_projection=False).
+
+  Not the identity at first: a prefix takes its share of every softmax.
+
+  Args:
+    length: P.
+    deviation: of the normal distribution that keys and values are drawn from.
+    dtype: of both.
+
+  Raises:
+    ValueError: if length is below 1.
+  """
+  if length < 1:
+    raise ValueError(f"length {length} is not a positive integer")
+  return PrefixMethod(length=length, deviation=deviation, dtype=dtype)
+
+
+def _attention(path: str) -> tuple[str, int]:
+  """The attention module of a kernel that makes keys, and how often it is as wide as they are."""
+  for name, times in _KEYS.items():
+    if path.endswith(f"/{name}/kernel"):
+      return path.removesuffix(f"/{name.split('/')[1]}/kernel"), times
+  return "", 0

@@ -1,0 +1,93 @@
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import paths
+from peftjax.core.einsum import take
+from peftjax.core.layout import Layout
+from peftjax.methods.adapters import put
+from peftjax.methods.base import Optimized
+from peftjax.nn.virtual import Prompt
+
+INITS = ("vocabulary", "normal")
+# Tables of words in our models, and the module that puts a prompt before their rows.
+_TABLE = re.compile(r"(?P<body>\w+)/(embeddings/word_embeddings|embed_tokens|wte)/embedding")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptMethod(Optimized):
+  """Puts a `Prompt` before the embeddings of every text and trains it; see `prompt`."""
+
+  length: int
+  init: str
+  dtype: Any
+
+  def claims(self, params: Any) -> list[str]:
+    return [p for p in paths.leaves(params) if p.endswith("/prompt/embeddings")]
+
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    """`params` with the parameter `prompt` in the body of the model.
+
+    Args:
+      key: of the drawing.
+      params: of an encoder or decoder of this library; plain, quantised or abstract.
+      layout: not used.
+
+    Raises:
+      ValueError: the model has no table of words that is known, or a prompt already.
+    """
+    tables = {p: leaf for p, leaf in paths.leaves(params).items() if _TABLE.fullmatch(p)}
+    if not tables:
+      raise ValueError(
+        "no table of words known to take a prompt is among these parameters; those of the encoders "
+        "and decoders of this library are: .../word_embeddings, .../embed_tokens, .../wte"
+      )
+    if self.claims(params):
+      raise ValueError(f"{self.claims(params)[0]}: this model has a prompt already")
+    ((path, table),) = tables.items()
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(table))
+    node = jax.eval_shape(self._make, key, table) if abstract else self._make(key, table)
+    return put(params, [path.split("/")[0], "prompt"], node)
+
+  def trainable(self, params: Any) -> Any:
+    claimed = set(self.claims(params))
+    return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
+
+  def _make(self, key: jax.Array, table: Any) -> Prompt:
+    vocab, width = table.shape
+    if self.init == "normal":
+      return Prompt(embeddings=0.02 * jax.random.normal(key, (self.length, width), self.dtype))
+    ids = jax.random.choice(key, vocab, (self.length,), replace=self.length > vocab)
+    return Prompt(embeddings=take(table, ids).astype(self.dtype))
+
+
+def prompt(length: int = 20, *, init: str = "vocabulary", dtype: Any = jnp.float32) -> PromptMethod:
+  """Prompt tuning: the model reads [P; E(x)], P trained embeddings before those of the text.
+
+  Lester et al. 2021, section 2. Outputs are those of the text's own tokens, so loss and metrics
+  never see the virtual ones; the texts' positions come after them. An encoder's first token, which
+  its head reads, is then a virtual one, as in PEFT.
+
+  Not the identity at first.
+
+  Args:
+    length: P.
+    init: `"vocabulary"`, rows of the table of words at random (there, section 3.2), or `"normal"`,
+      N(0, 0.02²).
+    dtype: of P.
+
+  Raises:
+    ValueError: if length is below 1, or on an unknown init.
+  """
+  if length < 1:
+    raise ValueError(f"length {length} is not a positive integer")
+  if init not in INITS:
+    raise ValueError(f"init {init!r} is not one of {', '.join(map(repr, INITS))}")
+  return PromptMethod(length=length, init=init, dtype=dtype)

@@ -1,0 +1,148 @@
+"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): trained vectors around shared random factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from peftjax.core import paths, shared
+from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.weight import Weight
+from peftjax.methods.base import Optimized, trainable_mask
+from peftjax.methods.vera_weight import Projections, VeRA
+
+# Where the pair lies: one in a tree, as one in a PEFT directory.
+PAIR = f"{shared.GROUP}/vera"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRAMethod(Optimized):
+  """Attaches `VeRA` to the targeted kernels and one pair of factors for all; see `vera`."""
+
+  rank: int
+  targets: str | Sequence[str]
+  d_initial: float
+  dropout: float
+  projection_seed: int
+  dtype: Any
+
+  def claims(self, params: Any) -> list[str]:
+    return paths.select(params, self.targets)
+
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    """Every targeted kernel becomes a `VeRA` around it; b = 0, so outputs stay.
+
+    Args:
+      key: not used; A and B come from `projection_seed`.
+      params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
+      layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+
+    Returns:
+      `params` with the pair, a `Projections`, at "shared/vera" beside the model's own.
+
+    Raises:
+      ValueError: a target that matches nothing or is no kernel; a leaf that has an adapter already;
+        a second pair; a kernel of more than two axes without `layout`.
+    """
+    if PAIR in shared.nodes(params):
+      raise ValueError(
+        f"{PAIR} is there already, and VeRA is one pair of factors for all that it adapts; write "
+        "one pj.vera with the targets of both, or merge the other first: pj.merge(params)"
+      )
+    flat, claimed = paths.leaves(params), self.claims(params)
+    bases = {path: _bare(flat[path]) for path in claimed}
+    axes = {path: axes_of(path, tuple(base.shape), layout) for path, base in bases.items()}
+    for path, base in bases.items():
+      if path.split("/")[-1] == "embedding":
+        raise ValueError(f"{path} is a table, which VeRA is not made for; target kernels")
+      if hasattr(base, "base"):
+        raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
+    sizes = {path: _sizes(base.shape, axes[path]) for path, base in bases.items()}
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(bases))
+    create = lambda fn: jax.eval_shape(fn) if abstract else fn()
+
+    def wrap(path: str, leaf: Any) -> Any:
+      if path not in axes:
+        return leaf
+      stack = axes[path].stack(tuple(bases[path].shape))
+      return VeRA(
+        base=bases[path],
+        d=create(lambda: jnp.full((*stack, self.rank), self.d_initial, self.dtype)),
+        b=create(lambda: jnp.zeros((*stack, sizes[path][1]), self.dtype)),
+        axes=axes[path],
+        dropout=self.dropout,
+        of=PAIR,
+        names=getattr(leaf, "names", None),
+      )
+
+    pair = create(lambda: self._pair(*map(max, zip(*sizes.values(), strict=True))))
+    return shared.add(paths.map_leaves(wrap, params), {PAIR: pair})
+
+  def trainable(self, params: Any) -> Any:
+    return trainable_mask(params, set(self.claims(params)), frozenset({"d", "b"}))
+
+  def _pair(self, n_in: int, n_out: int) -> Projections:
+    """Uniform with He's gain: A within ±√(6/in_max), B within ±√(6/r)."""
+    keys = jax.random.split(jax.random.key(self.projection_seed))
+    draw = lambda key, rows, columns: jax.random.uniform(
+      key, (rows, columns), self.dtype, -math.sqrt(6 / columns), math.sqrt(6 / columns)
+    )
+    return Projections(a=draw(keys[0], self.rank, n_in), b=draw(keys[1], n_out, self.rank))
+
+
+def vera(
+  rank: int = 256,
+  targets: str | Sequence[str] = ("query", "value"),
+  *,
+  d_initial: float = 0.1,
+  dropout: float = 0.0,
+  projection_seed: int = 0,
+  dtype: Any = jnp.float32,
+) -> VeRAMethod:
+  """VeRA: h = W x + Λ_b B Λ_d A x, with W, A and B frozen (Kopiczko et al. 2023, eq. 2).
+
+  One random pair A [r, in], B [out, r] serves all targets, each with as many of its columns and
+  rows as it has inputs and outputs; the vectors d [r] and b [out] of each are trained. No α.
+
+  Args:
+    rank: r; it may be above a matrix's own.
+    targets: module names, regexes of whole paths, or `"all-linear"`.
+    d_initial: of d, with b = 0; the paper's ablation advises 0.1 or less.
+    dropout: rate on the branch's input, rounded to 1/256.
+    projection_seed: of A and B, uniform as by He et al. 2015: runs of one seed share them.
+    dtype: of d, b, A and B.
+
+  Raises:
+    ValueError: on a rank, dropout or d_initial out of range.
+  """
+  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    raise ValueError(f"rank {rank!r} is not a positive integer")
+  if not d_initial:
+    raise ValueError("d_initial 0 leaves d and b both zero, which have no gradient then; write 0.1")
+  if not 0.0 <= dropout < 1.0:
+    raise ValueError(f"dropout {dropout} is not in [0, 1)")
+  return VeRAMethod(
+    rank=rank,
+    targets=targets if isinstance(targets, str) else tuple(targets),
+    d_initial=d_initial,
+    dropout=dropout,
+    projection_seed=projection_seed,
+    dtype=dtype,
+  )
+
+
+def _bare(leaf: Any) -> Any:
+  """The array in a Flax box such as `nn.Partitioned`; a weight of ours is no such box."""
+  is_box = isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Weight)
+  return leaf.value if is_box else leaf
+
+
+def _sizes(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
+  """Inputs and outputs of a kernel."""
+  return math.prod(shape[axis] for axis in axes.ins), math.prod(shape[axis] for axis in axes.outs)

@@ -1,0 +1,159 @@
+"""The VeRA leaf: a weight plus a product of random factors that all weights share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from peftjax.core import paths
+from peftjax.core.einsum import einsum, split_subscripts
+from peftjax.core.layout import Axes
+from peftjax.core.shared import Shared
+from peftjax.core.weight import Weight
+from peftjax.methods.lora_weight import LoRA
+
+
+class Projections(Shared):
+  """The one frozen pair of random factors.
+
+  Attributes:
+    a: `[R, in_max]`, of the most inputs that an adapted matrix has.
+    b: `[out_max, R]`, of the most outputs.
+  """
+
+  a: Any
+  b: Any
+
+
+class VeRA(Weight):
+  """W = base + (Λ_b B Λ_d A)ᵀ (Kopiczko et al. 2023, eq. 2), for a kernel `[*stack, in, out]`.
+
+  A and B are the first columns and the first rows of the shared pair. A leaf has them only between
+  `tree.tie` and its use; otherwise both are None.
+
+  Attributes:
+    base: the pretrained weight, an array or any `Weight`.
+    d: `[*stack, R]`, the diagonal of Λ_d.
+    b: `[*stack, out]`, the diagonal of Λ_b; several output axes are flattened into one.
+    a: `[*stack, R, in]` or None; several input axes are flattened into one.
+    b_proj: `[*stack, out, R]` or None.
+    key: `[*stack]` keys of the dropout on the branch's input while training, else None.
+    axes: which axes of the kernel are inputs and outputs.
+    dropout: rate of that dropout.
+    of: the path of the shared pair.
+  """
+
+  base: Any
+  d: Any
+  b: Any
+  a: Any = None
+  b_proj: Any = None
+  key: Any = None
+  axes: Axes = flax.struct.field(pytree_node=False, default=Axes())
+  dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+  of: str = flax.struct.field(pytree_node=False, default="shared/vera")
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.base.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.base.dtype
+
+  @property
+  def quantised(self) -> bool:
+    return isinstance(self.base, Weight) and self.base.quantised
+
+  @property
+  def cuts(self) -> tuple[int, ...]:
+    return self.base.cuts if isinstance(self.base, Weight) else self.shape
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    return tuple(self.d.shape[:-1])
+
+  def true_size(self) -> int:
+    """Parameters of the base and the vectors that are here; what is borrowed is counted once."""
+    size = self.base.true_size() if isinstance(self.base, Weight) else getattr(self.base, "size", 0)
+    return size + sum(x.size for x in (self.d, self.b) if x is not None)
+
+  def borrow(self, pair: Projections) -> VeRA:
+    """With its slices of the pair, one for each layer: `nn.scan` slices every child."""
+    n_in, n_out = (math.prod(self.shape[axis] for axis in axes) for axes in self.axes)
+    spread = lambda x: jnp.broadcast_to(x, (*self.stack, *x.shape))
+    return self.replace(a=spread(pair.a[:, :n_in]), b_proj=spread(pair.b[:n_out]))
+
+  def as_lora(self) -> LoRA:
+    """The same weight as a `LoRA` of Λ_d A and Λ_b B."""
+    self._check_tied()
+    return self._lora(self.d[..., None] * self.a, self.b[..., None] * self.b_proj)
+
+  def materialize(self) -> jax.Array:
+    """base + (Λ_b B Λ_d A)ᵀ.
+
+    Raises:
+      ValueError: without A and B; with a dropout key inside: it acts on the branch's input.
+    """
+    return self.as_lora().materialize()
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """einsum(eqn, x, base) + b ⊙ B (d ⊙ A dropout(x)), in the dtype of `x`.
+
+    The vectors scale activations, so that no gradient of the shape of A or B is computed.
+    """
+    self._check_tied()
+    pair = self._lora(self.a, self.b_proj)
+    branch = pair._branch(eqn)
+    if branch is None or branch[2]:
+      return self.as_lora().einsum(eqn, x)
+    down, up, _ = branch
+    _, w_s, out_s = split_subscripts(eqn)
+    low_s = split_subscripts(down)[2]
+    stack, outs = w_s[: len(self.stack)], "".join(w_s[axis] for axis in self.axes.outs)
+    ins, dims = ([self.shape[axis] for axis in axes] for axes in self.axes)
+    a, b_proj = self.a.reshape(*self.d.shape, *ins), self.b_proj.reshape(*self.stack, *dims, -1)
+    low = jnp.einsum(down, pair._dropped(x), a.astype(x.dtype))
+    low = jnp.einsum(f"{low_s},{stack}{low_s[-1]}->{low_s}", low, self.d.astype(x.dtype))
+    high = jnp.einsum(up, low, b_proj.astype(x.dtype))
+    b = self.b.reshape(*self.stack, *dims).astype(x.dtype)
+    return einsum(eqn, x, self.base) + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
+
+  def unmerged(self, dense: jax.Array) -> jax.Array:
+    """The base that this adapter was merged into: `materialize` the other way round."""
+    return self.as_lora().unmerged(dense)
+
+  def with_key(self, key: jax.Array, path: str) -> VeRA:
+    keys = [paths.fold_in_path(key, p) for p in paths.layer_paths(path, self.stack)]
+    return self.replace(key=jnp.stack(keys).reshape(self.stack))
+
+  def child_specs(self, spec: P) -> VeRA:
+    """b is split as the kernel's outputs are (the first of several), d never."""
+    ndim = len(self.stack) + len(self.axes.ins) + len(self.axes.outs)
+    full = (*spec, *[None] * (ndim - len(spec)))
+    stack, out = full[: len(self.stack)], full[self.axes.outs[0]]
+    given = lambda child, *lies: None if child is None else P(*stack, *lies)
+    return self.replace(
+      base=self.base.child_specs(spec) if isinstance(self.base, Weight) else spec,
+      d=P(*stack, None),
+      b=P(*stack, out),
+      a=given(self.a, None, full[self.axes.ins[0]]),
+      b_proj=given(self.b_proj, out, None),
+      key=given(self.key),
+    )
+
+  def _lora(self, a: jax.Array, b: jax.Array) -> LoRA:
+    one = jnp.ones(self.stack, jnp.float32)
+    return LoRA(self.base, a, b, one, None, self.key, axes=self.axes, dropout=self.dropout)
+
+  def _check_tied(self) -> None:
+    if self.a is None:
+      raise ValueError(
+        f"a VeRA weight has no A and B of its own; use pj.apply or pj.merge on the whole tree, "
+        f"which give it those of {self.of}"
+      )

@@ -1,0 +1,118 @@
+"""Virtual tokens before a text: keys and values (prefixes), or embeddings (prompts)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from peftjax.core.attachment import Attachment, is_attachment
+
+
+class Prefix(Attachment):
+  """Keys and values of P virtual tokens, the parameter `prefix` of an attention module.
+
+  Attributes:
+    keys, values: `[*stack, P, K·H]`; of rotary models after the rotation.
+  """
+
+  keys: Any
+  values: Any
+
+  @property
+  def length(self) -> int:
+    return self.keys.shape[-2]
+
+
+class Prompt(Attachment):
+  """Embeddings of P virtual tokens, the parameter `prompt` of a model's body.
+
+  Attributes:
+    embeddings: `[P, D]`.
+  """
+
+  embeddings: Any
+
+  @property
+  def length(self) -> int:
+    return self.embeddings.shape[-2]
+
+  def put_before(self, x_BTD: jax.Array) -> jax.Array:
+    """The embeddings of a text, `[B, P + T, D]`, behind these."""
+    return _before(self.embeddings, x_BTD)
+
+
+def with_prefix(
+  module: nn.Module, k_BSD: jax.Array, v_BSD: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Keys, values and bias with the module's prefix, if it has one, before them.
+
+  Every token of a text attends to it: of whatever document in a packed row, however far behind.
+  """
+  prefix: Any = module.get_variable("params", "prefix", None)
+  if not isinstance(prefix, Prefix):
+    return k_BSD, v_BSD, bias
+  columns = [(0, 0)] * (bias.ndim - 1) + [(prefix.keys.shape[0], 0)]
+  return _before(prefix.keys, k_BSD), _before(prefix.values, v_BSD), jnp.pad(bias, columns)
+
+
+def prefix_length(module: nn.Module) -> int:
+  """P of the prefixes inside the module, 0 if there are none: by how much positions are shifted."""
+  return _longest(_params(module), Prefix)
+
+
+def prompt_of(module: nn.Module) -> tuple[Prompt | None, int]:
+  """The module's own prompt and its P; None and 0 if it has none."""
+  prompt: Any = module.get_variable("params", "prompt", None)
+  return (prompt, prompt.length) if isinstance(prompt, Prompt) else (None, 0)
+
+
+def with_prompt(module: nn.Module, x_BTD: jax.Array, positions: jax.Array) -> jax.Array:
+  """Embeddings behind the module's prompt, where there are positions for it: not in mid-text."""
+  if positions.shape[1] == x_BTD.shape[1]:
+    return x_BTD
+  return module.get_variable("params", "prompt").put_before(x_BTD)
+
+
+def length(params: Any) -> int:
+  """Virtual tokens, of prompts and prefixes, among the parameters of a model."""
+  found = jax.tree.leaves(params, is_leaf=is_attachment)
+  return sum(
+    max((n.length for n in found if isinstance(n, kind)), default=0) for kind in (Prefix, Prompt)
+  )
+
+
+def prompt_length(params: Any) -> int:
+  """P of the prompt among the parameters of a model, or inside a module; 0 if there is none."""
+  return _longest(_params(params) if isinstance(params, nn.Module) else params, Prompt)
+
+
+def check_length(module: nn.Module, tokens: int, positions: int) -> None:
+  """Raises ValueError if a model has fewer positions than virtual and other tokens."""
+  extra = length(_params(module))
+  if tokens + extra > positions:
+    shown = f"{tokens} tokens" + (f" and {extra} virtual ones" if extra else "")
+    raise ValueError(f"{shown}, but this model has {positions} positions")
+
+
+def before(value: Any, x_BT: jax.Array, length: int) -> jax.Array:
+  """`[B, length + T]`: `value`, a number or `[length]`, before each row."""
+  row = jnp.broadcast_to(jnp.asarray(value, x_BT.dtype), (x_BT.shape[0], length))
+  return jnp.concatenate([row, x_BT], axis=1)
+
+
+def _params(module: nn.Module) -> Any:
+  return module.variables.get("params", {})
+
+
+def _longest(params: Any, kind: type[Prefix] | type[Prompt]) -> int:
+  found = jax.tree.leaves(params, is_leaf=is_attachment)
+  return max((node.length for node in found if isinstance(node, kind)), default=0)
+
+
+def _before(own: jax.Array, x: jax.Array) -> jax.Array:
+  """`[P, D]` before each row of `[B, S, D]`, in its dtype."""
+  rows = jnp.broadcast_to(own.astype(x.dtype)[None], (x.shape[0], *own.shape))
+  return jnp.concatenate([rows, x], axis=1)

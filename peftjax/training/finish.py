@@ -1,0 +1,85 @@
+"""What a run leaves behind: test scores, the adapter for PEFT, `result.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from peftjax.core import paths
+from peftjax.io import hf_peft
+from peftjax.methods.adalora_ranks import ranks
+from peftjax.training import process
+from peftjax.training.logs import Bar, write_atomic
+from peftjax.training.run import Run
+
+
+def finish(
+  run: Run,
+  params: Any,
+  workdir: Path,
+  bar: Bar,
+  config: Mapping[str, Any],
+  best: Mapping[str, Any],
+  untrained: Mapping[str, Any],
+  **measured: Any,
+) -> dict[str, Any]:
+  """Scores the best parameters, exports them and writes the result, which it returns.
+
+  Args:
+    run: its model, task and settings.
+    params: the best, in the shapes that the method attached them with.
+    workdir: of the run.
+    bar: prints the scores.
+    config: as JSON.
+    best: "step" and validation "metrics" of `params`.
+    untrained: scores before training.
+    **measured: seconds, and whatever else is to be written.
+  """
+  final = {part: run.evaluate(part, params) for part in run.task.final}
+  for part, scores in final.items():
+    bar.scores(part, scores)
+  _export(run, params, workdir, bar)
+  left = ranks(params)
+  result = {
+    "config": dict(config),
+    "method": run.settings.method["name"],
+    "trainable_params": run.trainable,
+    "total_params": run.parameters,
+    "metrics": {"validation": best["metrics"], **final},
+    **({"before": dict(untrained)} if untrained else {}),
+    **({"ranks": left} if left else {}),
+    "best_step": best["step"],
+    "steps": run.total,
+    **run.task.summary(),
+    "seed": run.settings.seed,
+    "commit": process.commit(),
+    "device": jax.devices()[0].device_kind,
+    **measured,
+    "peak_memory_mb": process.peak_memory_mb(),
+  }
+  write_atomic(workdir / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+  return result
+
+
+def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
+  """Writes the adapter for Hugging Face PEFT too, where that format can say it."""
+  weights = paths.leaves(params).values()
+  if not any(isinstance(leaf, hf_peft.KINDS) for leaf in weights):
+    return
+  base = str(run.settings.model.directory) or run.settings.model.path().parent.name
+  try:
+    hf_peft.save(
+      workdir / "peft",
+      params,
+      run.module,
+      base_model=base,
+      trained=run.mask,
+      task_type=run.task.peft_type,
+      rslora=bool(run.settings.method.get("rslora")),
+    )
+  except ValueError as error:
+    bar.print(f"no Hugging Face PEFT directory: {error}")

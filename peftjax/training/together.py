@@ -1,0 +1,224 @@
+"""Runs that differ in rank, alpha, learning rate or seed: one base, one compiled step."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from peftjax.core import paths, tree
+from peftjax.methods.swap import align_ranks, cut_ranks
+from peftjax.training import resume, state, step
+from peftjax.training.checkpoint import Checkpoints
+from peftjax.training.finish import finish
+from peftjax.training.logs import Bar, Logs, write_atomic
+from peftjax.training.process import Clock
+from peftjax.training.run import Run
+from peftjax.training.settings import from_config
+
+# Fields in which runs of one group may differ: arrays in the compiled step.
+FREE = ("seed", "method.rank", "method.target_rank", "method.alpha", "optimizer.learning_rate")
+# With these initial values the frozen arrays depend on the rank.
+_FROZEN_BY_RANK = ("pissa",)
+
+
+def group_of(config: Mapping[str, Any]) -> str:
+  """What two configs have to have in common to be trained together."""
+  fields = {k: v for k, v in resume.flat(dict(config)).items() if k not in resume.FREE}
+  keep = ("method.rank",) if fields.get("method.init") in _FROZEN_BY_RANK else ()
+  own = {k: v for k, v in fields.items() if k not in FREE or k in keep}
+  return json.dumps(own, sort_keys=True)
+
+
+class Together:
+  """The stacked adapters of several runs, and the step that trains them all.
+
+  Attributes:
+    runs: each with its own data and keys; their base is the first one's.
+    states: of all, stacked along a first axis.
+  """
+
+  def __init__(self, configs: Sequence[ConfigDict]):
+    self.runs = [Run(from_config(config), None, rate_in_state=True) for config in configs]
+    first = self.runs[0]
+    self.total = first.total
+    for run in self.runs:
+      if (run.total, run.stream.steps_per_epoch) != (self.total, first.stream.steps_per_epoch):
+        raise ValueError(
+          f"runs of {first.total} and {run.total} steps, {first.stream.steps_per_epoch} and "
+          f"{run.stream.steps_per_epoch} an epoch, cannot be trained together; write "
+          "data.split_seed=0 and train.steps"
+        )
+    adapters, bases = zip(*map(_split, self.runs), strict=True)
+    self._base = bases[0]
+    made, states = [], []
+    for run, adapter in zip(self.runs, align_ranks(*adapters), strict=True):
+      params = tree.combine(adapter, self._base)
+      train, run.frozen = tree.partition(params, run.mask)
+      own = jax.tree.map(lambda on, trained: on and not trained, _own(run, params), run.mask)
+      made.append(tree.partition(params, own)[0])
+      states.append(state.init(run.tx, train))
+    self._made = _stack(made)
+    self.states = _stack(states)
+    self._keys = jnp.stack([run._key for run in self.runs])
+    self._predict = first._predict
+    self._lengths = tuple(getattr(first.task, "buckets", (first.task.longest,)))
+    model = functools.partial(step.train_step, first.module, first.tx, first.task.kind)
+    self._step = jax.jit(functools.partial(_all, model, self._lengths), donate_argnums=0)
+
+  def steps(self) -> Any:
+    """Dispatches the steps, one an iteration, and yields its number and what each run returned."""
+    streams = [run.stream.iterate(0, self.total) for run in self.runs]
+    for number, batches in enumerate(zip(*streams, strict=True), 1):
+      which = [self._lengths.index(batch["tokens"].shape[1]) for batch in batches]
+      rows = [_pad(batch, self._lengths[-1]) for batch in batches]
+      stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+      self.states, out = self._step(
+        self.states, self._base, self._made, stacked, jnp.asarray(which, jnp.int32), self._keys
+      )
+      yield number, out
+
+  def take(self, i: int) -> None:
+    """Puts the state of run i where its `evaluate` and `adapter` look for it."""
+    self.runs[i].state = jax.tree.map(lambda x: x[i], self.states)
+    self.runs[i]._predict = self._predict  # one program for all
+
+
+def _all(
+  model: Any,
+  lengths: tuple[int, ...],
+  states: Any,
+  base: Any,
+  made: Any,
+  batches: Any,
+  which: jax.Array,
+  keys: jax.Array,
+) -> Any:
+  """`train_step` of each run, one after the other, at the length of its own batch.
+
+  A product of all runs' activations with the base would be one large product, but on a CPU it
+  falls out of the cache, and every batch would be as long as the longest.
+  """
+
+  def one(args: Any) -> Any:
+    own, adapter, batch, index, key = args
+    frozen = tree.combine(adapter, base)
+    at = [
+      functools.partial(lambda n, s, f, b, k: model(s, f, _cut(b, n), k), length)
+      for length in lengths
+    ]
+    return jax.lax.switch(index, at, own, frozen, batch, key)
+
+  return jax.lax.map(one, (states, made, batches, which, keys))
+
+
+def _cut(batch: Mapping[str, jax.Array], length: int) -> dict[str, jax.Array]:
+  """The first columns of what has a row of tokens."""
+  return {name: x[:, :length] if x.ndim > 1 else x for name, x in batch.items()}
+
+
+def _pad(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+  widen = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1]))) if x.ndim > 1 else x
+  return {name: widen(np.asarray(x)) for name, x in batch.items()}
+
+
+def _own(run: Run, params: Any) -> Any:
+  """True on what one run does not share: arrays that were made, trained, or new in the model."""
+  mask = tree.adapter_mask(params, run.mask)
+  new = set(run.new)
+  return paths.map_leaves(lambda path, on: jax.tree.map(lambda x: x or path in new, on), mask)
+
+
+def _split(run: Run) -> tuple[Any, Any]:
+  """What is the run's own, and the pretrained arrays; the run lets go of both."""
+  params = tree.combine(run.state.train, run.frozen)
+  run.state = run.frozen = None
+  return tree.partition(params, _own(run, params))
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def train_together(
+  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path]
+) -> list[dict[str, Any] | FloatingPointError]:
+  """Trains every config as `train_and_evaluate` would, all in one compiled step over one base.
+
+  Parameters differ from those of single runs by rounding. Nothing is saved on the way: a group that
+  was interrupted starts anew. Every folder gets what a single run's has, less the latest checkpoint
+  and TensorBoard's events; its result says `together`, the number of runs.
+
+  Args:
+    configs: that agree in all but `FREE`; see `group_of`.
+    workdirs: a folder for each.
+
+  Returns:
+    The results; in the place of a run that diverged, its error.
+
+  Raises:
+    ValueError: configs that cannot be trained together.
+  """
+  if len({group_of(json.loads(config.to_json())) for config in configs}) != 1:
+    raise ValueError(f"configs trained together may differ in {', '.join(FREE)} alone")
+  clock = Clock(None)
+  group = Together(configs)
+  runs, folders = group.runs, [Path(folder) for folder in workdirs]
+  as_json = [json.loads(config.to_json()) for config in configs]
+  logs, failed = [], {}
+  best: list[dict[str, Any]] = [{} for _ in runs]
+  kept: list[Any] = [None for _ in runs]
+  for folder, config in zip(folders, as_json, strict=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    logs.append(Logs(folder, -1))
+  every = runs[0].settings.train
+  with Bar(f"{len(runs)} together", 0, group.total) as bar:
+    for number, out in group.steps():
+      evaluate = number % runs[0].stream.steps_per_epoch == 0 or number == group.total
+      if not (evaluate or number % every.log_every == 0):
+        continue
+      values = {name: np.asarray(x, np.float64) for name, x in jax.device_get(out).items()}
+      bar.update(number, float(np.nanmean(values["loss"])), clock.rate(number, every.batch_size))
+      for i, run in enumerate(runs):
+        if i in failed:
+          continue
+        row = {name: float(x[i]) for name, x in values.items()}
+        if not all(map(math.isfinite, row.values())):
+          failed[i] = FloatingPointError(f"step {number}: loss {row['loss']} not finite")
+          continue
+        logs[i].write({"step": number, **row, "learning_rate": run.learning_rate(number)})
+        if evaluate and number >= run.settled:
+          group.take(i)
+          run.steps_done = number
+          scores = run.evaluate("validation")
+          named = {f"validation_{key}": value for key, value in scores.items()}
+          logs[i].write({"step": number, **named})
+          value = run.task.criterion(scores)
+          if not best[i] or value > best[i]["value"]:
+            best[i] = {"step": number, "value": value, "metrics": scores}
+            kept[i] = jax.device_get(run.adapter()["adapter"])
+    results: list[Any] = []
+    seconds = clock.seconds()
+    for i, run in enumerate(runs):
+      logs[i].close()
+      if i in failed:
+        results.append(failed[i])
+        continue
+      adapter = cut_ranks(kept[i])
+      checkpoints = Checkpoints(folders[i] / "checkpoints")
+      meta = run.identity()
+      checkpoints.save("best", best[i]["step"], {"adapter": adapter}, meta)
+      checkpoints.close()
+      measured = dict(together=len(runs), seconds=seconds / len(runs), seconds_of_all=seconds)
+      params = tree.combine(jax.tree.map(jnp.asarray, adapter), group._base)
+      results.append(finish(run, params, folders[i], bar, as_json[i], best[i], {}, **measured))
+  return results

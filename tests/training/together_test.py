@@ -1,0 +1,114 @@
+"""Runs trained together do what each does alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import peftjax as pj
+from peftjax.core import tree
+from peftjax.methods.swap import cut_ranks
+from peftjax.training.loop import train_and_evaluate
+from peftjax.training.predict import Predictor
+from peftjax.training.run import Run
+from peftjax.training.settings import from_config
+from peftjax.training.together import Together, group_of, train_together
+from tests import tiny
+
+# What differs from run to run.
+VARIED = (
+  {"seed": 0, "method.rank": 4, "method.alpha": 8.0, "optimizer.learning_rate": 2e-2},
+  {"seed": 1, "method.rank": 2, "method.alpha": 16.0, "optimizer.learning_rate": 1e-2},
+  {"seed": 2, "method.rank": 3, "method.alpha": 4.0, "optimizer.learning_rate": 5e-3},
+)
+METHODS = {
+  "lora": {"method.dropout": 0.1},
+  "rslora": {"method.rslora": True},
+  "dora": {},
+  "adalora": {"method.interval": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("together")
+  return tiny.model_dir(folder / "model"), tiny.corpus(folder / "train.csv")
+
+
+def configs(files, name, **more):
+  made = []
+  for i, varied in enumerate(VARIED):
+    method = name if name != "rslora" else "lora"
+    config = tiny.config(*files, method)
+    config.update_from_flattened_dict({**METHODS[name], **varied, **more})
+    config.update_from_flattened_dict({"train.steps": 10, "data.split_seed": 0})
+    if name == "adalora":
+      config.method.target_rank = (2.0, 1.0, 1.5)[i]
+    made.append(config)
+  return made
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_are_those_of_single_runs(name, files):
+  """After ten steps, ranks and rates and orders of data their own."""
+  wanted = configs(files, name)
+  group = Together(wanted)
+  for _ in group.steps():
+    pass
+  for i, config in enumerate(wanted):
+    alone = Run(from_config(config), "")
+    before = jax.device_get(tree.combine(alone.state.train, alone.frozen))
+    for _ in alone.steps():
+      pass
+    group.take(i)
+    got = cut_ranks(group.runs[i].adapter()["adapter"])
+    want = alone.adapter()["adapter"]
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+    after = jax.device_get(tree.combine(alone.state.train, alone.frozen))
+    one, two = (tree.partition(p, alone.mask)[0] for p in (before, after))
+    moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), one, two)
+    assert max(jax.tree.leaves(moved)) > 1e-2
+    if name == "adalora":
+      assert pj.ranks(tree.combine(got, group._base)) == pj.ranks(tree.combine(want, group._base))
+
+
+def test_folders_and_results_are_those_of_single_runs(files, tmp_path):
+  """Scores, counts and files; each is the start of a prediction."""
+  wanted = configs(files, "lora")
+  folders = [tmp_path / f"together{i}" for i in range(3)]
+  results = train_together(wanted, folders)
+  for i, config in enumerate(wanted):
+    alone = train_and_evaluate(config, tmp_path / f"alone{i}")
+    same = ("method", "trainable_params", "total_params", "seed", "steps", "config", "labels")
+    assert {key: results[i][key] for key in same} == {key: alone[key] for key in same}
+    assert results[i]["metrics"] == alone["metrics"] and results[i]["together"] == 3
+    assert json.loads((folders[i] / "result.json").read_text()) == results[i]
+    texts = ["one good day", "a bad one"]
+    one, two = (Predictor(folder).logits(texts) for folder in (folders[i], tmp_path / f"alone{i}"))
+    np.testing.assert_allclose(one, two, atol=1e-4)
+    assert (folders[i] / "peft" / "adapter_model.safetensors").exists()
+    assert train_and_evaluate(config, folders[i]) == results[i]  # it is done
+
+
+def test_one_that_diverges_leaves_the_others_alone(files, tmp_path):
+  wanted = configs(files, "lora")
+  wanted[1].optimizer.learning_rate = 1e30
+  results = train_together(wanted, [tmp_path / str(i) for i in range(3)])
+  assert isinstance(results[1], FloatingPointError)
+  assert not (tmp_path / "1" / "result.json").exists()
+  assert {0, 2} == {i for i in range(3) if isinstance(results[i], dict)}
+
+
+def test_what_may_differ_is_told(files):
+  one, two, three = configs(files, "lora")
+  groups = [group_of(json.loads(config.to_json())) for config in (one, two, three)]
+  assert len(set(groups)) == 1
+  two.method.dropout = 0.3
+  with pytest.raises(ValueError, match=r"may differ in seed, method\.rank"):
+    train_together([one, two], ["a", "b"])
+  for config in (one, three):
+    config.method.init = "pissa"
+  assert group_of(json.loads(one.to_json())) != group_of(json.loads(three.to_json()))
