@@ -51,8 +51,9 @@ def cut_ranks(adapter: Any) -> Any:
       return leaf
     width = int(leaf.rank.max())
     made = leaf.replace(a=leaf.a[..., :width, :], b=leaf.b[..., :width])
-    has_e = isinstance(leaf, SVDLoRA) and leaf.e is not None
-    return made.replace(e=leaf.e[..., :width]) if has_e else made
+    if isinstance(leaf, SVDLoRA) and leaf.e is not None:
+      return made.replace(e=leaf.e[..., :width])
+    return made
 
   return jax.tree.map(cut, adapter, is_leaf=lambda n: n is None or paths.is_leaf(n))
 
