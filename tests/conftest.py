@@ -11,5 +11,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   ).strip()
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module():
+  """A process may have only so many memory maps, and every compiled program takes some."""
+  yield
+  jax.clear_caches()
