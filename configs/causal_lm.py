@@ -5,7 +5,7 @@
 
 model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
 quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8.
-method: lora, dora, adalora, ia3, adapters, vera, full.
+method: lora, dora, adalora, ia3, adapters, vera, prefix, prompt, full.
 data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text a row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column.
 Every field below can be given as a flag: --config.method.rank=4.
@@ -86,6 +86,8 @@ METHODS = {
     projection_seed=0,
     head=False,
   ),
+  "prefix": dict(name="prefix", length=20, deviation=0.02, head=False),
+  "prompt": dict(name="prompt", length=20, init="vocabulary", head=False),  # or normal
   "full": dict(name="train", targets=(".*",), head=False),
 }
 
@@ -97,6 +99,8 @@ LEARNING_RATES = {
   "ia3": 5e-3,
   "adapters": 1e-3,
   "vera": 1e-2,
+  "prefix": 1e-2,
+  "prompt": 1e-2,
   "full": 5e-5,
 }
 

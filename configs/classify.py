@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=configs/classify.py:method=lora,data=bbc --workdir=runs/bbc
 
-method: lora, dora, adalora, ia3, adapters, vera, head, full, bitfit.
+method: lora, dora, adalora, ia3, adapters, vera, prefix, prompt, head, full, bitfit.
 data: bbc, sentiment, glue/<task>, or files with
   --config.data.train_file=train.csv --config.data.text_column=text --config.data.label_column=label
 Every field below can be given as a flag: --config.method.rank=4.
@@ -88,6 +88,8 @@ METHODS = {
     projection_seed=0,
     head=True,
   ),
+  "prefix": dict(name="prefix", length=20, deviation=0.02, head=True),
+  "prompt": dict(name="prompt", length=20, init="vocabulary", head=True),  # or normal
   "head": dict(name="train", targets=("head/.*",), head=False),
   "full": dict(name="train", targets=(".*",), head=False),
   "bitfit": dict(name="train", targets=(".*/bias", "head/.*"), head=False),
@@ -101,6 +103,8 @@ LEARNING_RATES = {
   "ia3": 1e-2,
   "adapters": 1e-3,
   "vera": 1e-2,
+  "prefix": 1e-2,
+  "prompt": 1e-2,
   "head": 1e-2,
   "full": 2e-4,
   "bitfit": 2e-3,

@@ -28,9 +28,9 @@ class Point(NamedTuple):
   std: float
 
 
-def metric(row: Row) -> tuple[str, float]:
-  """The test metric that is compared: perplexity where there is one, else the first by name."""
-  scores = row["metrics"]["test"]
+def metric(row: Row, split: str = "test") -> tuple[str, float]:
+  """The metric that is compared: perplexity where there is one, else the first by name."""
+  scores = row["metrics"][split]
   name = "perplexity" if "perplexity" in scores else min(scores)
   return name, scores[name]
 

@@ -67,7 +67,7 @@ def show_left(folder: Folder, todo: list[Trial]) -> None:
 
   listed = folder.check(todo)
   states = summary.states(folder, {trial.id: listed[trial.id] for trial in todo})
-  apart = [x for x in fields.varying(trial.overrides for trial in todo) if x != "base"]
+  apart = fields.varying(trial.overrides for trial in todo)
   for trial in todo:
     if (status := states[trial.id]["status"]) != "done":
       print(f"  {trial.id}  {status}  {fields.label(trial.overrides, apart)}")

@@ -21,21 +21,16 @@ from tests import tiny
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+METHODS = ("lora", "dora", "adalora", "ia3", "adapters", "vera", "prefix", "prompt")
 # What each argument of a file may be; a new file adds a line.
 ARGUMENTS = {
   "classify": [
-    *(
-      f"method={method},data=bbc"
-      for method in ("lora", "dora", "adalora", "ia3", "adapters", "vera", "head", "full", "bitfit")
-    ),
+    *(f"method={method},data=bbc" for method in (*METHODS, "head", "full", "bitfit")),
     *(f"data={name}" for name in ("sentiment", "glue/cola", "glue/stsb", "files")),
     "",
   ],
   "causal_lm": [
-    *(
-      f"method={method},model=smollm2,quant=none,data=bbc"
-      for method in ("lora", "dora", "adalora", "ia3", "adapters", "vera", "full")
-    ),
+    *(f"method={method},model=smollm2,quant=none,data=bbc" for method in (*METHODS, "full")),
     *(f"quant={name}" for name in ("nf4", "nf4_textbook", "lloyd_max", "fp4", "int4", "int8")),
     "data=files",
     "",

@@ -37,6 +37,7 @@ def question(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label(config: Mapping[str, Any], paths: Iterable[str]) -> str:
-  """Some fields for people: `target_rank 4, gamma 0.1`."""
+  """Some fields for people: `target_rank 4, gamma 0.1`; of a base its argument."""
   given = [(path.rpartition(".")[2], config[path]) for path in paths if path in config]
-  return ", ".join(f"{name} {value}" for name, value in given)
+  shown = (x.partition(":")[2] if name == "base" else f"{name} {x}" for name, x in given)
+  return ", ".join(filter(None, shown))

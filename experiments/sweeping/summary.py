@@ -47,14 +47,16 @@ def write(folder: Folder, listed: Listed) -> list[str]:
 
 
 def states(folder: Folder, listed: Listed, mine: str | None = None) -> dict[str, dict[str, Any]]:
-  """How every trial stands: its "status" and, if it is done, "metric", "value", "trained" and
-  "seconds"; if it has failed, type and message of the error as "metric" and "value".
+  """How every trial stands: its "status" and, if it is done, "metric", "value" (on
+  test), "validation", "trained" and "seconds"; if it has failed, type and message of the error as
+  "metric" and "value".
   """
   made: dict[str, dict[str, Any]] = {}
   for name in listed:
     if result := folder.result(name):
       metric, value = plots.metric(result)
       made[name] = {"status": "done", "metric": metric, "value": f"{value:.4f}"}
+      made[name]["validation"] = f"{plots.metric(result, 'validation')[1]:.4f}"
       made[name]["trained"] = f"{result['trainable_params']:,}"
       made[name]["seconds"] = f"{result['seconds']:.0f}"
     elif error := folder.error(name):
@@ -84,7 +86,10 @@ def table(
     at = next((i for i, n in enumerate(names) if states[n]["status"] == "running"), 0)
     first = min(max(at - height // 2, 0), len(names) - height)
     shown = names[first : first + height]
-  flat = {name: fields.flat(entry["config"]) for name, entry in listed.items()}
+  flat = {
+    name: {"base": entry["overrides"].get("base"), **fields.flat(entry["config"])}
+    for name, entry in listed.items()
+  }
   # The id tells these already.
   apart = [x for x in fields.varying(flat.values()) if x in _swept(listed)]
   metrics = dict.fromkeys(x["metric"] for x in states.values() if x["status"] == "done")
@@ -93,7 +98,7 @@ def table(
   if apart:
     made.add_column("swept")
   made.add_column("status", no_wrap=True)
-  for title in (f"test {', '.join(metrics)}", "trained", "seconds"):
+  for title in ("validation", f"test {', '.join(metrics)}", "trained", "seconds"):
     made.add_column(title, justify="right", min_width=max(map(len, title.split())))
   for name in shown:
     state = states[name]
@@ -101,11 +106,16 @@ def table(
     score = state.get("value", "") if state["status"] == "done" else state.get("metric", "")
     if state["status"] == "done" and len(metrics) > 1:
       score = f"{state['metric']} {score}"
-    cells = (score, state.get("trained", ""), state.get("seconds", ""))
+    cells = (
+      state.get("validation", ""),
+      score,
+      state.get("trained", ""),
+      state.get("seconds", ""),
+    )
     made.add_row(name, *swept, state["status"], *cells, style=_STYLES.get(state["status"]))
   return made
 
 
 def _swept(listed: Listed) -> set[str]:
-  told = {"base", "seed", "method.rank"}
+  told = {"seed", "method.rank"}
   return {path for entry in listed.values() for path in entry["overrides"]} - told

@@ -1,4 +1,4 @@
-"""Reads and writes adapters (`KINDS`) as Hugging Face's PEFT library has them (0.21).
+"""Reads and writes adapters (`has_adapter`) as Hugging Face's PEFT library has them (0.21).
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linear module has
 `lora_A.weight` [r, in] and `lora_B.weight` [out, r], an embedding `lora_embedding_A` [r, V] and
@@ -7,7 +7,7 @@ A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linea
 whole copy, its kernel transposed. AdaLoRA's `lora_A` [r', in], `lora_E` [r', 1] and `lora_B`
 [out, r'] are of the triplets that are left, and its `rank_pattern` says which those are. VeRA's
 modules have `vera_lambda_d` [r] and `vera_lambda_b` [out], and the model one `vera_A` [r, in] and
-`vera_B` [out, r] of the largest sizes among them.
+`vera_B` [out, r] of the largest sizes among them. Prefixes and prompts: see `hf_peft_virtual`.
 
 Invariants:
 - The tensors say which modules have an adapter; the config says at which scale.
@@ -29,9 +29,11 @@ import jax
 import numpy as np
 
 from peftjax.core import paths, shared, tree
+from peftjax.core.attachment import attachments
 from peftjax.core.weight import Weight
-from peftjax.io import hf_peft_config, safetensors_dir
+from peftjax.io import hf_peft_config, hf_peft_virtual, safetensors_dir
 from peftjax.io.hf_peft_reader import (
+  EMBEDDINGS,
   FACTORS,
   MAGNITUDE,
   PROJECTIONS,
@@ -39,6 +41,7 @@ from peftjax.io.hf_peft_reader import (
   SCALES,
   STEM,
   VECTORS,
+  VIRTUAL_ROOT,
   Reader,
 )
 from peftjax.methods.adalora_weight import SVDLoRA
@@ -53,6 +56,12 @@ from peftjax.models.pretrained import FAMILIES, stack_of
 KINDS = (LoRA, SVDLoRA, DoRA, IA3, VeRA)
 
 
+def has_adapter(params: Any) -> bool:
+  """Whether there is something that `save` could write: `KINDS`, a prefix or a prompt."""
+  weights = paths.leaves(params).values()
+  return hf_peft_virtual.found(params) or any(isinstance(leaf, KINDS) for leaf in weights)
+
+
 def save(
   directory: str | os.PathLike,
   params: Any,
@@ -63,7 +72,7 @@ def save(
   task_type: str | None = "SEQ_CLS",
   rslora: bool = False,
 ) -> None:
-  """Writes the adapters of `params`, of one kind (`KINDS`), and the trained head.
+  """Writes the adapters of `params`, all of one kind, and the trained head.
 
   Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
   from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
@@ -79,9 +88,10 @@ def save(
     rslora: write `use_rslora`.
 
   Raises:
-    ValueError: no `LoRA` leaf; a PiSSA leaf; AdaLoRA of several scales; adapters of several kinds
-      or of another one; a trained array that is neither a factor nor of the head; a head with an
-      adapter in it; dropout rates that differ.
+    ValueError: no adapter, or one that the format cannot say; a PiSSA leaf; AdaLoRA of several
+      scales; a prefix before a sliding window; adapters of several kinds; a trained
+      array that is neither the adapter's nor the head's; a head with an adapter in it; dropout
+      rates that differ.
   """
   family = FAMILIES[model.config.family]
   pairs, params = shared.nodes(params), shared.without(params)
@@ -98,16 +108,28 @@ def save(
         f"{path} is a {type(leaf).__name__}, which is not written; allowed: "
         f"{', '.join(kind.__name__ for kind in KINDS)}"
       )
-  if not adapters:
-    raise ValueError("params has no LoRA leaf to save: attach pj.lora(...) first")
   kinds = {type(leaf) for leaf in paths.leaves(params).values() if isinstance(leaf, KINDS)}
+  kinds.update(map(type, attachments(params)))
+  if not has_adapter(params):
+    raise ValueError("params has no adapter that PEFT knows: attach pj.lora(...) first")
   if len(kinds) > 1:
     raise ValueError(
       f"a PEFT directory holds one kind of adapter, and these are {_named(kinds)}: save each in a "
       "directory of its own, or pj.to_lora(params), which makes LoRA of AdaLoRA"
     )
-  whole = _whole(params, family, trained, task_type)
+  bare, flags = hf_peft_virtual.without(params), hf_peft_virtual.without(trained)
+  whole = _whole(bare, flags, family, task_type)
   tensors = {name: array for arrays in whole.values() for name, array in arrays.items()}
+  if hf_peft_virtual.found(params):
+    config, rows = hf_peft_virtual.build(
+      params,
+      model,
+      modules_to_save=sorted(whole),
+      task_type=task_type,
+      base_model=base_model,
+    )
+    tensors = {VIRTUAL_ROOT + name: array for name, array in tensors.items()}
+    return _write(Path(directory), config, {**tensors, EMBEDDINGS: rows})
   for module, adapter in adapters.items():
     tensors.update({f"{module}.{name}": array for name, array in adapter.tensors.items()})
   every = _modules(params, family)
@@ -148,17 +170,24 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     `(params, mask)`; the mask is true on all that came from the directory: A, B, saved modules.
 
   Raises:
-    ValueError: a missing or damaged file; a config field of what is not read; a tensor
-      missing, of another shape than model and config mean, or without a place in the model.
+    ValueError: adapters in params; a missing or damaged file; a config field of what is not read; a
+      tensor missing, of another shape than model and config mean, or without a place in the model.
   """
+  if nodes := attachments(params):
+    raise ValueError(
+      f"params has a {type(nodes[0]).__name__} already: load into the base model's params"
+    )
   reader = Reader(directory, model.config.family, FAMILIES[model.config.family].hf_name)
   loaded = paths.map_leaves(reader.leaf, params)
   if reader.settings.kind == "VERA":
     loaded = shared.add(loaded, {PAIR: reader.pair(loaded)})
+  made: set[str] = set()
+  if reader.settings.virtual:
+    loaded, made = hf_peft_virtual.load(reader, loaded)
   reader.check_all_used()
 
   def flags(path: str, leaf: Any) -> Any:
-    mask = jax.tree.map(lambda _: path in reader.replaced, leaf)
+    mask = jax.tree.map(lambda _: path in reader.replaced | made, leaf)
     names = ["l"] if isinstance(leaf, IA3) else ["d" if isinstance(leaf, VeRA) else "a", "b"]
     names += [name for kind, name in ((SVDLoRA, "e"), (DoRA, "m")) if isinstance(leaf, kind)]
     return mask.replace(**dict.fromkeys(names, True)) if path in reader.attached else mask
@@ -259,7 +288,7 @@ def _alpha(scale: np.float32, divisor: float) -> float:
 
 
 def _whole(
-  params: Any, family: Any, trained: Any | None, task_type: str | None
+  params: Any, trained: Any | None, family: Any, task_type: str | None
 ) -> dict[str, dict[str, np.ndarray]]:
   """Tensors by module of `modules_to_save`: the head, or a new part of the body, if trained."""
   flat = paths.leaves(params)

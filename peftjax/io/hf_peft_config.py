@@ -23,7 +23,8 @@ _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 # Values of peft_type that are read.
-KINDS = ("LORA", "ADALORA", "IA3", "VERA")
+VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING")
+KINDS = ("LORA", "ADALORA", "IA3", "VERA", *VIRTUAL)
 
 
 class Settings(NamedTuple):
@@ -42,6 +43,7 @@ class Settings(NamedTuple):
   rank_pattern: Mapping[str, int]
   alpha_pattern: Mapping[str, float]
   modules_to_save: tuple[str, ...]
+  virtual: int  # tokens of a prefix or a prompt, else 0
 
 
 def read(directory: str | os.PathLike) -> Settings:
@@ -54,8 +56,7 @@ def read(directory: str | os.PathLike) -> Settings:
   if wrong:
     field, value = next(iter(wrong.items()))
     raise ValueError(
-      f"{directory}/{NAME} has {field}={value!r}; read are LoRA, DoRA, AdaLoRA, IA3 and VeRA "
-      "only: "
+      f"{directory}/{NAME} has {field}={value!r}; read are adapters with "
       f"peft_type {', '.join(map(repr, KINDS))}, bias 'none', no {', '.join(_VARIANTS)}.\n"
       "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
     )
@@ -87,6 +88,7 @@ def read(directory: str | os.PathLike) -> Settings:
     patterns,
     config.get("alpha_pattern") or {},
     tuple(config.get("modules_to_save") or ()),
+    config.get("num_virtual_tokens", 0) if kind in VIRTUAL else 0,
   )
   _check(settings, f"{directory}/{NAME}")
   return settings
@@ -123,6 +125,10 @@ def _check(settings: Settings, where: str) -> None:
     for alpha in alphas:
       if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise ValueError(f"{where}: {field} has {alpha!r}; an alpha is a number")
+  if type(settings.virtual) is not int or settings.virtual < (settings.kind in VIRTUAL):
+    raise ValueError(
+      f"{where}: num_virtual_tokens {settings.virtual!r} is not a whole number from 1"
+    )
   if type(settings.dropout) not in (int, float) or not 0 <= settings.dropout < 1:
     field = _dropout(settings.kind)
     raise ValueError(f"{where}: {field} {settings.dropout!r} must be a number in [0, 1)")
@@ -272,4 +278,41 @@ def build_vera(plain: dict[str, Any]) -> dict[str, Any]:
     "d_initial": 0.1,
     "init_weights": True,
     "projection_prng_key": 0,
+  }
+
+
+def build_virtual(
+  kind: str,
+  tokens: int,
+  *,
+  width: int,
+  heads: int,
+  layers: int,
+  modules_to_save: Sequence[str],
+  task_type: str | None,
+  base_model: str,
+) -> dict[str, Any]:
+  """The config of a prefix or a prompt.
+
+  Args:
+    kind: of `VIRTUAL`.
+    tokens: P.
+    width: of a token in the tensor: D of a prompt, K·H of a prefix.
+    heads: of keys and values, K.
+  """
+  own: dict[str, Any] = {"prompt_tuning_init": "RANDOM"}
+  if kind == "PREFIX_TUNING":
+    own = {"prefix_projection": False, "encoder_hidden_size": width}
+  return {
+    **own,
+    "base_model_name_or_path": base_model or None,
+    "inference_mode": True,
+    "modules_to_save": list(modules_to_save) or None,
+    "num_attention_heads": heads,
+    "num_layers": layers,
+    "num_transformer_submodules": 1,
+    "num_virtual_tokens": tokens,
+    "peft_type": kind,
+    "task_type": task_type,
+    "token_dim": width,
   }

@@ -22,6 +22,8 @@ from peftjax.methods.vera_weight import Projections, VeRA
 from peftjax.models.pretrained import stack_of
 
 STEM, ROOT = "adapter_model", "base_model.model."
+# Where the adapter is no part of a module: the root of names, and its tensor.
+VIRTUAL_ROOT, EMBEDDINGS = "base_model.", "prompt_embeddings"
 # The tensors of A and B beside a module's name.
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's m
 SCALES = "ia3_l"  # IA3's l, [1, in] or [out, 1]
@@ -45,9 +47,10 @@ class Reader:
     self.available = set(self.tensors.names())
     self.where = f"{directory}/{STEM}.safetensors"
     self.hf_name = hf_name
+    self.root = VIRTUAL_ROOT if self.settings.virtual else ROOT
     # An adapter of the bare encoder does not name the body.
     body = f"{family}."
-    self.bare = "" if any(x.startswith(ROOT + body) for x in self.available) else body
+    self.bare = "" if any(x.startswith(self.root + body) for x in self.available) else body
     self.used: set[str] = set()
     self.attached: set[str] = set()
     self.replaced: set[str] = set()
@@ -57,7 +60,7 @@ class Reader:
     if isinstance(leaf, LoRA | IA3 | VeRA):
       raise ValueError(f"{path} has an adapter already: load into the base model's params")
     layers = paths.layer_paths(path, stack_of(path, leaf))
-    names = [ROOT + self.hf_name(layer).removeprefix(self.bare) for layer in layers]
+    names = [self.root + self.hf_name(layer).removeprefix(self.bare) for layer in layers]
     if any(name in self.available or self._must_be_saved(name) for name in names):
       return self._replaced(path, leaf, names)
     modules = [name.rpartition(".")[0] for name in names]
@@ -82,6 +85,10 @@ class Reader:
       self._read(x, size, np.float32, hint) for x, size in zip(PROJECTIONS, sizes, strict=True)
     )
     return Projections(*map(jnp.asarray, read))
+
+  def embeddings(self, shape: tuple[int, int]) -> np.ndarray:
+    """The virtual tokens of a prefix or a prompt."""
+    return self._read(EMBEDDINGS, shape, np.float32, f", as {hf_peft_config.NAME} says")
 
   def check_all_used(self) -> None:
     """Raises `ValueError` if a tensor has no place in the model."""

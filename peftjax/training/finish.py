@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from peftjax.core import paths
 from peftjax.io import hf_peft
 from peftjax.methods.adalora_ranks import ranks
 from peftjax.training import process
@@ -67,8 +66,7 @@ def finish(
 
 def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
   """Writes the adapter for Hugging Face PEFT too, where that format can say it."""
-  weights = paths.leaves(params).values()
-  if not any(isinstance(leaf, hf_peft.KINDS) for leaf in weights):
+  if not hf_peft.has_adapter(params):
     return
   base = str(run.settings.model.directory) or run.settings.model.path().parent.name
   try:

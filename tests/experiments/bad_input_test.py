@@ -173,12 +173,13 @@ def test_flags_of_the_command_itself(workdir, arguments, named):
     (
       "classify",
       "method=lor",
-      "method='lor' is not one of lora, dora, adalora, ia3, adapters, vera, head, full, bitfit",
+      "method='lor' is not one of lora, dora, adalora, ia3, adapters, vera, prefix, prompt, head, "
+      "full, bitfit",
     ),
     (
       "causal_lm",
       "quant=nf4,method=",
-      "method='' is not one of lora, dora, adalora, ia3, adapters, vera, full",
+      "method='' is not one of lora, dora, adalora, ia3, adapters, vera, prefix, prompt, full",
     ),
     ("classify", "methd=lora", "classify.py takes method=... and data=..., not 'methd=lora'"),
   ],

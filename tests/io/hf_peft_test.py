@@ -153,6 +153,26 @@ def test_scanned_and_unrolled_write_the_same_files(tmp_path):
   chex.assert_trees_all_equal(one, two)
 
 
+@pytest.mark.parametrize("method", [pj.prefix(3), pj.prompt(3, init="normal")], ids=repr)
+def test_virtual_tokens_saved_and_loaded_are_equal_bit_for_bit(tiny, method, tmp_path):
+  model, params = tiny
+  attached, mask = _attach(model, params, method, pj.train("head/.*"))
+  hf_peft.save(tmp_path, attached, model, trained=mask)
+  loaded, loaded_mask = hf_peft.load(tmp_path, params, model)
+  chex.assert_trees_all_equal(loaded, attached)
+  chex.assert_trees_all_equal(loaded_mask, mask)
+  with pytest.raises(ValueError, match="already"):
+    hf_peft.load(tmp_path, attached, model)
+  for field, value, message in (
+    ("num_virtual_tokens", 4, "prompt_embeddings is float32.*adapter_config.json says"),
+    ("num_virtual_tokens", 0, "num_virtual_tokens 0"),
+    ("num_virtual_tokens", None, "num_virtual_tokens None"),
+  ):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(_config(tmp_path) | {field: value}))
+    with pytest.raises(ValueError, match=message):
+      hf_peft.load(tmp_path, params, model)
+
+
 def test_layers_without_an_adapter_have_rank_zero(tmp_path, tiny):
   model, params = tiny
   drop = lambda tensors: {k: v for k, v in tensors.items() if ".layer.0." not in k}
@@ -285,7 +305,10 @@ def test_target_names_hit_the_targets_only(targets, names):
   "methods, message",
   [
     ([pj.lora(2, init="pissa")], "PiSSA adapter.*pj.merge"),
-    ([pj.train("head/.*")], "no LoRA leaf"),
+    ([pj.train("head/.*")], "no adapter that PEFT knows"),
+    ([pj.adapters(4)], "no adapter that PEFT knows"),
+    ([pj.lora(2), pj.prefix(2)], "one kind of adapter.*LoRA and Prefix"),
+    ([pj.prompt(2), pj.prefix(2)], "one kind of adapter.*Prefix and Prompt"),
     ([pj.lora(2), pj.train(".*query/bias")], "query/bias is trained.*no place.*pj.merge"),
     ([pj.lora(2, targets=".*head/classifier/kernel")], "classifier, which is saved whole"),
     ([pj.lora(2), pj.lora(2, targets="key", dropout=0.1)], r"rates \[0.0, 0.1\]"),
@@ -294,7 +317,7 @@ def test_target_names_hit_the_targets_only(targets, names):
 def test_what_the_format_cannot_say_is_not_saved(unrolled, methods, message, tmp_path):
   model, params = unrolled
   method = pj.chain(*methods)
-  attached = method.attach(jax.random.key(0), params)
+  attached = method.attach(jax.random.key(0), params, _layout(model))
   with pytest.raises(ValueError, match=f"(?s){message}"):
     hf_peft.save(tmp_path / "new", attached, model, trained=method.trainable(attached))
   assert not (tmp_path / "new").exists()

@@ -21,6 +21,7 @@ from tests.parity.reference import (
   assert_near,
   classifier,
   compute,
+  decoder,
   inputs,
   logits,
 )
@@ -262,3 +263,40 @@ def test_pissa_comes_in_once_peft_has_converted_it(tmp_path):
   assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["r"] == 8
   loaded, _ = hf_peft.load(tmp_path / "plain", params, model)
   assert_near(pj.apply(model, loaded, *batch), want)
+
+
+_VIRTUAL = {"prefix": pj.prefix(3), "prompt": pj.prompt(3, init="normal")}
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", _VIRTUAL)
+def test_virtual_tokens_of_decoders(name, scan, tmp_path):
+  """Both ways, with grouped heads and rotated positions."""
+  model, params = pj.load_pretrained(GOLDEN / "llama_tiny", scan_layers=scan)
+  attached, mask = _drawn(model, params, _VIRTUAL[name])
+  hf_peft.save(tmp_path / "ours", attached, model, trained=mask, task_type="CAUSAL_LM")
+  tokens = inputs(model.config.vocab)[0][:1]
+  theirs = decoder(GOLDEN / "llama_tiny")
+  plain = compute(theirs, [tokens]).logits.numpy()
+  adapted = PeftModel.from_pretrained(theirs, tmp_path / "ours")
+  # Logits of the virtual tokens of a prompt come first there, and not at all here.
+  want = compute(adapted, [tokens]).logits.numpy()[:, -tokens.shape[1] :]
+  assert_near(jax.jit(lambda p: pj.apply(model, p, tokens))(attached), want)
+  assert np.abs(plain - want).max() > 100 * TOLERANCE
+  adapted.save_pretrained(tmp_path / "theirs")
+  loaded, read = hf_peft.load(tmp_path / "theirs", params, model)
+  jax.tree.map(np.testing.assert_array_equal, loaded, attached)
+  assert read == mask
+
+
+@pytest.mark.parametrize("name", _VIRTUAL)
+def test_virtual_tokens_of_classifiers(name, tmp_path):
+  model, params, batch = _ours("bert", False)
+  attached, mask = _drawn(model, params, pj.chain(_VIRTUAL[name], _HEAD))
+  hf_peft.save(tmp_path / "ours", attached, model, trained=mask)
+  theirs, _ = _theirs("bert")
+  adapted = PeftModel.from_pretrained(theirs, tmp_path / "ours")
+  want = logits(adapted, batch)
+  assert_near(pj.apply(model, attached, *batch), want)
+  untuned = {**attached, "bert": params["bert"]}
+  assert np.abs(pj.apply(model, untuned, *batch) - want).max() > 100 * TOLERANCE

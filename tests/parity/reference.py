@@ -4,7 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+  AutoModelForCausalLM,
+  AutoModelForSequenceClassification,
+  PreTrainedModel,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4  # of logits
@@ -18,6 +22,11 @@ def classifier(directory: str | Path, **config) -> PreTrainedModel:
   )
 
 
+def decoder(directory: str | Path) -> PreTrainedModel:
+  """transformers' language model from `directory`, with its attention written out."""
+  return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+
+
 def inputs(vocab: int, pad: int = 0, types: int = 2, seed: int = 0, length: int = 16) -> list:
   """`[tokens, mask, types]`, int32 [6, length], rows padded on the right."""
   rng = np.random.default_rng(seed)
@@ -28,10 +37,10 @@ def inputs(vocab: int, pad: int = 0, types: int = 2, seed: int = 0, length: int 
 
 
 def compute(model: torch.nn.Module, batch: list):
-  """What `model` returns in evaluation mode."""
+  """What `model` returns in evaluation mode, of tokens and, if given, mask and types."""
   names = ("input_ids", "attention_mask", "token_type_ids")
   with torch.no_grad():
-    return model.eval()(**dict(zip(names, map(torch.from_numpy, batch), strict=True)))
+    return model.eval()(**dict(zip(names, map(torch.from_numpy, batch), strict=False)))
 
 
 def logits(model: torch.nn.Module, batch: list) -> np.ndarray:

@@ -1,0 +1,113 @@
+"""Prefixes and prompts as Hugging Face's PEFT library has them (0.21).
+
+`adapter_model.safetensors` has one tensor `prompt_embeddings` of them: of a prompt [P, D]; of a
+prefix [P, 2·L·K·H], the keys and values of layer 0, then of layer 1, ... Modules saved whole are
+named as in the model, behind `base_model.`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.core import paths
+from peftjax.core.attachment import attachments
+from peftjax.core.layout import Axes
+from peftjax.io import hf_peft_config
+from peftjax.io.hf_peft_reader import Reader
+from peftjax.methods.prefix import prefix
+from peftjax.methods.prompt import prompt
+from peftjax.nn.virtual import Prefix, Prompt
+
+
+def found(params: Any) -> bool:
+  """Whether there is a prefix or a prompt among the parameters."""
+  return any(isinstance(node, Prefix | Prompt) for node in attachments(params))
+
+
+def without(tree: Any) -> Any:
+  """The tree, parameters or a mask over them, less prefixes and prompts."""
+  if not isinstance(tree, Mapping):
+    return tree
+  return {k: without(v) for k, v in tree.items() if not isinstance(v, Prefix | Prompt)}
+
+
+def build(
+  params: Any, model: Any, *, modules_to_save: Sequence[str], task_type: str | None, base_model: str
+) -> tuple[dict[str, Any], np.ndarray]:
+  """`adapter_config.json` and the tensor, of parameters with attachments of one kind.
+
+  Raises:
+    ValueError: a prefix before a sliding window.
+  """
+  node = attachments(params)[0]
+  if isinstance(node, Prompt):
+    kind, rows = "PROMPT_TUNING", np.asarray(node.embeddings)
+    width = rows.shape[1]
+  else:
+    if getattr(model.config, "window", None):
+      raise ValueError(
+        "this decoder's attention slides, and transformers lets a prefix slide out of the window; "
+        "here every token attends to it. Keep the checkpoint, or train a prompt."
+      )
+    kind, rows, width = "PREFIX_TUNING", *_rows(params)
+  config = hf_peft_config.build_virtual(
+    kind,
+    len(rows),
+    width=width,
+    heads=getattr(model.config, "kv_heads", model.config.heads),
+    layers=model.config.layers,
+    modules_to_save=modules_to_save,
+    task_type=task_type,
+    base_model=base_model,
+  )
+  return config, rows
+
+
+def load(reader: Reader, params: Any) -> tuple[Any, set[str]]:
+  """`params` with the prefix or prompt of a PEFT directory, and the paths of its arrays.
+
+  Raises:
+    ValueError: the tensor is missing or of another shape than model and config mean.
+  """
+  length = reader.settings.virtual
+  is_prompt = reader.settings.kind == "PROMPT_TUNING"
+  method = prompt(length, init="normal") if is_prompt else prefix(length)
+  # Every kernel of our models is a matrix, and what lies before its two axes are layers.
+  layout = dict.fromkeys(paths.leaves(params), Axes())
+  attached = method.attach(jax.random.key(0), params, layout)
+  shapes = {path: paths.leaves(attached)[path].shape for path in method.claims(attached)}
+  width = next(iter(shapes.values()))[-1]
+  matrices = sum(math.prod(shape[:-2]) for shape in shapes.values())
+  rows = reader.embeddings((length, matrices * width)).reshape(length, matrices, width)
+
+  def value(path: str) -> np.ndarray:
+    shape = shapes[path]
+    if is_prompt:
+      return rows.reshape(shape)
+    layers = (_layer(x) for x in paths.layer_paths(path, shape[:-2]))
+    at = [2 * layer + path.endswith("/values") for layer in layers]
+    return np.moveaxis(rows[:, at], 0, 1).reshape(shape)
+
+  put = lambda path, x: jnp.asarray(value(path)) if path in shapes else x
+  return paths.map_leaves(put, attached), set(shapes)
+
+
+def _rows(params: Any) -> tuple[np.ndarray, int]:
+  """A prefix as one matrix, and K·H."""
+  matrices = {}
+  for path, x in paths.leaves(params).items():
+    if path.endswith(("/prefix/keys", "/prefix/values")):
+      layers = paths.layer_paths(path, x.shape[:-2])
+      for layer, row in zip(layers, np.asarray(x).reshape(-1, *x.shape[-2:]), strict=True):
+        matrices[_layer(layer), path.endswith("/values")] = row
+  return np.concatenate([matrices[at] for at in sorted(matrices)], axis=1), row.shape[-1]
+
+
+def _layer(path: str) -> int:
+  return int(path.partition("layers_")[2].partition("/")[0])
