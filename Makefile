@@ -47,6 +47,9 @@ bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=F
 	$(BIN)/python -m experiments.benchmarks.qlora_step $(ARGS)
 	$(BIN)/python -m experiments.benchmarks.whole_run $(ARGS)
 
+claims: .venv/.installed ## Measure what the text this project started from says (ARGS=--only=lora)
+	$(BIN)/python -m experiments.claims $(ARGS)
+
 lock: ## Make requirements.lock anew (ARGS=--upgrade: with newer versions)
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install -qq --disable-pip-version-check $(UV)
@@ -96,4 +99,4 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 	echo "Added in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart qlora install test lint format parity bench lock clean
+.PHONY: help quickstart qlora install test lint format parity bench claims lock clean

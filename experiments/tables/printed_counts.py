@@ -61,6 +61,9 @@ def _of_lora() -> list[Row]:
       "12 vectors of 12,288 a layer, which has 11",
       off="unexplained",
     ),
+    Row(
+      t4, gpt3, "PreEmbed, 256 + 8 tokens", "3.2M", pj.prompt(264, init="normal"), "length inferred"
+    ),
     Row(t4, gpt3, "AdapterH, size 1", "7.1M", _adapters(1, "houlsby"), "size inferred"),
     Row(t4, gpt3, "AdapterH, size 8", "40.1M", _adapters(8, "houlsby"), "size inferred"),
     Row(t4, gpt3, "LoRA, r = 1", "4.7M", _lora(1)),

@@ -39,9 +39,9 @@ class DoRA(LoRA):
     """LoRA's, times m / ‖base + ΔW‖ along the outputs; dropout acts on the branch alone."""
     x_s, w_s, out_s = split_subscripts(eqn)
     stack, outs = w_s[: len(self.stack)], "".join(w_s[axis] for axis in self.axes.outs)
-    f = self._factor().reshape(*self.stack, *self._dims(self.axes.outs)).astype(x.dtype)
-    if self._branch(eqn) is None:
+    if self.branch(eqn) is None:
       return Weight.einsum(self, eqn, x)
+    f = self._factor().reshape(*self.stack, *self._dims(self.axes.outs)).astype(x.dtype)
     if set(stack + outs) <= set(out_s):
       return jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", super().einsum(eqn, x), f)
     if set(stack + outs) <= set(x_s):

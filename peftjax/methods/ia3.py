@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths
+from peftjax.core.adapted import bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
 from peftjax.methods.base import Optimized, trainable_mask
@@ -49,7 +50,8 @@ class IA3Method(Optimized):
     flat = paths.leaves(params)
     claimed = self.claims(params)
     outs, ins = self._kernels(params)
-    axes = {path: axes_of(path, tuple(flat[path].shape), layout) for path in (*outs, *ins)}
+    shapes = {path: tuple(bare(flat[path]).shape) for path in (*outs, *ins)}
+    axes = {path: axes_of(path, shape, layout) for path, shape in shapes.items()}
     kernel_of = {_bias(path): path for path in outs}
 
     def wrap(path: str, leaf: Any) -> Any:
@@ -61,7 +63,7 @@ class IA3Method(Optimized):
         return self._kernel(leaf, axes[path], path in ins)
       count = len(axes[kernel_of[path]].outs)
       own = Axes((), tuple(range(-count, 0)))
-      return IA3(base=leaf, l=None, axes=own, of=kernel_of[path], names=_names(leaf))
+      return IA3(base=bare(leaf), l=None, axes=own, of=kernel_of[path], names=_names(leaf))
 
     return paths.map_leaves(wrap, params)
 
@@ -74,12 +76,13 @@ class IA3Method(Optimized):
     return outs, ins
 
   def _kernel(self, leaf: Any, axes: Axes, inputs: bool) -> IA3:
-    stack = axes.stack(tuple(leaf.shape))
-    size = math.prod(leaf.shape[axis] for axis in (axes.ins if inputs else axes.outs))
+    base = bare(leaf)
+    stack = axes.stack(tuple(base.shape))
+    size = math.prod(base.shape[axis] for axis in (axes.ins if inputs else axes.outs))
     make = lambda: jnp.ones((*stack, size), self.dtype)
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
     scales = jax.eval_shape(make) if abstract else make()
-    return IA3(base=leaf, l=scales, axes=axes, inputs=inputs, names=_names(leaf))
+    return IA3(base=base, l=scales, axes=axes, inputs=inputs, names=_names(leaf))
 
 
 def ia3(

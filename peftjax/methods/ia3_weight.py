@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
-from peftjax.core.weight import Weight, materialize
+from peftjax.core.weight import materialize
 
 
-class IA3(Weight):
+class IA3(Adapted):
   """W = base · diag(l), or diag(l) · base (Liu et al. 2022, section 3.3), and a bias l ⊙ base.
 
   Attributes:
-    base: the pretrained weight, an array or any `Weight`.
     l: `[*stack, n]`, n the size of the scaled axes, flattened; None in a bias, which is given that
       of its kernel by `tree.tie`.
     axes: which axes of the base are inputs and outputs.
@@ -26,32 +26,14 @@ class IA3(Weight):
     of: of a bias, the path of its kernel.
   """
 
-  base: Any
   l: Any  # noqa: E741 - the paper's letter
   axes: Axes = flax.struct.field(pytree_node=False, default=Axes())
   inputs: bool = flax.struct.field(pytree_node=False, default=False)
   of: str = flax.struct.field(pytree_node=False, default="")
 
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.base.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.base.dtype
-
-  @property
-  def quantised(self) -> bool:
-    return isinstance(self.base, Weight) and self.base.quantised
-
-  @property
-  def cuts(self) -> tuple[int, ...]:
-    return self.base.cuts if isinstance(self.base, Weight) else self.shape
-
   def true_size(self) -> int:
     """Parameters of the base and the scales that are here."""
-    size = self.base.true_size() if isinstance(self.base, Weight) else getattr(self.base, "size", 0)
-    return size + (0 if self.l is None else self.l.size)
+    return self.base_size() + (0 if self.l is None else self.l.size)
 
   def materialize(self) -> jax.Array:
     base = materialize(self.base)
@@ -82,8 +64,7 @@ class IA3(Weight):
     ndim = len(self.axes.ins) + len(self.axes.outs)
     full = (*spec, *[None] * (len(self.shape) - len(spec)))
     lies = P(*full[: len(full) - ndim], full[self._scaled[0]])
-    base = self.base.child_specs(spec) if isinstance(self.base, Weight) else spec
-    return self.replace(base=base, l=None if self.l is None else lies)
+    return self.replace(base=self.base_specs(spec), l=None if self.l is None else lies)
 
   @property
   def _scaled(self) -> tuple[int, ...]:

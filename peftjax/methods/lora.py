@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from peftjax.core import paths
+from peftjax.core.adapted import bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
 from peftjax.methods import lora_init
@@ -55,8 +55,9 @@ class LoRAMethod(Optimized):
         two axes without `layout`.
     """
     flat = paths.leaves(params)
-    axes = {p: axes_of(p, _shape(flat[p]), layout) for p in self.claims(params)}
-    layers = {p: paths.layer_paths(p, a.stack(_shape(flat[p]))) for p, a in axes.items()}
+    shapes = {p: tuple(bare(flat[p]).shape) for p in self.claims(params)}
+    axes = {p: axes_of(p, shape, layout) for p, shape in shapes.items()}
+    layers = {p: paths.layer_paths(p, a.stack(shapes[p])) for p, a in axes.items()}
     every = [layer for group in layers.values() for layer in group]
     paths.check_all_used(self.rank_pattern, every, "rank_pattern")
     paths.check_all_used(self.alpha_pattern, every, "alpha_pattern")
@@ -77,7 +78,7 @@ class LoRAMethod(Optimized):
   def _wrap(self, key: jax.Array, path: str, leaf: Any, axes: Axes, layers: list[str]) -> LoRA:
     if isinstance(leaf, LoRA):
       raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
-    shape = _shape(leaf)
+    shape = tuple(bare(leaf).shape)
     stack = axes.stack(shape)
     n_in, n_out = (math.prod(shape[axis] for axis in group) for group in axes)
     ranks = [paths.first_match(self.rank_pattern, layer, self.rank) for layer in layers]
@@ -115,7 +116,7 @@ class LoRAMethod(Optimized):
       )
       return self._finish(path, weight)
 
-    base = leaf.value if _is_box(leaf) else leaf
+    base = bare(leaf)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
     return jax.eval_shape(make, key, base) if abstract else make(key, base)
 
@@ -177,15 +178,6 @@ def lora(
     alpha_pattern=dict(alpha_pattern or {}),
     dtype=dtype,
   )
-
-
-def _is_box(leaf: Any) -> bool:
-  """Whether `leaf` is a Flax box such as `nn.Partitioned`, not a weight of ours."""
-  return isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Weight)
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-  return tuple(leaf.value.shape if _is_box(leaf) else leaf.shape)
 
 
 def _pissa(weight: LoRA, path: str, dtype: Any) -> LoRA:

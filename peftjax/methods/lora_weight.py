@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import paths
+from peftjax.core.adapted import Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
 from peftjax.core.layout import Axes
-from peftjax.core.weight import Weight, materialize
+from peftjax.core.weight import materialize
 
 
-class LoRA(Weight):
+class LoRA(Adapted):
   """W = base + scale · (b a)ᵀ (Hu et al. 2021, eq. 3), for a Flax kernel `[*stack, in, out]`.
 
   Attributes:
@@ -35,7 +36,6 @@ class LoRA(Weight):
     b_rate: by how much B learns faster than A (LoRA+); for the optimizer of a method.
   """
 
-  base: Any
   a: Any
   b: Any
   scale: Any
@@ -51,28 +51,12 @@ class LoRA(Weight):
     return frozenset() if self.residual else frozenset({"base"})
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    return self.base.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.base.dtype
-
-  @property
-  def quantised(self) -> bool:
-    return isinstance(self.base, Weight) and self.base.quantised
-
-  @property
-  def cuts(self) -> tuple[int, ...]:
-    return self.base.cuts if isinstance(self.base, Weight) else self.shape
-
-  @property
   def stack(self) -> tuple[int, ...]:
     return tuple(self.a.shape[:-2])
 
   def true_size(self) -> int:
     """Parameters of the base and the factors that are here (not None), padding left out."""
-    size = self.base.true_size() if isinstance(self.base, Weight) else getattr(self.base, "size", 0)
+    size = self.base_size()
     for factor, rank_axis, other in ((self.a, -2, -1), (self.b, -1, -2)):
       if factor is not None:
         known = isinstance(self.rank, (jax.Array, np.ndarray))
@@ -97,23 +81,23 @@ class LoRA(Weight):
     """
     if self.key is not None:
       raise ValueError(
-        "a LoRA weight with dropout was used as a dense array, which would skip its dropout: "
-        "the module that reads it is none that peftjax.linen bridges.\n"
-        "Write pj.lora(..., dropout=0.0), or call peftjax.core.einsum.einsum in that module."
+        "an adapter with dropout was used as a dense array, which would skip its dropout: the "
+        "module that reads it is none that peftjax.linen bridges.\n"
+        "Write dropout=0.0 for its method, or call peftjax.core.einsum.einsum in that module."
       )
     base = materialize(self.base)
     return base + self.delta().astype(base.dtype)
 
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
     """einsum(eqn, x, base) + s · B(A dropout(x)), in the dtype of `x`."""
-    branch = self._branch(eqn)
+    branch = self.branch(eqn)
     if branch is None:
       return super().einsum(eqn, x)
     down_eqn, up_eqn, transposed = branch
     a = self.a.reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
     b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
     down, up = (b, a) if transposed else (a, b)
-    low = jnp.einsum(down_eqn, self._dropped(x), down.astype(x.dtype))
+    low = jnp.einsum(down_eqn, self.dropped(x), down.astype(x.dtype))
     return einsum(eqn, x, self.base) + jnp.einsum(up_eqn, low, up.astype(x.dtype))
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
@@ -141,9 +125,8 @@ class LoRA(Weight):
     ndim = len(self.stack) + len(self.axes.ins) + len(self.axes.outs)
     full = (*spec, *[None] * (ndim - len(spec)))
     stack = full[: len(self.stack)]
-    base = self.base.child_specs(spec) if isinstance(self.base, Weight) else spec
     return self.replace(
-      base=base,
+      base=self.base_specs(spec),
       a=P(*stack, None, full[self.axes.ins[0]]),
       b=P(*stack, full[self.axes.outs[0]], None),
       scale=P(*stack),
@@ -155,7 +138,7 @@ class LoRA(Weight):
     """B with all that multiplies its columns."""
     return self.b * self.scale[..., None, None]
 
-  def _dropped(self, x: jax.Array) -> jax.Array:
+  def dropped(self, x: jax.Array) -> jax.Array:
     if self.key is None:
       return x
     if self.stack:
@@ -165,7 +148,7 @@ class LoRA(Weight):
   def _dims(self, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(self.shape[axis] for axis in axes)
 
-  def _branch(self, eqn: str) -> tuple[str, str, bool] | None:
+  def branch(self, eqn: str) -> tuple[str, str, bool] | None:
     """`"...i,io->...o"` to (`"...i,ri->...r"`, `"...r,or->...o"`, False); None if it cannot."""
     x_s, w_s, out_s = split_subscripts(eqn)
     ins, outs = ("".join(w_s[axis] for axis in axes) for axes in self.axes)

@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from peftjax.core import paths, shared
+from peftjax.core.adapted import bare
 from peftjax.core.layout import Axes, Layout, axes_of
-from peftjax.core.weight import Weight
 from peftjax.methods.base import Optimized, trainable_mask
 from peftjax.methods.vera_weight import Projections, VeRA
 
@@ -56,7 +55,7 @@ class VeRAMethod(Optimized):
         "one pj.vera with the targets of both, or merge the other first: pj.merge(params)"
       )
     flat, claimed = paths.leaves(params), self.claims(params)
-    bases = {path: _bare(flat[path]) for path in claimed}
+    bases = {path: bare(flat[path]) for path in claimed}
     axes = {path: axes_of(path, tuple(base.shape), layout) for path, base in bases.items()}
     for path, base in bases.items():
       if path.split("/")[-1] == "embedding":
@@ -135,12 +134,6 @@ def vera(
     projection_seed=projection_seed,
     dtype=dtype,
   )
-
-
-def _bare(leaf: Any) -> Any:
-  """The array in a Flax box such as `nn.Partitioned`; a weight of ours is no such box."""
-  is_box = isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Weight)
-  return leaf.value if is_box else leaf
 
 
 def _sizes(shape: Sequence[int], axes: Axes) -> tuple[int, int]:

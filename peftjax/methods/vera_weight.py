@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import paths
+from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
 from peftjax.core.shared import Shared
-from peftjax.core.weight import Weight
 from peftjax.methods.lora_weight import LoRA
 
 
@@ -30,14 +30,13 @@ class Projections(Shared):
   b: Any
 
 
-class VeRA(Weight):
+class VeRA(Adapted):
   """W = base + (Λ_b B Λ_d A)ᵀ (Kopiczko et al. 2023, eq. 2), for a kernel `[*stack, in, out]`.
 
   A and B are the first columns and the first rows of the shared pair. A leaf has them only between
   `tree.tie` and its use; otherwise both are None.
 
   Attributes:
-    base: the pretrained weight, an array or any `Weight`.
     d: `[*stack, R]`, the diagonal of Λ_d.
     b: `[*stack, out]`, the diagonal of Λ_b; several output axes are flattened into one.
     a: `[*stack, R, in]` or None; several input axes are flattened into one.
@@ -48,7 +47,6 @@ class VeRA(Weight):
     of: the path of the shared pair.
   """
 
-  base: Any
   d: Any
   b: Any
   a: Any = None
@@ -59,29 +57,12 @@ class VeRA(Weight):
   of: str = flax.struct.field(pytree_node=False, default="shared/vera")
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    return self.base.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.base.dtype
-
-  @property
-  def quantised(self) -> bool:
-    return isinstance(self.base, Weight) and self.base.quantised
-
-  @property
-  def cuts(self) -> tuple[int, ...]:
-    return self.base.cuts if isinstance(self.base, Weight) else self.shape
-
-  @property
   def stack(self) -> tuple[int, ...]:
     return tuple(self.d.shape[:-1])
 
   def true_size(self) -> int:
     """Parameters of the base and the vectors that are here; what is borrowed is counted once."""
-    size = self.base.true_size() if isinstance(self.base, Weight) else getattr(self.base, "size", 0)
-    return size + sum(x.size for x in (self.d, self.b) if x is not None)
+    return self.base_size() + sum(x.size for x in (self.d, self.b) if x is not None)
 
   def borrow(self, pair: Projections) -> VeRA:
     """With its slices of the pair, one for each layer: `nn.scan` slices every child."""
@@ -109,7 +90,7 @@ class VeRA(Weight):
     """
     self._check_tied()
     pair = self._lora(self.a, self.b_proj)
-    branch = pair._branch(eqn)
+    branch = pair.branch(eqn)
     if branch is None or branch[2]:
       return self.as_lora().einsum(eqn, x)
     down, up, _ = branch
@@ -118,7 +99,7 @@ class VeRA(Weight):
     stack, outs = w_s[: len(self.stack)], "".join(w_s[axis] for axis in self.axes.outs)
     ins, dims = ([self.shape[axis] for axis in axes] for axes in self.axes)
     a, b_proj = self.a.reshape(*self.d.shape, *ins), self.b_proj.reshape(*self.stack, *dims, -1)
-    low = jnp.einsum(down, pair._dropped(x), a.astype(x.dtype))
+    low = jnp.einsum(down, pair.dropped(x), a.astype(x.dtype))
     low = jnp.einsum(f"{low_s},{stack}{low_s[-1]}->{low_s}", low, self.d.astype(x.dtype))
     high = jnp.einsum(up, low, b_proj.astype(x.dtype))
     b = self.b.reshape(*self.stack, *dims).astype(x.dtype)
@@ -139,7 +120,7 @@ class VeRA(Weight):
     stack, out = full[: len(self.stack)], full[self.axes.outs[0]]
     given = lambda child, *lies: None if child is None else P(*stack, *lies)
     return self.replace(
-      base=self.base.child_specs(spec) if isinstance(self.base, Weight) else spec,
+      base=self.base_specs(spec),
       d=P(*stack, None),
       b=P(*stack, out),
       a=given(self.a, None, full[self.axes.ins[0]]),

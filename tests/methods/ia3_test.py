@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
 from peftjax.nn.linear import Linear
@@ -90,3 +91,14 @@ def test_errors():
     pj.ia3("key").attach(KEY, attached)
   with pytest.raises(ValueError, match="two methods claim key/bias"):
     pj.chain(pj.ia3("key"), pj.train("key/bias")).attach(KEY, tree)
+
+
+def test_attach_opens_a_box_and_keeps_its_names():
+  boxed = {
+    "kernel": nn.Partitioned(jnp.ones((12, 8)), names=("fsdp", "tensor")),
+    "bias": nn.Partitioned(jnp.ones(8), names=("tensor",)),
+  }
+  params = pj.ia3(outputs="kernel").attach(KEY, boxed)
+  assert params["kernel"].names == ("fsdp", "tensor") and params["bias"].names == ("tensor",)
+  assert all(isinstance(leaf.base, jax.Array) for leaf in params.values())
+  assert nn.get_partition_spec(params)["kernel"].l == P("tensor")
