@@ -1,0 +1,104 @@
+"""The training step of each method against LoRA's of the same rank.
+
+  python -m experiments.benchmarks.methods --out=methods.jsonl
+
+MiniLM, float32, AdamW, LoRA of r = 12 on all linear layers without dropout of its own. The methods
+take turns in one process; costs are medians, and the peer is always LoRA. AdaLoRA's step has its
+regulariser, scores and, at every tenth step, the new budget. About four minutes on two cores that
+nothing else uses.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+from absl import app, flags
+
+import peftjax as pj
+from experiments.benchmarks import report
+from experiments.benchmarks.batch import example
+from peftjax.training import state, step
+from peftjax.training.classification import CLASSES
+from peftjax.training.settings import Model
+
+OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
+NAMES = flags.DEFINE_list("methods", None, "Which methods; by default all.")
+RANK = flags.DEFINE_integer("rank", 12, "r of LoRA, DoRA and, at first, AdaLoRA.")
+BATCH = flags.DEFINE_integer("batch", 16, "Rows of a batch.")
+LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a row.")
+TURNS = flags.DEFINE_integer("turns", 8, "How often the methods change.")
+STEPS = flags.DEFINE_integer("steps", 10, "Steps of a turn.")
+
+PEER = "lora"
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  methods = made(RANK.value)
+  chosen = NAMES.value or [name for name in methods if name != PEER]
+  if unknown := set(chosen) - set(methods):
+    raise app.UsageError(f"unknown methods {sorted(unknown)}; there are {', '.join(methods)}")
+  steps = {name: steps_of(methods[name]) for name in (PEER, *chosen)}
+  costs = times(steps)
+  rows = [report.Row(f"step_{name}", costs[name], costs[PEER], "ms") for name in chosen]
+  report.show(f"Step against LoRA's, {BATCH.value} x {LENGTH.value}, {report.machine()}", rows)
+  if OUT.value:
+    report.write(OUT.value, rows)
+
+
+def made(rank: int) -> dict[str, pj.Method]:
+  targets = "all-linear"
+  return {
+    "lora": pj.lora(rank, targets=targets),
+    "adalora": pj.adalora(rank, 2 * rank / 3, targets=targets, interval=10),
+    "dora": pj.dora(rank, targets=targets),
+    "vera": pj.vera(256, targets),
+    "ia3": pj.ia3(["key", "value"], [r".*/layers(_\d+)?/output/dense/kernel"]),
+    "houlsby": pj.adapters(32, "houlsby"),
+    "parallel": pj.adapters(64, "parallel"),
+    "prefix": pj.prefix(20),
+    "full": pj.train(".*"),
+  }
+
+
+def steps_of(method: pj.Method) -> Callable[[], None]:
+  """A function that takes one step and waits for it."""
+  model, params = pj.load_pretrained(Model().path(), num_labels=2)
+  batch, key = example(BATCH.value, LENGTH.value), jax.random.key(2)
+  method = pj.chain(method, pj.train("head/.*"))
+  params = method.attach(jax.random.key(1), params, pj.linen.layout(model, batch["tokens"]))
+  train, frozen = pj.partition(params, method.trainable(params))
+  total = 1 + TURNS.value * (STEPS.value + 1)
+  tx = method.optimizer(optax.adamw(1e-3, weight_decay=0.01), total_steps=total)
+  current = jax.jit(lambda t: state.init(tx, t))(train)
+  run = jax.jit(
+    lambda s, f, b, k: step.train_step(model, tx, CLASSES, s, f, b, k), donate_argnums=0
+  )
+
+  def once() -> None:
+    nonlocal current
+    current, out = run(current, frozen, batch, key)
+    jax.block_until_ready(out)
+
+  once()  # compiles
+  return once
+
+
+def times(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+  """Milliseconds of a step of each."""
+  seconds: dict[str, list[float]] = {name: [] for name in steps}
+  for _ in range(TURNS.value):
+    for name, once in steps.items():
+      once()  # caches are another method's: not counted
+      for _ in range(STEPS.value):
+        begun = time.perf_counter()
+        once()
+        seconds[name].append(time.perf_counter() - begun)
+  return {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,146 @@
+"""Eight trials in one process and one compiled step, against eight single ones.
+
+  python -m experiments.benchmarks.together --out=together.jsonl
+
+LoRA and AdaLoRA of MiniLM on sentiment, four learning rates by two ranks, batches of 16 x 64.
+
+  steps  a step of all trials against the sum of the single steps, in one process, turn by turn
+  total  the whole sweep of --total steps, from the start of the process to the last test score,
+         against eight runs of experiments.train one after the other; both begin without any
+         compiled program and keep what they compile
+
+float32. About 25 minutes on two cores that nothing else uses; --total=0 leaves the second out.
+"""
+
+import itertools
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from configs import classify
+from experiments.benchmarks import report
+from peftjax.training.run import Run
+from peftjax.training.settings import from_config
+from peftjax.training.together import Together
+
+OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
+METHODS = flags.DEFINE_list("methods", ["lora", "adalora"], "Of configs/classify.py.")
+TURNS = flags.DEFINE_integer("turns", 6, "How often the sides change.")
+STEPS = flags.DEFINE_integer("steps", 3, "Steps of a turn.")
+TOTAL = flags.DEFINE_integer("total", 200, "Steps of the whole sweep.")
+
+RATES, RANKS = (5e-4, 1e-3, 2e-3, 4e-3), (6, 12)
+BUDGET = {
+  "data.split_seed": 0,
+  "data.train_examples": 4000,
+  "data.eval_examples": 1000,
+  "train.batch_size": 16,
+  "train.eval_batch_size": 100,
+}
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  rows = []
+  for method in METHODS.value:
+    rows.append(steps(method))
+    if TOTAL.value:
+      rows.append(total(method))
+  report.show(f"Eight trials together, {report.machine()}", rows)
+  if OUT.value:
+    report.write(OUT.value, rows)
+
+
+def trials(method: str) -> list[dict[str, float | int]]:
+  return [
+    {"optimizer.learning_rate": rate, "method.rank": rank, **aim(method, rank)}
+    for rate, rank in itertools.product(RATES, RANKS)
+  ]
+
+
+def aim(method: str, rank: int) -> dict[str, float]:
+  return {"method.target_rank": 2 * rank / 3} if method == "adalora" else {}
+
+
+def config(method: str, trial: dict[str, float | int]) -> ConfigDict:
+  made = classify.get_config(f"method={method},data=sentiment")
+  steps = 1 + TURNS.value * (STEPS.value + 1)
+  made.update_from_flattened_dict({**BUDGET, "train.steps": max(steps, 100), **trial})
+  return made
+
+
+def steps(method: str) -> report.Row:
+  """Milliseconds of a step of all eight: in one program, and one after the other."""
+  configs = [config(method, trial) for trial in trials(method)]
+  group = Together(configs).steps()
+  single = [Run(from_config(one), None) for one in configs]
+  streams = [run.steps() for run in single]
+
+  def together() -> None:
+    jax.block_until_ready(next(group)[1])
+
+  def one_by_one() -> None:
+    for run, stream in zip(single, streams, strict=True):
+      next(stream)
+      run.fetch(all_of_them=True)
+
+  sides = (together, one_by_one)
+  seconds: tuple[list[float], list[float]] = ([], [])
+  for turn, (side, taken) in itertools.product(
+    range(TURNS.value), zip(sides, seconds, strict=True)
+  ):
+    side()  # compiles, and fills the caches
+    for _ in range(STEPS.value):
+      begun = time.perf_counter()
+      side()
+      if turn:
+        taken.append(time.perf_counter() - begun)
+  costs = [1e3 * statistics.median(taken) for taken in seconds]
+  return report.Row.of(f"steps_{method}", costs, "ms", f"{len(configs)} trials")
+
+
+def total(method: str) -> report.Row:
+  """Seconds of the commands."""
+  base = f"configs/classify.py:method={method},data=sentiment"
+  common = {**BUDGET, "train.steps": TOTAL.value}
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    sweep = folder / "sweep.py"
+    listed = [{**trial, **common, "compilation_cache": f"{name}/one"} for trial in trials(method)]
+    given = json.dumps(dict(base=base, trials=listed, together=8))
+    sweep.write_text(
+      "import json\nfrom ml_collections import ConfigDict\n\n\n"
+      "def get_config():\n"
+      f"  return ConfigDict(json.loads({given!r}))\n"
+    )
+    ours = timed("experiments.sweep", f"--config={sweep}", f"--workdir={folder / 'together'}")
+    peer = 0.0
+    for i, trial in enumerate(trials(method)):
+      fields = {**trial, **common, "compilation_cache": f"{name}/other"}
+      given = [f"--config.{path}={value}" for path, value in fields.items()]
+      peer += timed("experiments.train", f"--config={base}", f"--workdir={folder / str(i)}", *given)
+  return report.Row.of(f"total_{method}", (ours, peer), "s", f"{TOTAL.value} steps")
+
+
+def timed(module: str, *arguments: str) -> float:
+  """Seconds of a command, which has to succeed."""
+  command = [sys.executable, "-m", module, *arguments]
+  begun = time.perf_counter()
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+  return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+  app.run(main)
