@@ -141,9 +141,11 @@ def _by(rows: Iterable[Row], part: Any) -> list[tuple[dict[str, Any], list[Row]]
 
 
 def _method(row: Row) -> str:
-  """Its name; what is trained in place tells by its targets."""
+  """Its name, of adapters the placement's; what is trained in place tells by its targets."""
   method = row["config"]["method"]
-  return method["name"] if method["name"] != "train" else f"train {', '.join(method['targets'])}"
+  if method["name"] == "train":
+    return f"train {', '.join(method['targets'])}"
+  return f"{method['placement']} adapters" if "placement" in method else method["name"]
 
 
 def _grid(runs: Sequence[Mapping[str, int]]) -> dict[tuple[str, str], float]:

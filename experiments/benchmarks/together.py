@@ -117,11 +117,11 @@ def total(method: str) -> report.Row:
     folder = Path(name)
     sweep = folder / "sweep.py"
     listed = [{**trial, **common, "compilation_cache": f"{name}/one"} for trial in trials(method)]
-    given = json.dumps(dict(base=base, trials=listed, together=8))
+    whole = json.dumps(dict(base=base, trials=listed, together=8))
     sweep.write_text(
       "import json\nfrom ml_collections import ConfigDict\n\n\n"
       "def get_config():\n"
-      f"  return ConfigDict(json.loads({given!r}))\n"
+      f"  return ConfigDict(json.loads({whole!r}))\n"
     )
     ours = timed("experiments.sweep", f"--config={sweep}", f"--workdir={folder / 'together'}")
     peer = 0.0

@@ -29,6 +29,9 @@ from experiments.tables import report
 RESULTS = flags.DEFINE_string("results", "experiments/results", "Folder of the results.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/tables", "Folder for runs that cells need.")
 FORMAT = flags.DEFINE_enum("format", "terminal", report.FORMATS, "How the table is written.")
+PICTURES = flags.DEFINE_string(
+  "pictures", None, "Draw the pictures of methods and rank_budget into this folder too."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is left to compute, and how long.")
 
 
@@ -67,8 +70,13 @@ def main(argv: list[str]) -> None:
       todo = tables[name].cells(Path(WORKDIR.value) / kept)
       if DRY_RUN.value:
         cells.show_left(name, todo, results)
-      else:
-        report.write(tables[name].table(cells.compute(todo, results)), FORMAT.value)
+        continue
+      rows = cells.compute(todo, results)
+      report.write(tables[name].table(rows), FORMAT.value)
+      if PICTURES.value and hasattr(tables[name], "pictures"):
+        folder = Path(PICTURES.value)
+        folder.mkdir(parents=True, exist_ok=True)
+        tables[name].pictures(rows, folder)
 
 
 if __name__ == "__main__":

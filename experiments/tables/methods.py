@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import plots
 from experiments.tables import trials
 from experiments.tables.cells import Cell
 from experiments.tables.report import Report, mean
@@ -82,6 +83,10 @@ def table(rows: list[dict[str, Any]]) -> Report:
   columns = ["method", "trained", *CORPORA]
   columns += ["medians", "LoRA t. 2", "means", "AdaLoRA t. 1"]
   return Report(f"Test accuracy, %. {trials.HEADER}.", columns, lines, NOTES)
+
+
+def pictures(rows: list[dict[str, Any]], folder: Path) -> None:
+  plots.pareto(rows, folder / "methods_pareto.png")
 
 
 NOTES = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments import plots
 from experiments.tables import trials
 from experiments.tables.cells import Cell
 from experiments.tables.methods import accuracy, adalora, lora_all
@@ -41,6 +42,11 @@ def table(rows: list[dict[str, Any]]) -> Report:
   columns = ["budget", "LoRA", "AdaLoRA", "difference by seed", "LoRA, t. 5", "AdaLoRA, t. 5"]
   title = f"Test accuracy on {DATA}, %, all linear layers. {trials.HEADER}."
   return Report(title, columns, lines, NOTES)
+
+
+def pictures(rows: list[dict[str, Any]], folder: Path) -> None:
+  plots.pareto(rows, folder / "rank_budget_pareto.png")
+  plots.ranks(rows, folder / "rank_budget_ranks.png")
 
 
 NOTES = (
