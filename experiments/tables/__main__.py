@@ -15,8 +15,8 @@ qlora_vs_lora: SmolLM2 fine-tuned whole, and by LoRA over a dense, int8, FP4 and
   QLoRA's table 3.
 
 What is in experiments/results (--results) is shown from there; cells that are missing
-are computed and added one by one, so a killed run goes on where it was. Take lines out to compute
-them again.
+are computed and added one by one, so a killed run goes on where it was, and the same command in
+another terminal takes other cells. Take lines out to compute them again.
 """
 
 from pathlib import Path

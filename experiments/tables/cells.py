@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import track
 
@@ -45,10 +47,29 @@ def show_left(table: str, cells: list[Cell], results: Path) -> None:
 
 
 def compute(cells: list[Cell], results: Path) -> list[dict[str, Any]]:
-  """The rows of all cells; what is not in the results is computed and added to them at once."""
-  results.parent.mkdir(parents=True, exist_ok=True)
-  todo = left(cells, results)
+  """The rows of all cells; what is not in the results is computed and added to them at once.
+
+  Several processes may do so at the same time: each takes cells that no other one is at.
+  """
+  results.with_suffix(".locks").mkdir(parents=True, exist_ok=True)
+  todo, elsewhere = left(cells, results), []
   for cell in track(todo, "cells") if todo else ():
+    try:
+      _add(cell, results, timeout=0)
+    except Timeout:
+      elsewhere.append(cell)
+  for cell in elsewhere:  # computed by now, or given up
+    _add(cell, results, timeout=-1)
+  done = rows(results)
+  return [done[cell.name] for cell in cells]
+
+
+def _add(cell: Cell, results: Path, timeout: float) -> None:
+  """Computes a cell unless its row is there by now; `Timeout` if another process is at it."""
+  locks = results.with_suffix(".locks")
+  with FileLock(locks / hashlib.sha256(cell.name.encode()).hexdigest(), timeout=timeout):
+    if cell.name in rows(results):
+      return
     row = {
       "cell": cell.name,
       **cell.run(),
@@ -57,10 +78,8 @@ def compute(cells: list[Cell], results: Path) -> list[dict[str, Any]]:
       "machine": report.machine(),
       "versions": report.versions(),
     }
-    with results.open("a", encoding="utf-8") as file:
+    with FileLock(locks / "file"), results.open("a", encoding="utf-8") as file:
       file.write(json.dumps(row) + "\n")
-  done = rows(results)
-  return [done[cell.name] for cell in cells]
 
 
 def rows(results: Path) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,24 @@ def test_a_killed_table_goes_on_where_it_was(tmp_path):
   assert {"command", "commit", "machine", "versions"} <= set(rows[0])
   assert cells.compute(todo, path) == rows
   assert len(path.read_text().splitlines()) == 3
+
+
+def test_two_processes_share_the_cells(tmp_path):
+  """While the first is at a cell, a second one computes the others and waits for that one."""
+  calls, path, second, rows = [], tmp_path / "table.jsonl", [], []
+
+  def slow():
+    second.append(threading.Thread(target=lambda: rows.extend(cells.compute(todo, path))))
+    second[0].start()
+    while len(calls) < 2:
+      assert second[0].is_alive()
+    return {"value": 0}
+
+  todo = [cells.Cell("slow", slow, 1), counting("one", calls), counting("two", calls)]
+  cells.compute(todo, path)
+  second[0].join()
+  assert calls == ["one", "two"] and len(path.read_text().splitlines()) == 3
+  assert [row["cell"] for row in rows] == ["slow", "one", "two"]
 
 
 def test_what_is_left_is_told(tmp_path, capsys):
