@@ -505,17 +505,19 @@ def test_law_9_everything_works_on_shapes_alone(subject):
 
 
 def test_law_10_the_files_of_a_method_give_the_model_back(subject, tmp_path):
-  """Where a file format exists: PEFT directories of LoRA. The others are refused, saying why."""
+  """Where a file format exists: PEFT directories. The others are refused, saying why."""
   weights = subject.weights(subject.live).values()
   save = lambda: hf_peft.save(tmp_path, subject.live, subject.model, rslora=True)
-  if not weights or any(getattr(weight, "residual", False) for weight in weights):
-    with pytest.raises(ValueError, match="PiSSA" if weights else "no LoRA leaf"):
+  changed = any(getattr(weight, "residual", False) for weight in weights)
+  if changed or not hf_peft.has_adapter(subject.live):
+    with pytest.raises(ValueError, match="PiSSA" if changed else "no adapter that PEFT knows"):
       save()
     assert not list(tmp_path.iterdir())
     return
   save()
   loaded, mask = hf_peft.load(tmp_path, subject.params, subject.model)
   chex.assert_trees_all_close(merge(loaded), merge(subject.live), atol=1e-6)
+  chex.assert_trees_all_equal(attachments(loaded), attachments(subject.live))
   assert set(subject.weights(loaded)) == set(subject.weights(subject.live))
   trained = {p for p, on in arrays(mask).items() if on}
   assert trained >= {p for p, on in arrays(subject.mask).items() if on}

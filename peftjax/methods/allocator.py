@@ -31,6 +31,8 @@ class AllocatorState(NamedTuple):
     penalty: float32 `[]`, R(P, Q) before the last update, without γ.
     budget: int32 `[]`, how many triplets there may be after it.
     target: int32 `[]`, b(T), how many there may be in the end.
+    kept: bool `[*stack, R]` by path: what the last allocation left, for the final steps.
+    seed: int32 `[]`, of triplets that are drawn anew.
   """
 
   step: jax.Array
@@ -41,6 +43,8 @@ class AllocatorState(NamedTuple):
   penalty: jax.Array
   budget: jax.Array
   target: jax.Array
+  kept: dict[str, jax.Array]
+  seed: jax.Array
 
   @property
   def allocates(self) -> bool:
@@ -91,6 +95,8 @@ class Allocator:
         penalty=jnp.zeros(()),
         budget=_total(valid),
         target=jnp.round(self.target_rank * jnp.asarray(matrices)).astype(jnp.int32),
+        kept=jax.tree.map(jnp.array, valid),  # of its own: the step donates its state
+        seed=jnp.asarray(self.seed, jnp.int32),
       )
 
     def update(
@@ -108,14 +114,23 @@ class Allocator:
       now = jax.tree.map(lambda w, g: jnp.abs(w * g).astype(jnp.float32), new, weights(grads))
       mean, spread = self._averages(state, now)
       budget = self.schedule.budget(state.step, _total(state.valid), state.target)
-      masks = jax.lax.cond(
-        self.schedule.allocates(state.step),
-        lambda: largest(self._scores(now, mean, spread, new), state.valid, budget),
-        lambda: jax.tree.map(jnp.ones_like, state.valid),
+      masks, kept = jax.lax.switch(
+        self.schedule.phase(state.step),
+        (
+          lambda: (jax.tree.map(jnp.ones_like, state.valid), state.kept),
+          lambda: 2 * (largest(self._scores(now, mean, spread, new), state.valid, budget),),
+          lambda: (state.kept, state.kept),
+        ),
       )
       updates = self._masked(updates, weights(params), masks, state)
       state = state._replace(
-        step=state.step + 1, inner=inner, mean=mean, spread=spread, penalty=value, budget=budget
+        step=state.step + 1,
+        inner=inner,
+        mean=mean,
+        spread=spread,
+        penalty=value,
+        budget=budget,
+        kept=kept,
       )
       return updates, state
 
@@ -166,7 +181,7 @@ class Allocator:
     state: AllocatorState,
   ) -> Any:
     """The updates, those of pruned triplets leading to zero or, with "random", to new P and Q."""
-    key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     final = state.step >= self.schedule.end
 
     def of(path: str, u: Any) -> Any:
@@ -190,8 +205,8 @@ class Allocator:
 
 
 def _valid(weight: SVDLoRA) -> jax.Array:
-  """Rows that padding left zero are none; every other one has been drawn at random."""
-  return (weight.a != 0).any(-1)
+  """What padding left zero on both sides is none; one side of any other was drawn at random."""
+  return (weight.a != 0).any(-1) | (weight.b != 0).any(-2)
 
 
 def _total(valid: dict[str, jax.Array]) -> jax.Array:

@@ -34,9 +34,12 @@ class Schedule:
     over = (initial - target).astype(jnp.float32) * left**3
     return target + jnp.floor(over * (1.0 + 1e-6)).astype(jnp.int32)
 
-  def allocates(self, step: jax.Array) -> jax.Array:
-    """Whether triplets are masked after this step: every ΔT from t_i on, and at the end always."""
-    return (step > self.start) & ((step % self.interval == 0) | (step >= self.end))
+  def phase(self, step: jax.Array) -> jax.Array:
+    """What happens after this step: 0, all triplets learn; 1, they are allocated, every ΔT from
+    t_i on and last at T − t_f; 2, the last choice is masked again.
+    """
+    due = (step > self.start) & ((step % self.interval == 0) | (step == self.end))
+    return jnp.where(step > self.end, 2, due.astype(jnp.int32))
 
 
 def schedule(total_steps: int, warmup: float, final: float, interval: int) -> Schedule:

@@ -12,6 +12,9 @@ import optax
 from peftjax.core import paths
 from peftjax.core.weight import Weight
 
+# Last names of paths: biases, and what multiplies activations (IA3's l, DoRA's m).
+_UNDECAYED = ("bias", "down_bias", "up_bias", "scale", "l", "m")
+
 
 def schedule(kind: str, peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
   """Linear warm-up from 0 to `peak`, then linear or cosine decay to 0, or constant.
@@ -44,9 +47,11 @@ def schedule(kind: str, peak: float, total_steps: int, warmup_steps: int = 0) ->
 
 
 def decay_mask(train: Any) -> Any:
-  """Where weight decay applies: everything but biases and norm scales (the usual convention)."""
+  """Where weight decay applies: everything but biases and scales, those of adapters, IA3 and DoRA
+  included (the usual convention).
+  """
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: paths.name(path).split("/")[-1] not in ("bias", "scale"), train
+    lambda path, _: paths.name(path).split("/")[-1] not in _UNDECAYED, train
   )
 
 
@@ -58,7 +63,7 @@ def adamw(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor norm scales."""
+  """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor scales."""
   return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
 
 

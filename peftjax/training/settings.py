@@ -214,6 +214,8 @@ class Settings:
     for key in ("rank_pattern", "alpha_pattern"):
       if key in fields:
         fields[key] = _pattern(key, fields[key], int if key == "rank_pattern" else float)
+    if name == "adalora":
+      fields["seed"] = self.seed  # of triplets that are drawn anew
     method = _build(METHODS[name], fields, f"method ({name})")
     return chain(method, train("head/.*")) if head else method
 

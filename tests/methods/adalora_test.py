@@ -305,6 +305,7 @@ def test_other_scores_rank_by_what_they_say(score):
   values = np.concatenate(list(ranked.values()))
   want = values >= np.sort(values)[-6]
   np.testing.assert_array_equal(np.concatenate(list(alive(train).values())), want)
+  chex.assert_trees_all_equal(*[alive(train) for train, _ in seen[18:]])  # and stays
 
 
 def test_pairs_of_lora_are_pruned_for_good_and_without_a_target_only_regularised():
@@ -317,6 +318,14 @@ def test_pairs_of_lora_are_pruned_for_good_and_without_a_target_only_regularised
   m = pj.adalora(RANK, None, 8.0, list(SHAPES), form="lora", gamma=0.1)
   train, state = run(m, problem()[1])[-1]
   assert sum(pj.ranks(pj.combine(train, attached(m)[1])).values()) == 12 and state.penalty > 0
+
+
+def test_pairs_on_a_table_whose_a_starts_at_zero_are_no_padding():
+  m = pj.adalora(3, 2, 8.0, ["embedding"], form="lora", warmup=4, final=6)
+  params = m.attach(jax.random.key(0), {"embed": {"embedding": jnp.ones((12, 8))}})
+  train, _ = pj.partition(params, m.trainable(params))
+  state = m.optimizer(optax.sgd(LR), STEPS).init(train)
+  assert all(np.asarray(valid).all() for valid in state.valid.values()) and state.budget == 3
 
 
 def test_accumulated_batches_count_as_one_step():

@@ -8,6 +8,8 @@ import optax
 import pytest
 
 import peftjax as pj
+from peftjax.core import paths
+from peftjax.models.bert import BertClassifier
 from peftjax.optim import adamw, decay_mask, freeze, schedule, wrap
 from tests.core.programs import jit
 from tests.models import tiny
@@ -33,6 +35,25 @@ def test_schedules_refuse_what_they_cannot_be():
   for warmup in (10, 11, -1):
     with pytest.raises(ValueError, match=f"warm-up of {warmup} steps does not fit in 10 steps"):
       schedule("linear", 1e-3, 10, warmup)
+
+
+@pytest.mark.parametrize(
+  ("method", "off"),
+  [
+    (pj.adapters(4), {"down_bias", "up_bias", "scale", "bias"}),
+    (pj.ia3(outputs=["key", "value"]), {"l"}),
+    (pj.dora(2, targets=["query"]), {"m"}),
+  ],
+  ids=["adapters", "ia3", "dora"],
+)
+def test_biases_and_scales_of_adapters_do_not_decay(method, off):
+  layout = pj.linen.layout(BertClassifier(tiny.config()), tiny.TOKENS)
+  params = method.attach(jax.random.key(0), tiny.params(), layout)
+  train, _ = pj.partition(params, method.trainable(params))
+  flags = jax.tree_util.tree_flatten_with_path(decay_mask(train))[0]
+  named = {(paths.name(path).split("/")[-1], on) for path, on in flags}
+  assert {name for name, on in named if not on} <= off and {name for name, on in named if not on}
+  assert not {name for name, on in named if on} & off
 
 
 def test_decay_is_for_everything_but_biases_and_norm_scales():
