@@ -24,7 +24,7 @@ LINES: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (
   ("lora", {"targets": ("all-linear",), "dropout": 0.0}, LORA),
   ("dora", {}, LORA),
   ("ia3", {}, (3e-3, 1e-2, 3e-2, 1e-1)),
-  ("adalora", {}, (*LORA, 2e-2)),
+  ("adalora", {}, (*LORA, 2e-2, 6e-2)),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -15,7 +15,7 @@ from peftjax.training.logs import write_atomic
 
 _KEPT = (
   *("method", "seed", "metrics", "trainable_params", "total_params", "ranks", "best_step"),
-  *("steps", "seconds", "device", "commit", "config"),
+  *("steps", "seconds", "together", "device", "commit", "config"),
 )
 _STYLES = {"done": "green", "failed": "red", "running": "bold"}
 Listed = Mapping[str, Mapping[str, Any]]
@@ -46,7 +46,7 @@ def write(folder: Folder, listed: Listed) -> list[str]:
   return written
 
 
-def states(folder: Folder, listed: Listed, mine: str | None = None) -> dict[str, dict[str, Any]]:
+def states(folder: Folder, listed: Listed, mine: Collection[str] = ()) -> dict[str, dict[str, Any]]:
   """How every trial stands: its "status" and, if it is done, "metric", "value" (on
   test), "validation", "trained" and "seconds"; if it has failed, type and message of the error as
   "metric" and "value".
@@ -62,7 +62,7 @@ def states(folder: Folder, listed: Listed, mine: str | None = None) -> dict[str,
     elif error := folder.error(name):
       message = (error["message"].splitlines() or [""])[0]
       made[name] = {"status": "failed", "metric": error["type"], "value": message}
-    elif name == mine:
+    elif name in mine:
       made[name] = {"status": "running"}
     else:
       made[name] = {"status": "running elsewhere" if folder.running(name) else "waiting"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +28,7 @@ class View:
   def __init__(self, folder: Folder, listed: summary.Listed):
     self._folder, self._listed = folder, listed
     self._console = rich.get_console()
-    self._mine: str | None = None
+    self._mine: set[str] = set()
     self._read = -1.0  # when the folder was read last
     self._states: Mapping[str, Mapping[str, Any]] = {}
     self._table = Table()
@@ -41,14 +41,16 @@ class View:
       redirect_stderr=False,
     )
 
-  def begins(self, trial: Trial) -> None:
-    self._mine, self._read = trial.id, -1.0
-    self._say(f"\n{trial.id}: running ({summary.counts(self._look())})")
+  def begins(self, trials: Sequence[Trial]) -> None:
+    self._mine, self._read = {trial.id for trial in trials}, -1.0
+    counts = summary.counts(self._look())
+    self._say(f"\n{', '.join(trial.id for trial in trials)}: running ({counts})")
 
-  def ends(self, trial: Trial) -> None:
-    self._mine, self._read = None, -1.0
-    state = self._look()[trial.id]
-    self._say(f"{trial.id}: {state['status']}, {state.get('metric', '')} {state.get('value', '')}")
+  def ends(self, trials: Sequence[Trial]) -> None:
+    self._mine, self._read = set(), -1.0
+    for name in (trial.id for trial in trials):
+      state = self._look()[name]
+      self._say(f"{name}: {state['status']}, {state.get('metric', '')} {state.get('value', '')}")
 
   def _say(self, text: str) -> None:
     self._console.print(text, highlight=False, markup=False, soft_wrap=True)

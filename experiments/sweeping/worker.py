@@ -23,8 +23,8 @@ _STOPS = {signal.SIGINT, signal.SIGTERM}
 class Watcher(Protocol):
   """Is told what happens here."""
 
-  def begins(self, trial: Trial) -> None: ...
-  def ends(self, trial: Trial) -> None: ...
+  def begins(self, trials: Sequence[Trial]) -> None: ...
+  def ends(self, trials: Sequence[Trial]) -> None: ...
 
 
 def run(trial: Trial, workdir: Path) -> None:
@@ -60,10 +60,9 @@ def work(
             found = True
             for one in mine:
               left.remove(one)  # once is enough, whatever it leaves behind
-              watcher.begins(one)
+            watcher.begins(mine)
             _run(mine, folder, run)
-            for one in mine:
-              watcher.ends(one)
+            watcher.ends(mine)
             if asked():
               raise KeyboardInterrupt
 
@@ -88,8 +87,8 @@ def _run(trials: Sequence[Trial], folder: Folder, run: Callable[[Trial, Path], N
     paths = [folder.trial(one.id) for one in trials]
     try:
       results = train_together([one.config for one in trials], paths)
-    except ValueError:
-      pass  # not together, then; alone each one says what is wrong with it
+    except Exception:  # not together, then; alone each one says what is wrong with it
+      trials = [one for one in trials if not folder.ended(one.id)]
     else:
       for one, result in zip(trials, results, strict=True):
         if isinstance(result, Exception):

@@ -47,7 +47,15 @@ class Together:
   """
 
   def __init__(self, configs: Sequence[ConfigDict]):
-    self.runs = [Run(from_config(config), None, rate_in_state=True) for config in configs]
+    self.runs: list[Run] = []
+    adapters = []
+    for config in configs:
+      run = Run(from_config(config), None, rate_in_state=True)
+      adapter, base = _split(run)
+      if not self.runs:
+        self._base = base  # and of the others it is let go at once
+      self.runs.append(run)
+      adapters.append(adapter)
     first = self.runs[0]
     self.total = first.total
     for run in self.runs:
@@ -57,8 +65,6 @@ class Together:
           f"{run.stream.steps_per_epoch} an epoch, cannot be trained together; write "
           "data.split_seed=0 and train.steps"
         )
-    adapters, bases = zip(*map(_split, self.runs), strict=True)
-    self._base = bases[0]
     made, states = [], []
     for run, adapter in zip(self.runs, align_ranks(*adapters), strict=True):
       params = tree.combine(adapter, self._base)
@@ -175,6 +181,7 @@ def train_together(
   as_json = [json.loads(config.to_json()) for config in configs]
   logs, failed = [], {}
   best: list[dict[str, Any]] = [{} for _ in runs]
+  untrained: list[dict[str, Any]] = [{} for _ in runs]
   kept: list[Any] = [None for _ in runs]
   for folder, config in zip(folders, as_json, strict=True):
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,6 +189,10 @@ def train_together(
     logs.append(Logs(folder, -1))
   every = runs[0].settings.train
   with Bar(f"{len(runs)} together", 0, group.total) as bar:
+    for i, run in enumerate(runs):
+      if run.task.before:
+        group.take(i)
+        untrained[i] = {part: run.evaluate(part) for part in run.task.before}
     for number, out in group.steps():
       evaluate = number % runs[0].stream.steps_per_epoch == 0 or number == group.total
       if not (evaluate or number % every.log_every == 0):
@@ -199,7 +210,11 @@ def train_together(
         if evaluate and number >= run.settled:
           group.take(i)
           run.steps_done = number
-          scores = run.evaluate("validation")
+          try:
+            scores = run.evaluate("validation")
+          except FloatingPointError as error:
+            failed[i] = error
+            continue
           named = {f"validation_{key}": value for key, value in scores.items()}
           logs[i].write({"step": number, **named})
           value = run.task.criterion(scores)
@@ -218,7 +233,13 @@ def train_together(
       meta = run.identity()
       checkpoints.save("best", best[i]["step"], {"adapter": adapter}, meta)
       checkpoints.close()
-      measured = dict(together=len(runs), seconds=seconds / len(runs), seconds_of_all=seconds)
+      measured: dict[str, Any] = dict(
+        together=len(runs), seconds=seconds / len(runs), seconds_of_all=seconds
+      )
       params = tree.combine(jax.tree.map(jnp.asarray, adapter), group._base)
-      results.append(finish(run, params, folders[i], bar, as_json[i], best[i], {}, **measured))
+      known = best[i], untrained[i]
+      try:
+        results.append(finish(run, params, folders[i], bar, as_json[i], *known, **measured))
+      except FloatingPointError as error:
+        results.append(error)
   return results

@@ -41,7 +41,10 @@ def pretend(config, workdir):
     "config": settings,
     "method": config.method.name,
     "seed": config.seed,
-    "metrics": {"test": {"accuracy": rank / 10 + config.seed / 100}, "validation": {}},
+    "metrics": {
+      "test": {"accuracy": rank / 10 + config.seed / 100},
+      "validation": {"accuracy": 0.5},
+    },
     "trainable_params": 100 * rank,
     "total_params": 10_000,
     "seconds": 1.5,
@@ -315,16 +318,46 @@ def test_a_trial_folder_with_another_config(sweep, fails, calls):
   assert "remove that folder" in message
 
 
-def test_a_trial_is_a_run_of_train(sweep, config, model_dir, corpus):
-  """A real one: its config is that of experiments.train with these fields, and so its result."""
-  made = config()
-  same = dict(
+def real(made, model_dir, corpus):
+  """The grid of one trial that trains a tiny model."""
+  return dict(
     model=dict(directory=(str(model_dir),)),
     data=dict(train_file=(str(corpus),), max_length=(16,)),
     train={key: (made.train[key],) for key in ("steps", "batch_size", "log_every", "epochs")},
     method=dict(rank=(made.method.rank,)),
     compilation_cache=("",),
   )
+
+
+def test_trials_that_fit_are_trained_together(
+  sweep, config, model_dir, corpus, capsys, monkeypatch, tmp_path
+):
+  """Three learning rates in one step, of which one diverges; where it does not go, one by one."""
+  grid = real(config(), model_dir, corpus)
+  grid["optimizer"] = dict(learning_rate=(1e-3, 1e-2, 1e30))
+  given = sweep_of(base=BASE.replace("bbc", "files"), grid=grid, together=3)
+  with pytest.raises(SystemExit):
+    sweep(given, tmp_path / "all")
+  shown = capsys.readouterr()
+  assert "1 failed" in shown.err and "not finite" in shown.err and "elsewhere" not in shown.out
+  rows = [json.loads(x) for x in (tmp_path / "all" / "summary.jsonl").read_text().splitlines()]
+  assert [row["together"] for row in rows] == [3, 3]
+
+  def no_memory(configs, folders):
+    raise RuntimeError("out of memory")
+
+  monkeypatch.setattr("experiments.sweeping.worker.train_together", no_memory)
+  grid["optimizer"] = dict(learning_rate=(1e-3, 1e-2))
+  sweep(sweep_of(base=BASE.replace("bbc", "files"), grid=grid, together=3), tmp_path / "apart")
+  again = [json.loads(x) for x in (tmp_path / "apart" / "summary.jsonl").read_text().splitlines()]
+  assert [row["id"] for row in again] == [row["id"] for row in rows]
+  assert not any("together" in row for row in again)
+
+
+def test_a_trial_is_a_run_of_train(sweep, config, model_dir, corpus):
+  """A real one: its config is that of experiments.train with these fields, and so its result."""
+  made = config()
+  same = real(made, model_dir, corpus)
   workdir = sweep(sweep_of(base=BASE.replace("bbc", "files"), grid=same))
   [row] = map(json.loads, (workdir / "summary.jsonl").read_text().splitlines())
   assert row["config"] == json.loads(made.to_json()) and row["id"] == trials.trial_id(made)
