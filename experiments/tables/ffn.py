@@ -6,9 +6,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from experiments.tables import from_scratch
+from ml_collections import ConfigDict
+
+from configs import from_scratch as configs
+from experiments import from_scratch
 from experiments.tables.cells import Cell
 from experiments.tables.report import Report, mean
+from experiments.tables.trials import check
 
 SEEDS = (0, 1, 2)
 # The variant, and the log-perplexity of held-out text that table 1 of Shazeer 2020 (2002.05202)
@@ -27,14 +31,17 @@ VARIANTS = (
 
 def cells(folder: Path) -> list[Cell]:
   return [
-    Cell(f"{name} seed={seed}", functools.partial(from_scratch.train, name, seed), 0.8)
+    Cell(_cell(name, seed), functools.partial(from_scratch.train, _config(name, seed)), 0.8)
     for seed in SEEDS
     for name, _ in VARIANTS
   ]
 
 
 def table(rows: list[dict[str, Any]]) -> Report:
-  found = {(row["variant"], row["seed"]): row for row in rows}
+  named = {row["cell"]: row for row in rows}
+  found = {(name, seed): named[_cell(name, seed)] for name, _ in VARIANTS for seed in SEEDS}
+  for (name, seed), row in found.items():
+    check(row, _config(name, seed))
   lines = []
   for name, printed in VARIANTS:
     own = [found[name, seed] for seed in SEEDS]
@@ -44,14 +51,28 @@ def table(rows: list[dict[str, Any]]) -> Report:
       [name, f"{own[0]['parameters']:,}", mean(losses, ".4f"), mean(apart, "+.4f"), printed]
     )
   columns = ["variant", "parameters", "held-out loss", "- relu, by seed", "Shazeer t. 1"]
-  return Report(TITLE, columns, lines, NOTES)
+  return Report(_title(), columns, lines, NOTES)
 
 
-TITLE = (
-  f"Feed-forward variants: a byte-level decoder of {from_scratch.LAYERS} layers, width "
-  f"{from_scratch.WIDTH}, from scratch on BBC news; {from_scratch.STEPS} steps of "
-  f"{from_scratch.BATCH * from_scratch.LENGTH:,} bytes; {len(SEEDS)} seeds."
-)
+def _cell(variant: str, seed: int) -> str:
+  return f"{variant} seed={seed}"
+
+
+def _config(variant: str, seed: int) -> ConfigDict:
+  config = configs.get_config(variant)
+  config.seed = seed
+  return config
+
+
+def _title() -> str:
+  c = configs.get_config()
+  return (
+    f"Feed-forward variants: a byte-level decoder of {c.layers} layers, width {c.width}, from "
+    f"scratch on BBC news; {c.steps} steps of {c.batch_size * c.length:,} bytes; "
+    f"{len(SEEDS)} seeds."
+  )
+
+
 NOTES = (
   "loss: nats a byte. Shazeer t. 1: log-perplexity of T5-base's span filling after 65,536 steps.",
 )

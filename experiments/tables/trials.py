@@ -101,12 +101,18 @@ def by_trial(
   for one in dict.fromkeys(wanted):
     found[one] = [named[f"{one.name} seed={seed}"] for seed in SEEDS]
     for seed, row in zip(SEEDS, found[one], strict=True):
-      _check(row, one.config(seed))
+      check(row, one.config(seed))
   return found
 
 
-def _check(row: dict[str, Any], config: ConfigDict) -> None:
-  """Fields that are newer than the row are not compared: it was computed with their default."""
+def check(row: dict[str, Any], config: ConfigDict) -> None:
+  """Compares a row's config with what the table asks for now.
+
+  Fields that are newer than the row are not compared: it was computed with their default.
+
+  Raises:
+    ValueError: they differ.
+  """
   now = fields.flat(json.loads(config.to_json()))
   then = fields.flat(row["config"])
   for path, value in then.items():

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from flax.core import meta
 
+from peftjax.core.attachment import is_attachment
+
 # What holds the weight inside a module: Flax's own names.
 _WEIGHT_NAMES = ("kernel", "embedding")
 # Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
@@ -63,7 +65,7 @@ def is_body_linear(path: str, leaf: Any) -> bool:
 
 
 def select(params: Any, targets: str | Sequence[str]) -> list[str]:
-  """Paths that `targets` name, in tree order.
+  """Paths that `targets` name, in tree order; never arrays of an `Attachment`.
 
   Args:
     params: any parameter tree.
@@ -73,7 +75,7 @@ def select(params: Any, targets: str | Sequence[str]) -> list[str]:
   Raises:
     ValueError: if any one pattern matches nothing; near misses are listed.
   """
-  flat = leaves(params)
+  flat = _of_modules(params)
   patterns = [targets] if isinstance(targets, str) else list(targets)
   if not patterns:
     raise ValueError(
@@ -89,6 +91,13 @@ def select(params: Any, targets: str | Sequence[str]) -> list[str]:
       raise ValueError(_nothing_matched(pattern, flat))
     chosen.update(found)
   return [p for p in flat if p in chosen]
+
+
+def _of_modules(params: Any) -> dict[str, Any]:
+  """The leaves that the model has, without what methods put beside them."""
+  either = lambda node: is_leaf(node) or is_attachment(node)
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=either)
+  return {name(path): leaf for path, leaf in flat if not is_attachment(leaf)}
 
 
 def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
