@@ -116,7 +116,7 @@ def _trial(config: ConfigDict, overrides: Mapping[str, Any]) -> Trial:
     except (TypeError, ValueError) as error:
       raise ValueError(f"{base}: {path}={value!r} does not fit: {error}") from None
   try:
-    from_config(config)
+    from_config(config).build_method()
   except ValueError as error:
     told = fields.label(overrides, [path for path in overrides if path != "base"])
     raise ValueError(f"{base}, {told}: {error}") from None

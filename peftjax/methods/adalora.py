@@ -54,7 +54,8 @@ class AdaLoRAMethod(LoRAMethod):
     if self.target_rank is not None and self.target_rank * len(ranks) > sum(ranks):
       raise ValueError(
         f"target_rank {self.target_rank} on {len(ranks)} matrices is more than the "
-        f"{sum(ranks)} triplets that rank and rank_pattern give them"
+        f"{sum(ranks)} triplets that rank and rank_pattern give them; raise rank (1.5 times the "
+        f"target is usual) or write target_rank={sum(ranks) / len(ranks):g} or less"
       )
     return attached
 
@@ -176,7 +177,10 @@ def adalora(
     raise ValueError(f"interval {interval}, warmup {warmup} or final {final}: too small")
   top_rank = max([rank, *(rank_pattern or {}).values()])
   if target_rank is not None and not 0 <= target_rank <= top_rank:
-    raise ValueError(f"target_rank {target_rank} is not between 0 and the initial rank {top_rank}")
+    raise ValueError(
+      f"target_rank {target_rank} is not between 0 and the initial rank {top_rank}; raise rank "
+      "(1.5 times the target is usual) or lower target_rank"
+    )
   fields = {f.name: getattr(common, f.name) for f in dataclasses.fields(common)}
   return AdaLoRAMethod(
     **{**fields, "init": "kaiming" if form == "lora" else "triplets"},

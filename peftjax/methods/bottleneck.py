@@ -44,6 +44,11 @@ class Bottleneck(Attachment):
 
   def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """See `Attachment.around`; of a module that returns several things, the first is adapted."""
+    if len(args) <= max(self.reads or 0, 0 if self.again else -1):
+      raise ValueError(
+        "this adapter reads an argument of its module, which was called with keywords alone; call "
+        "it with positions, module(x), or place the adapter where it reads the result"
+      )
     result = call(*args, **kwargs)
     first, *rest = result if isinstance(result, tuple) else (result,)
     added = self(first if self.reads is None else args[self.reads])

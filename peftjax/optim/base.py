@@ -15,6 +15,8 @@ from peftjax.core.weight import Weight
 # Last names of paths: biases, and what multiplies activations (IA3's l, DoRA's m).
 _UNDECAYED = ("bias", "down_bias", "up_bias", "scale", "l", "m")
 
+_MULTI_STEPS = "pass the inner optimizer and accumulate=N instead of an optax.MultiSteps"
+
 
 def schedule(kind: str, peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
   """Linear warm-up from 0 to `peak`, then linear or cosine decay to 0, or constant.
@@ -105,11 +107,13 @@ def wrap(
     outer: makes one transformation of clipping and `tx`; by default the one after the other.
 
   Raises:
-    ValueError: if `tx` is itself an `optax.MultiSteps`: its calls would be counted as updates; or,
-      from its init, if there are weights that another method's optimizer has to train.
+    ValueError: here or from its init, if `tx` is or holds an `optax.MultiSteps`: its calls would be
+      counted as updates; from its init, if there are weights that another method's optimizer has
+      to train.
   """
   if isinstance(tx, optax.MultiSteps):
-    raise ValueError("pass the inner optimizer and accumulate=N instead of an optax.MultiSteps")
+    raise ValueError(_MULTI_STEPS)
+  tx = _once_a_call(tx)
   if outer is not None:
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     tx = outer(clip, tx)
@@ -119,6 +123,20 @@ def wrap(
   if accumulate > 1:
     tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
   return tx
+
+
+def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx`; its init raises if it accumulates gradients itself."""
+  tx = optax.with_extra_args_support(tx)
+
+  def init(train: Any) -> Any:
+    state = tx.init(train)
+    accumulates = lambda node: isinstance(node, optax.MultiStepsState)
+    if any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates))):
+      raise ValueError(_MULTI_STEPS)
+    return state
+
+  return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -186,6 +186,34 @@ def test_norms_are_trained_by_flag_and_by_the_papers_default():
         }
 
 
+def test_rules_of_other_methods_do_not_reach_into_an_adapter():
+  """The frozen scale of a bottleneck is no parameter of the model."""
+  model = BertClassifier(tiny.config())
+  method = pj.chain(pj.adapters(4, norms=False), pj.train(".*/scale"))
+  params = method.attach(KEY, tiny.params(), pj.linen.layout(model, tiny.TOKENS))
+  mask = paths.leaves(method.trainable(params))
+  scales = {path: on for path, on in mask.items() if path.endswith("/scale")}
+  assert all(on != path.endswith("adapter/scale") for path, on in scales.items())
+  assert len(set(scales.values())) == 2
+
+
+class Narrow(nn.Module):
+  by_name: bool
+
+  @nn.compact
+  def __call__(self, x):
+    dense = nn.Dense(12, name="narrow")
+    return dense(inputs=x) if self.by_name else dense(x)
+
+
+def test_a_module_called_with_keywords_has_no_first_argument_to_read():
+  params = Narrow(False).init(KEY, X)["params"]
+  layout = pj.linen.layout(Narrow(False), X)
+  params = pj.adapters(4, "parallel", "narrow").attach(KEY, params, layout)
+  with pytest.raises(ValueError, match="keywords alone; call it with positions"):
+    pj.apply(Narrow(True), params, X)
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [

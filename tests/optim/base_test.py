@@ -123,6 +123,9 @@ def test_every_method_wraps_alike():
   for method in (lora, head, pj.chain(lora, head)):
     with pytest.raises(ValueError, match="accumulate=N instead of an optax.MultiSteps"):
       method.optimizer(hidden, 10)
+    within = optax.chain(optax.identity(), hidden.gradient_transformation())
+    with pytest.raises(ValueError, match="accumulate=N instead of an optax.MultiSteps"):
+      method.optimizer(within, 10, accumulate=2).init({"x": jnp.zeros(2)})
     tx = method.optimizer(optax.sgd(1.0), 10, clip_norm=1.0, accumulate=2)
     params = {"x": jnp.zeros(2)}
     state = tx.init(params)
