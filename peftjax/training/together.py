@@ -44,9 +44,21 @@ class Together:
   Attributes:
     runs: each with its own data and keys; their base is the first one's.
     states: of all, stacked along a first axis.
+    chunk: how many are computed at once, by `vmap`; the chunks follow one another.
   """
 
-  def __init__(self, configs: Sequence[ConfigDict]):
+  def __init__(self, configs: Sequence[ConfigDict], chunk: int | None = None):
+    """Loads the base once.
+
+    Args:
+      configs: see `train_together`.
+      chunk: by default 1 on a CPU, where one product over the activations of several runs falls out
+        of the cache, and 1 where batches are of several lengths; else all of them.
+
+    Raises:
+      ValueError: configs that cannot be trained together; a chunk of more than one where batches
+        are of several lengths, which each run has in an order of its own.
+    """
     self.runs: list[Run] = []
     adapters = []
     for config in configs:
@@ -77,8 +89,17 @@ class Together:
     self._keys = jnp.stack([run._key for run in self.runs])
     self._predict = first._predict
     self._lengths = tuple(getattr(first.task, "buckets", (first.task.longest,)))
+    one_length = len(self._lengths) == 1
+    if chunk is None:
+      chunk = len(configs) if one_length and jax.default_backend() != "cpu" else 1
+    if chunk > 1 and not one_length:
+      raise ValueError(
+        f"chunk={chunk}: batches are of {len(self._lengths)} lengths, {self._lengths}; runs can be "
+        "computed at once where all are of one, as packed texts are. Write chunk=1."
+      )
+    self.chunk = chunk
     model = functools.partial(step.train_step, first.module, first.tx, first.task.kind)
-    self._step = jax.jit(functools.partial(_all, model, self._lengths), donate_argnums=0)
+    self._step = jax.jit(functools.partial(_all, model, self._lengths, chunk), donate_argnums=0)
 
   def steps(self) -> Any:
     """Dispatches the steps, one an iteration, and yields its number and what each run returned."""
@@ -101,6 +122,7 @@ class Together:
 def _all(
   model: Any,
   lengths: tuple[int, ...],
+  chunk: int,
   states: Any,
   base: Any,
   made: Any,
@@ -108,11 +130,7 @@ def _all(
   which: jax.Array,
   keys: jax.Array,
 ) -> Any:
-  """`train_step` of each run, one after the other, at the length of its own batch.
-
-  A product of all runs' activations with the base would be one large product, but on a CPU it
-  falls out of the cache, and every batch would be as long as the longest.
-  """
+  """`train_step` of each run at the length of its own batch, `chunk` of them at once."""
 
   def one(args: Any) -> Any:
     own, adapter, batch, index, key = args
@@ -123,7 +141,8 @@ def _all(
     ]
     return jax.lax.switch(index, at, own, frozen, batch, key)
 
-  return jax.lax.map(one, (states, made, batches, which, keys))
+  size = None if chunk == 1 else chunk
+  return jax.lax.map(one, (states, made, batches, which, keys), batch_size=size)
 
 
 def _cut(batch: Mapping[str, jax.Array], length: int) -> dict[str, jax.Array]:
