@@ -27,9 +27,11 @@ PARSE = """
 import importlib, sys
 from absl import flags
 module = importlib.import_module(sys.argv[1])
+if hasattr(module, "__path__"):
+  importlib.import_module(sys.argv[1] + ".__main__")
 from experiments import runtime
 rest = runtime.parse_flags(sys.argv[1:])
-assert len(rest) == 1, f"not a flag: {rest[1:]}"
+assert not [x for x in rest[1:] if x.startswith("-")], f"not a flag: {rest[1:]}"
 """
 
 

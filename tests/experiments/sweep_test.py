@@ -98,7 +98,11 @@ def test_an_id_tells_what_can_change_a_result():
 
 def test_trials_are_bases_times_list_times_grid():
   """Every combination once, the seed slowest; a listed trial may have a base of its own."""
-  listed = ({"method.rank": 2}, {"base": ADALORA, "method": {"rank": 3}}, {"method.rank": 2})
+  listed = (
+    {"method.rank": 2},
+    {"base": ADALORA, "method": {"rank": 3, "target_rank": 2.0}},
+    {"method.rank": 2},
+  )
   made = trials.expand(sweep_of(trials=listed, grid=dict(seed=(0, 1), train=dict(steps=(5,)))))
   told = [(x.config.method.name, x.config.method.rank, x.config.seed) for x in made]
   assert told == [("lora", 2, 0), ("adalora", 3, 0), ("lora", 2, 1), ("adalora", 3, 1)]

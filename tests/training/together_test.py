@@ -41,22 +41,29 @@ def configs(files, name, **more):
   for i, varied in enumerate(VARIED):
     method = name if name != "rslora" else "lora"
     config = tiny.config(*files, method)
-    config.update_from_flattened_dict({**METHODS[name], **varied, **more})
-    config.update_from_flattened_dict({"train.steps": 10, "data.split_seed": 0})
+    # One length is one program of a step; two are tested once. The programs round differently, and
+    # of a tiny gradient's rounding Adam makes a whole step, unless eps is larger.
+    common = {"train.steps": 10, "data.max_length": 16, "data.split_seed": 0, "optimizer.eps": 1e-5}
+    config.update_from_flattened_dict({**METHODS[name], **varied, **common, **more})
     if name == "adalora":
       config.method.target_rank = (2.0, 1.0, 1.5)[i]
     made.append(config)
   return made
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
-def test_parameters_are_those_of_single_runs(name, chunk, files):
+@pytest.mark.parametrize(
+  ("name", "chunk", "more"),
+  [
+    ("lora", 1, {"data.max_length": 32}),
+    *((name, 1, {}) for name in METHODS if name != "lora"),
+    *((name, 2, {}) for name in ("lora", "adalora")),
+  ],
+)
+def test_parameters_are_those_of_single_runs(name, chunk, more, files):
   """After ten steps, ranks and rates and orders of data their own."""
-  # Products of other shapes round otherwise, and Adam makes whole steps of tiny gradients: eps.
-  at_once = {"data.max_length": 16, "optimizer.eps": 1e-5}
-  wanted = configs(files, name, **(at_once if chunk > 1 else {}))
+  wanted = configs(files, name, **more)
   group = Together(wanted, chunk)
+  assert (len(group._lengths) > 1) == ("data.max_length" in more)
   for _ in group.steps():
     pass
   for i, config in enumerate(wanted):
@@ -80,14 +87,14 @@ def test_parameters_are_those_of_single_runs(name, chunk, files):
 
 def test_folders_and_results_are_those_of_single_runs(files, tmp_path):
   """Scores, counts and files; each is the start of a prediction."""
-  wanted = configs(files, "lora")
-  folders = [tmp_path / f"together{i}" for i in range(3)]
+  wanted = configs(files, "lora")[:2]
+  folders = [tmp_path / f"together{i}" for i in range(2)]
   results = train_together(wanted, folders)
   for i, config in enumerate(wanted):
     alone = train_and_evaluate(config, tmp_path / f"alone{i}")
     same = ("method", "trainable_params", "total_params", "seed", "steps", "config", "labels")
     assert {key: results[i][key] for key in same} == {key: alone[key] for key in same}
-    assert results[i]["metrics"] == alone["metrics"] and results[i]["together"] == 3
+    assert results[i]["metrics"] == alone["metrics"] and results[i]["together"] == 2
     assert json.loads((folders[i] / "result.json").read_text()) == results[i]
     texts = ["one good day", "a bad one"]
     one, two = (Predictor(folder).logits(texts) for folder in (folders[i], tmp_path / f"alone{i}"))
@@ -107,7 +114,7 @@ def test_one_that_diverges_leaves_the_others_alone(files, tmp_path):
 
 def test_batches_of_several_lengths_are_not_computed_at_once(files):
   with pytest.raises(ValueError, match="chunk=3: batches are of 2 lengths"):
-    Together(configs(files, "lora"), 3)
+    Together(configs(files, "lora", **{"data.max_length": 32}), 3)
 
 
 def test_what_may_differ_is_told(files):
