@@ -20,6 +20,7 @@ LINES: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (
   ("adapters", {"placement": "houlsby", "size": 32}, ADAPTERS),
   ("adapters", {"placement": "pfeiffer", "size": 64}, ADAPTERS),
   ("adapters", {"placement": "parallel", "size": 64}, ADAPTERS),
+  ("adapters", {"placement": "scaled_parallel", "size": 64}, ADAPTERS),
   ("lora", {}, LORA),
   ("lora", {"targets": ("all-linear",), "dropout": 0.0}, LORA),
   ("dora", {}, LORA),
