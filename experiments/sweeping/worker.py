@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,10 +12,8 @@ import jax
 
 from experiments.sweeping.folder import Folder
 from experiments.sweeping.trials import Trial
-from peftjax.training import loop
+from peftjax.training import loop, process
 from peftjax.training.together import group_of, train_together
-
-_STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Watcher(Protocol):
@@ -49,7 +45,7 @@ def work(
     loop.Stopped: after SIGTERM or Ctrl-C; the trial that was training has saved.
     KeyboardInterrupt: after one that came at another moment.
   """
-  with _signals() as asked:
+  with process.interrupts() as asked:
     left, found = list(trials), True
     while found:
       found = False
@@ -101,31 +97,3 @@ def _run(trials: Sequence[Trial], folder: Folder, run: Callable[[Trial, Path], N
       raise
     except Exception as error:
       folder.fail(trial.id, error)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-  """SIGTERM interrupts as Ctrl-C does; and whether one of them has come since the last call.
-
-  A trial has handlers of its own while it trains, and one that is at its last step just finishes.
-  The file descriptor gets the number of every signal, whoever handles it.
-  """
-  reader, writer = socket.socketpair()
-  reader.setblocking(False)
-  writer.setblocking(False)
-  descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-  handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-  def asked() -> bool:
-    try:
-      return bool(_STOPS & set(reader.recv(4096)))
-    except BlockingIOError:
-      return False
-
-  try:
-    yield asked
-  finally:
-    signal.signal(signal.SIGTERM, handler)
-    signal.set_wakeup_fd(descriptor)
-    reader.close()
-    writer.close()

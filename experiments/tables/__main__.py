@@ -19,12 +19,18 @@ are computed and added one by one, so a killed run goes on where it was, and the
 another terminal takes other cells. Take lines out to compute them again.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
 
 from experiments import runtime
 from experiments.tables import report
+
+if TYPE_CHECKING:
+  from experiments.tables.cells import Cell
 
 RESULTS = flags.DEFINE_string("results", "experiments/results", "Folder of the results.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/tables", "Folder for runs that cells need.")
@@ -35,10 +41,36 @@ PICTURES = flags.DEFINE_string(
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is left to compute, and how long.")
 
 
+class Wanted(NamedTuple):
+  """A table that was asked for: its module, its cells and where their rows are kept."""
+
+  name: str
+  module: Any
+  cells: list[Cell]
+  file: Path
+
+
 def main(argv: list[str]) -> None:
+  known = tables()
+  if len(argv) != 2 or argv[1] not in (*known, "all"):
+    raise app.UsageError(f"name one table: {', '.join(known)}, all")
+  runtime.set_up("~/.cache/peftjax")
+  wanted = []
+  for name in known if argv[1] == "all" else argv[1:]:
+    kept = getattr(known[name], "RESULTS", name)  # tables may share runs
+    todo = known[name].cells(Path(WORKDIR.value) / kept)
+    wanted.append(Wanted(name, known[name], todo, Path(RESULTS.value) / f"{kept}.jsonl"))
+  if DRY_RUN.value:
+    show_left(wanted)
+    return
+  with runtime.readable_errors():
+    compute(wanted)
+
+
+def tables() -> dict[str, Any]:
+  """The modules that make a table each, by name; all have `cells` and `table`."""
   from experiments.tables import (
     adalora_ablation,
-    cells,
     datatypes,
     ffn,
     methods,
@@ -49,34 +81,48 @@ def main(argv: list[str]) -> None:
     which_matrices,
   )
 
-  tables = {
-    "methods": methods,
-    "rank_budget": rank_budget,
-    "adalora_ablation": adalora_ablation,
-    "which_matrices": which_matrices,
-    "rank": rank,
-    "ffn": ffn,
-    "parameters": parameters,
-    "datatypes": datatypes,
-    "qlora_vs_lora": qlora_vs_lora,
-  }
-  if len(argv) != 2 or argv[1] not in (*tables, "all"):
-    raise app.UsageError(f"name one table: {', '.join(tables)}, all")
-  runtime.set_up("~/.cache/peftjax")
-  with runtime.readable_errors():
-    for name in tables if argv[1] == "all" else argv[1:]:
-      kept = getattr(tables[name], "RESULTS", name)
-      results = Path(RESULTS.value) / f"{kept}.jsonl"
-      todo = tables[name].cells(Path(WORKDIR.value) / kept)
-      if DRY_RUN.value:
-        cells.show_left(name, todo, results)
-        continue
-      rows = cells.compute(todo, results)
-      report.write(tables[name].table(rows), FORMAT.value)
-      if PICTURES.value and hasattr(tables[name], "pictures"):
-        folder = Path(PICTURES.value)
-        folder.mkdir(parents=True, exist_ok=True)
-        tables[name].pictures(rows, folder)
+  of_runs = (methods, rank_budget, adalora_ablation, which_matrices, rank)
+  found = (*of_runs, ffn, parameters, datatypes, qlora_vs_lora)
+  return {module.__name__.rpartition(".")[2]: module for module in found}
+
+
+def left(wanted: list[Wanted]) -> list[Cell]:
+  """The cells that are to be computed, those that tables share once."""
+  from experiments.tables import cells
+
+  missing = {(x.file, c.name): c for x in wanted for c in cells.left(x.cells, x.file)}
+  return list(missing.values())
+
+
+def show_left(wanted: list[Wanted]) -> None:
+  from experiments.tables import cells
+
+  for table in wanted:
+    cells.show_left(table.name, table.cells, table.file)
+  if len(wanted) > 1:
+    todo = left(wanted)
+    print(f"in all: {len(todo)} cells left, about {cells.hours(todo)} hours")
+
+
+def compute(wanted: list[Wanted]) -> None:
+  """Computes what is missing and shows the tables, one after the other."""
+  from experiments.tables import cells
+  from peftjax.training import process
+  from peftjax.training.loop import Stopped
+
+  with process.interrupts() as asked:
+    try:
+      for table in wanted:
+        rows = cells.compute(table.cells, table.file, asked)
+        report.write(table.module.table(rows), FORMAT.value)
+        if PICTURES.value and hasattr(table.module, "pictures"):
+          folder = Path(PICTURES.value)
+          folder.mkdir(parents=True, exist_ok=True)
+          table.module.pictures(rows, folder)
+    except (Stopped, KeyboardInterrupt):
+      todo = left(wanted)
+      told = f"{len(todo)} cells left, about {cells.hours(todo)} hours"
+      raise Stopped(f"{told}; run the same command to go on") from None
 
 
 if __name__ == "__main__":

@@ -42,14 +42,22 @@ def show_left(table: str, cells: list[Cell], results: Path) -> None:
   missing, console = left(cells, results), Console()
   for cell in missing:
     console.print(f"  {cell.name}  {cell.minutes:.1f} min", highlight=False)
-  hours = sum(cell.minutes for cell in missing) / 60
-  console.print(f"{table}: {len(missing)} of {len(cells)} cells left, about {hours:.1f} hours")
+  console.print(f"{table}: {len(missing)} of {len(cells)} cells left, about {hours(missing)} hours")
 
 
-def compute(cells: list[Cell], results: Path) -> list[dict[str, Any]]:
+def hours(cells: list[Cell]) -> str:
+  return f"{sum(cell.minutes for cell in cells) / 60:.1f}"
+
+
+def compute(
+  cells: list[Cell], results: Path, asked: Callable[[], bool] = lambda: False
+) -> list[dict[str, Any]]:
   """The rows of all cells; what is not in the results is computed and added to them at once.
 
   Several processes may do so at the same time: each takes cells that no other one is at.
+
+  Raises:
+    KeyboardInterrupt: after a cell, if it was `asked` for while that one ended.
   """
   results.with_suffix(".locks").mkdir(parents=True, exist_ok=True)
   todo, elsewhere = left(cells, results), []
@@ -58,6 +66,8 @@ def compute(cells: list[Cell], results: Path) -> list[dict[str, Any]]:
       _add(cell, results, timeout=0)
     except Timeout:
       elsewhere.append(cell)
+    if asked():
+      raise KeyboardInterrupt
   for cell in elsewhere:  # computed by now, or given up
     _add(cell, results, timeout=-1)
   done = rows(results)

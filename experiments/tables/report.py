@@ -28,6 +28,7 @@ class Report(NamedTuple):
 def write(report: Report, form: str) -> None:
   """To standard output."""
   if form == "csv":
+    print("".join(f"# {text}\n" for text in (report.title, *report.notes)), end="")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerows([report.columns, *report.lines])
   elif form == "latex":

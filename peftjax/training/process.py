@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,34 @@ def stop_signals() -> Iterator[Stop]:
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+  """For several runs in turn: SIGTERM interrupts as Ctrl-C does; whether one came since last asked.
+
+  A run has handlers of its own while it trains, and one that is at its last step just finishes.
+  The file descriptor gets the number of every signal, whoever handles it.
+  """
+  reader, writer = socket.socketpair()
+  reader.setblocking(False)
+  writer.setblocking(False)
+  descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+  def asked() -> bool:
+    try:
+      return bool({signal.SIGINT, signal.SIGTERM} & set(reader.recv(4096)))
+    except BlockingIOError:
+      return False
+
+  try:
+    yield asked
+  finally:
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(descriptor)
+    reader.close()
+    writer.close()
 
 
 def commit() -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.tables import cells, report
+from experiments.tables import cells, report, trials
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 TABLES = ("datatypes", "qlora_vs_lora", "parameters", "which_matrices")
@@ -54,6 +54,32 @@ def test_two_processes_share_the_cells(tmp_path):
   second[0].join()
   assert calls == ["one", "two"] and len(path.read_text().splitlines()) == 3
   assert [row["cell"] for row in rows] == ["slow", "one", "two"]
+
+
+def test_one_that_is_asked_to_stop_ends_after_its_cell(tmp_path):
+  """A signal at the last step of a run does not end that run; the next cell is not begun."""
+  calls, path = [], tmp_path / "table.jsonl"
+  todo = [counting("one", calls), counting("two", calls)]
+  with pytest.raises(KeyboardInterrupt):
+    cells.compute(todo, path, asked=lambda: True)
+  assert calls == ["one"] and list(cells.rows(path)) == ["one"]
+  cells.compute(todo, path)
+  assert calls == ["one", "two"]
+
+
+def test_runs_of_another_config_are_not_mixed_into_a_table():
+  """Whatever differs is named; a field that is newer than the row is not."""
+  one = trials.trial("sentiment", "lora", rank=4)
+  row = {"cell": "it", "config": json.loads(one.config(0).to_json())}
+  trials.check(row, one.config(0))
+  del row["config"]["method"]["b_rate"]
+  trials.check(row, one.config(0))
+  row["config"]["optimizer"]["learning_rate"] = 0.5
+  with pytest.raises(ValueError, match=r"it: .*optimizer.learning_rate=0.5.*Take its line out"):
+    trials.check(row, one.config(0))
+  row = {"cell": "it", "config": json.loads(one.config(1).to_json())}
+  with pytest.raises(ValueError, match=r"seed=1"):
+    trials.check(row, one.config(0))
 
 
 def test_what_is_left_is_told(tmp_path, capsys):

@@ -296,6 +296,34 @@ def test_interrupted_between_two_batches_of_an_update(config, run_once, monkeypa
   runs.assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.fixture
+def adalora(config):
+  """Eight updates: all 4 x 4 triplets until the second, half of them from the sixth on."""
+  fields = dict(rank=4, target_rank=2.0, warmup=2.0, final=2.0, interval=1)
+  fields["targets"] = ("query", "value")
+  named = {f"method__{field}": value for field, value in fields.items()}
+  return lambda **changes: config("adalora", **{**named, **changes})
+
+
+def test_adalora_ends_within_its_budget(adalora, run_once, monkeypatch, tmp_path):
+  """The result says which ranks were left; interrupted while the budget falls it is the same."""
+  result = run_once(adalora(), tmp_path / "whole")
+  assert len(result["ranks"]) == 4 and sum(result["ranks"].values()) == 8
+  assert result["best_step"] == 8  # the first epoch's end had more triplets
+  budgets = [row["budget"] for row in runs.rows(tmp_path / "whole") if "budget" in row]
+  assert budgets[:3] == [16, 16, 16] and budgets[-2:] == [8, 8]
+  assert budgets == sorted(budgets, reverse=True) and len(set(budgets)) > 2
+  exported = json.loads((tmp_path / "whole" / "peft" / "adapter_config.json").read_text())
+  assert sum(map(sum, exported["rank_pattern"].values())) == 8
+  with monkeypatch.context() as patch:
+    interrupt(patch, 6)
+    with pytest.raises(Interrupted):
+      run_once(adalora(train__save_every=5), tmp_path / "run")
+  assert runs.arrays(tmp_path / "run", "latest")[0] == 5
+  run_once(adalora(), tmp_path / "run")
+  runs.assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_steps_go_before_epochs(config, run_once, tmp_path):
   """train.steps=5 is five batches: an epoch and a quarter, evaluated at both ends."""
   result = run_once(config(train__steps=5, train__epochs=9.0), tmp_path / "run")

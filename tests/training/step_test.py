@@ -167,3 +167,15 @@ def test_evaluation_has_no_dropout(model, split):
   first, second = (run(*split, batch_of(4, 12)) for _ in range(2))
   assert first.dtype == jnp.float32 and first.shape == (4, 3)
   np.testing.assert_array_equal(first, second)
+
+
+def test_adalora_under_another_optimizer_raises(model, split):
+  """Even one that was made by hand, and so never saw a method."""
+  params = pj.merge(pj.combine(*split))
+  method = pj.adalora(2, 1, targets=["query"])
+  params = method.attach(jax.random.key(1), params)
+  train, frozen = pj.partition(params, method.trainable(params))
+  tx = optax.sgd(0.1)
+  args = model, tx, CLASSES, state.init(tx, train), frozen, batch_of(2, 4), jax.random.key(2)
+  with pytest.raises(ValueError, match=r"query/kernel is an AdaLoRA weight, which another"):
+    step.train_step(*args)
