@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     if RETRY_FAILED.value:
       folder.forget_failures(todo)
     work(folder, todo, listed)
-    written = summary.write(folder, listed)
+    written = summary.write(folder)
   report(folder, listed, written)
 
 

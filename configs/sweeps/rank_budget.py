@@ -3,9 +3,10 @@
   python -m experiments.sweep --config=configs/sweeps/rank_budget.py --workdir=runs/rank_budget
 
 The budget is the mean rank of a matrix at the end: 1, 2, 4 or 8. LoRA has that rank everywhere;
-AdaLoRA starts from one and a half times as many, as its paper does, and gives back a third. Both
-adapt every linear layer of MiniLM, without dropout, and learn sentiment from 4,000 examples in 250
-steps of at most 1,024 tokens, with three seeds: the runs of `experiments.tables rank_budget`.
+AdaLoRA starts from one and a half times as many, as its paper does (of 1 from 2), and gives back
+the rest. Both adapt every linear layer of MiniLM, without dropout, and learn sentiment from 4,000
+examples in 250 steps of at most 1,024 tokens, with three seeds: the runs of `experiments.tables
+rank_budget`.
 """
 
 import math

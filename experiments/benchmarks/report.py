@@ -113,7 +113,7 @@ def write(path: str, rows: list[Row]) -> None:
 def markdown(path: str) -> str:
   """The rows of a results file as a Markdown table."""
   rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-  lines = ["| case | ours | HF PEFT | unit | ratio |", "|---|---|---|---|---|"]
+  lines = ["| case | ours | peer | unit | ratio |", "|---|---|---|---|---|"]
   for row in rows:
     numbers = (
       f"{_cost(row['ours'])} | {_cost(row['peer'])} | {row['unit']} | {_ratio(row['ratio'])}"

@@ -31,10 +31,10 @@ def rows(folder: Folder, listed: Listed) -> list[dict[str, Any]]:
   return made
 
 
-def write(folder: Folder, listed: Listed) -> list[str]:
+def write(folder: Folder) -> list[str]:
   """Writes `summary.jsonl` and, where there is something to draw, pictures; returns their names."""
-  done = rows(folder, listed)
   with folder.guard():
+    done = rows(folder, folder.listed())  # with what others have listed since
     write_atomic(folder.root / "summary.jsonl", "".join(json.dumps(row) + "\n" for row in done))
     written = ["summary.jsonl"]
     if done:

@@ -46,6 +46,10 @@ class View:
     counts = summary.counts(self._look())
     self._say(f"\n{', '.join(trial.id for trial in trials)}: running ({counts})")
 
+  def apart(self, trials: Sequence[Trial], error: Exception) -> None:
+    """They could not be trained together."""
+    self._say(f"one by one, for together: {type(error).__name__}: {error}")
+
   def ends(self, trials: Sequence[Trial]) -> None:
     self._mine, self._read = set(), -1.0
     for name in (trial.id for trial in trials):

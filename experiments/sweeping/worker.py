@@ -20,6 +20,7 @@ class Watcher(Protocol):
   """Is told what happens here."""
 
   def begins(self, trials: Sequence[Trial]) -> None: ...
+  def apart(self, trials: Sequence[Trial], error: Exception) -> None: ...
   def ends(self, trials: Sequence[Trial]) -> None: ...
 
 
@@ -57,7 +58,7 @@ def work(
             for one in mine:
               left.remove(one)  # once is enough, whatever it leaves behind
             watcher.begins(mine)
-            _run(mine, folder, run)
+            _run(mine, folder, watcher, run)
             watcher.ends(mine)
             if asked():
               raise KeyboardInterrupt
@@ -77,13 +78,16 @@ def _claimed(
   return mine
 
 
-def _run(trials: Sequence[Trial], folder: Folder, run: Callable[[Trial, Path], None]) -> None:
+def _run(
+  trials: Sequence[Trial], folder: Folder, watcher: Watcher, run: Callable[[Trial, Path], None]
+) -> None:
   if len(trials) > 1:
     jax.clear_caches()
     paths = [folder.trial(one.id) for one in trials]
     try:
       results = train_together([one.config for one in trials], paths)
-    except Exception:  # not together, then; alone each one says what is wrong with it
+    except Exception as error:  # not together, then; alone each one says what is wrong with it
+      watcher.apart(trials, error)
       trials = [one for one in trials if not folder.ended(one.id)]
     else:
       for one, result in zip(trials, results, strict=True):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +25,25 @@ class Cell(NamedTuple):
     name: of its line.
     run: computes it: fields of a row.
     minutes: what it takes on two CPU cores, roughly.
+    check: raises ValueError for a row that was computed otherwise.
   """
 
   name: str
   run: Callable[[], dict[str, Any]]
   minutes: float
+  check: Callable[[Mapping[str, Any]], None] = lambda row: None
 
 
 def left(cells: list[Cell], results: Path) -> list[Cell]:
-  """Those that the results do not have yet."""
+  """Those that the results do not have yet.
+
+  Raises:
+    ValueError: a row that they have was computed otherwise than it would be now.
+  """
   done = rows(results)
+  for cell in cells:
+    if cell.name in done:
+      cell.check(done[cell.name])
   return [cell for cell in cells if cell.name not in done]
 
 

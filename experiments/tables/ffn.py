@@ -31,7 +31,12 @@ VARIANTS = (
 
 def cells(folder: Path) -> list[Cell]:
   return [
-    Cell(_cell(name, seed), functools.partial(from_scratch.train, _config(name, seed)), 0.8)
+    Cell(
+      _cell(name, seed),
+      functools.partial(from_scratch.train, _config(name, seed)),
+      0.8,
+      functools.partial(check, config=_config(name, seed), default=configs.get_config(name)),
+    )
     for seed in SEEDS
     for name, _ in VARIANTS
   ]
@@ -41,7 +46,7 @@ def table(rows: list[dict[str, Any]]) -> Report:
   named = {row["cell"]: row for row in rows}
   found = {(name, seed): named[_cell(name, seed)] for name, _ in VARIANTS for seed in SEEDS}
   for (name, seed), row in found.items():
-    check(row, _config(name, seed))
+    check(row, _config(name, seed), configs.get_config(name))
   lines = []
   for name, printed in VARIANTS:
     own = [found[name, seed] for seed in SEEDS]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import classify
 from experiments.sweeping import fields
+from experiments.sweeping.trials import trial_id
 from experiments.tables.cells import Cell
 from peftjax.training.loop import train_and_evaluate
 
@@ -56,8 +58,11 @@ class Trial(NamedTuple):
     given = (f"{field}={shown(value)}" for field, value in (*self.changes, *rate))
     return " ".join([self.data, self.method, *given])
 
+  def default(self) -> ConfigDict:
+    return classify.get_config(f"method={self.method},data={self.data}")
+
   def config(self, seed: int) -> ConfigDict:
-    config = classify.get_config(f"method={self.method},data={self.data}")
+    config = self.default()
     config.seed = seed
     config.update_from_flattened_dict(BUDGET)
     config.update_from_flattened_dict({f"method.{field}": x for field, x in self.changes})
@@ -73,7 +78,12 @@ def trial(data: str, method: str, *, learning_rate: float | None = None, **chang
 def cells(wanted: Iterable[Trial], folder: Path) -> list[Cell]:
   """A cell for every trial and seed, the seeds one after the other."""
   return [
-    Cell(f"{one.name} seed={seed}", functools.partial(_run, one, seed, folder), 0.8)
+    Cell(
+      f"{one.name} seed={seed}",
+      functools.partial(_run, one, seed, folder),
+      1.9,
+      functools.partial(check, config=one.config(seed), default=one.default()),
+    )
     for seed in SEEDS
     for one in dict.fromkeys(wanted)
   ]
@@ -81,8 +91,11 @@ def cells(wanted: Iterable[Trial], folder: Path) -> list[Cell]:
 
 def _run(one: Trial, seed: int, folder: Path) -> dict[str, Any]:
   jax.clear_caches()  # the programs of the run before are of no use to this one
-  name = f"{one.name} seed={seed}".replace(" ", "_").replace("/", "-")
-  result = train_and_evaluate(one.config(seed), folder / name)
+  config = one.config(seed)
+  workdir = folder / trial_id(config)
+  if (workdir / "result.json").exists():  # its line was taken out of the results
+    shutil.rmtree(workdir)
+  result = train_and_evaluate(config, workdir)
   kept = ("trainable_params", "total_params", "metrics", "best_step", "seed", "seconds", "config")
   ranks = {"ranks": result["ranks"]} if "ranks" in result else {}
   return {**{key: result[key] for key in kept}, **ranks, "run_commit": result["commit"]}
@@ -94,27 +107,30 @@ def by_trial(
   """The rows of each trial, a seed each.
 
   Raises:
-    ValueError: a row is of another config than its trial's now.
+    ValueError: a row is missing, or of another config than its trial's now.
   """
   named = {row["cell"]: row for row in rows}
   found = {}
   for one in dict.fromkeys(wanted):
-    found[one] = [named[f"{one.name} seed={seed}"] for seed in SEEDS]
+    cells = [f"{one.name} seed={seed}" for seed in SEEDS]
+    if missing := [cell for cell in cells if cell not in named]:
+      raise ValueError(f"no result of {missing}; python -m experiments.tables computes it")
+    found[one] = [named[cell] for cell in cells]
     for seed, row in zip(SEEDS, found[one], strict=True):
-      check(row, one.config(seed))
+      check(row, one.config(seed), one.default())
   return found
 
 
-def check(row: dict[str, Any], config: ConfigDict) -> None:
+def check(row: Mapping[str, Any], config: ConfigDict, default: ConfigDict) -> None:
   """Compares a row's config with what the table asks for now.
 
-  Fields that are newer than the row are not compared: it was computed with their default.
+  A row that is older than a field was computed with its default.
 
   Raises:
     ValueError: they differ.
   """
-  now = fields.flat(json.loads(config.to_json()))
-  then = fields.flat(row["config"])
+  now, by_default = (fields.flat(json.loads(x.to_json())) for x in (config, default))
+  then = {**by_default, **fields.flat(row["config"])}
   for path, value in then.items():
     if now.get(path) != value:
       raise ValueError(

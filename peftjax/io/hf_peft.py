@@ -221,7 +221,9 @@ def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Ad
   found = {}
   for i, layer in enumerate(paths.layer_paths(path, leaf.stack)):
     if rank := int(ranks[i]):
-      alpha = _alpha(scales[i], math.sqrt(rank) if rslora else rank)
+      # peft's AdaLoRA divides by the rank whatever use_rslora says.
+      root = rslora and not isinstance(leaf, SVDLoRA)
+      alpha = _alpha(scales[i], math.sqrt(rank) if root else rank)
       low = a[i, :rank], b[i, :, :rank]
       tensors, kept = dict(zip(names, low, strict=True)), None
       if isinstance(leaf, SVDLoRA):

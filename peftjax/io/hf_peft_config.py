@@ -232,6 +232,7 @@ def build_adalora(plain: dict[str, Any], kept: Mapping[str, Sequence[bool]]) -> 
     "r": 8,  # unused; peft warns at any other number
     "target_r": round(left / len(kept)),
     "rank_pattern": {f"{module}.lora_E": list(flags) for module, flags in kept.items()},
+    "use_rslora": False,
     # Training is over; peft asks for a schedule that fits.
     "tinit": 0,
     "tfinal": 0,

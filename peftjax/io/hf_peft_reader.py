@@ -204,14 +204,13 @@ class Reader:
       return *(np.zeros(size, np.float32) for size in shape(0)), 0.0
     key = module.removeprefix(ROOT)
     rank = hf_peft_config.match(s.rank_pattern, key, s.rank)
-    alpha = hf_peft_config.match(s.alpha_pattern, key, s.alpha)
-    of = (
-      s.rank if s.kind == "ADALORA" else rank
-    )  # AdaLoRA's scale stays that of the rank it began with
     hint = f" with rank {rank}, as {hf_peft_config.NAME} says"
     pairs = zip(tensors, shape(rank), strict=True)
     read = [self._read(name, size, np.float32, hint) for name, size in pairs]
-    return *read, alpha / (math.sqrt(of) if s.rslora else of)
+    if s.kind == "ADALORA":  # its scale stays that of the rank it began with, and is one for all
+      return *read, s.alpha / s.rank
+    alpha = hf_peft_config.match(s.alpha_pattern, key, s.alpha)
+    return *read, alpha / (math.sqrt(rank) if s.rslora else rank)
 
   def _read(self, name: str, shape: tuple[int, ...], dtype: Any, hint: str = "") -> np.ndarray:
     if name not in self.available:

@@ -48,8 +48,8 @@ class AdaLoRAMethod(LoRAMethod):
     Raises:
       ValueError: as of `lora`; and if the ranks are fewer than the target asks for.
     """
-    attached = super().attach(key, params, layout)
-    made = [w for p, w in paths.leaves(attached).items() if p in set(self.claims(params))]
+    attached, claimed = super().attach(key, params, layout), set(self.claims(params))
+    made = [w for p, w in paths.leaves(attached).items() if p in claimed]
     ranks = [r for w in made for r in _ranks(w)]
     if self.target_rank is not None and self.target_rank * len(ranks) > sum(ranks):
       raise ValueError(
@@ -83,7 +83,7 @@ class AdaLoRAMethod(LoRAMethod):
 
   def _schedule(self, total_steps: int) -> budget.Schedule:
     if self.target_rank is None:
-      return budget.Schedule(total_steps, total_steps + 1, 1)
+      return budget.NEVER
     return budget.schedule(total_steps, self.warmup, self.final, self.interval)
 
   def _finish(self, path: str, weight: Any) -> Any:
@@ -200,7 +200,7 @@ def adalora(
 
 
 def _ranks(weight: Any) -> list[int]:
-  """Of each layer; of shapes alone, as many as there are rows."""
-  if isinstance(weight.rank, jax.ShapeDtypeStruct):
+  """Of each layer; of shapes alone, also inside jit, as many as there are rows."""
+  if isinstance(weight.rank, jax.ShapeDtypeStruct | jax.core.Tracer):
     return [weight.a.shape[-2]] * max(weight.rank.size, 1)
   return [int(r) for r in weight.rank.ravel()]

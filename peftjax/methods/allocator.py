@@ -31,7 +31,8 @@ class AllocatorState(NamedTuple):
     penalty: float32 `[]`, R(P, Q) before the last update, without γ.
     budget: int32 `[]`, how many triplets there may be after it.
     target: int32 `[]`, b(T), how many there may be in the end.
-    kept: bool `[*stack, R]` by path: what the last allocation left, for the final steps.
+    kept: bool `[*stack, R]` by path: what the last allocation left, for the final steps; pairs of
+      LoRA's form stay within it.
     seed: int32 `[]`, of triplets that are drawn anew.
   """
 
@@ -53,8 +54,11 @@ class AllocatorState(NamedTuple):
 
 
 def weights(train: Any) -> dict[str, SVDLoRA]:
-  """The AdaLoRA weights of a trained tree, by path: they hold P, λ and Q alone."""
-  return {p: leaf for p, leaf in paths.leaves(train).items() if isinstance(leaf, SVDLoRA)}
+  """The AdaLoRA weights of a trained tree, by path: they hold P, λ and Q alone. Frozen ones, of
+  which it holds nothing, are not among them.
+  """
+  trained = lambda leaf: isinstance(leaf, SVDLoRA) and leaf.a is not None
+  return {p: leaf for p, leaf in paths.leaves(train).items() if trained(leaf)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,14 +115,20 @@ class Allocator:
       grads, _ = clip.update(grads, clip.init(params), params)
       updates, inner = tx.update(grads, state.inner, params, **extra)
       new = weights(optax.apply_updates(params, updates))
-      now = jax.tree.map(lambda w, g: jnp.abs(w * g).astype(jnp.float32), new, weights(grads))
+      # In float32: in 16 bits w g may be 0 where neither is.
+      f32 = lambda x: x.astype(jnp.float32)
+      now = jax.tree.map(lambda w, g: jnp.abs(f32(w) * f32(g)), new, weights(grads))
       mean, spread = self._averages(state, now)
       budget = self.schedule.budget(state.step, _total(state.valid), state.target)
+      # A pair of LoRA's form is zero on both sides once pruned: momentum must not bring it back.
+      pairs = {path: w.e is None for path, w in new.items()}
+      may = {path: state.kept[path] if pairs[path] else v for path, v in state.valid.items()}
+      free = {path: v if pairs[path] else jnp.ones_like(v) for path, v in state.kept.items()}
       masks, kept = jax.lax.switch(
         self.schedule.phase(state.step),
         (
-          lambda: (jax.tree.map(jnp.ones_like, state.valid), state.kept),
-          lambda: 2 * (largest(self._scores(now, mean, spread, new), state.valid, budget),),
+          lambda: (free, state.kept),
+          lambda: 2 * (largest(self._scores(now, mean, spread, new), may, budget),),
           lambda: (state.kept, state.kept),
         ),
       )

@@ -42,7 +42,14 @@ class Method(Protocol):
     clip_norm: float | None = None,
     accumulate: int = 1,
   ) -> optax.GradientTransformation:
-    """The outermost transform: clips, accumulates, and whatever the method adds."""
+    """The outermost transform: clips, accumulates, and whatever the method adds.
+
+    Args:
+      tx: of the updates, without clipping or accumulation of its own.
+      total_steps: updates in all: with `accumulate`, calls divided by it.
+      clip_norm: of the global norm of the gradients.
+      accumulate: calls to an update, on their mean gradient.
+    """
     ...
 
   def outer(self, total_steps: int) -> Outer | None:

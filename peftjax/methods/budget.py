@@ -42,17 +42,23 @@ class Schedule:
     return jnp.where(step > self.end, 2, due.astype(jnp.int32))
 
 
+# Of a run that prunes nothing, however long it is.
+NEVER = Schedule(2**31 - 3, 2**31 - 2, 1)
+
+
 def schedule(total_steps: int, warmup: float, final: float, interval: int) -> Schedule:
   """The schedule of a run.
 
   Args:
     total_steps: T, updates in all.
-    warmup, final: t_i and t_f; below 1 they are fractions of T.
+    warmup, final: t_i and t_f; below 1 they are fractions of T. t_f is at least 1: the last step
+      leaves no more than the target.
 
   Raises:
     ValueError: if nothing is left between them.
   """
   start, last = (round(x * total_steps) if x < 1 else int(x) for x in (warmup, final))
+  last = max(last, 1)
   if start + last >= total_steps:
     raise ValueError(
       f"AdaLoRA's schedule: a warm-up of {start} and {last} final steps do not fit into "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -25,8 +27,10 @@ def penalty(
   p, q = p.astype(jnp.float32), q.astype(jnp.float32)
   identity = jnp.broadcast_to(jnp.eye(valid.shape[-1]), (*valid.shape, valid.shape[-1]))
   identity *= valid[..., None, :]
-  value_p, weight_p = _of_gram(kind, jnp.swapaxes(p, -1, -2) @ p - identity)
-  value_q, weight_q = _of_gram(kind, q @ jnp.swapaxes(q, -1, -2) - identity)
+  # Accelerators would multiply in fewer bits than what the trained P and Q are off by.
+  gram = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  value_p, weight_p = _of_gram(kind, gram(jnp.swapaxes(p, -1, -2), p) - identity)
+  value_q, weight_q = _of_gram(kind, gram(q, jnp.swapaxes(q, -1, -2)) - identity)
   return value_p + value_q, p @ weight_p, weight_q @ q
 
 

@@ -168,7 +168,8 @@ def _at_own_rates(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 def check_allocated(train: Any, state: Any) -> None:
   """Raises `ValueError` if weights need an allocator, and the optimizer's state has none."""
-  found = [p for p, x in paths.leaves(train).items() if isinstance(x, Weight) and x.allocated]
+  trained = lambda x: isinstance(x, Weight) and x.allocated and jax.tree.leaves(x)
+  found = [path for path, x in paths.leaves(train).items() if trained(x)]
   if found and allocator_state(state) is None:
     raise ValueError(
       f"{found[0]} is an AdaLoRA weight, which another optimizer would train without penalty and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def train_and_evaluate(
 
   workdir.mkdir(parents=True, exist_ok=True)
   write_atomic(workdir / "config.json", json.dumps(settings_json, indent=2, sort_keys=True) + "\n")
+  if saved is None:  # a best alone cannot be gone on from, and would stay where a step ties with it
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
   checkpoints = Checkpoints(workdir / "checkpoints")
   if saved is not None:
     run.restore(checkpoints)

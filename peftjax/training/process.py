@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import signal
 import socket
@@ -88,13 +89,17 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def commit() -> str | None:
-  here = Path(__file__).parent
-  command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+  """Of this code; "-dirty" if a file has changed since, other than the results that it adds to."""
+  git = functools.partial(
+    subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+  )
   try:
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    found = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+    code = ["--", ":/", ":(top,exclude)experiments/results"]
+    changed = git(["git", "diff", "--name-only", "HEAD", *code]).stdout
   except (OSError, subprocess.CalledProcessError):
     return None
-  return done.stdout.strip()
+  return f"{found}-dirty" if changed else found
 
 
 def peak_memory_mb() -> float:

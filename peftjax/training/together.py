@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,20 @@ from peftjax.training.settings import from_config
 
 # Fields in which runs of one group may differ: arrays in the compiled step.
 FREE = ("seed", "method.rank", "method.target_rank", "method.alpha", "optimizer.learning_rate")
-# With these initial values the frozen arrays depend on the rank.
-_FROZEN_BY_RANK = ("pissa",)
+# With these values of fields something depends on the rank that padding does not leave alone: the
+# frozen arrays, what is drawn anew, which moments take a byte and in what blocks.
+_BY_RANK = (
+  *(("method.init", "pissa"), ("method.regrow", "random"), ("method.name", "vera")),
+  ("optimizer.name", "adamw8bit"),
+)
 
 
 def group_of(config: Mapping[str, Any]) -> str:
   """What two configs have to have in common to be trained together."""
   fields = {k: v for k, v in resume.flat(dict(config)).items() if k not in resume.FREE}
-  keep = ("method.rank",) if fields.get("method.init") in _FROZEN_BY_RANK else ()
+  keep = {"method.rank"} if any(fields.get(name) == value for name, value in _BY_RANK) else set()
+  if fields.get("method.target_rank", 0) is None:  # prunes nothing: another program
+    keep.add("method.target_rank")
   own = {k: v for k, v in fields.items() if k not in FREE or k in keep}
   return json.dumps(own, sort_keys=True)
 
@@ -203,6 +210,7 @@ def train_together(
   untrained: list[dict[str, Any]] = [{} for _ in runs]
   kept: list[Any] = [None for _ in runs]
   for folder, config in zip(folders, as_json, strict=True):
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a group that was interrupted
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     logs.append(Logs(folder, -1))

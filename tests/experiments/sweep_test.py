@@ -191,7 +191,7 @@ from experiments.sweeping import folder, trials, worker
 from tests.experiments import sweep_test
 
 class Silent:
-  begins = ends = lambda self, trial: None
+  begins = ends = lambda self, trials: None
 
 def run(trial, workdir):
   if workdir.name == sweep_test.ids()[1]:

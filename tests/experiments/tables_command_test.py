@@ -68,18 +68,51 @@ def test_one_that_is_asked_to_stop_ends_after_its_cell(tmp_path):
 
 
 def test_runs_of_another_config_are_not_mixed_into_a_table():
-  """Whatever differs is named; a field that is newer than the row is not."""
-  one = trials.trial("sentiment", "lora", rank=4)
+  """Whatever differs is named; a field that the row is older than had its default."""
+  one, other = (trials.trial("sentiment", "lora", rank=4, **x) for x in ({}, {"b_rate": 16.0}))
   row = {"cell": "it", "config": json.loads(one.config(0).to_json())}
-  trials.check(row, one.config(0))
+  trials.check(row, one.config(0), one.default())
   del row["config"]["method"]["b_rate"]
-  trials.check(row, one.config(0))
+  trials.check(row, one.config(0), one.default())
+  with pytest.raises(ValueError, match=r"it: .*method.b_rate=1.0, but the table now asks for 16.0"):
+    trials.check(row, other.config(0), other.default())
   row["config"]["optimizer"]["learning_rate"] = 0.5
   with pytest.raises(ValueError, match=r"it: .*optimizer.learning_rate=0.5.*Take its line out"):
-    trials.check(row, one.config(0))
+    trials.check(row, one.config(0), one.default())
   row = {"cell": "it", "config": json.loads(one.config(1).to_json())}
   with pytest.raises(ValueError, match=r"seed=1"):
-    trials.check(row, one.config(0))
+    trials.check(row, one.config(0), one.default())
+
+
+def test_rows_of_another_config_stop_a_table_before_it_computes(tmp_path):
+  def refuse(row):
+    raise ValueError(f"{row['cell']} is old")
+
+  calls, path = [], tmp_path / "table.jsonl"
+  path.write_text(json.dumps({"cell": "two"}) + "\n")
+  todo = [counting("one", calls), counting("two", calls)._replace(check=refuse)]
+  with pytest.raises(ValueError, match="two is old"):
+    cells.compute(todo, path)
+  assert not calls
+
+
+def test_a_line_that_was_taken_out_is_computed_again(monkeypatch, tmp_path):
+  """Though its run has finished and left its folder."""
+  seen = []
+
+  def run(config, workdir):
+    seen.append((workdir / "result.json").exists())
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "result.json").write_text("{}")
+    kept = ("trainable_params", "total_params", "metrics", "best_step", "seed", "seconds")
+    return {**dict.fromkeys((*kept, "commit"), 0), "config": json.loads(config.to_json())}
+
+  monkeypatch.setattr(trials, "train_and_evaluate", run)
+  [todo, *_] = trials.cells([trials.trial("sentiment", "lora")], tmp_path / "runs")
+  for _ in range(2):
+    [row] = cells.compute([todo], tmp_path / "trials.jsonl")
+    (tmp_path / "trials.jsonl").unlink()
+  assert seen == [False, False] and row["config"]["method"]["name"] == "lora"
 
 
 def test_what_is_left_is_told(tmp_path, capsys):

@@ -69,10 +69,10 @@ def as_grads(train, given):
   }
 
 
-def run(m, gradients, lr=LR, accumulate=1, clip_norm=None):
-  """Trained trees and allocator states after each step of gradient descent."""
+def run(m, gradients, lr=LR, accumulate=1, clip_norm=None, tx=optax.sgd):
+  """Trained trees and allocator states after each step of gradient descent, or of another `tx`."""
   train, _ = attached(m)
-  tx = m.optimizer(optax.sgd(lr), STEPS, accumulate=accumulate, clip_norm=clip_norm)
+  tx = m.optimizer(tx(lr), STEPS, accumulate=accumulate, clip_norm=clip_norm)
   state = tx.init(train)
 
   @jit
@@ -286,6 +286,12 @@ def test_budgets_at_the_ends(target, want):
     chex.assert_trees_all_equal(plain, base())
 
 
+@pytest.mark.parametrize("final", [0, 0.01])
+def test_without_final_steps_the_last_one_keeps_to_the_budget(final):
+  train, state = run(method(final=final), problem()[1])[-1]
+  assert sum(on.sum() for on in alive(train).values()) == state.budget == 6
+
+
 @pytest.mark.parametrize("score", ["sensitivity", "magnitude"])
 def test_other_scores_rank_by_what_they_say(score):
   """The last allocation, from the definitions."""
@@ -316,8 +322,19 @@ def test_pairs_of_lora_are_pruned_for_good_and_without_a_target_only_regularised
   assert sum(pj.ranks(params).values()) == 6
   chex.assert_trees_all_close(pj.merge(pj.to_lora(params)), pj.merge(params), atol=1e-5)
   m = pj.adalora(RANK, None, 8.0, list(SHAPES), form="lora", gamma=0.1)
-  train, state = run(m, problem()[1])[-1]
+  train, state = run(m, 2 * problem()[1])[-1]  # twice as many steps as it was told
   assert sum(pj.ranks(pj.combine(train, attached(m)[1])).values()) == 12 and state.penalty > 0
+
+
+def test_momentum_brings_no_pruned_pair_back():
+  """Nor does a gradient, which a pair of zeros has only where it is made up, as here."""
+  seen = [
+    {path: (np.asarray(w.a) != 0).any(-1) for path, w in weights(train).items()}
+    for train, _ in run(method(form="lora"), problem()[1], tx=optax.adam)
+  ]
+  for before, after in zip(seen, seen[1:], strict=False):
+    assert all((before[path] | ~after[path]).all() for path in before)
+  assert sum(on.sum() for on in seen[-1].values()) == 6
 
 
 def test_pairs_on_a_table_whose_a_starts_at_zero_are_no_padding():
@@ -405,6 +422,26 @@ def test_another_optimizer_raises():
     tx.update(train, tx.init(train))
   with pytest.raises(ValueError, match="instead of an optax.MultiSteps"):
     method().optimizer(optax.MultiSteps(optax.sgd(0.1), 2), 30)
+
+
+def test_a_frozen_weight_needs_no_allocator():
+  """What was loaded and is not trained, beside a head or beside AdaLoRA on other weights."""
+  params = pj.adalora(RANK, 2, targets=["l0"]).attach(KEY, base())
+  params["head"] = {"kernel": jnp.ones((6, 2))}
+  head = pj.train("head/.*")
+  train, _ = pj.partition(params, head.trainable(params))
+  head.optimizer(optax.sgd(0.1), 10).init(train)
+  other = pj.adalora(RANK, 2, targets=["l1"], warmup=4, final=6)
+  params = other.attach(KEY, params)
+  frozen = jax.tree.map(lambda _: False, params["l0"])
+  train, _ = pj.partition(params, {**other.trainable(params), "l0": frozen})
+  state = other.optimizer(optax.sgd(0.1), STEPS).init(train)
+  assert list(state.valid) == ["l1/kernel"] and state.budget == RANK
+
+
+def test_attach_inside_jit_is_attach():
+  m = method()
+  chex.assert_trees_all_close(jax.jit(m.attach)(KEY, base()), m.attach(KEY, base()), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_of_equal_scores_peft_prunes_all_and_ours_the_last_ones():
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_our_directory_in_peft(scan, tmp_path):
-  """With unequal ranks and a matrix of rank 0."""
+  """With unequal ranks and a matrix of rank 0; `rslora` is nothing that PEFT's AdaLoRA has."""
   model, params = pj.load_pretrained(GOLDEN / "bert_tiny", num_labels=3, scan_layers=scan)
   method = pj.adalora(5, 2, 8.0, ["query", "value"])
   layout = pj.linen.layout(model, np.zeros((1, 4), np.int32))
@@ -65,7 +65,7 @@ def test_our_directory_in_peft(scan, tmp_path):
     return leaf.replace(a=10 * leaf.a, b=10 * leaf.b, e=jnp.asarray(e, jnp.float32))
 
   attached = paths.map_leaves(drawn, attached)
-  hf_peft.save(tmp_path, attached, model)
+  hf_peft.save(tmp_path, attached, model, rslora=scan)
   theirs = classifier(GOLDEN / "bert_tiny", num_labels=3)
   plain = logits(theirs, BATCH)
   adapted = PeftModel.from_pretrained(theirs, tmp_path)

@@ -127,3 +127,22 @@ def test_what_may_differ_is_told(files):
   for config in (one, three):
     config.method.init = "pissa"
   assert group_of(json.loads(one.to_json())) != group_of(json.loads(three.to_json()))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"method.target_rank": None},  # a schedule that never allocates
+    {"method.regrow": "random"},  # what is drawn has the padded shape
+    {"optimizer.name": "adamw8bit"},  # blocks of moments run over the padding
+  ],
+  ids=str,
+)
+def test_what_depends_on_the_rank_is_apart(files, change):
+  one, two, _ = configs(files, "adalora")
+  group = lambda config: group_of(json.loads(config.to_json()))
+  assert group(one) == group(two)
+  one.update_from_flattened_dict(change)
+  if "method.target_rank" not in change:
+    two.update_from_flattened_dict(change)
+  assert group(one) != group(two)
