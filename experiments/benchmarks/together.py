@@ -2,7 +2,8 @@
 
   python -m experiments.benchmarks.together --out=together.jsonl
 
-LoRA and AdaLoRA of MiniLM on sentiment, four learning rates by two ranks, batches of 16 x 64.
+LoRA and AdaLoRA of MiniLM on sentiment, four learning rates by two ranks, batches of at most
+--batch x --length tokens.
 
   steps  a step of all trials against the sum of the single steps, in one process, turn by turn
   total  the whole sweep of --total steps, from the start of the process to the last test score,
@@ -10,6 +11,8 @@ LoRA and AdaLoRA of MiniLM on sentiment, four learning rates by two ranks, batch
          compiled program and keep what they compile
 
 float32. About 25 minutes on two cores that nothing else uses; --total=0 leaves the second out.
+Texts of --length=16 are all of one length, so that --chunk=8 can compute all trials at once, by
+vmap.
 """
 
 import itertools
@@ -38,12 +41,17 @@ TURNS = flags.DEFINE_integer("turns", 6, "How often the sides change.")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps of a turn.")
 TOTAL = flags.DEFINE_integer("total", 200, "Steps of the whole sweep.")
 
+LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a text, at most.")
+BATCH = flags.DEFINE_integer("batch", 16, "Texts of a batch.")
+CHUNK = flags.DEFINE_integer(
+  "chunk", None, "Trials of a vmap in `steps`; by default as in a sweep."
+)
+
 RATES, RANKS = (5e-4, 1e-3, 2e-3, 4e-3), (6, 12)
-BUDGET = {
+DATA = {
   "data.split_seed": 0,
   "data.train_examples": 4000,
   "data.eval_examples": 1000,
-  "train.batch_size": 16,
   "train.eval_batch_size": 100,
 }
 
@@ -61,6 +69,10 @@ def main(argv: list[str]) -> None:
     report.write(OUT.value, rows)
 
 
+def budget() -> dict[str, int]:
+  return {**DATA, "data.max_length": LENGTH.value, "train.batch_size": BATCH.value}
+
+
 def trials(method: str) -> list[dict[str, float | int]]:
   return [
     {"optimizer.learning_rate": rate, "method.rank": rank, **aim(method, rank)}
@@ -75,14 +87,15 @@ def aim(method: str, rank: int) -> dict[str, float]:
 def config(method: str, trial: dict[str, float | int]) -> ConfigDict:
   made = classify.get_config(f"method={method},data=sentiment")
   steps = 1 + TURNS.value * (STEPS.value + 1)
-  made.update_from_flattened_dict({**BUDGET, "train.steps": max(steps, 100), **trial})
+  made.update_from_flattened_dict({**budget(), "train.steps": max(steps, 100), **trial})
   return made
 
 
 def steps(method: str) -> report.Row:
   """Milliseconds of a step of all eight: in one program, and one after the other."""
   configs = [config(method, trial) for trial in trials(method)]
-  group = Together(configs).steps()
+  made = Together(configs, CHUNK.value)
+  group = made.steps()
   single = [Run(from_config(one), None) for one in configs]
   streams = [run.steps() for run in single]
 
@@ -106,13 +119,14 @@ def steps(method: str) -> report.Row:
       if turn:
         taken.append(time.perf_counter() - begun)
   costs = [1e3 * statistics.median(taken) for taken in seconds]
-  return report.Row.of(f"steps_{method}", costs, "ms", f"{len(configs)} trials")
+  told = f"{len(configs)} trials of {BATCH.value} x {LENGTH.value}, {made.chunk} at once"
+  return report.Row.of(f"steps_{method}", costs, "ms", told)
 
 
 def total(method: str) -> report.Row:
   """Seconds of the commands."""
   base = f"configs/classify.py:method={method},data=sentiment"
-  common = {**BUDGET, "train.steps": TOTAL.value}
+  common = {**budget(), "train.steps": TOTAL.value}
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     sweep = folder / "sweep.py"
