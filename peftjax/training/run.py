@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from peftjax import optim, sharding
 from peftjax.core import tree
+from peftjax.nn import virtual
 from peftjax.training import build, state, step
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
@@ -41,11 +42,10 @@ class Run:
     self._check_batch("train.eval_batch_size", settings.train.eval_batch_size)
     self.task = build.task(settings)
     model = build.adapted(settings, self.task.outputs, self.mesh)
-    longest = model.module.config.max_length
-    if self.task.longest > longest:
-      raise ValueError(
-        f"data.max_length={settings.data.max_length}, but this model has {longest} positions"
-      )
+    positions, extra = model.module.config.max_length, virtual.length(model.params)
+    if self.task.longest + extra > positions:
+      room = f"{positions} positions" + (f", {extra} of them for virtual tokens" if extra else "")
+      raise ValueError(f"data.max_length={settings.data.max_length}, but this model has {room}")
     self.module, self.mask, self.new = model.module, model.mask, model.new
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)

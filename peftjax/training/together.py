@@ -185,7 +185,8 @@ def train_together(
 ) -> list[dict[str, Any] | FloatingPointError]:
   """Trains every config as `train_and_evaluate` would, all in one compiled step over one base.
 
-  Parameters differ from those of single runs by rounding. Nothing is saved on the way: a group that
+  Parameters differ from those of single runs by rounding, of which Adam makes whole steps where a
+  gradient is no larger than its eps. Nothing is saved on the way: a group that
   was interrupted starts anew. Every folder gets what a single run's has, less the latest checkpoint
   and TensorBoard's events; its result says `together`, the number of runs.
 

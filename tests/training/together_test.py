@@ -67,7 +67,7 @@ def test_parameters_are_those_of_single_runs(name, chunk, more, files):
   for _ in group.steps():
     pass
   for i, config in enumerate(wanted):
-    alone = Run(from_config(config), "")
+    alone = Run(from_config(config), None)
     before = jax.device_get(tree.combine(alone.state.train, alone.frozen))
     for _ in alone.steps():
       pass
