@@ -34,6 +34,8 @@ class Base(NamedTuple):
     glue: RoBERTa-large's accuracy in QLoRA's table 3.
     rouge: T5-80M's RougeL there.
     seeds: of its runs.
+
+  The paper's row of full fine-tuning is its own replication in BF16.
   """
 
   name: str
