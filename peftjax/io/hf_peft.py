@@ -132,6 +132,8 @@ def save(
     return _write(Path(directory), config, {**tensors, EMBEDDINGS: rows})
   for module, adapter in adapters.items():
     tensors.update({f"{module}.{name}": array for name, array in adapter.tensors.items()})
+  if kinds == {SVDLoRA}:
+    adapters = _of_one_rank(adapters)
   every = _modules(params, family)
   config = hf_peft_config.build(
     [(m, x.rank, x.alpha, x.dropout) for m, x in adapters.items()],
@@ -216,8 +218,8 @@ def _adapters(path: str, leaf: LoRA, family: Any, rslora: bool) -> dict[str, _Ad
   if isinstance(leaf, SVDLoRA) and (leaf.e is None or path.endswith("embedding")):
     raise ValueError(f"{path}: peft has no such AdaLoRA adapter; save pj.to_lora(params)")
   names = FACTORS[path.rpartition("/")[2]]
-  a, b = (np.asarray(x).reshape(-1, *x.shape[-2:]) for x in (leaf.a, leaf.b))
   ranks, scales = (np.asarray(x).ravel() for x in (leaf.rank, leaf.scale))
+  a, b = (np.asarray(x).reshape(ranks.size, *x.shape[-2:]) for x in (leaf.a, leaf.b))
   found = {}
   for i, layer in enumerate(paths.layer_paths(path, leaf.stack)):
     if rank := int(ranks[i]):
@@ -275,6 +277,22 @@ def _triplets(
   """The tensors of what is left of one module, and which that is."""
   on = e != 0
   return {"lora_A": a[on], "lora_B": b[:, on], "lora_E": e[on, None]}, on.tolist()
+
+
+def _of_one_rank(adapters: Mapping[str, _Adapter]) -> dict[str, _Adapter]:
+  """AdaLoRA's at the same scales, all of the largest rank: what one lacks of it counts as pruned.
+
+  So what was loaded pruned can be saved again.
+  """
+  rank = max((x.rank for x in adapters.values()), default=0)
+  return {
+    module: x._replace(
+      rank=rank,
+      alpha=_alpha(np.float32(x.alpha / x.rank), rank),
+      kept=[*(x.kept or []), *(rank - x.rank) * [False]],
+    )
+    for module, x in adapters.items()
+  }
 
 
 def _named(kinds: set[type]) -> str:

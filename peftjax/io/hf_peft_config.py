@@ -218,12 +218,12 @@ def build_adalora(plain: dict[str, Any], kept: Mapping[str, Sequence[bool]]) -> 
     kept: of each module, which triplets are left.
 
   Raises:
-    ValueError: if rank or alpha differ: this format has one scale, alpha over the initial rank.
+    ValueError: if the scales differ: this format has one, alpha over the initial rank.
   """
   if plain["rank_pattern"] or plain["alpha_pattern"]:
     raise ValueError(
-      "a PEFT AdaLoRA directory has one initial rank and one alpha, and these weights several; "
-      "save pj.to_lora(params), which is the same adapter as plain LoRA"
+      "a PEFT AdaLoRA directory has one scale, alpha over the initial rank, and these weights have "
+      "several; save pj.to_lora(params), which is the same adapter as plain LoRA"
     )
   left = sum(map(sum, kept.values()))
   fields = {

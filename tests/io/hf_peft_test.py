@@ -142,6 +142,25 @@ def test_saved_and_loaded_is_equal_bit_for_bit(tiny, name, tmp_path):
   assert jax.tree.structure(loaded) == jax.tree.structure(attached)  # dropout among others
 
 
+def test_adalora_that_was_loaded_pruned_can_be_saved_again(tiny, tmp_path):
+  """Every matrix has a rank of its own then, all at one scale."""
+  model, params = tiny
+  attached, _ = _attach(model, params, pj.adalora(4, 2, 8.0, ["query", "value"]))
+  rng = np.random.default_rng(0)
+  some = lambda x: jnp.asarray(rng.normal(size=x.shape) * (rng.random(x.shape) < 0.6), jnp.float32)
+  attached = paths.map_leaves(
+    lambda _, x: x.replace(e=some(x.e)) if isinstance(x, pj.SVDLoRA) else x, attached
+  )
+  hf_peft.save(tmp_path / "first", attached, model)
+  first, _ = hf_peft.load(tmp_path / "first", params, model)
+  assert len(set(pj.ranks(first).values())) > 1 and pj.ranks(first) == pj.ranks(attached)
+  hf_peft.save(tmp_path / "again", first, model)
+  again, _ = hf_peft.load(tmp_path / "again", params, model)
+  chex.assert_trees_all_equal(pj.merge(again), pj.merge(first))
+  left = [{path: rank for path, rank in pj.ranks(x).items() if rank} for x in (first, again)]
+  assert left[0] == left[1]  # a matrix without a triplet is not written the second time
+
+
 def test_scanned_and_unrolled_write_the_same_files(tmp_path):
   for scan in (False, True):
     model, params = pj.load_pretrained(_GOLDEN / "bert_tiny", scan_layers=scan)
