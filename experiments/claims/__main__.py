@@ -5,7 +5,8 @@
 
 The verdict of each is computed from its numbers and compared with the one that it had before. Exit
 code 1 if one changed or could not be measured. Under ten minutes on two CPU cores. --results=FILE
-writes a line a claim: experiments/results/claims.jsonl holds those of the last time.
+writes a line a claim in place of that claim's old one, and leaves the lines of those that were not
+measured: experiments/results/claims.jsonl holds those of the last time.
 """
 
 import json
@@ -94,6 +95,7 @@ def changed(row: dict[str, Any]) -> bool:
 def show(rows: list[dict[str, Any]]) -> bool:
   """Prints the table, then what is not as expected; whether all is."""
   from rich.console import Console
+  from rich.markup import escape
   from rich.table import Table
 
   table = Table(title="What the text this project started from says, measured", show_lines=True)
@@ -103,13 +105,14 @@ def show(rows: list[dict[str, Any]]) -> bool:
   table.add_column("verdict", ratio=5)
   for row in rows:
     numbers = "\n".join(f"{key}: {_shown(value)}" for key, value in row["numbers"].items())
-    verdict = row["verdict"] or f"not measured: {row['error']}"
+    verdict = escape(row["verdict"] or f"not measured: {row['error']}")
     if changed(row):
       verdict = f"[red]{verdict}, expected: {row['expected']}[/red]"
     if row.get("correction"):
-      verdict += f":\n{row['correction']}"
-    said = f"[bold]{row['name']}[/bold]\n{row['says']}"
-    table.add_row(said, f"{row['measured_by']}. Holds if: {row['holds_if']}.", numbers, verdict)
+      verdict += f":\n{escape(row['correction'])}"
+    said = f"[bold]{row['name']}[/bold]\n{escape(row['says'])}"
+    measured = escape(f"{row['measured_by']}. Holds if: {row['holds_if']}.")
+    table.add_row(said, measured, escape(numbers), verdict)
   console = Console(width=160, highlight=False)
   console.print(table)
   counts: dict[str, int] = {}
@@ -119,17 +122,22 @@ def show(rows: list[dict[str, Any]]) -> bool:
   console.print(f"{len(rows)} claims: {tally}; {sum(row['seconds'] for row in rows):.0f} seconds")
   for row in filter(changed, rows):
     got = row["verdict"] or row["error"]
-    console.print(f"CHANGED {row['name']}: {got!r}, expected {row['expected']!r}", markup=False)
+    told = f"CHANGED {row['name']}: {got!r}, expected {row['expected']!r}"
+    console.print(told, markup=False, soft_wrap=True)
   return not any(map(changed, rows))
 
 
 def _shown(value: float) -> str:
-  return f"{value:,.0f}" if value == int(value) and abs(value) < 1e12 else f"{value:.4g}"
+  return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e12 else f"{value:.4g}"
 
 
 def write(rows: list[dict[str, Any]], path: str) -> None:
-  """One JSON line a row, with where it was measured; the file is as it was until all are there."""
+  """One JSON line a row, with where it was measured, in the catalogue's order.
+
+  Lines of other claims that there still are stay. The file is as it was until all are there.
+  """
   from experiments.benchmarks import report
+  from experiments.claims import catalogue
   from peftjax.training import process
   from peftjax.training.logs import write_atomic
 
@@ -138,9 +146,13 @@ def write(rows: list[dict[str, Any]], path: str) -> None:
     "commit": process.commit(),
     "machine": report.machine(),
     "versions": report.versions(),
-    "seed": 0,
   }
-  write_atomic(Path(path), "".join(json.dumps({**row, **common}) + "\n" for row in rows))
+  file = Path(path)
+  before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+  named = {row["name"]: row for row in map(json.loads, before)}
+  named |= {row["name"]: {**row, **common} for row in rows}
+  order = [claim.name for claim in catalogue.CLAIMS if claim.name in named]
+  write_atomic(file, "".join(json.dumps(named[name]) + "\n" for name in order))
 
 
 if __name__ == "__main__":

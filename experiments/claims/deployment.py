@@ -40,24 +40,28 @@ def merge_changes_nothing() -> Finding:
   )
 
 
+def program_text(params: Any) -> str:
+  """MiniLM's program on one text, before it is compiled: the weights are arguments of it."""
+  rows = one_text()
+  return runs.program().lower(params, rows.tokens, rows.mask).as_text()
+
+
 @claim(
   says="A merged model has the structure and the cost of the original: no latency is added.",
-  measured_by="whether MiniLM's program is the same text with merged and with original weights;"
-  " time of one text over the original's, turn by turn, medians: merged, and before merging",
-  holds_if="the same program and a ratio under 1.15",
+  measured_by="whether MiniLM's program is the same text with merged and with original weights."
+  " Times of one text over the original's, merged and before merging, are shown",
+  holds_if="the same program",
   expected=HOLDS,
 )
 def merge_costs_nothing() -> Finding:
   rows, original = one_text(), sample_models.minilm()[1]
-  apply = runs.program()
-  text = lambda params: apply.lower(params, rows.tokens, rows.mask).as_text()
   models = (original, merged(), runs.minilm("lora").params)
-  calls = [functools.partial(apply, p, rows.tokens, rows.mask) for p in models]
-  base, after, before = clock.medians(calls, turns=101)
-  same = text(original) == text(merged())
+  calls = [functools.partial(runs.program(), p, rows.tokens, rows.mask) for p in models]
+  base, after, before = clock.medians(calls, turns=51)
+  same = program_text(original) == program_text(merged())
   return found(
     {"same program": same, "merged": after / base, "not merged": before / base, "ms": base},
-    holds=same and after / base < 1.15,
+    holds=same,
   )
 
 

@@ -1,41 +1,73 @@
-"""On quality, from committed runs of SmolLM2-135M on news, three seeds; one of full tuning."""
+"""On quality, from committed runs: SmolLM2-135M on news, and MiniLM on two tasks."""
 
 from __future__ import annotations
 
+import statistics
+
 from experiments.claims import results
-from experiments.claims.claim import FAILS, HOLDS, Finding, claim, found
+from experiments.claims.claim import CORRECTED, FAILS, Finding, claim, found
+from experiments.tables import methods
+
+LORAS = ("LoRA q,v, r=8", "LoRA all, r=8")
 
 
 @claim(
   says="LoRA performs like full fine-tuning, or better.",
-  measured_by="perplexity of held-out news after 60 steps, seed 0, from table qlora_vs_lora",
-  holds_if="LoRA's is at most 2 % above full fine-tuning's",
-  expected=HOLDS,
+  measured_by="table qlora_vs_lora: perplexity of held-out news, LoRA's over full fine-tuning's, in"
+  " the one seed that has both; table methods, three seeds: LoRA's share of what full fine-tuning"
+  " gains over the head alone, test accuracy, on query and value and on all linear layers, the"
+  " least of two tasks",
+  holds_if="at most 1.02 in every seed, and both shares at least 0.9; mended if but for that of"
+  " query and value",
+  expected=CORRECTED,
 )
 def near_full() -> Finding:
-  numbers = {
-    "before": results.perplexity("none-lora", "before", "test", (0,)),
-    "full": results.perplexity("none-full", "after", "test", (0,)),
-    "LoRA": results.perplexity("none-lora", "after", "test", (0,)),
-  }
-  return found(numbers, holds=numbers["LoRA"] <= 1.02 * numbers["full"])
+  full = results.perplexity("none-full", "after", "test")
+  lora = results.perplexity("none-lora", "after", "test")
+  ratios = [lora[seed] / full[seed] for seed in full]
+  shares = {name: {data: _share(name, data) for data in methods.CORPORA} for name in LORAS}
+  few, every = (min(shares[name].values()) >= 0.9 for name in LORAS)
+  near = max(ratios) <= 1.02
+  return found(
+    {
+      "perplexity, over full": max(ratios),
+      "seeds": len(ratios),
+      **{f"{name}, {data}": x for name, own in shares.items() for data, x in own.items()},
+    },
+    holds=near and few and every,
+    mended=near and every,
+    correction="with every linear layer adapted; query and value alone leave part of the gain",
+  )
+
+
+def _share(name: str, data: str) -> float:
+  """Of what full fine-tuning gains on a task over the head alone, means over the seeds."""
+  lines = {line.name: line.of(data) for line in methods.LINES}
+  wanted = [lines[each] for each in ("head only", "full fine-tuning", name)]
+  of_trial = results.runs("methods", wanted)
+  head, full, own = (statistics.mean(map(methods.accuracy, of_trial[each])) for each in wanted)
+  return (own - head) / (full - head)
 
 
 @claim(
   says="LoRA avoids the catastrophic forgetting that full fine-tuning may bring.",
-  measured_by="perplexity of another domain (short texts of the web) before and after fine-tuning"
-  " on news, seed 0, from table qlora_vs_lora",
-  holds_if="full fine-tuning raises it and LoRA by less",
+  measured_by="table qlora_vs_lora: perplexity of another domain (short texts of the web) after"
+  " fine-tuning on news over that before, full fine-tuning's one seed and LoRA's three",
+  holds_if="full fine-tuning raises it in its seed and LoRA in none; mended if LoRA raises it too,"
+  " but by less in full fine-tuning's seed",
   expected=FAILS,
 )
 def forgets_less() -> Finding:
-  before, full, lora = (
-    results.perplexity(base, when, "other", (0,))
-    for base, when in (("none-lora", "before"), ("none-full", "after"), ("none-lora", "after"))
-  )
+  risen = {}
+  for name, base in (("full", "none-full"), ("LoRA", "none-lora")):
+    before, after = (results.perplexity(base, when, "other") for when in ("before", "after"))
+    risen[name] = {seed: after[seed] / before[seed] for seed in after}
+  full, lora = risen["full"], risen["LoRA"]
+  forgets = min(full.values()) > 1
   return found(
-    {"before": before, "full": full, "LoRA": lora},
-    holds=full > before and lora < full,
+    {f"{name}, seed {seed}": x for name, own in risen.items() for seed, x in own.items()},
+    holds=forgets and max(lora.values()) <= 1,
+    mended=forgets and all(lora[seed] < full[seed] for seed in full),
     correction="nothing is forgotten at this budget: both get better at the other domain, full"
     " fine-tuning more",
   )
@@ -43,18 +75,19 @@ def forgets_less() -> Finding:
 
 @claim(
   says="QLoRA sacrifices hardly any performance.",
-  measured_by="perplexity of held-out news after LoRA over a dense, int8 and NF4 base, and before,"
-  " means of three seeds, from table qlora_vs_lora",
+  measured_by="table qlora_vs_lora: perplexity of held-out news after LoRA over a dense, int8 and"
+  " NF4 base, and before, means of three seeds",
   holds_if="NF4's is at most 2 % above dense",
   expected=FAILS,
 )
 def qlora_keeps_quality() -> Finding:
-  after = lambda base: results.perplexity(f"{base}-lora", "after", "test")
+  mean = lambda base, when: statistics.mean(results.perplexity(base, when, "test").values())
   numbers = {
-    name: after(base) for name, base in (("LoRA", "none"), ("int8", "int8"), ("NF4", "nf4"))
+    name: mean(f"{base}-lora", "after")
+    for name, base in (("LoRA", "none"), ("int8", "int8"), ("NF4", "nf4"))
   }
-  numbers["not tuned, dense"] = results.perplexity("none-lora", "before", "test")
-  numbers["not tuned, NF4"] = results.perplexity("nf4-lora", "before", "test")
+  numbers["not tuned, dense"] = mean("none-lora", "before")
+  numbers["not tuned, NF4"] = mean("nf4-lora", "before")
   return found(
     numbers,
     holds=numbers["NF4"] <= 1.02 * numbers["LoRA"],

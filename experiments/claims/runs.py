@@ -11,11 +11,10 @@ import numpy as np
 import optax
 
 import peftjax as pj
-from experiments.claims import sample_models
+from experiments.claims import cost, sample_models
+from experiments.claims.cost import Cost
 from experiments.claims.sample_models import Classes
 from peftjax.core import paths
-from peftjax.methods.adalora_ranks import kept
-from peftjax.methods.adalora_weight import SVDLoRA
 
 STEPS = 80
 HEAD = "head/.*"
@@ -39,7 +38,9 @@ class Run(NamedTuple):
     start, params: attached, before and after.
     mask: what is trained.
     state: of the optimizer, after.
-    history: of AdaLoRA: which triplets were on after each step, bool `[R]` by path.
+    weights: of AdaLoRA, after each step: P, λ and Q by path.
+    history: of AdaLoRA, after each step: the triplets that its allocator chose last, bool `[R]` by
+      path. Until it chooses again the others learn too, so that their λ is not 0.
     budgets: of AdaLoRA, after each step.
   """
 
@@ -47,43 +48,72 @@ class Run(NamedTuple):
   params: Any
   mask: Any
   state: Any
+  weights: list[dict[str, pj.SVDLoRA]]
   history: list[dict[str, np.ndarray]]
   budgets: list[int]
 
 
-@functools.cache
-def loss_of(name: str) -> Callable[..., jax.Array]:
-  return lambda train, frozen, rows: sample_models.class_loss(pj.combine(train, frozen), rows)
+def loss(train: Any, frozen: Any, rows: Classes) -> jax.Array:
+  return sample_models.class_loss(pj.combine(train, frozen), rows)
 
 
-def step(tx: Any, loss: Any, train: Any, frozen: Any, state: Any, rows: Classes) -> Any:
+def step(tx: Any, train: Any, frozen: Any, state: Any, rows: Classes) -> Any:
   grads = jax.grad(loss)(train, frozen, rows)
   updates, state = tx.update(grads, state, train)
   return optax.apply_updates(train, updates), state
 
 
-def minilm(name: str, rate: float | None = None) -> Run:
-  """The run of a method, at its own learning rate or another."""
-  return _run(name, rate or RATES[name])
-
-
 @functools.cache
-def _run(name: str, rate: float) -> Run:
+def minilm(name: str) -> Run:
+  """The run of a method."""
   method = METHODS[name]()
   start = method.attach(jax.random.key(0), sample_models.minilm()[1])
   mask = method.trainable(start)
   train, frozen = pj.partition(start, mask)
-  tx = method.optimizer(optax.adam(rate), total_steps=STEPS, clip_norm=1.0)
+  tx = method.optimizer(optax.adam(RATES[name]), total_steps=STEPS, clip_norm=1.0)
   state = tx.init(train)
-  one = jax.jit(functools.partial(step, tx, loss_of(name)))
-  history, budgets = [], []
+  one = jax.jit(functools.partial(step, tx))
+  weights, history, budgets = [], [], []
   for i in range(STEPS):
     train, state = one(train, frozen, state, sample_models.batch(i))
-    triplets = {p: x for p, x in paths.leaves(train).items() if isinstance(x, SVDLoRA)}
-    if triplets:
-      history.append({path: kept(x) for path, x in triplets.items()})
-      budgets.append(int(pj.optim.allocator_state(state).budget))
-  return Run(start, pj.combine(train, frozen), mask, state, history, budgets)
+    allocator = pj.optim.allocator_state(state)
+    if allocator is not None:
+      leaves = paths.leaves(train)
+      weights.append({path: leaves[path] for path in allocator.kept})
+      history.append({path: np.asarray(on) for path, on in allocator.kept.items()})
+      budgets.append(int(allocator.budget))
+  return Run(start, pj.combine(train, frozen), mask, state, weights, history, budgets)
+
+
+class Training(NamedTuple):
+  """A compiled step of training, 16 x 32 tokens.
+
+  Attributes:
+    step: does it.
+    cost: of it.
+    state: bytes of gradients and of Adam's state.
+  """
+
+  step: Callable[[], Any]
+  cost: Cost
+  state: int
+
+
+def training(params: Any, mask: Any) -> Training:
+  """Of MiniLM with these parameters, of which `mask` says what is trained."""
+  train, frozen = pj.partition(params, mask)
+  tx = optax.adam(1e-3)
+  state = tx.init(train)
+  args = (train, frozen, state, sample_models.batch(0))
+  compiled = jax.jit(functools.partial(step, tx)).lower(*args).compile()
+  size = sum(x.nbytes for x in jax.tree.leaves((train, state)))
+  return Training(functools.partial(compiled, *args), cost.of(compiled), size)
+
+
+@functools.cache
+def full_training() -> Training:
+  params = sample_models.minilm()[1]
+  return training(params, jax.tree.map(lambda _: True, params))
 
 
 @functools.cache
@@ -101,15 +131,9 @@ def untrained_logits(rows: Classes) -> jax.Array:
   return logits(sample_models.minilm()[1], rows)
 
 
-def accuracy(params: Any) -> float:
-  """On the test split, 223 texts."""
+def losses(params: Any) -> np.ndarray:
+  """Cross entropy of each text of the test split, 223."""
   rows = sample_models.news("test")
-  return float((logits(params, rows).argmax(1) == rows.labels).mean())
-
-
-def losses(params: Any, part: str = "test") -> np.ndarray:
-  """Cross entropy of each text of a split."""
-  rows = sample_models.news(part)
   given = logits(params, rows)
   each = optax.losses.softmax_cross_entropy_with_integer_labels(given, rows.labels)
   return np.asarray(each)

@@ -3,13 +3,18 @@
 import importlib
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments.claims import catalogue
+from experiments.claims import adalora, catalogue, finetuning, results
 from experiments.claims.claim import CORRECTED, FAILS, HOLDS, VERDICTS, Claim, claim, found
+from experiments.claims.products import products_like
+from experiments.tables import methods, rank_budget, trials
 
 CHEAP = (
-  r"^backprop\.|lora\.(param|break|shape)|scaling\.alpha_over|finetuning\.|^memory\.|quantiles"
+  r"^backprop\.|lora\.(param|break|shape)|scaling\.alpha_over|finetuning\.|better_than|^memory\."
+  r"|quantiles|formula$"
 )
 
 
@@ -44,8 +49,16 @@ def test_every_claim_has_its_fields():
     assert each.expected in VERDICTS
     assert min(map(len, (each.says, each.measured_by, each.holds_if))) > 5
     assert each.name == f"{each.run.__module__.rpartition('.')[2]}.{each.run.__name__}"
-    if each.expected != HOLDS:
-      assert len(each.says) > 5
+    if each.expected == CORRECTED:
+      assert "mended" in each.holds_if, each.name
+
+
+def test_the_committed_rows_are_those_of_the_catalogue():
+  """`make claims ARGS=--results=experiments/results/claims.jsonl` writes them."""
+  lines = (results.FOLDER / "claims.jsonl").read_text(encoding="utf-8").splitlines()
+  fields = ("name", "says", "measured_by", "holds_if")
+  written = [(*(row[f] for f in fields), row["verdict"]) for row in map(json.loads, lines)]
+  assert written == [(*(getattr(c, f) for f in fields), c.expected) for c in catalogue.CLAIMS]
 
 
 def test_no_claim_is_left_out():
@@ -72,6 +85,20 @@ def test_only_picks_by_name(claims_command, tmp_path, capsys):
   assert "two.a" not in capsys.readouterr().out
 
 
+def test_only_leaves_the_other_rows_of_the_file(claims_command, tmp_path):
+  path = tmp_path / "claims.jsonl"
+  claims = [made("one.a", True, HOLDS), made("one.b", True, HOLDS), made("two.a", False, FAILS)]
+  assert claims_command(claims[1:], results=str(path)) == 0
+  before = path.read_text().splitlines()
+  assert claims_command(claims, only="one.a", results=str(path)) == 0
+  assert path.read_text().splitlines()[1:] == before
+  claims[2] = made("two.a", True, FAILS)
+  assert claims_command(claims, only="two", results=str(path)) == 1
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [row["name"] for row in rows] == ["one.a", "one.b", "two.a"]
+  assert [row["verdict"] for row in rows] == [HOLDS, HOLDS, HOLDS]
+
+
 @pytest.mark.parametrize("only, message", [("nothing", "found in no name"), ("(", "regular expr")])
 def test_an_only_that_picks_nothing_says_so(claims_command, only, message, capsys):
   assert claims_command([made("one.a", True, HOLDS)], only=only) == 1
@@ -91,6 +118,112 @@ def test_a_claim_that_cannot_be_measured_fails_and_the_rest_go_on(claims_command
   assert claims_command([broken, made("same.a", True, HOLDS)]) == 1
   out = capsys.readouterr().out
   assert "CHANGED broken.a: 'RuntimeError: no model'" in out and "same.a" in out
+
+
+def test_brackets_are_shown_and_numbers_may_be_none(claims_command, capsys):
+  numbers = {"share of [n]": float("nan"), "[b]most[/b]": float("inf")}
+  finding = lambda: found(numbers, holds=False, mended=True, correction="[/red] too")
+  claims = [Claim("odd.a", "in [bold]", "of [n]", "[0, 1]", HOLDS, finding)]
+  claims.append(Claim("odd.b", "in [bold]", "of [n]", "[0, 1]", HOLDS, bracketed))
+  assert claims_command(claims) == 1
+  out = capsys.readouterr().out
+  shown = ("in [bold]", "of [n]", "[0, 1]", "share of [n]: nan", "[b]most[/b]: inf", "[/red] too")
+  for text in (*shown, "KeyError: '[red]'"):
+    assert text in out
+
+
+def bracketed():
+  raise KeyError("[red]")
+
+
+def lines_of(wanted, accuracy):
+  """Results of trials, as the tables write them, with `accuracy(trial)` of three seeds."""
+  return [
+    {
+      "cell": f"{one.name} seed={seed}",
+      "config": json.loads(one.config(seed).to_json()),
+      "metrics": {"test": {"accuracy": score}},
+      "trainable_params": 1,
+    }
+    for one in dict.fromkeys(wanted)
+    for seed, score in zip(trials.SEEDS, accuracy(one), strict=True)
+  ]
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+  """Writes results files in place of the committed ones."""
+  monkeypatch.setattr(results, "FOLDER", tmp_path)
+
+  def write(name, lines):
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+  return write
+
+
+@pytest.mark.parametrize(
+  "ahead, spread, verdict",
+  [(0.03, 0.001, HOLDS), (0.01, 0.001, CORRECTED), (0.01, 0.03, FAILS), (-0.01, 0.001, FAILS)],
+)
+def test_adalora_is_compared_at_equal_and_at_twice_the_budget(committed, ahead, spread, verdict):
+  """LoRA gains 0.02 by twice the budget."""
+  base = {}
+  for i, budget in enumerate(rank_budget.BUDGETS):
+    base[methods.lora_all(rank_budget.DATA, budget)] = [0.6 + 0.02 * i] * 3
+    own = 0.6 + 0.02 * i + ahead
+    base[methods.adalora(rank_budget.DATA, budget)] = [own - spread, own, own + spread]
+  committed("trials", lines_of(base, base.get))
+  assert adalora.better_than_lora.run().verdict == verdict
+
+
+@pytest.mark.parametrize(
+  "few, every, over, verdict",
+  [
+    (0.95, 1.0, 1.01, HOLDS),
+    (0.8, 1.0, 1.01, CORRECTED),
+    (0.95, 1.0, 1.05, FAILS),
+    (0.95, 0.8, 1.01, FAILS),
+  ],
+)
+def test_lora_is_compared_with_what_full_fine_tuning_gains(committed, few, every, over, verdict):
+  share = {"head only": 0.0, "full fine-tuning": 1.0}
+  share |= dict(zip(finetuning.LORAS, (few, every), strict=True))
+  score = {
+    line.of(data): [0.6 + 0.2 * share[line.name]] * 3
+    for line in methods.LINES
+    if line.name in share
+    for data in methods.CORPORA
+  }
+  committed("trials", lines_of(score, score.get))
+  after = {"none-full-0": 20.0, "none-lora-0": 20.0 * over, "none-lora-1": 90.0}
+  line = lambda name, x: {
+    "cell": name,
+    "seed": int(name[-1]),
+    "after": {"test": {"perplexity": x}},
+  }
+  committed("qlora_vs_lora", [line(*item) for item in after.items()])
+  assert finetuning.near_full.run().verdict == verdict
+
+
+def test_a_run_that_is_missing_is_named_with_its_command(committed):
+  wanted = rank_budget.wanted()
+  lines = lines_of(wanted, lambda one: [0.5] * 3)
+  committed("trials", lines[:-2])
+  with pytest.raises(ValueError, match="adalora.* seed=1' and 1 more: `python -m .* rank_budget`"):
+    adalora.better_than_lora.run()
+  committed("trials", [*lines[:-1], {**lines[-1], "config": {**lines[-1]["config"], "seed": 9}}])
+  with pytest.raises(ValueError, match="computed with seed=9"):
+    adalora.better_than_lora.run()
+
+
+def test_weight_gradients_are_found_in_inner_programs():
+  w, x = jnp.ones((3, 5)), jnp.ones((7, 3))
+  step = jax.checkpoint(lambda w, x: jax.lax.map(lambda row: (row[None] @ w)[0], x).sum())
+  loss = jax.jit(lambda w, x: jax.lax.cond(x.sum() > 0, step, lambda w, x: 0.0, w, x))
+  assert products_like([w], loss, w, x) == 0
+  assert products_like([w], jax.grad(loss), w, x) == 1
+  assert products_like([w.T], jax.grad(loss), w, x) == 1
+  assert products_like([w], jax.grad(loss, argnums=1), w, x) == 0
 
 
 def test_verdicts_come_from_the_rule():
