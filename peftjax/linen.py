@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, tree
+from peftjax.core import paths, shared, tree
 from peftjax.core.attachment import Attachment
 from peftjax.core.einsum import attend, einsum, linear, split_subscripts, take
 from peftjax.core.layout import Axes, Layout, Site
 from peftjax.core.weight import Weight, materialize, reader
+from peftjax.nn import virtual
 from peftjax.nn.linear import Embedding, Linear
 
 
@@ -43,17 +44,20 @@ def apply(
     **kwargs: passed on: `method`, `mutable`, the module's own arguments.
 
   Raises:
-    ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing.
+    ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing; if no
+      module reads a prefix or prompt, the model being called as a whole (without `method`).
   """
-  params = tree.tie(params)
+  params = tree.tie(params, spread=False)
   if train:
     params = tree.with_dropout_keys(params, (rngs or {}).get("dropout"))
+  # Another method may well read but a part.
+  read = {} if kwargs.get("method") else params
   method = kwargs.get("method") or type(model).__call__
   if isinstance(method, str):
     method = getattr(type(model), method)
   if "train" in inspect.signature(method).parameters:
     kwargs["train"] = train
-  with bridge():
+  with bridge(), shared.lending(params), virtual.all_read(read):
     return model.apply({"params": params, **(variables or {})}, *args, rngs=rngs, **kwargs)
 
 

@@ -44,6 +44,12 @@ class Adapted(Weight):
     return self.base.child_specs(spec) if isinstance(self.base, Weight) else spec
 
 
+def check_bare(path: str, leaf: Any) -> None:
+  """Raises ValueError if the leaf at `path` has an adapter; a quantised weight has none."""
+  if isinstance(leaf, Adapted):
+    raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
+
+
 def bare(leaf: Any) -> Any:
   """The array in a Flax box such as `nn.Partitioned`; any other leaf, a `Weight` too, as it is."""
   is_box = isinstance(leaf, meta.AxisMetadata) and not isinstance(leaf, Weight)

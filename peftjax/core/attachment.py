@@ -16,6 +16,10 @@ class Attachment(flax.struct.PyTreeNode):
   Unlike a `Weight` it stands for no dense array, so it cannot be merged.
   """
 
+  def true_size(self) -> int:
+    """Parameters that are here (not None)."""
+    return sum(x.size for x in jax.tree.leaves(self))
+
   def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """What the module returns, `call(*args, **kwargs)` being what it would return without."""
     raise NotImplementedError

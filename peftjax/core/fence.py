@@ -32,6 +32,21 @@ def zero(witness: jax.Array, dtype: Any) -> jax.Array:
   return (bits == jnp.uint32(0x7FC12345)).astype(dtype)
 
 
+@jax.custom_batching.custom_vmap
+def tied(x: jax.Array, witness: jax.Array) -> jax.Array:
+  """x, for a compiler a function of `witness`: what is made of it cannot be before that is there.
+
+  Mapped over many witnesses, x stays unmapped: any one of them will do.
+  """
+  return x + zero(witness, x.dtype)
+
+
+@tied.def_vmap
+def _tied_vmap(axis_size: int, in_batched: Any, x: jax.Array, witness: jax.Array) -> Any:
+  x_batched, witness_batched = in_batched
+  return tied(x, witness[0] if witness_batched else witness), x_batched
+
+
 def computed_once(x: jax.Array) -> jax.Array:
   """The identity, whose operand XLA:CPU computes once, however many read it.
 

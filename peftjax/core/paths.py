@@ -12,7 +12,9 @@ from typing import Any
 import jax
 from flax.core import meta
 
+from peftjax.core.adapted import bare
 from peftjax.core.attachment import is_attachment
+from peftjax.core.shared import is_shared
 
 # What holds the weight inside a module: Flax's own names.
 _WEIGHT_NAMES = ("kernel", "embedding")
@@ -61,11 +63,11 @@ def matches(pattern: str, path: str) -> bool:
 def is_body_linear(path: str, leaf: Any) -> bool:
   """Whether "all-linear" means this leaf: a kernel of the body, not of a head."""
   parts = path.split("/")
-  return parts[-1] == "kernel" and len(leaf.shape) >= 2 and parts[0] not in _HEADS
+  return parts[-1] == "kernel" and len(bare(leaf).shape) >= 2 and parts[0] not in _HEADS
 
 
 def select(params: Any, targets: str | Sequence[str]) -> list[str]:
-  """Paths that `targets` name, in tree order; never arrays of an `Attachment`.
+  """Paths that `targets` name, in tree order; never arrays of an `Attachment` or a `Shared` node.
 
   Args:
     params: any parameter tree.
@@ -95,9 +97,9 @@ def select(params: Any, targets: str | Sequence[str]) -> list[str]:
 
 def _of_modules(params: Any) -> dict[str, Any]:
   """The leaves that the model has, without what methods put beside them."""
-  either = lambda node: is_leaf(node) or is_attachment(node)
-  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=either)
-  return {name(path): leaf for path, leaf in flat if not is_attachment(leaf)}
+  made = lambda node: is_attachment(node) or is_shared(node)
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda n: is_leaf(n) or made(n))
+  return {name(path): leaf for path, leaf in flat if not made(leaf)}
 
 
 def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
@@ -109,7 +111,7 @@ def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
   lines.append(
     'Write a module name ("query"), a regex for a whole path, or "all-linear". Paths are:'
   )
-  kernels = [p for p, leaf in flat.items() if len(leaf.shape) >= 2]
+  kernels = [p for p, leaf in flat.items() if len(bare(leaf).shape) >= 2]
   lines += [f"  {p}" for p in kernels[:12]]
   if len(kernels) > 12:
     lines.append(f"  ... and {len(kernels) - 12} more")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from peftjax.core import paths, shared
-from peftjax.core.attachment import attachments, is_attachment
+from peftjax.core.attachment import Attachment, attachments, is_attachment
 from peftjax.core.weight import Weight, children, materialize
 
 
@@ -33,22 +33,30 @@ def combine(*trees: Any) -> Any:
   )
 
 
-def tie(params: Any) -> Any:
+def tie(params: Any, *, spread: bool = True) -> Any:
   """`params` with, in every weight that borrows arrays of another leaf or shared node, those.
 
   Such a weight names the lender in `of`, and its own children are None, so that an array that
   several weights use is trained, saved and counted once.
 
+  Args:
+    params: a tree of arrays and weights.
+    spread: give a stack of layers the arrays of a shared node too, once for each; if not, they
+      have to be found by `shared.lending`.
+
   Raises:
     ValueError: if a lender is not in `params`.
   """
-  lenders = {**paths.leaves(params), **shared.nodes(params)}
+  common = shared.nodes(params)
+  lenders = {**paths.leaves(params), **common}
 
   def give(path: str, leaf: Any) -> Any:
     of = getattr(leaf, "of", "")
     if of and of not in lenders:
       raise ValueError(f"{path} uses arrays of {of}, which is not in this tree: pass all of it")
-    return leaf.borrow(lenders[of]) if of else leaf
+    if not of or (of in common and leaf.stack and not spread):
+      return leaf
+    return leaf.borrow(lenders[of])
 
   return paths.map_leaves(give, params)
 
@@ -157,7 +165,9 @@ def count(params: Any, mask: Any | None = None) -> int:
   scales, ranks and keys.
   """
   chosen = params if mask is None else partition(params, mask)[0]
-  return sum(_true_size(leaf) for leaf in paths.leaves(restore_ranks(chosen, params)).values())
+  whole = lambda node: paths.is_leaf(node) or is_attachment(node)
+  found = jax.tree.leaves(restore_ranks(chosen, params), is_leaf=whole)
+  return sum(map(_true_size, found))
 
 
 def restore_ranks(chosen: Any, params: Any) -> Any:
@@ -167,4 +177,6 @@ def restore_ranks(chosen: Any, params: Any) -> Any:
 
 
 def _true_size(leaf: Any) -> int:
-  return leaf.true_size() if isinstance(leaf, Weight) else leaf.size
+  if isinstance(leaf, Weight | Attachment):
+    return leaf.true_size()
+  return sum(x.size for x in jax.tree.leaves(leaf))  # of a box what is in it, if anything

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths
+from peftjax.core.attachment import is_attachment
 from peftjax.core.layout import Layout, Site
 from peftjax.methods.base import Optimized
 from peftjax.methods.bottleneck import Bottleneck
@@ -88,8 +89,9 @@ class AdaptersMethod(Optimized):
   dtype: Any
 
   def claims(self, params: Any) -> list[str]:
-    flat = paths.leaves(params)
-    return [p for p in flat if _in_adapter(p) or (self.norms and re.fullmatch(_NORMS, p))]
+    own = _bottlenecks(params)
+    claimed = lambda p: _module(p) in own or (self.norms and re.fullmatch(_NORMS, p))
+    return [p for p in paths.leaves(params) if claimed(p)]
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
     """`params` with a `Bottleneck` as the parameter `adapter` of every module it is placed at.
@@ -101,7 +103,8 @@ class AdaptersMethod(Optimized):
 
     Raises:
       ValueError: without a layout; no module is where the placement or a target says; a module
-        does not read or return what the adapter needs; it has an adapter already.
+        does not read or return what the adapter needs; it has an adapter already, or something
+        else of that name.
     """
     sites = {path: s for path, s in (layout or {}).items() if isinstance(s, Site)}
     if not sites:
@@ -114,15 +117,14 @@ class AdaptersMethod(Optimized):
       site = sites[path]
       make = lambda key, path=path, site=site, place=place: self._make(key, path, site, place)
       node = jax.eval_shape(make, key) if abstract else make(key)
-      if _has_adapter(params, path):
-        raise ValueError(f"{path} has an adapter already; attach to the parameters without it")
+      _check_free(params, path)
       params = put(params, [*path.split("/"), "adapter"], node)
     return params
 
   def trainable(self, params: Any) -> Any:
     """The bottlenecks but not their scale, and normalisations if `norms`."""
-    claimed = set(self.claims(params))
-    on = lambda path: path in claimed and not path.endswith("adapter/scale")
+    claimed, own = set(self.claims(params)), _bottlenecks(params)
+    on = lambda p: p in claimed and not (_module(p) in own and p.endswith("/scale"))
     return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: on(p), leaf), params)
 
   def _places(self, sites: Mapping[str, Site]) -> dict[str, Place]:
@@ -236,12 +238,26 @@ def adapters(
   )
 
 
-def _in_adapter(path: str) -> bool:
-  return path.split("/")[-2:-1] == ["adapter"]
+def _bottlenecks(params: Any) -> set[str]:
+  """Their paths; a third party may have modules that are called "adapter" too."""
+  whole = lambda node: paths.is_leaf(node) or is_attachment(node)
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=whole)
+  return {paths.name(path) for path, node in flat if isinstance(node, Bottleneck)}
 
 
-def _has_adapter(params: Any, path: str) -> bool:
-  return any(p.startswith(f"{path}/adapter/") for p in paths.leaves(params))
+def _module(path: str) -> str:
+  return path.rpartition("/")[0]
+
+
+def _check_free(params: Any, path: str) -> None:
+  """Raises ValueError if the module at `path` has something called "adapter"."""
+  if f"{path}/adapter" in _bottlenecks(params):
+    raise ValueError(f"{path} has an adapter already; attach to the parameters without it")
+  if any(f"{p}/".startswith(f"{path}/adapter/") for p in paths.leaves(params)):
+    raise ValueError(
+      f"{path} has a module or parameter of its own that is called 'adapter', where the adapter "
+      "would lie; name a module around it or inside it"
+    )
 
 
 def _names(pattern: str, path: str) -> bool:

@@ -42,9 +42,14 @@ class Bottleneck(Attachment):
     y = linear(ACTIVATIONS[self.activation](z), self.up) + row(self.up_bias)
     return self.scale.astype(u.dtype) * y
 
+  def true_size(self) -> int:
+    """The matrices and biases that are here."""
+    return Attachment.true_size(self.replace(scale=None))
+
   def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """See `Attachment.around`; of a module that returns several things, the first is adapted."""
-    if len(args) <= max(self.reads or 0, 0 if self.again else -1):
+    reads = -1 if self.reads is None else self.reads
+    if len(args) <= max(reads, 0 if self.again else -1):
       raise ValueError(
         "this adapter reads an argument of its module, which was called with keywords alone; call "
         "it with positions, module(x), or place the adapter where it reads the result"

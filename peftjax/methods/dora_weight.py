@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core.einsum import einsum, free_letter, split_subscripts
+from peftjax.core.fence import tied
 from peftjax.core.weight import Weight, children, materialize
 from peftjax.methods.lora_weight import LoRA
 
@@ -41,7 +42,7 @@ class DoRA(LoRA):
     stack, outs = w_s[: len(self.stack)], "".join(w_s[axis] for axis in self.axes.outs)
     if self.branch(eqn) is None:
       return Weight.einsum(self, eqn, x)
-    f = self._factor().reshape(*self.stack, *self._dims(self.axes.outs)).astype(x.dtype)
+    f = self._factor(x).reshape(*self.stack, *self._dims(self.axes.outs)).astype(x.dtype)
     if set(stack + outs) <= set(out_s):
       return jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", super().einsum(eqn, x), f)
     if set(stack + outs) <= set(x_s):
@@ -69,10 +70,16 @@ class DoRA(LoRA):
     lies = P(*made.b[:-1])
     return self.replace(**{**children(made), "m": lies, "square": lies})
 
-  def _factor(self) -> jax.Array:
-    """m / ‖base + ΔW‖, `[*stack, out]` float32."""
+  def _factor(self, x: jax.Array | None = None) -> jax.Array:
+    """m / ‖base + ΔW‖, `[*stack, out]` float32; of a quantised base not before x is there.
+
+    It depends on parameters alone, so XLA:CPU would decode the bases of all layers for it first.
+    The price is paid in a decoding loop of unrolled layers, which computes it for every token.
+    """
     up = jax.lax.stop_gradient(self._up().astype(jnp.float32))  # s B
     a = jax.lax.stop_gradient(self.a.astype(jnp.float32))
+    if self.quantised and x is not None:
+      a = tied(a, jax.lax.stop_gradient(x))
     gram = a @ jnp.swapaxes(a, -1, -2)
     crossed = (up * self._projected(a)).sum(-1)
     squares = self.square + 2.0 * crossed + ((up @ gram) * up).sum(-1)

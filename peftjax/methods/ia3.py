@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths
-from peftjax.core.adapted import bare
+from peftjax.core.adapted import bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
-from peftjax.core.weight import Weight
 from peftjax.methods.base import Optimized, trainable_mask
 from peftjax.methods.ia3_weight import IA3
 
@@ -44,7 +43,7 @@ class IA3Method(Optimized):
       layout: of kernels with more than two axes; see `peftjax.linen.layout`.
 
     Raises:
-      ValueError: a name that matches nothing or no matrix, or matches both ways; a leaf that has
+      ValueError: a name that matches nothing or no kernel, or matches both ways; a leaf that has
         an adapter already; a kernel of more than two axes without `layout`.
     """
     flat = paths.leaves(params)
@@ -52,13 +51,15 @@ class IA3Method(Optimized):
     outs, ins = self._kernels(params)
     shapes = {path: tuple(bare(flat[path]).shape) for path in (*outs, *ins)}
     axes = {path: axes_of(path, shape, layout) for path, shape in shapes.items()}
+    for path in axes:
+      if path.split("/")[-1] == "embedding":
+        raise ValueError(f"{path} is a table, which IA3 is not made for; target kernels")
     kernel_of = {_bias(path): path for path in outs}
 
     def wrap(path: str, leaf: Any) -> Any:
       if path not in claimed:
         return leaf
-      if isinstance(leaf, Weight) and not (leaf.quantised and path in axes):
-        raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
+      check_bare(path, leaf)
       if path in axes:
         return self._kernel(leaf, axes[path], path in ins)
       count = len(axes[kernel_of[path]].outs)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths
-from peftjax.core.adapted import bare
+from peftjax.core.adapted import bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
 from peftjax.methods import lora_init
@@ -52,7 +52,7 @@ class LoRAMethod(Optimized):
     Raises:
       ValueError: a target that matches nothing or is no matrix; a rank above the matrix's; a
         pattern that matches no target; a leaf that has an adapter already; a kernel of more than
-        two axes without `layout`.
+        two axes without `layout`; a table with `freeze_a`.
     """
     flat = paths.leaves(params)
     shapes = {p: tuple(bare(flat[p]).shape) for p in self.claims(params)}
@@ -76,8 +76,7 @@ class LoRAMethod(Optimized):
     return _pissa(weight, path, self.dtype) if self.init == "pissa" else weight
 
   def _wrap(self, key: jax.Array, path: str, leaf: Any, axes: Axes, layers: list[str]) -> LoRA:
-    if isinstance(leaf, LoRA):
-      raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
+    check_bare(path, leaf)
     shape = tuple(bare(leaf).shape)
     stack = axes.stack(shape)
     n_in, n_out = (math.prod(shape[axis] for axis in group) for group in axes)
@@ -94,6 +93,11 @@ class LoRAMethod(Optimized):
       for layer, rank in zip(layers, ranks, strict=True)
     ]
     is_table = path.split("/")[-1] == "embedding"
+    if is_table and self.freeze_a and self.init != "pissa":
+      raise ValueError(
+        f"{path} is a table, whose A starts at zero, and freeze_a=True would leave it there, with "
+        "nothing to learn; write freeze_a=False for it, or target kernels"
+      )
     width = max(ranks)
 
     def make(key: jax.Array, base: Any) -> LoRA:

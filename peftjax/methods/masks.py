@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths
+from peftjax.core.adapted import bare
 from peftjax.methods.base import Optimized
 
 
@@ -25,9 +26,10 @@ class Train(Optimized):
   def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
     flat = paths.leaves(params)
     for path in self.claims(params):
-      if paths.is_leaf(flat[path]) or not jnp.issubdtype(flat[path].dtype, jnp.floating):
+      leaf = bare(flat[path])  # a box stays: its names say where the array lies
+      if paths.is_leaf(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
-          f"pj.train cannot train {path}: it is {type(flat[path]).__name__}, not a float array. "
+          f"pj.train cannot train {path}: it is {type(leaf).__name__}, not a float array. "
           "Train adapters on it with a method such as pj.lora, or leave it out of the regex."
         )
     return params

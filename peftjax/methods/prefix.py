@@ -37,7 +37,9 @@ class PrefixMethod(Optimized):
 
     Args:
       key: folded with the path of each layer's module.
-      params: of an encoder or decoder of this library; plain, quantised or abstract.
+      params: of an encoder or decoder of this library; plain, quantised or abstract. Another
+        model's that names its modules alike is refused by `pj.apply`, as none of them reads a
+        prefix.
       layout: where layers are scanned; see `peftjax.linen.layout`.
 
     Raises:

@@ -37,7 +37,9 @@ class PromptMethod(Optimized):
 
     Args:
       key: of the drawing.
-      params: of an encoder or decoder of this library; plain, quantised or abstract.
+      params: of an encoder or decoder of this library; plain, quantised or abstract. Another
+        model's that names its modules alike is refused by `pj.apply`, as none of them reads a
+        prompt.
       layout: not used.
 
     Raises:
@@ -79,8 +81,8 @@ def prompt(length: int = 20, *, init: str = "vocabulary", dtype: Any = jnp.float
 
   Args:
     length: P.
-    init: `"vocabulary"`, rows of the table of words at random (there, section 3.2), or `"normal"`,
-      N(0, 0.02²).
+    init: `"vocabulary"`, rows of the table of words at random, of all of it (there, section 3.2,
+      of the 5,000 commonest tokens), or `"normal"`, N(0, 0.02²).
     dtype: of P.
 
   Raises:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths, shared
-from peftjax.core.adapted import bare
+from peftjax.core.adapted import bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.methods.base import Optimized, trainable_mask
 from peftjax.methods.vera_weight import Projections, VeRA
@@ -60,8 +60,7 @@ class VeRAMethod(Optimized):
     for path, base in bases.items():
       if path.split("/")[-1] == "embedding":
         raise ValueError(f"{path} is a table, which VeRA is not made for; target kernels")
-      if hasattr(base, "base"):
-        raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
+      check_bare(path, base)
     sizes = {path: _sizes(base.shape, axes[path]) for path, base in bases.items()}
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(bases))
     create = lambda fn: jax.eval_shape(fn) if abstract else fn()

@@ -14,7 +14,7 @@ from peftjax.core import paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
-from peftjax.core.shared import Shared
+from peftjax.core.shared import Shared, lent
 from peftjax.methods.lora_weight import LoRA
 
 
@@ -34,7 +34,7 @@ class VeRA(Adapted):
   """W = base + (Λ_b B Λ_d A)ᵀ (Kopiczko et al. 2023, eq. 2), for a kernel `[*stack, in, out]`.
 
   A and B are the first columns and the first rows of the shared pair. A leaf has them only between
-  `tree.tie` and its use; otherwise both are None.
+  `tree.tie` and its use; otherwise both are None, and a use inside `shared.lending` finds them.
 
   Attributes:
     d: `[*stack, R]`, the diagonal of Λ_d.
@@ -72,8 +72,8 @@ class VeRA(Adapted):
 
   def as_lora(self) -> LoRA:
     """The same weight as a `LoRA` of Λ_d A and Λ_b B."""
-    self._check_tied()
-    return self._lora(self.d[..., None] * self.a, self.b[..., None] * self.b_proj)
+    tied = self._tied()
+    return tied._lora(tied.d[..., None] * tied.a, tied.b[..., None] * tied.b_proj)
 
   def materialize(self) -> jax.Array:
     """base + (Λ_b B Λ_d A)ᵀ.
@@ -88,8 +88,8 @@ class VeRA(Adapted):
 
     The vectors scale activations, so that no gradient of the shape of A or B is computed.
     """
-    self._check_tied()
-    pair = self._lora(self.a, self.b_proj)
+    tied = self._tied()
+    pair = tied._lora(tied.a, tied.b_proj)
     branch = pair.branch(eqn)
     if branch is None or branch[2]:
       return self.as_lora().einsum(eqn, x)
@@ -98,7 +98,7 @@ class VeRA(Adapted):
     low_s = split_subscripts(down)[2]
     stack, outs = w_s[: len(self.stack)], "".join(w_s[axis] for axis in self.axes.outs)
     ins, dims = ([self.shape[axis] for axis in axes] for axes in self.axes)
-    a, b_proj = self.a.reshape(*self.d.shape, *ins), self.b_proj.reshape(*self.stack, *dims, -1)
+    a, b_proj = tied.a.reshape(*self.d.shape, *ins), tied.b_proj.reshape(*self.stack, *dims, -1)
     low = jnp.einsum(down, pair.dropped(x), a.astype(x.dtype))
     low = jnp.einsum(f"{low_s},{stack}{low_s[-1]}->{low_s}", low, self.d.astype(x.dtype))
     high = jnp.einsum(up, low, b_proj.astype(x.dtype))
@@ -132,9 +132,14 @@ class VeRA(Adapted):
     one = jnp.ones(self.stack, jnp.float32)
     return LoRA(self.base, a, b, one, None, self.key, axes=self.axes, dropout=self.dropout)
 
-  def _check_tied(self) -> None:
-    if self.a is None:
+  def _tied(self) -> VeRA:
+    """With A and B."""
+    if self.a is not None:
+      return self
+    pair: Any = lent(self.of)
+    if pair is None:
       raise ValueError(
         f"a VeRA weight has no A and B of its own; use pj.apply or pj.merge on the whole tree, "
         f"which give it those of {self.of}"
       )
+    return self.borrow(pair)

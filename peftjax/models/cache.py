@@ -75,7 +75,7 @@ def context(
   if cache is None:
     virtual.check_length(module, tokens.shape[1], module.config.max_length)
     before = jnp.int32(0)
-    bias = causal_bias(mask, segments, window=window, common=prompt)
+    bias = causal_bias(mask, segments, window=window, positions=positions, common=prompt)
   else:
     before = cache.valid.sum(1, keepdims=True)
     cache = cache.advance(mask)
@@ -101,6 +101,7 @@ def causal_bias(
   first: jax.Array | int = 0,
   length: int | None = None,
   window: int | None = None,
+  positions: jax.Array | None = None,
   common: int = 0,
 ) -> jax.Array:
   """What a decoder adds to its scores: 0 where token t may see token s, else very negative.
@@ -113,6 +114,8 @@ def causal_bias(
     first: the column of the first query.
     length: T, the number of queries, by default S.
     window: of sliding attention.
+    positions: int `[B, S]`, where each token is in its text, by default counted along the mask:
+      what a window is measured in, so that it counts neither padding nor other documents.
     common: the first columns, which later tokens of every segment may see.
 
   Returns:
@@ -121,10 +124,11 @@ def causal_bias(
   source = mask.shape[1]
   s = jnp.arange(source)[None, :]
   t = first + jnp.arange(length or source)[:, None]
-  seen = s <= t
+  allowed = (s <= t)[None] & mask[:, None, :].astype(bool)
   if window is not None:
-    seen &= t - s < window
-  allowed = seen[None] & mask[:, None, :].astype(bool)
+    at = jnp.cumsum(mask, 1) if positions is None else positions
+    of_queries = jax.lax.dynamic_slice_in_dim(at, first, length or source, 1)
+    allowed &= of_queries[:, :, None] - at[:, None, :] < window
   if segments is not None:
     allowed &= (segments[:, :, None] == segments[:, None, :]) | (s < common)[None]
   return jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)[:, None]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peftjax.core import paths
 from peftjax.core.attachment import Attachment, is_attachment
+
+# Paths of the nodes that were read so far in the call of a model that `all_read` surrounds.
+_read: ContextVar[set[str]] = ContextVar("_read")
 
 
 class Prefix(Attachment):
@@ -44,6 +51,36 @@ class Prompt(Attachment):
     return _before(self.embeddings, x_BTD)
 
 
+@contextlib.contextmanager
+def all_read(params: Any) -> Iterator[None]:
+  """Around the call of a model.
+
+  Raises:
+    ValueError: on leaving, if no module has read one of the prefixes and prompts in `params`.
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_attachment)
+  there = [paths.name(path) for path, node in flat if isinstance(node, Prefix | Prompt)]
+  token = _read.set(set())
+  try:
+    yield
+    unread = [path for path in there if path not in _read.get()]
+  finally:
+    _read.reset(token)
+  if unread:
+    raise ValueError(
+      f"no module of this model reads {unread[0]}, so it changes nothing and would not be trained. "
+      "Prefixes and prompts need the encoders and decoders of this library; adapt other models by "
+      "their weights, e.g. with pj.lora."
+    )
+
+
+def _own(module: nn.Module, name: str) -> Any:
+  """The module's own parameter of that name, or None; it counts as read."""
+  if (read := _read.get(None)) is not None:
+    read.add("/".join((*module.path, name)))
+  return module.get_variable("params", name, None)
+
+
 def with_prefix(
   module: nn.Module, k_BSD: jax.Array, v_BSD: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -51,7 +88,7 @@ def with_prefix(
 
   Every token of a text attends to it: of whatever document in a packed row, however far behind.
   """
-  prefix: Any = module.get_variable("params", "prefix", None)
+  prefix = _own(module, "prefix")
   if not isinstance(prefix, Prefix):
     return k_BSD, v_BSD, bias
   columns = [(0, 0)] * (bias.ndim - 1) + [(prefix.keys.shape[0], 0)]
@@ -65,15 +102,14 @@ def prefix_length(module: nn.Module) -> int:
 
 def prompt_of(module: nn.Module) -> tuple[Prompt | None, int]:
   """The module's own prompt and its P; None and 0 if it has none."""
-  prompt: Any = module.get_variable("params", "prompt", None)
+  prompt = _own(module, "prompt")
   return (prompt, prompt.length) if isinstance(prompt, Prompt) else (None, 0)
 
 
 def with_prompt(module: nn.Module, x_BTD: jax.Array, positions: jax.Array) -> jax.Array:
   """Embeddings behind the module's prompt, where there are positions for it: not in mid-text."""
-  if positions.shape[1] == x_BTD.shape[1]:
-    return x_BTD
-  return module.get_variable("params", "prompt").put_before(x_BTD)
+  prompt = _own(module, "prompt")
+  return x_BTD if positions.shape[1] == x_BTD.shape[1] else prompt.put_before(x_BTD)
 
 
 def length(params: Any) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core.einsum import split_subscripts
-from peftjax.core.fence import zero
+from peftjax.core.fence import tied
 from peftjax.quant.formats import Format
 
 
@@ -53,18 +53,3 @@ def _no_gradient(x: jax.Array) -> Any:
   if jnp.issubdtype(x.dtype, jnp.floating):
     return jnp.zeros_like(x)
   return np.zeros(x.shape, jax.dtypes.float0)
-
-
-@jax.custom_batching.custom_vmap
-def tied(codes: jax.Array, x: jax.Array) -> jax.Array:
-  """The codes, for a compiler a function of x: they cannot be decoded before x is there.
-
-  Mapped over many x, the codes stay unmapped: any one of them will do.
-  """
-  return codes ^ zero(x, codes.dtype)
-
-
-@tied.def_vmap
-def _tied_vmap(axis_size: int, in_batched: Any, codes: jax.Array, x: jax.Array) -> Any:
-  codes_batched, x_batched = in_batched
-  return tied(codes, x[0] if x_batched else x), codes_batched

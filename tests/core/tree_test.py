@@ -10,6 +10,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.core.layout import Site
 from peftjax.models.bert import BertClassifier
 from tests.core.programs import equations
 from tests.models import tiny
@@ -196,6 +197,18 @@ def test_count_leaves_padding_scales_and_ranks_out(params):
   assert pj.count(attached, mask) == (1 + 3) * (12 + 9)
   assert pj.count(attached) == kernel.size + (1 + 3) * (12 + 9)
   assert pj.count({"x": jnp.ones((2, 3))}) == 6
+
+
+def test_count_leaves_the_scale_of_an_adapter_out():
+  """Also of all parameters, as of every other method's."""
+  model = nn.Dense(4)
+  base = model.init(jax.random.key(0), X)["params"]
+  outer = {"dense": base}
+  method = pj.adapters(3, targets="dense", norms=False)
+  attached = method.attach(jax.random.key(0), outer, {"dense": Site((12,), 4)})
+  made = 4 * 3 + 3 + 3 * 4 + 4
+  assert pj.count(attached, method.trainable(attached)) == made
+  assert pj.count(attached) == pj.count(outer) + made
 
 
 def test_merge_leaves_plain_arrays_alone(params):

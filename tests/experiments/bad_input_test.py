@@ -140,6 +140,16 @@ def test_texts_longer_than_the_model(fails, config, workdir, tmp_path):
   assert "max_length" in message and "64" in message
 
 
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_texts_longer_than_a_model_with_virtual_tokens(fails, config, workdir, tmp_path, method):
+  """They take positions too."""
+  rows = "".join(f"{'word ' * 90}{i},{'xy'[i % 2]}\n" for i in range(40))
+  (tmp_path / "long.csv").write_text("text,label\n" + rows)
+  changed = config(method, data__train_file=str(tmp_path / "long.csv"), data__max_length=60)
+  message = fails("train", config=changed, workdir=str(workdir), mesh="")
+  assert "max_length=60, but this model has 64 positions, 20 of them for virtual" in message
+
+
 def test_class_that_only_another_file_has(fails, config, workdir, tmp_path):
   """A label of the test file that the train file lacks is named with its line."""
   (tmp_path / "test.csv").write_text("text,label\nhello,weather\n")

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,61 @@ def test_a_module_called_with_keywords_has_no_first_argument_to_read():
   params = pj.adapters(4, "parallel", "narrow").attach(KEY, params, layout)
   with pytest.raises(ValueError, match="keywords alone; call it with positions"):
     pj.apply(Narrow(True), params, X)
+
+
+def test_an_adapter_of_the_result_does_not_mind_keywords():
+  params = Narrow(True).init(KEY, X)["params"]
+  params = attached(pj.adapters(4, "houlsby", "narrow"), Narrow(True), params, X)
+  got = pj.apply(Narrow(True), params, X)
+  np.testing.assert_array_equal(got, pj.apply(Narrow(False), params, X))
+  # One that calls its module again with a changed argument needs that argument.
+  again = params["narrow"]["adapter"].replace(again=True)
+  with pytest.raises(ValueError, match="keywords alone"):
+    pj.apply(Narrow(True), {"narrow": {**params["narrow"], "adapter": again}}, X)
+
+
+class Named(nn.Module):
+  """A third party's block with a module called as our parameter is."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(12, name="adapter")(nn.Dense(12, name="narrow")(x))
+
+
+class Outer(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return Named(name="block")(x)
+
+
+def test_a_third_partys_module_called_adapter_is_its_own():
+  """Neither trained nor overwritten, and it can be adapted itself."""
+  params = Named().init(KEY, X)["params"]
+  method = pj.adapters(4, targets=["narrow", "adapter"])
+  params = method.attach(KEY, params, pj.linen.layout(Named(), X))
+  mask = paths.leaves(method.trainable(params))
+  arrays = ("down", "down_bias", "up", "up_bias")
+  places = ("adapter/adapter", "narrow/adapter")
+  assert {p for p, on in mask.items() if on} == {f"{p}/{x}" for p in places for x in arrays}
+  assert pj.apply(Named(), params, X).shape == X.shape
+  outer = Outer()
+  params = outer.init(KEY, X)["params"]
+  with pytest.raises(ValueError, match="block has a module or parameter of its own.*'adapter'"):
+    pj.adapters(4, targets="block").attach(KEY, params, pj.linen.layout(outer, X))
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+def test_gradients_are_the_same_where_activations_are_computed_again(placement):
+  """In a scan, as configs/causal_lm.py trains."""
+  method, found = pj.adapters(4, placement, init="bert", norms=False), []
+  for remat in (False, True):
+    model, params = pj.load_pretrained(GOLDEN / "llama_tiny", scan_layers=True, remat=remat)
+    params = method.attach(KEY, params, pj.linen.layout(model, TOKENS))
+    train, frozen = pj.partition(params, method.trainable(params))
+    loss = lambda t, f, model=model: jnp.sin(pj.apply(model, pj.combine(t, f), TOKENS)).sum()
+    found.append(jit(jax.grad(loss))(train, frozen))
+  chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-5)
+  assert all(np.any(x) for x in jax.tree.leaves(found[1]))
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def test_errors():
   attached = pj.ia3("key").attach(KEY, tree)
   with pytest.raises(ValueError, match="key/bias has an adapter already"):
     pj.ia3("key").attach(KEY, attached)
+  with pytest.raises(ValueError, match="words/embedding is a table.*target kernels"):
+    pj.ia3("words").attach(KEY, {"words": {"embedding": jnp.ones((9, 4))}})
   with pytest.raises(ValueError, match="two methods claim key/bias"):
     pj.chain(pj.ia3("key"), pj.train("key/bias")).attach(KEY, tree)
 

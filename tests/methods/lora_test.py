@@ -212,6 +212,15 @@ def test_a_table_starts_with_a_zero_and_b_normal():
   np.testing.assert_allclose(weight.b.std(), 1.0, rtol=0.02)
 
 
+def test_a_table_cannot_learn_with_its_a_frozen():
+  """A = 0 then stays; one that PiSSA drew is not 0."""
+  table = {"embedding": jax.random.normal(KEY, (9, 8))}
+  with pytest.raises(ValueError, match="embedding is a table, whose A starts at zero.*=False"):
+    pj.lora(2, targets="embedding", freeze_a=True).attach(KEY, table)
+  weight = pj.lora(2, targets="embedding", freeze_a=True, init="pissa").attach(KEY, table)
+  assert np.any(weight["embedding"].a)
+
+
 def test_pissa_takes_the_principal_part_out_of_the_base():
   """s · B A is the best rank-r part of W; the residual has the other singular values."""
   weight, base = _kernel(40, 30, rank=6, alpha=12.0, init="pissa")

@@ -1,8 +1,10 @@
 """`pj.train` and `pj.chain`: masks and nothing attached."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
 from peftjax.core import paths
@@ -24,6 +26,25 @@ def test_train_refuses_what_is_no_float_array():
   lora = pj.lora(2, targets="a").attach(KEY, tree)
   with pytest.raises(ValueError, match="pj.train cannot train a/kernel: it is LoRA"):
     pj.train("a/.*").attach(KEY, lora)
+
+
+def test_train_looks_into_a_box_and_leaves_it():
+  """With its names, which are where the array and its moments lie."""
+  box = nn.Partitioned(jnp.ones((12, 8)), names=("fsdp", "tensor"))
+  codes = nn.Partitioned(jnp.ones(3, jnp.uint8), names=(None,))
+  tree = {"a": {"kernel": box, "bias": jnp.ones(8)}, "codes": codes}
+  method = pj.train("a/.*")
+  attached = method.attach(KEY, tree)
+  assert attached["a"]["kernel"] is box
+  mask = method.trainable(attached)
+  train, _ = pj.partition(attached, mask)
+  assert nn.get_partition_spec(train)["a"]["kernel"] == P("fsdp", "tensor")
+  assert pj.count(attached, mask) == 12 * 8 + 8
+  assert pj.select(tree, "all-linear") == ["a/kernel"]
+  with pytest.raises(ValueError, match="'b' matches no parameter"):
+    pj.select(tree, "b")
+  with pytest.raises(ValueError, match="cannot train codes"):
+    pj.train(".*").attach(KEY, tree)
 
 
 def test_a_chain_trains_the_union_and_says_what_it_claims():

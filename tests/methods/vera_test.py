@@ -109,6 +109,17 @@ def test_the_pair_is_frozen_and_saved_with_the_adapter():
   assert not jax.tree.leaves(base["shared"]) and adapter["up"]["kernel"].base is None
 
 
+def test_no_regex_reaches_the_pair():
+  """It is no parameter of the model."""
+  method = pj.chain(pj.vera(3, "up"), pj.train(r"(?!up/kernel).*"))
+  params = method.attach(KEY, Two().init(KEY, X)["params"])
+  mask = method.trainable(params)
+  assert not any(jax.tree.leaves(mask["shared"]))
+  assert mask["down"] == {"kernel": True, "bias": True} and mask["up"]["bias"]
+  with pytest.raises(ValueError, match="matches no parameter"):
+    pj.select(params, "shared/.*")
+
+
 def test_no_gradient_has_the_shape_of_a_factor():
   """The vectors scale activations: A and B are cut, cast and multiplied with, nothing else."""
   params, _ = adapted(Two(), X, targets=["up", "down"])
@@ -121,6 +132,43 @@ def test_no_gradient_has_the_shape_of_a_factor():
   # Of the pair itself it has, which the same check sees.
   whole = lambda params: pj.apply(Two(), params, X).sum()
   assert producers(jax.grad(whole), shapes, params, allow=allow)
+
+
+class Scanned(nn.Module):
+  layers: int
+  remat: bool
+
+  @nn.compact
+  def __call__(self, x):
+    class Step(nn.Module):
+      @nn.compact
+      def __call__(self, x, _):
+        return nn.tanh(Linear(64, name="dense")(x)), None
+
+    step = nn.remat(Step, prevent_cse=False) if self.remat else Step
+    make = nn.scan(
+      step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+    )
+    return make(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["scan", "scan of remat"])
+def test_layers_of_a_scan_share_one_pair(remat):
+  """Neither the loss nor its gradients hold a copy for each layer."""
+  x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+  method = pj.vera(1024, "dense")
+
+  def temporaries(layers):
+    model = Scanned(layers, remat)
+    base = jax.eval_shape(lambda x: model.init(KEY, x)["params"], x)
+    params = method.attach(KEY, base, pj.linen.layout(model, x))
+    loss = lambda train, frozen, x: pj.apply(model, pj.combine(train, frozen), x).sum()
+    arguments = *pj.partition(params, method.trainable(params)), x
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  pair = 4 * 2 * 1024 * 64
+  assert (temporaries(8) - temporaries(2)) / 6 < pair / 4
 
 
 def test_only_what_is_vera_s_leaves_the_tree():

@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,36 @@ def test_every_document_of_a_packed_row_has_the_virtual_tokens(name, family):
   np.testing.assert_allclose(packed.reshape(alone.shape), alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_window_slides_over_a_packed_row_as_over_its_documents_alone():
+  """The second document is no farther from the prompt than the first."""
+  model, _, attached = load("mistral_tiny", METHODS["prompt"])
+  assert model.config.window == 4
+  row = np.concatenate([TOKENS[0], TOKENS[1]])[None]
+  segments = np.array([[1] * 6 + [2] * 6], np.int32)
+  positions = np.array([[*range(6), *range(6)]], np.int32)
+  packed = logits(model, attached, row, segments > 0, positions, segments)
+  alone = logits(model, attached, TOKENS)
+  np.testing.assert_allclose(packed.reshape(alone.shape), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_does_not_count_padding_between_prompt_and_text():
+  """All at once and by the cache, as the text alone."""
+  model, _, attached = load("mistral_tiny", METHODS["prompt"])
+  padded, mask = np.pad(TOKENS, [(0, 0), (2, 0)]), np.ones((2, 8), bool)
+  mask[:, :2] = False
+
+  @jit
+  def cached(params):
+    cache = Cache.empty(model.config, 2, 3 + 8)
+    first, cache = pj.apply(model, params, padded[:, :4], mask[:, :4], cache=cache)
+    rest, _ = pj.apply(model, params, padded[:, 4:], cache=cache)
+    return jnp.concatenate([first, rest], 1)
+
+  alone = logits(model, attached, TOKENS)
+  for got in (logits(model, attached, padded, mask), cached(attached)):
+    np.testing.assert_allclose(got[:, 2:], alone, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_generation_goes_on_as_the_whole_text_would(name, scan):
@@ -132,6 +164,59 @@ def test_virtual_tokens_count_against_the_positions(name):
     pj.apply(model, attached, row)
   with pytest.raises(ValueError, match="do not fit"):
     pj.generate(model, attached, row[:, :-2], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_are_the_same_where_activations_are_computed_again(name):
+  """In a scan, as configs/causal_lm.py trains."""
+  found = []
+  for remat in (False, True):
+    model, params = pj.load_pretrained(GOLDEN / "llama_tiny", scan_layers=True, remat=remat)
+    params = METHODS[name].attach(KEY, params, pj.linen.layout(model, TOKENS))
+    train, frozen = pj.partition(params, METHODS[name].trainable(params))
+    loss = lambda t, f, model=model: jnp.sin(pj.apply(model, pj.combine(t, f), TOKENS)).sum()
+    found.append(jit(jax.grad(loss))(train, frozen))
+  chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-5)
+  assert all(np.any(x) for x in jax.tree.leaves(found[1]))
+
+
+class Attention(nn.Module):
+  """A third party's, called as ours is."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(8, name="k_proj")(x)
+
+
+class Body(nn.Module):
+  @nn.compact
+  def __call__(self, ids):
+    return Attention(name="self_attn")(nn.Embed(20, 6, name="wte")(ids))
+
+
+class Foreign(nn.Module):
+  def setup(self):
+    self.body = Body()
+
+  def __call__(self, ids):
+    return self.body(ids)
+
+  def doubled(self, x):
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+  ("name", "path"), [("prefix", "body/self_attn/prefix"), ("prompt", "body/prompt")]
+)
+def test_what_no_module_reads_is_told(name, path):
+  """Of a third party's model: it would be trained with a gradient of zero."""
+  model = Foreign()
+  params = model.init(KEY, TOKENS)["params"]
+  attached = METHODS[name].attach(KEY, params)
+  with pytest.raises(ValueError, match=f"no module of this model reads {path}"):
+    jax.eval_shape(lambda p: pj.apply(model, p, TOKENS), attached)
+  # What is no call of the whole model need not read all of it.
+  assert pj.apply(model, attached, TOKENS, method="doubled").shape == TOKENS.shape
 
 
 def test_wrong_arguments_and_models_are_told():

@@ -10,18 +10,23 @@ import pytest
 
 import peftjax as pj
 from peftjax.core.einsum import einsum
+from peftjax.methods import dora_weight
 from peftjax.quant import product
 
 D, RANK = 1024, 8
 DENSE = 4 * D * D  # bytes
 
 
-def layers(count, stacked):
-  """Abstract quantised weights and factors."""
+def layers(count, stacked, dora=False):
+  """Abstract quantised weights and factors; of DoRA the weight around it, to have them put in."""
   make = lambda key: pj.nf4().quantize(jax.random.normal(key, (D, D)))
   codes, scales = jax.eval_shape(make, jax.random.key(0))
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-  layer = (pj.Quantized(codes=codes, scales=scales, fmt=pj.nf4()), shape(RANK, D), shape(D, RANK))
+  weight = pj.Quantized(codes=codes, scales=scales, fmt=pj.nf4())
+  if dora:
+    method = pj.dora(RANK, targets="kernel", from_quantised=True)
+    weight = method.attach(jax.random.key(0), {"kernel": weight})["kernel"]
+  layer = (weight, shape(RANK, D), shape(D, RANK))
   if not stacked:
     return [layer] * count
   widen = lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype)
@@ -30,6 +35,8 @@ def layers(count, stacked):
 
 def block(x, layer):
   weight, a, b = layer
+  if isinstance(weight, dora_weight.DoRA):
+    return jnp.tanh(einsum("ti,io->to", x, weight.replace(a=a, b=b)))
   return jnp.tanh(einsum("ti,io->to", x, weight) + (x @ a.T) @ b.T)
 
 
@@ -77,6 +84,9 @@ PROGRAMS = {
   "scan and remat": (gradient(lambda *args: scanned(*args, wrap=jax.checkpoint)), True, 64),
   "accumulation": (accumulated, False, 64),
   "decode": (decode, False, 1),
+  # The norm of DoRA depends on no activation.
+  "DoRA, unrolled": (gradient(unrolled), False, 64),
+  "DoRA, decode": (decode, False, 1),
 }
 
 
@@ -85,7 +95,8 @@ def grows(name, sharding=None):
   program, stacked, rows = PROGRAMS[name]
 
   def temporaries(count):
-    arguments = layers(count, stacked), jax.ShapeDtypeStruct((rows, D), jnp.float32)
+    made = layers(count, stacked, dora=name.startswith("DoRA"))
+    arguments = made, jax.ShapeDtypeStruct((rows, D), jnp.float32)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     run = jax.jit(lambda q, x: program(q, x))  # a new function: nothing is cached
     compiled = run.lower(*jax.tree.map(place, arguments)).compile()
@@ -100,10 +111,11 @@ def test_no_dense_weight_stays(name):
   assert grows(name) < DENSE / 2
 
 
-@pytest.mark.parametrize("name", ["unrolled", "decode", "accumulation"])
+@pytest.mark.parametrize("name", ["unrolled", "decode", "accumulation", "DoRA, decode"])
 def test_without_the_data_dependence_they_stay(name, monkeypatch):
   """What the test above would miss if it could not fail."""
-  monkeypatch.setattr(product, "tied", lambda codes, x: codes)
+  where = dora_weight if name.startswith("DoRA") else product
+  monkeypatch.setattr(where, "tied", lambda codes, x: codes)
   assert grows(name) > 0.9 * DENSE
 
 
