@@ -10,7 +10,15 @@ import pytest
 from experiments.tables import cells, report, trials
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
-TABLES = ("datatypes", "qlora_vs_lora", "parameters", "which_matrices", "rank_budget", "methods")
+TABLES = (
+  "datatypes",
+  "qlora_vs_lora",
+  "parameters",
+  "which_matrices",
+  "rank_budget",
+  "methods",
+  "ffn",
+)
 
 
 def counting(name, calls, fails=False):
