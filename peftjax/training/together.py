@@ -60,11 +60,12 @@ class Together:
     Args:
       configs: see `train_together`.
       chunk: by default 1 on a CPU, where one product over the activations of several runs falls out
-        of the cache, and 1 where batches are of several lengths; else all of them.
+        of the cache, and elsewhere all. Where batches are of several lengths, which each run has in
+        an order of its own, a chunk of more than one computes its steps at every length, and each
+        run takes that of its own batch.
 
     Raises:
-      ValueError: configs that cannot be trained together; a chunk of more than one where batches
-        are of several lengths, which each run has in an order of its own.
+      ValueError: configs that cannot be trained together.
     """
     self.runs: list[Run] = []
     adapters = []
@@ -96,14 +97,8 @@ class Together:
     self._keys = jnp.stack([run._key for run in self.runs])
     self._predict = first._predict
     self._lengths = tuple(getattr(first.task, "buckets", (first.task.longest,)))
-    one_length = len(self._lengths) == 1
     if chunk is None:
-      chunk = len(configs) if one_length and jax.default_backend() != "cpu" else 1
-    if chunk > 1 and not one_length:
-      raise ValueError(
-        f"chunk={chunk}: batches are of {len(self._lengths)} lengths, {self._lengths}; runs can be "
-        "computed at once where all are of one, as packed texts are. Write chunk=1."
-      )
+      chunk = 1 if jax.default_backend() == "cpu" else len(configs)
     self.chunk = chunk
     model = functools.partial(step.train_step, first.module, first.tx, first.task.kind)
     self._step = jax.jit(functools.partial(_all, model, self._lengths, chunk), donate_argnums=0)

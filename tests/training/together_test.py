@@ -54,7 +54,7 @@ def configs(files, name, **more):
 @pytest.mark.parametrize(
   ("name", "chunk", "more"),
   [
-    ("lora", 1, {"data.max_length": 32}),
+    *(("lora", chunk, {"data.max_length": 32}) for chunk in (1, 3)),
     *((name, 1, {}) for name in METHODS if name != "lora"),
     *((name, 2, {}) for name in ("lora", "adalora")),
   ],
@@ -110,11 +110,6 @@ def test_one_that_diverges_leaves_the_others_alone(files, tmp_path):
   assert isinstance(results[1], FloatingPointError)
   assert not (tmp_path / "1" / "result.json").exists()
   assert {0, 2} == {i for i in range(3) if isinstance(results[i], dict)}
-
-
-def test_batches_of_several_lengths_are_not_computed_at_once(files):
-  with pytest.raises(ValueError, match="chunk=3: batches are of 2 lengths"):
-    Together(configs(files, "lora", **{"data.max_length": 32}), 3)
 
 
 def test_what_may_differ_is_told(files):
