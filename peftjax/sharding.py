@@ -115,7 +115,10 @@ def _along_blocks(spec: P, weight: Weight, mesh: Mesh) -> P:
     return spec
   for i, j in ((-2, -1), (-1, -2)):
     if cuts[i] != weight.shape[i] and cuts[i] % _ways(names[i], mesh):
+      # In one order for all matrices. XLA of jaxlib 0.11 aborts where embeddings that are split
+      # over fsdp meet activations that are split over fsdp first and then over another axis.
       both = (*_group(names[j]), *_group(names[i]))
+      both = tuple(sorted(both, key=mesh.axis_names.index, reverse=True))
       names[i] = None
       names[j] = both if cuts[j] % _ways(both, mesh) == 0 else names[j]
   return P(*names)

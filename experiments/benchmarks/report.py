@@ -97,10 +97,13 @@ def write(path: str, rows: list[Row]) -> None:
   """Appends one JSON line a row, making the folder if need be."""
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   module = Path(sys.argv[0]).stem
+  command = shlex.join(["python", "-m", f"experiments.benchmarks.{module}", *sys.argv[1:]])
+  if flags := os.environ.get("XLA_FLAGS"):
+    command = f"XLA_FLAGS={shlex.quote(flags)} {command}"
   common = {
     "machine": machine(),
     "versions": versions(),
-    "command": shlex.join(["python", "-m", f"experiments.benchmarks.{module}", *sys.argv[1:]]),
+    "command": command,
     "commit": process.commit(),
     "seed": 0,
   }
