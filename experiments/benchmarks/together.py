@@ -11,8 +11,8 @@ LoRA and AdaLoRA of MiniLM on sentiment, four learning rates by two ranks, batch
          compiled program and keep what they compile
 
 float32. About 25 minutes on two cores that nothing else uses; --total=0 leaves the second out.
---chunk=8 computes all trials at once, by vmap, as a sweep does on a GPU; texts of --length=16 are
-all of one length.
+--chunk=8 computes all trials at once, by vmap, as a sweep does on a GPU where batches are of one
+length: texts of --length=16 are.
 """
 
 import itertools

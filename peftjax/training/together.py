@@ -60,9 +60,9 @@ class Together:
     Args:
       configs: see `train_together`.
       chunk: by default 1 on a CPU, where one product over the activations of several runs falls out
-        of the cache, and elsewhere all. Where batches are of several lengths, which each run has in
-        an order of its own, a chunk of more than one computes its steps at every length, and each
-        run takes that of its own batch.
+        of the cache, and 1 where batches are of several lengths; else all of them. Each run has its
+        batches in an order of its own, so that several lengths mean that a chunk of more than one
+        computes its steps at every length, of which each run takes that of its own batch.
 
     Raises:
       ValueError: configs that cannot be trained together.
@@ -98,7 +98,8 @@ class Together:
     self._predict = first._predict
     self._lengths = tuple(getattr(first.task, "buckets", (first.task.longest,)))
     if chunk is None:
-      chunk = 1 if jax.default_backend() == "cpu" else len(configs)
+      at_once = len(self._lengths) == 1 and jax.default_backend() != "cpu"
+      chunk = len(configs) if at_once else 1
     self.chunk = chunk
     model = functools.partial(step.train_step, first.module, first.tx, first.task.kind)
     self._step = jax.jit(functools.partial(_all, model, self._lengths, chunk), donate_argnums=0)

@@ -15,7 +15,9 @@ TABLES = (
   "qlora_vs_lora",
   "parameters",
   "which_matrices",
+  "rank",
   "rank_budget",
+  "adalora_ablation",
   "methods",
   "ffn",
 )
@@ -142,7 +144,12 @@ def test_committed_results_are_whole_and_say_where_they_are_from(name, capsys, t
   for row in rows.values():
     assert "python -m experiments.tables " in row["command"]
     assert row["commit"] and "seed" in row and row["machine"]
-  made = table.table([rows[cell.name] for cell in todo])
+  listed = [rows[cell.name] for cell in todo]
+  made = table.table(listed)
   for form in report.FORMATS:
     report.write(made, form)
     assert made.lines[0][0] in capsys.readouterr().out.replace("\\", "")
+  if hasattr(table, "pictures"):
+    table.pictures(listed, tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in RESULTS.glob(f"{name}_*.png")}

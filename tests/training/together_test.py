@@ -66,6 +66,10 @@ def test_parameters_are_those_of_single_runs(name, chunk, more, files):
   assert (len(group._lengths) > 1) == ("data.max_length" in more)
   for _ in group.steps():
     pass
+  assert group._step._cache_size() == 1
+  shared = {id(x) for x in jax.tree.leaves(group._base)}
+  for run in group.runs:  # one base in memory
+    assert shared <= {id(x) for x in jax.tree.leaves(run.frozen)}
   for i, config in enumerate(wanted):
     alone = Run(from_config(config), None)
     before = jax.device_get(tree.combine(alone.state.train, alone.frozen))
