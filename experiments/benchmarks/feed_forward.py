@@ -24,6 +24,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments import runtime
 from experiments.benchmarks import report
 from peftjax.nn.feed_forward import VARIANTS, FeedForward, feed_forward, gated_width
 from peftjax.nn.ffn import activate
@@ -50,6 +51,7 @@ Block = Callable[[Any, jax.Array], jax.Array]  # of parameters and x
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
+  runtime.set_up(None)
   if unknown := set(NAMES.value) - set(VARIANTS):
     raise app.UsageError(f"unknown variants {sorted(unknown)}; there are {', '.join(VARIANTS)}")
   rows: list[report.Row] = []

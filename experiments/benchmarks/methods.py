@@ -18,6 +18,7 @@ import optax
 from absl import app, flags
 
 import peftjax as pj
+from experiments import runtime
 from experiments.benchmarks import report
 from experiments.benchmarks.batch import example
 from peftjax.training import state, step
@@ -38,6 +39,7 @@ PEER = "lora"
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
+  runtime.set_up(None)
   methods = made(RANK.value)
   chosen = NAMES.value or [name for name in methods if name != PEER]
   if unknown := set(chosen) - set(methods):

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   rows = []
   with tempfile.TemporaryDirectory() as cache:
-    runtime.keep_programs(cache)
+    runtime.set_up(cache)
     for method in METHODS.value:
       rows.append(steps(method))
       if TOTAL.value:
