@@ -401,6 +401,45 @@ def test_a_stack_of_layers_is_as_many_matrices():
   np.testing.assert_array_equal(kept(weight).sum(-1), list(left.values()))
 
 
+def test_the_budget_holds_over_scanned_layers_in_four_bits():
+  """A whole run; the codes of the base are what they were."""
+  key, x = jax.random.key(1), jax.random.normal(jax.random.key(2), (8, 64))
+  layout = {"layers/kernel": Axes()}
+  dense = {"layers": {"kernel": jax.random.normal(key, (3, 64, 64)) / 8}}
+  m = pj.adalora(4, 2, 8.0, "kernel", warmup=2, final=6, interval=1)
+  params = m.attach(KEY, pj.quantize(dense, pj.nf4(32), layout=layout), layout)
+  train, frozen = pj.partition(params, m.trainable(params))
+  tx = m.optimizer(optax.adam(0.02), STEPS)
+  state = tx.init(train)
+
+  def loss(train, frozen):
+    weight = pj.combine(train, frozen)["layers"]["kernel"]
+    layer = lambda x, w: (jnp.tanh(pj.einsum("ti,io->to", x, w)), None)
+    return jnp.square(jax.lax.scan(layer, x, weight)[0] - 0.5).mean()
+
+  @jit
+  def step(train, state):
+    value, grads = jax.value_and_grad(loss)(train, frozen)
+    updates, state = tx.update(grads, state, train)
+    return optax.apply_updates(train, updates), state, value
+
+  values = []
+  for _ in range(STEPS):
+    train, state, value = step(train, state)
+    values.append(float(value))
+  after = pj.combine(train, frozen)
+  left = pj.ranks(after)
+  assert len(left) == 3 and sum(left.values()) == 6 == int(state.budget)
+  assert values[-1] < 0.9 * values[0]
+  before = params["layers"]["kernel"].base
+  chex.assert_trees_all_equal(after["layers"]["kernel"].base, before)
+  plain = pj.to_lora(after)["layers"]["kernel"]
+  assert isinstance(plain.base, pj.Quantized)
+  np.testing.assert_allclose(
+    plain.materialize(), after["layers"]["kernel"].materialize(), atol=1e-5
+  )
+
+
 def test_another_optimizer_raises():
   """Whatever method it is of; AdaLoRA's own works in a chain with others."""
   train, _ = attached()
