@@ -151,7 +151,7 @@ def get_config(arg: str = "") -> ConfigDict:
       train=dict(
         batch_size=4,
         epochs=1.0,
-        steps=60,
+        steps=placeholder(int) if given["data"] == "files" else 60,  # goes before epochs
         eval_batch_size=4,
         log_every=5,
         save_every=20,

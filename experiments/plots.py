@@ -74,7 +74,8 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
       own = [point for point in found if point.method == method]
       if own:
         _, sizes, means, stds = zip(*own, strict=True)
-        axis.errorbar(sizes, means, stds, fmt="o", capsize=3, color=f"C{number}", label=method)
+        look = dict(fmt="os^v"[number // 10 % 4], color=f"C{number % 10}")  # ten colours there are
+        axis.errorbar(sizes, means, stds, capsize=3, label=method, **look)
     edge = front(found, name in _DOWN)
     axis.plot(
       [*(p.parameters for p in edge), max(p.parameters for p in found)],

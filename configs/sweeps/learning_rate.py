@@ -3,8 +3,8 @@
   python -m experiments.sweep --config=configs/sweeps/learning_rate.py --workdir=runs/learning_rate
 
 Rates a factor of about three apart, on sentiment: 4,000 examples, 250 steps of at most 1,024
-tokens, one seed that no table uses. configs/classify.py has the best of each. Forty minutes on two
-CPU cores.
+tokens, one seed that no table uses. configs/classify.py has the best of each. Some 80 minutes on
+two CPU cores.
 """
 
 from typing import Any

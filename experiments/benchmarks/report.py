@@ -20,6 +20,7 @@ from rich.table import Table
 
 from peftjax.training import process
 
+COLUMNS = ("case", "ours", "peer", "unit", "ratio", "note")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -83,7 +84,7 @@ def versions() -> dict[str, str]:
 
 def show(title: str, rows: list[Row]) -> None:
   table = Table(title=title)
-  for column in ("case", "ours", "peer", "unit", "ratio", "note"):
+  for column in COLUMNS:
     table.add_column(column, justify="right" if column in ("ours", "peer", "ratio") else "left")
   for row in rows:
     numbers = (_cost(row.ours), _cost(row.peer), row.unit, _ratio(row.ratio))
@@ -114,15 +115,15 @@ def write(path: str, rows: list[Row]) -> None:
 
 
 def markdown(path: str) -> str:
-  """The rows of a results file as a Markdown table."""
+  """The rows of a results file as Markdown tables, one a machine and command."""
   rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-  lines = ["| case | ours | peer | unit | ratio |", "|---|---|---|---|---|"]
+  lines, head = [], ""
   for row in rows:
-    numbers = (
-      f"{_cost(row['ours'])} | {_cost(row['peer'])} | {row['unit']} | {_ratio(row['ratio'])}"
-    )
-    lines.append(f"| {row['case']} | {numbers} |")
-  return "\n".join(lines)
+    if head != (head := f"{row['machine']}, `{row['command']}`:"):
+      lines += ["", head, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    costs = (_cost(row["ours"]), _cost(row["peer"]), row["unit"], _ratio(row["ratio"]))
+    lines.append(f"| {' | '.join((row['case'], *costs, row['note']))} |")
+  return "\n".join(lines).strip()
 
 
 def _cost(value: float | None) -> str:
