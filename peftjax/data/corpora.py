@@ -51,8 +51,9 @@ def load(
     raise ValueError(f"No corpus {name!r}. Allowed: {', '.join(NAMES)}.")
   if (name == "files") != ("train" in files) or (name != "files" and files):
     raise ValueError(
-      f"The corpus {name!r} came with the files {files or 'none'}. Allowed: 'files' with train_file"
-      " and, if you have them, validation_file and test_file; every other name without them."
+      f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' with train_file and,"
+      " if you have them, validation_file and test_file; every other name without them. Write e.g."
+      " --config.data.train_file=train.csv."
     )
   if name == "files":
     corpus = local.read(files, text_column, pair_column, label_column, regression)
