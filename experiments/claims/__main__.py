@@ -4,7 +4,7 @@
   python -m experiments.claims --only='lora|adapters.*latency'
 
 The verdict of each is computed from its numbers and compared with the one that it had before. Exit
-code 1 if one changed or could not be measured. Some 13 minutes on two CPU cores. --results=FILE
+code 1 if one changed or could not be measured. Five minutes on two quiet CPU cores. --results=FILE
 writes a line a claim in place of that claim's old one, and leaves the lines of those that were not
 measured: experiments/results/claims.jsonl holds those of the last time.
 """
