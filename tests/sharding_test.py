@@ -160,3 +160,12 @@ def test_parameters_can_be_born_sharded():
 def test_rows_of_a_batch_are_split_over_both_data_axes():
   x = jax.device_put(jnp.ones((8, 3)), batch_sharding(make_mesh(MESH)))
   assert x.addressable_shards[0].data.shape == (2, 3)
+
+
+def test_what_blocks_keep_whole_splits_the_other_axis_in_one_order():
+  """Three blocks along the inputs divide by neither axis: whatever the rule, fsdp comes last."""
+  tree = {name: {"kernel": jnp.ones((96, 64))} for name in ("q_proj", "o_proj")}
+  tree = pj.quantize({"layer": tree}, pj.nf4(32, double_quant=False), ".*")
+  found = paths.leaves(specs(tree, make_mesh(MESH)))
+  for name in ("q_proj", "o_proj"):
+    assert found[f"layer/{name}/kernel"].codes == P(None, ("tensor", "fsdp"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -117,13 +118,13 @@ def write(path: str, rows: list[Row]) -> None:
 def markdown(path: str) -> str:
   """The rows of a results file as Markdown tables, one a machine and command."""
   rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-  lines, head = [], ""
-  for row in rows:
-    if head != (head := f"{row['machine']}, `{row['command']}`:"):
-      lines += ["", head, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    costs = (_cost(row["ours"]), _cost(row["peer"]), row["unit"], _ratio(row["ratio"]))
-    lines.append(f"| {' | '.join((row['case'], *costs, row['note']))} |")
-  return "\n".join(lines).strip()
+  lines: list[str] = []
+  for made, own in itertools.groupby(rows, lambda row: f"{row['machine']}, `{row['command']}`:"):
+    lines += ["", made, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in own:
+      costs = (_cost(row["ours"]), _cost(row["peer"]), row["unit"], _ratio(row["ratio"]))
+      lines.append(f"| {' | '.join((row['case'], *costs, row['note']))} |")
+  return "\n".join(lines[1:])
 
 
 def _cost(value: float | None) -> str:
