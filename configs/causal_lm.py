@@ -14,6 +14,8 @@ Two CPU cores: nf4 and lora on bbc take six minutes; the perplexity of held-out 
 to 33 (`make qlora` measures it).
 """
 
+import copy
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -121,7 +123,8 @@ def get_config(arg: str = "") -> ConfigDict:
       task="causal_lm",
       model=dict(name=given["model"], directory="", scan_layers=True, remat=True, dtype="float32"),
       quant=dict(name=given["quant"], block_size=64, double_quant=True, targets=("all-linear",)),
-      method=METHODS[given["method"]],
+      # A copy: a placeholder is a reference, which would keep for all what one caller sets.
+      method=copy.deepcopy(METHODS[given["method"]]),
       data=dict(
         name=given["data"],
         max_length=256,

@@ -11,6 +11,8 @@ Two CPU cores: lora on bbc takes two minutes and reaches a test accuracy of 0.96
 measures it).
 """
 
+import copy
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -128,7 +130,8 @@ def get_config(arg: str = "") -> ConfigDict:
       task="classify",
       model=dict(name="minilm", directory="", scan_layers=False, dtype="float32"),
       quant=dict(name="none", block_size=64, double_quant=True, targets=("all-linear",)),
-      method=METHODS[given["method"]],
+      # A copy: a placeholder is a reference, which would keep for all what one caller sets.
+      method=copy.deepcopy(METHODS[given["method"]]),
       data=dict(
         name=given["data"],
         max_length=64,

@@ -60,6 +60,20 @@ def test_config_resolves_to_settings(name, argument):
   from_config(again).build_method()
 
 
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_setting_a_field_leaves_the_next_config_alone(name, argument):
+  """Two calls share nothing, the references of their placeholders included."""
+  before, config = get_config(name, argument).to_json(), get_config(name, argument)
+  for section in config.values():
+    if isinstance(section, type(config)):
+      for field in section:
+        section[field] = {str: "changed", int: 7, float: 0.7, bool: True}.get(
+          section.get_type(field), section[field]
+        )
+  assert config.to_json() != before
+  assert get_config(name, argument).to_json() == before
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_method_of_a_config_is_tried(name):
   """The list of arguments above is complete."""
