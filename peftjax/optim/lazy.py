@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, DropVar, JaxprEqn, Literal, jaxpr_as_fun
+import jax
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+
+def opened(program: ClosedJaxpr) -> ClosedJaxpr:
+  """The same program, with the equations of jitted functions in place of their calls.
+
+  What goes through a call depends on all that does, although its equations may keep leaves apart.
+  Since jax 0.11 a trace also has the calls of functions that ask to be inlined, such as optax's.
+  """
+  inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in program.in_avals]
+  return jax.make_jaxpr(lambda *given: _run(program, given))(*inputs)
 
 
 class Lazy:
@@ -55,14 +67,32 @@ class Lazy:
     return self._values[var]
 
   def _evaluate(self, eqn: JaxprEqn) -> None:
-    given = [var for var in eqn.invars if not isinstance(var, Literal)]
-    made = [var for var in eqn.outvars if not isinstance(var, DropVar)]
-    alone = self._jaxpr.replace(
-      constvars=[],
-      invars=given,
-      outvars=made,
-      eqns=[eqn],
-      debug_info=self._jaxpr.debug_info.with_unknown_names(),
-    )
-    results = jaxpr_as_fun(ClosedJaxpr(alone, []))(*map(self._value, given))
-    self._values |= dict(zip(made, results, strict=True))
+    self._values |= _results(self._jaxpr, eqn, self._value)
+
+
+def _run(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
+  jaxpr = program.jaxpr
+  values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *inputs), strict=True))
+  read = lambda var: var.val if isinstance(var, Literal) else values[var]
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "jit":
+      made = _run(eqn.params["jaxpr"], [read(var) for var in eqn.invars])
+      values |= dict(zip(eqn.outvars, made, strict=True))
+    else:
+      values |= _results(jaxpr, eqn, read)
+  return [read(var) for var in jaxpr.outvars]
+
+
+def _results(jaxpr: Jaxpr, eqn: JaxprEqn, read: Callable[[Any], Any]) -> dict[Any, Any]:
+  """What an equation of `jaxpr` makes, by variable."""
+  given = [var for var in eqn.invars if not isinstance(var, Literal)]
+  made = [var for var in eqn.outvars if not isinstance(var, DropVar)]
+  alone = jaxpr.replace(
+    constvars=[],
+    invars=given,
+    outvars=made,
+    eqns=[eqn],
+    debug_info=jaxpr.debug_info.with_unknown_names(),
+  )
+  results = jaxpr_as_fun(ClosedJaxpr(alone, []))(*map(read, given))
+  return dict(zip(made, results, strict=True))

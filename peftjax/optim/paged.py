@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from peftjax.core import paths
-from peftjax.optim.lazy import Lazy
+from peftjax.optim.lazy import Lazy, opened
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -83,7 +83,7 @@ def _update(fn: Any, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
   )
   grads, pages = jax.tree.leaves(updates), jax.tree.leaves(state)
   n = len(grads)
-  values = Lazy(program, [*grads, *pages, *jax.tree.leaves(params)])
+  values = Lazy(opened(program), [*grads, *pages, *jax.tree.leaves(params)])
   away = {i for i, page in enumerate(pages, n) if page.ndim}
   results: dict[int, Any] = {}
   # Nothing is fetched before all gradients are there: the backward pass needs the memory itself.

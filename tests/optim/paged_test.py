@@ -24,6 +24,10 @@ OPTIMIZERS = {
     {"a": optax.adam(1e-2), "b": optax.sgd(1e-1, momentum=0.9)},
     {"first": {"kernel": "a", "bias": "b"}, "hole": "b", "second": {"kernel": "b", "scale": "a"}},
   ),
+  # One call, in another, that all leaves go through; since jax 0.11 so are some of optax.
+  "calls": lambda: optax.GradientTransformation(
+    optax.adam(1e-2).init, jax.jit(jax.jit(optax.adam(1e-2).update))
+  ),
 }
 
 
