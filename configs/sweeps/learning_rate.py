@@ -23,10 +23,10 @@ LINES: dict[str, tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...]] = {
     ("vera", {}, HIGH),
     ("prefix", {}, HIGH),
     ("prompt", {}, HIGH),
-    ("adapters", {"placement": "scaled_parallel", "size": 64}, (3e-5, 1e-4, *ADAPTERS)),
     # Ablations of AdaLoRA that its own rate does not suit.
     ("adalora", {"rank": 3, "target_rank": 2.0, "gamma": 0.0}, (2e-4, *LORA)),
     ("adalora", {"rank": 2, "target_rank": 2.0, "form": "lora"}, (6e-5, 2e-4, *LORA)),
+    ("adapters", {"placement": "scaled_parallel", "size": 64}, (3e-5, 1e-4, *ADAPTERS)),
     ("adapters", {"placement": "parallel", "size": 64}, ADAPTERS),
     ("adapters", {"placement": "pfeiffer", "size": 64}, ADAPTERS),
     ("adapters", {"placement": "houlsby", "size": 32}, ADAPTERS),
@@ -42,12 +42,11 @@ LINES: dict[str, tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...]] = {
   "causal_lm": (
     ("adalora", {}, (1e-3, 3e-3, 1e-2, 3e-2)),
     ("vera", {}, HIGH),
-    ("prompt", {}, HIGH),
-    ("prefix", {}, HIGH),
-    ("ia3", {}, HIGH),
-    ("adapters", {}, ADAPTERS),
-    ("lora", {}, ADAPTERS),
-    ("dora", {}, ADAPTERS),
+    ("ia3", {}, HIGH[1:]),
+    ("adapters", {}, ADAPTERS[1:]),
+    ("prefix", {}, HIGH[:3]),
+    ("prompt", {}, HIGH[1:]),
+    ("lora", {}, ADAPTERS[1:]),
   ),
 }
 ARGUMENTS = {"classify": "data=sentiment", "causal_lm": "data=bbc,quant=nf4"}
