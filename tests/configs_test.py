@@ -1,5 +1,6 @@
 """Every config file resolves for each of its arguments, and a step of it makes sense."""
 
+import collections
 import functools
 import importlib
 import json
@@ -19,6 +20,7 @@ from peftjax.training.classification import CLASSES
 from peftjax.training.settings import from_config
 from tests import tiny
 
+RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 OTHERS = {"__init__", "from_scratch"}  # not of experiments.train
 FILES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
@@ -82,6 +84,27 @@ def test_every_method_of_a_config_is_tried(name):
     found[1] for argument in ARGUMENTS[name] if (found := re.match(r"method=(\w+)", argument))
   }
   assert tried == set(methods)
+
+
+@pytest.mark.parametrize(
+  ("name", "results", "score"),
+  [("classify", "learning_rate", "accuracy"), ("causal_lm", "learning_rate_lm", "perplexity")],
+)
+def test_learning_rates_are_the_best_of_the_committed_sweep(name, results, score):
+  """On validation; of two that tie within half a percent, the lower."""
+  lines = collections.defaultdict(dict)
+  for row in map(json.loads, (RESULTS / f"{results}.jsonl").read_text().splitlines()):
+    given = row["overrides"]
+    changes = {key: x for key, x in given.items() if key.startswith("method.")}
+    reached = row["metrics"]["validation"][score] * (-1 if score == "perplexity" else 1)
+    line = lines[given["base"].split("=")[1].partition(",")[0], json.dumps(changes)]
+    line[given["optimizer.learning_rate"]] = reached
+  expected = importlib.import_module(f"configs.{name}").LEARNING_RATES
+  for (method, changes), line in lines.items():
+    if not any(apart in changes for apart in ("scaled_parallel", "gamma", "form")):
+      best = max(line.values())
+      assert expected[method] == min(r for r, x in line.items() if x >= best - 0.005 * abs(best))
+  assert {method for method, _ in lines} | {"full", "dora"} >= set(expected)
 
 
 @pytest.mark.parametrize("name", FILES)

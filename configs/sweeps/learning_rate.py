@@ -21,11 +21,11 @@ HIGH = (3e-3, 1e-2, 3e-2, 1e-1)
 LINES: dict[str, tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...]] = {
   "classify": (
     ("vera", {}, HIGH),
-    ("prefix", {}, HIGH),
-    ("prompt", {}, HIGH),
+    ("prefix", {}, (*HIGH, 3e-1)),
+    ("prompt", {}, (*HIGH, 3e-1)),
     # Ablations of AdaLoRA that its own rate does not suit.
-    ("adalora", {"rank": 3, "target_rank": 2.0, "gamma": 0.0}, (2e-4, *LORA)),
-    ("adalora", {"rank": 2, "target_rank": 2.0, "form": "lora"}, (6e-5, 2e-4, *LORA)),
+    ("adalora", {"rank": 3, "target_rank": 2.0, "gamma": 0.0}, (2e-4, 6e-4, 2e-3)),
+    ("adalora", {"rank": 2, "target_rank": 2.0, "form": "lora"}, (6e-5, 2e-4, 6e-4)),
     ("adapters", {"placement": "scaled_parallel", "size": 64}, (3e-5, 1e-4, *ADAPTERS)),
     ("adapters", {"placement": "parallel", "size": 64}, ADAPTERS),
     ("adapters", {"placement": "pfeiffer", "size": 64}, ADAPTERS),
@@ -40,13 +40,13 @@ LINES: dict[str, tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...]] = {
     ("bitfit", {}, (6e-4, 2e-3, 6e-3, 2e-2)),
   ),
   "causal_lm": (
-    ("adalora", {}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    ("adalora", {}, (1e-3, *HIGH)),
     ("vera", {}, HIGH),
-    ("ia3", {}, HIGH[1:]),
-    ("adapters", {}, ADAPTERS[1:]),
-    ("prefix", {}, HIGH[:3]),
-    ("prompt", {}, HIGH[1:]),
+    ("ia3", {}, (1e-2, 3e-2)),
     ("lora", {}, ADAPTERS[1:]),
+    ("adapters", {}, ADAPTERS[1:]),
+    ("prefix", {}, HIGH[1:]),
+    ("prompt", {}, HIGH[1:]),
   ),
 }
 ARGUMENTS = {"classify": "data=sentiment", "causal_lm": "data=bbc,quant=nf4"}
