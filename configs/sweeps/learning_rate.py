@@ -24,9 +24,9 @@ LINES: dict[str, tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...]] = {
     ("prefix", {}, (*HIGH, 3e-1)),
     ("prompt", {}, (*HIGH, 3e-1)),
     # Ablations of AdaLoRA that its own rate does not suit.
-    ("adalora", {"rank": 3, "target_rank": 2.0, "gamma": 0.0}, (2e-4, 6e-4, 2e-3)),
+    ("adalora", {"rank": 3, "target_rank": 2.0, "gamma": 0.0}, (2e-4, *LORA)),
     ("adalora", {"rank": 2, "target_rank": 2.0, "form": "lora"}, (6e-5, 2e-4, 6e-4)),
-    ("adapters", {"placement": "scaled_parallel", "size": 64}, (3e-5, 1e-4, *ADAPTERS)),
+    ("adapters", {"placement": "scaled_parallel", "size": 64}, ADAPTERS),
     ("adapters", {"placement": "parallel", "size": 64}, ADAPTERS),
     ("adapters", {"placement": "pfeiffer", "size": 64}, ADAPTERS),
     ("adapters", {"placement": "houlsby", "size": 32}, ADAPTERS),
