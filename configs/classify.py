@@ -98,16 +98,16 @@ METHODS = {
 }
 
 # The best of configs/sweeps/learning_rate.py on validation, the lower of two that tie within half a
-# percent. VeRA, prefix and prompt have not been swept.
+# percent.
 LEARNING_RATES = {
   "lora": 2e-3,
   "dora": 2e-3,
   "adalora": 2e-2,
   "ia3": 3e-2,
   "adapters": 3e-3,
-  "vera": 1e-2,
-  "prefix": 1e-2,
-  "prompt": 1e-2,
+  "vera": 3e-2,
+  "prefix": 1e-1,
+  "prompt": 1e-1,
   "head": 3e-2,
   "full": 2e-4,
   "bitfit": 6e-3,
