@@ -91,7 +91,8 @@ def test_every_method_of_a_config_is_tried(name):
   [("classify", "learning_rate", "accuracy"), ("causal_lm", "learning_rate_lm", "perplexity")],
 )
 def test_learning_rates_are_the_best_of_the_committed_sweep(name, results, score):
-  """On validation; of two that tie within half a percent, the lower."""
+  """On validation; of two that tie within half a percent (of perplexity one), the lower."""
+  tie = 0.01 if score == "perplexity" else 0.005
   lines = collections.defaultdict(dict)
   for row in map(json.loads, (RESULTS / f"{results}.jsonl").read_text().splitlines()):
     given = row["overrides"]
@@ -103,8 +104,9 @@ def test_learning_rates_are_the_best_of_the_committed_sweep(name, results, score
   for (method, changes), line in lines.items():
     if not any(apart in changes for apart in ("scaled_parallel", "gamma", "form")):
       best = max(line.values())
-      assert expected[method] == min(r for r, x in line.items() if x >= best - 0.005 * abs(best))
-  assert {method for method, _ in lines} | {"full", "dora"} >= set(expected)
+      assert expected[method] == min(r for r, x in line.items() if x >= best - tie * abs(best))
+  unswept = {"full", "dora", "prefix", "prompt"} if name == "causal_lm" else set()
+  assert {method for method, _ in lines} == set(expected) - unswept
 
 
 @pytest.mark.parametrize("name", FILES)

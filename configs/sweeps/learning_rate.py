@@ -44,9 +44,7 @@ LINES: dict[str, tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...]] = {
     ("vera", {}, HIGH),
     ("ia3", {}, (1e-2, 3e-2)),
     ("lora", {}, ADAPTERS[1:]),
-    ("adapters", {}, ADAPTERS[1:]),
-    ("prefix", {}, HIGH[1:]),
-    ("prompt", {}, HIGH[1:]),
+    ("adapters", {}, ADAPTERS),
   ),
 }
 ARGUMENTS = {"classify": "data=sentiment", "causal_lm": "data=bbc,quant=nf4"}
