@@ -67,8 +67,8 @@ def table(rows: list[dict[str, Any]]) -> Report:
 
 NOTES = (
   "All at AdaLoRA's learning rate of 2e-2, which was swept with the penalty, but for LoRA's forms, "
-  "at LoRA's of 2e-3, and where a rate is named: the best of a sweep of that variant, on validation. "
-  "43.00 is the share of the largest class. Orthogonal A and B make LoRA's ΔW as large as α/r, here "
-  "8. Zeroed P and Q have no gradient; they come back by Adam's momentum.",
+  "at LoRA's of 2e-3, and where a rate is named: the best of a sweep of that variant, held out. "
+  "43.00 is the share of the largest class. Orthogonal A and B make LoRA's ΔW as large as α/r, "
+  "here 8. Zeroed P and Q have no gradient; they come back by Adam's momentum.",
   "t. 4, 5: Zhang et al. 2023, DeBERTaV3-base on SST-2 at .16 % of the parameters, 5 seeds.",
 )
