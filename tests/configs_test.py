@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.sweeps import learning_rate
+from experiments.sweeping import trials
 from peftjax import data, linen, optim, sharding
 from peftjax.core import tree
 from peftjax.models import bert
@@ -107,6 +109,22 @@ def test_learning_rates_are_the_best_of_the_committed_sweep(name, results, score
       assert expected[method] == min(r for r, x in line.items() if x >= best - tie * abs(best))
   unswept = {"full", "dora", "prefix", "prompt"} if name == "causal_lm" else set()
   assert {method for method, _ in lines} == set(expected) - unswept
+
+
+@pytest.mark.parametrize(
+  ("task", "results"), [("classify", "learning_rate"), ("causal_lm", "learning_rate_lm")]
+)
+def test_the_sweep_of_learning_rates_has_the_committed_trials(task, results, monkeypatch):
+  """Each once, and every one fits its base."""
+  monkeypatch.chdir(FOLDER.parent)
+  made = trials.expand(learning_rate.get_config(f"task={task}"))
+  rows = map(json.loads, (RESULTS / f"{results}.jsonl").read_text().splitlines())
+  asked = lambda overrides: json.dumps(overrides, sort_keys=True)
+  assert sorted(asked(trial.overrides) for trial in made) == sorted(
+    asked(row["overrides"]) for row in rows
+  )
+  with pytest.raises(ValueError, match="task=classify or task=causal_lm, not 'task=clasify'"):
+    learning_rate.get_config("task=clasify")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -87,6 +87,7 @@ def test_layer_norm_under_vmap_and_scan():
   x, scale, bias = draw(2, B, D), draw(2, D), draw(2, D)
   norm = lambda *a: layer_norm(*a, 1e-5)
   want = jnp.stack([norm(*a) for a in zip(x, scale, bias, strict=True)])
+  # Where scale and bias cancel, rounding of the entries before them is all that is left.
   chex.assert_trees_all_close(jax.vmap(norm)(x, scale, bias), want, rtol=1e-6, atol=1e-6)
   got = jax.lax.scan(lambda c, a: (c, norm(*a)), 0, (x, scale, bias))[1]
   chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-6)
