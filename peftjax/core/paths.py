@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax.core import meta
 
+from peftjax.core import patterns
 from peftjax.core.adapted import bare
 from peftjax.core.attachment import is_attachment
 from peftjax.core.shared import is_shared
@@ -57,7 +58,7 @@ def matches(pattern: str, path: str) -> bool:
   if re.fullmatch(r"\w+", pattern):
     parts = path.split("/")
     return parts[-1] == pattern or (parts[-1] in _WEIGHT_NAMES and parts[-2:-1] == [pattern])
-  return re.fullmatch(pattern, path) is not None
+  return patterns.fullmatch(pattern, path)
 
 
 def is_body_linear(path: str, leaf: Any) -> bool:

@@ -13,7 +13,6 @@ import difflib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from peftjax.io import records
+from peftjax.io.records import clip
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
@@ -144,7 +146,7 @@ class TensorDir:
     for name in header:
       if name in self._file:
         raise ValueError(
-          f"{path}: tensor {_clip(name)} is also in {self._file[name].name}: which is meant?\n"
+          f"{path}: tensor {clip(name)} is also in {self._file[name].name}: which is meant?\n"
           "Save the model again into an empty directory."
         )
     self._info.update(header)
@@ -156,14 +158,14 @@ class TensorDir:
     for shard in sorted(set(weight_map.values())):
       if not (self.directory / shard).is_file():
         raise ValueError(
-          f"{index} lists the shard {_clip(shard)}, which is not there: download it.\n"
+          f"{index} lists the shard {clip(shard)}, which is not there: download it.\n"
           f"{_listing(self.directory)}"
         )
       self._add(self.directory / shard)
     for name, shard in weight_map.items():
       if name not in self._file or self._file[name].name != shard:
         raise ValueError(
-          f"{index} says that {shard} holds the tensor {_clip(name)}, and it does not.\n"
+          f"{index} says that {shard} holds the tensor {clip(name)}, and it does not.\n"
           "Index and shards are not of one save: download or save all of them again."
         )
 
@@ -173,7 +175,7 @@ def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict
   path = _directory(directory) / name
   if not path.is_file():
     raise ValueError(f"no {name} in {path.parent}: it must be there.\n{_listing(path.parent)}")
-  return _parse_object(path.read_bytes(), path)
+  return records.read_object(path)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -181,7 +183,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
   Raises ValueError naming the file and the tensor for whatever the format does not allow.
   """
-  with open(path, "rb") as file:
+  with open(records.regular(path), "rb") as file:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -190,7 +192,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         f"the file has {size} bytes and asks for a header of {length if size >= 8 else '?'} "
         f"(allowed: at most {MAX_HEADER_BYTES}, and it must fit the file)",
       )
-    header = _parse_object(file.read(length), f"the header of {path}")
+    header = records.parse_object(file.read(length), f"the header of {path}")
   header.pop("__metadata__", None)
   found, spans = {}, []
   for name, entry in header.items():
@@ -245,28 +247,28 @@ def _writable(name: str, value: np.ndarray) -> np.ndarray:
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
   """One header entry as `(info, (begin, end))`."""
-  who = f"tensor {_clip(name)}"
+  who = f"tensor {clip(name)}"
   if not isinstance(entry, dict) or not set(entry) >= {"dtype", "shape", "data_offsets"}:
-    raise _damaged(path, f"{who} must have dtype, shape and data_offsets, and is {_clip(entry)}")
+    raise _damaged(path, f"{who} must have dtype, shape and data_offsets, and is {clip(entry)}")
   dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
   if not isinstance(dtype, str) or dtype not in DTYPES:
     raise ValueError(
-      f"{path}: {who} has the dtype {_clip(dtype)}, which is not read; allowed: "
+      f"{path}: {who} has the dtype {clip(dtype)}, which is not read; allowed: "
       f"{', '.join(DTYPES)}.\nConvert the file to one of them, such as BF16, first."
     )
   if not _is_naturals(shape) or not _is_naturals(span) or len(span) != 2:
     raise _damaged(
       path,
       f"{who} needs whole numbers >= 0 in shape (at most 64) and in data_offsets [begin, end]; "
-      f"it has shape {_clip(shape)} and data_offsets {_clip(span)}",
+      f"it has shape {clip(shape)} and data_offsets {clip(span)}",
     )
   need = math.prod(shape) * DTYPES[dtype].itemsize
   begin, end = span
   if end - begin != need:
     raise _damaged(
       path,
-      f"{who} of shape {_clip(shape)} and dtype {dtype} needs {_clip(need)} bytes, "
-      f"and its data_offsets {_clip(span)} hold {_clip(end - begin)}",
+      f"{who} of shape {clip(shape)} and dtype {dtype} needs {clip(need)} bytes, "
+      f"and its data_offsets {clip(span)} hold {clip(end - begin)}",
     )
   return TensorInfo(tuple(shape), DTYPES[dtype]), (begin, end)
 
@@ -277,9 +279,9 @@ def _check_cover(path: Path, spans: list[tuple[int, int, str]], data_bytes: int)
   for begin, end, name in spans:
     if begin != cursor:
       fault = "overlaps the one before it" if begin < cursor else "leaves a hole before it"
-      raise _damaged(path, f"tensor {_clip(name)} begins at byte {begin}, not {cursor}: it {fault}")
+      raise _damaged(path, f"tensor {clip(name)} begins at byte {begin}, not {cursor}: it {fault}")
     if end > data_bytes:
-      raise _damaged(path, f"tensor {_clip(name)} ends at byte {end} of {data_bytes} bytes of data")
+      raise _damaged(path, f"tensor {clip(name)} ends at byte {end} of {data_bytes} bytes of data")
     cursor = end
   if cursor != data_bytes:
     raise _damaged(path, f"{data_bytes - cursor} bytes at the end of the file belong to no tensor")
@@ -303,46 +305,17 @@ def _damaged(path: Path, what: str) -> ValueError:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
   """Tensor name to shard file name, with file names that stay in the index's directory."""
-  weight_map = _parse_object(index.read_bytes(), index).get("weight_map")
+  weight_map = records.read_object(index).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(f'{index} must hold {{"weight_map": {{tensor name: shard file name}}}}.')
   for name, shard in weight_map.items():
     plain = isinstance(shard, str) and not set(shard) & set("/\\:\0") and shard.strip(". ")
     if not plain:
       raise ValueError(
-        f"{index} places the tensor {_clip(name)} in {_clip(shard)}: only the plain name of a file "
+        f"{index} places the tensor {clip(name)} in {clip(shard)}: only the plain name of a file "
         "beside the index is allowed, such as 'model-00001-of-00002.safetensors'."
       )
   return weight_map
-
-
-def _parse_object(data: bytes, where: str | Path) -> dict[str, Any]:
-  """The JSON object in `data`, in which no object may hold one key twice."""
-  try:
-    value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f"{where} does not hold readable JSON: {error}.\nDownload it again."
-    ) from error
-  if not isinstance(value, dict):
-    raise ValueError(
-      f"{where} must hold a JSON object {{...}}, and holds a {type(value).__name__}."
-    )
-  return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  value = dict(pairs)
-  if len(value) != len(pairs):
-    [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-    raise ValueError(f"the key {_clip(key)} comes twice")
-  return value
-
-
-def _clip(value: Any, most: int = 200) -> str:
-  """`repr(value)`, cut: what a hostile file holds must not fill the screen."""
-  text = repr(value)
-  return text if len(text) <= most else text[:most] + "..."
 
 
 def _directory(directory: str | os.PathLike) -> Path:
