@@ -86,7 +86,7 @@ class Adapter:
         a, b = (tensors.get(f"base_model.model.{module}.lora_{x}.weight") for x in "AB")
         if (a is None) != (b is None):
           return f"{module} has half an adapter"
-        if path.startswith("head/"):
+        if path.startswith("head/") or not path.endswith("kernel"):
           continue
         want = np.asarray(base[path], np.float32)
         if a is not None:

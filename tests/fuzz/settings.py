@@ -35,7 +35,8 @@ class Flags:
   name, share = "flags", 6
 
   def prepare(self, folder: Path) -> None:
-    (folder / "given.json").write_text("{}")
+    flat = _flat(classify.get_config("method=lora").to_dict())
+    (folder / "given.json").write_text(json.dumps(flat))
 
   def damage(self, rng: random.Random, folder: Path) -> None:
     lm = rng.random() < 0.5
