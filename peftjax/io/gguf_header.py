@@ -25,7 +25,7 @@ import numpy as np
 from peftjax.io import records
 from peftjax.io.records import clip
 
-MAX_HEADER_BYTES = 2**26  # the largest vocabularies, of 262,144 tokens, take some 2^24
+MAX_HEADER_BYTES = 2**25  # the largest vocabularies, of 262,144 tokens, take some 2^24
 MAX_ENTRIES = 2**16  # of the metadata, and of the tensors
 
 _NUMBERS = {
@@ -131,18 +131,18 @@ class _Cursor:
   def texts(self, count: int, what: str) -> list[str]:
     """Each is its length in bytes, as uint64, and UTF-8."""
     self.need(8 * count, what)
-    data, length, found = self.data, struct.Struct("<Q"), []
-    for _ in range(count):
-      self.need(8, what)
-      start = self.at + 8
-      [size] = length.unpack_from(data, self.at)
-      self.at = start
-      self.need(size, what)
-      self.at = start + size
-      try:
-        found.append(str(data[start : self.at], "utf-8"))
-      except UnicodeDecodeError:
-        raise ValueError(f"{what} has bytes that are no UTF-8 text") from None
+    data, at, end = self.data, self.at, self.end
+    unpack, found = struct.Struct("<Q").unpack_from, []
+    try:
+      for _ in range(count):  # of a million, so nothing is called that need not be
+        start = at + 8
+        at = start + unpack(data, at)[0] if start <= end else start
+        if at > end:
+          self.need(at - self.at, what)
+        found.append(str(data[start:at], "utf-8"))
+    except UnicodeDecodeError:
+      raise ValueError(f"{what} has bytes that are no UTF-8 text") from None
+    self.at = at
     return found
 
   def value(self, what: str) -> Any:

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tokenizers import (
@@ -30,8 +30,9 @@ from peftjax.io import gguf_config, gguf_header, records
 from peftjax.io.gguf_splits import SPLITS, Split
 from peftjax.io.records import clip
 
-MAX_TOKENS = 2**20  # the largest vocabularies have 2^18
-_UNKNOWN, _CONTROL, _USER_DEFINED, _LAST = 2, 3, 4, 6  # of ggml's types; 1 is a normal token
+MAX_TOKENS = 2**19  # the largest vocabularies have 2^18
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(2, 7)  # types; 1 is a normal token
+_MARK = "\ufdd0\ufdd1"  # no characters, and not used in bytes' spelling
 
 # Names that llama.cpp takes for control tokens, whatever the file says of their type.
 _CONTROL_NAMES = frozenset(
@@ -56,13 +57,17 @@ class _Said:
   add_space_prefix: bool = True  # SentencePiece's default; byte-level vocabularies do not use it
 
 
-class _Vocabulary(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
   tokens: list[str]
   types: list[int]
 
+  def __iter__(self) -> Iterator[tuple[str, int]]:
+    return zip(self.tokens, self.types, strict=True)
+
   def added(self) -> Iterator[AddedToken]:
     """What is matched whole, before anything is split: special, unless it is user-defined."""
-    for token, kind in zip(self.tokens, self.types, strict=True):
+    for token, kind in self:
       special = kind in (_UNKNOWN, _CONTROL) or token in _CONTROL_NAMES
       if special or kind == _USER_DEFINED:
         yield AddedToken(token, normalized=False, special=special)
@@ -150,10 +155,11 @@ def _vocabulary(path: Path, fields: Mapping[str, Any]) -> _Vocabulary:
   types = [1] * len(tokens)
   if "token_type" in fields:
     types = _list(path, fields, "token_type", int, len(tokens))
-  for token, kind in zip(tokens, types, strict=True):
-    if not 0 <= kind <= _LAST:
-      raise ValueError(f"{path}: token {clip(token)} has the type {kind}; there are 1 to {_LAST}.")
-  return _Vocabulary(tokens, types)
+  vocabulary = _Vocabulary(tokens, types)
+  for token, kind in vocabulary:
+    if not 0 <= kind <= _BYTE:
+      raise ValueError(f"{path}: token {clip(token)} has the type {kind}; there are 1 to {_BYTE}.")
+  return vocabulary
 
 
 def _list(
@@ -198,15 +204,27 @@ def _byte_level(
   cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
   spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, spelling])
-  # A token that is matched whole is no spelling, even if it consists of its characters ("über").
+  # A token that is matched whole spells no bytes, even if it has only such characters ("über"):
+  # a mark, which is none of them, keeps it as it is.
   alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-  respelled = [
-    decoders.Replace(Regex(rf"\A{re.escape(text)}\z"), spelling.pre_tokenize_str(text)[0][0])
-    for text in (token.content for token in vocabulary.added())
-    if alphabet.issuperset(text) and not text.isascii()
-  ]
-  made.decoder = decoders.Sequence([*respelled, decoders.ByteLevel()])
+  whole = [token.content for token in vocabulary.added()]
+  whole = [text for text in whole if alphabet.issuperset(text) and not text.isascii()]
+  marked = [decoders.Replace(Regex(rf"\A(?={_any(whole)}\z)"), _MARK)] if whole else []
+  unmarked = [decoders.Replace(_MARK, "")] if whole else []
+  hidden = _hidden(vocabulary)
+  made.decoder = decoders.Sequence([*hidden, *marked, decoders.ByteLevel(), *unmarked])
   return made
+
+
+def _any(texts: Sequence[str]) -> str:
+  """A pattern of any of these texts."""
+  return f"(?:{'|'.join(map(re.escape, texts))})"
+
+
+def _hidden(vocabulary: _Vocabulary) -> list[Any]:
+  """What makes nothing of unused tokens, such as the padding of a vocabulary, in decoding."""
+  unused = [token for token, kind in vocabulary if kind == _UNUSED]
+  return [decoders.Replace(Regex(rf"\A{_any(unused)}\z"), "")] if unused else []
 
 
 def _pairs(path: Path, merges: Sequence[str], ids: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -235,7 +253,7 @@ def _sentencepiece(
   scores = _list(path, fields, "scores", float, len(tokens))
   if not np.isfinite(scores).all():
     raise ValueError(f"{path}: tokenizer.ggml.scores has entries that are no finite numbers.")
-  if sum(len(token) ** 2 for token in tokens) > 2**28:
+  if sum(len(token) ** 2 for token in tokens) > 2**26:
     raise ValueError(f"{path} has tokens of up to {max(map(len, tokens))} characters: too long.")
   ids = {token: i for i, token in enumerate(tokens)}
   made = Tokenizer(
@@ -249,8 +267,9 @@ def _sentencepiece(
   )
   space = normalizers.Replace(" ", "▁")
   made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
-  parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-  made.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
+  spelled = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  first = [decoders.Strip(" ", 1, 0)] if prefix else []
+  made.decoder = decoders.Sequence([*_hidden(vocabulary), *spelled, *first])
   return made
 
 

@@ -140,6 +140,7 @@ def test_names_of_control_tokens_are_known_whatever_their_type(tmp_path):
   made = tokenizer(byte_level(tmp_path / "m.gguf", tokens, types=[NORMAL, NORMAL, UNUSED]))
   assert ids(made, "<|im_end|>") == [256] and made.decode([256]) == ""
   assert len(ids(made, "<|other|>")) == 9 and len(ids(made, "[PAD7]")) == 6
+  assert made.decode([258, 257, 258]) == "<|other|>"
   made = tokenizer(byte_level(tmp_path / "m.gguf", tokens, token_type=None))
   assert ids(made, "<|im_end|>") == [256]
 
