@@ -71,13 +71,7 @@ def render(
     "limits": {"seconds": SECONDS, "memory": MEMORY, "characters": CHARACTERS},
     "path": [part for part in sys.path if isinstance(part, str)],
     "template": template,
-    "values": {
-      **(special or {}),
-      "messages": [dict(message) for message in messages],
-      "tools": None,
-      "documents": None,
-      "add_generation_prompt": True,
-    },
+    "values": values(messages, special or {}),
   }
   try:
     done = subprocess.run(
@@ -99,6 +93,12 @@ def render(
       " instead."
     )
   return answer["text"]
+
+
+def values(messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> dict[str, Any]:
+  """The names that a template finds, as transformers' `apply_chat_template` has them."""
+  found = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+  return {**special, **found, "add_generation_prompt": True}
 
 
 def _files(folder: Path) -> dict[str, str] | str | None:

@@ -52,8 +52,13 @@ class TextTokenizer:
     """
     encode = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
     for start, stop in _chunks(texts):
-      with refusing(f"{self.source}: the tokenizer cannot encode a text"):
-        found = encode(list(texts[start:stop]), add_special_tokens=special)
+      some = list(texts[start:stop])
+      try:
+        with refusing(f"{self.source}: the tokenizer cannot encode a text"):
+          found = encode(some, add_special_tokens=special)
+      except ValueError:
+        _check_unicode(some)
+        raise
       yield from found
 
   def encode(self, text: Text, add_special_tokens: bool = True) -> Encoding:
@@ -96,6 +101,18 @@ def refusing(what: str) -> Iterator[None]:
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
       raise
     raise ValueError(f"{what}: {records.clip(str(error), quote=False)}") from None
+
+
+def _check_unicode(texts: Sequence[Text]) -> None:
+  """ValueError if there is half a surrogate pair, as Python has it for bytes that are no UTF-8."""
+  for text in texts:
+    try:
+      str(text if isinstance(text, str) else "".join(text)).encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"the text {records.clip(text)} is no Unicode at character {error.start}: half a surrogate"
+        " pair. Write it in UTF-8."
+      ) from None
 
 
 def _chunks(texts: Sequence[Text]) -> Iterator[tuple[int, int]]:
