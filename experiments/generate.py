@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         as_chat=CHAT.value,
       )
       for prompt, text in zip(PROMPT.value, texts, strict=True):
-        print(f"{f'[{name}] ' if name else ''}{prompt}{' =>' if CHAT.value else ''}{text}\n")
+        print(f"{f'[{name}] ' if name else ''}{prompt}{' => ' if CHAT.value else ''}{text}\n")
 
 
 if __name__ == "__main__":

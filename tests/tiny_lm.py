@@ -32,7 +32,7 @@ def corpus(path: pathlib.Path) -> pathlib.Path:
   rows = [
     {
       "prompt": " ".join(map(str, [*d, d[-1]])),
-      "answer": " ".join(str((d[-1] + k) % 10) for k in range(1, 6)),
+      "answer": "".join(f" {(d[-1] + k) % 10}" for k in range(1, 6)),
     }
     for d in draws
   ]

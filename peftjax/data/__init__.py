@@ -4,7 +4,9 @@ from peftjax.data.corpora import load
 from peftjax.data.examples import Corpus, Examples
 from peftjax.data.pipeline import Batch, Stream, batches
 from peftjax.data.plan import Plan, batch_plan, buckets
-from peftjax.data.tokenise import Tokens, documents, encode, load_tokenizer
+from peftjax.data.text_tokenizer import TextTokenizer
+from peftjax.data.tokenise import Tokens, documents, encode
+from peftjax.data.tokenizer_files import load_tokenizer
 
 __all__ = [
   "Batch",
@@ -12,6 +14,7 @@ __all__ = [
   "Examples",
   "Plan",
   "Stream",
+  "TextTokenizer",
   "Tokens",
   "batch_plan",
   "batches",

@@ -103,7 +103,7 @@ def load(settings: Settings) -> LanguageModelling:
   wanted = settings.data
   path = settings.model.path()
   tokenizer = data.load_tokenizer(str(path))
-  end = pretrained.end_ids(path)[0]
+  ends = pretrained.end_ids(path)
   arguments = wanted.corpus_arguments()
   corpus = data.load(seed=settings.seed, **arguments)
   parts = dict(corpus.splits)
@@ -112,7 +112,7 @@ def load(settings: Settings) -> LanguageModelling:
   rows = {}
   for part, examples in parts.items():
     completions = wanted.loss == "completions" and part != "other"
-    documents, prompts = data.documents(tokenizer, examples, end, completions=completions)
+    documents, prompts = data.documents(tokenizer, examples, ends, completions=completions)
     packed = pack(documents, wanted.max_length, prompts, settings.seed)
     rows[part] = packed if part == "train" else packed.take(wanted.eval_rows)
   return LanguageModelling(corpus.name, rows)

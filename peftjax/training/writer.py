@@ -71,13 +71,24 @@ class Writer:
     seed: int = 0,
     as_chat: bool = False,
   ) -> list[str]:
-    """What follows each prompt; with `as_chat`, the answer to it as a user's message."""
+    """What follows each prompt; with `as_chat`, the answer to it as a user's message.
+
+    A prompt and what is written after it are together the text of all ids.
+
+    Raises:
+      ValueError: if a prompt has no ids, or the model has no chat template for it.
+    """
     if as_chat:
       text = chat.template(self.path)
-      prompts = [chat.render(text, [{"role": "user", "content": p}]) for p in prompts]
-    ids = [e.ids for e in self._tokenizer.encode_batch_fast(prompts, add_special_tokens=False)]
+      said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+      prompts = [chat.render(text, messages, self._tokenizer.special) for messages in said]
+    ids = self._tokenizer.prompts(prompts, special=not as_chat)
+    if not all(ids):
+      raise ValueError(
+        f"the prompt {prompts[ids.index([])]!r} has no tokens of {self.path}: write some text"
+      )
     # A length of its own would be a program of its own.
-    length = -(-max(1, *map(len, ids)) // 16) * 16
+    length = -(-max(map(len, ids)) // 16) * 16
     tokens = np.full((len(ids), length), self._end[0], np.int32)
     mask = np.zeros((len(ids), length), bool)
     for row, one in enumerate(ids):
@@ -94,5 +105,5 @@ class Writer:
       pad_id=self._end[0],
       key=jax.random.key(seed),
     )
-    rows = zip(np.asarray(new), np.asarray(counts), strict=True)
-    return self._tokenizer.decode_batch([row[:count].tolist() for row, count in rows])
+    written = [row[:count].tolist() for row, count in zip(np.asarray(new), counts, strict=True)]
+    return [self._tokenizer.continuation(one, two) for one, two in zip(ids, written, strict=True)]

@@ -88,15 +88,15 @@ def tokenizer():
   words = "title of a text body goes here more".split()
   made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words, 1)}, unk_token="a"))
   made.pre_tokenizer = pre_tokenizers.Whitespace()
-  return made
+  return data.TextTokenizer(made, "words")
 
 
 def test_documents_end_and_begin_with_their_prompt(tokenizer):
   """The first line of a text, or the first text of a pair, if completions are asked for."""
   texts = data.Examples(["title of\nbody goes here", "a text"], None, np.zeros(2))
-  ids, prompts = data.documents(tokenizer, texts, 99, completions=True)
+  ids, prompts = data.documents(tokenizer, texts, (99, 98), completions=True)
   assert [x.tolist() for x in ids] == [[1, 2, 5, 6, 7, 99], [3, 4, 99]] and prompts == [2, 2]
-  assert data.documents(tokenizer, texts, 99, completions=False)[1] == [0, 0]
-  pairs = data.Examples(["title"], ["more text"], np.zeros(1))
-  ids, prompts = data.documents(tokenizer, pairs, 99, completions=True)
+  assert data.documents(tokenizer, texts, (99, 98), completions=False)[1] == [0, 0]
+  pairs = data.Examples(["title"], [" more text"], np.zeros(1))
+  ids, prompts = data.documents(tokenizer, pairs, (99, 98), completions=True)
   assert ids[0].tolist() == [1, 8, 4, 99] and prompts == [1]

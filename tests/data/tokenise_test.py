@@ -20,7 +20,7 @@ def rows(tokens):
 def test_the_file_pads_and_truncates_at_128_and_ours_does_not(minilm_dir):
   theirs = Tokenizer.from_file(str(minilm_dir / "tokenizer.json"))
   ours = data.load_tokenizer(str(minilm_dir))
-  assert ours.truncation is None and ours.padding is None
+  assert ours.backend.truncation is None and ours.backend.padding is None
   texts = ["short", "long " * 300]
   assert [len(theirs.encode(text).ids) for text in texts] == [128, 128]
   assert data.encode(ours, examples(texts), 512).lengths.tolist() == [3, 302]
@@ -42,14 +42,14 @@ def test_ids_are_the_librarys_own(minilm, sentiment):
 def test_truncation_keeps_the_special_tokens_and_leaves_no_trace(minilm):
   tokens = data.encode(minilm, examples(["one two three four five"]), 4)
   assert rows(tokens)[0][0] == CLS and rows(tokens)[0][-1] == SEP and tokens.lengths[0] == 4
-  assert minilm.truncation is None and minilm.padding is None
+  assert minilm.backend.truncation is None and minilm.backend.padding is None
 
 
 def test_of_a_pair_the_longer_loses_first(minilm):
   pair = examples(["one two three four five six"], ["seven eight"])
   tokens = data.encode(minilm, pair, 8)
   one, two, three, seven, eight = (
-    minilm.token_to_id(word) for word in ("one", "two", "three", "seven", "eight")
+    minilm.backend.token_to_id(word) for word in ("one", "two", "three", "seven", "eight")
   )
   assert rows(tokens)[0] == [CLS, one, two, three, SEP, seven, eight, SEP]
   assert tokens.types.tolist() == [0] * 5 + [1] * 3
@@ -70,7 +70,7 @@ def test_no_texts_give_no_tokens(minilm):
 def test_more_texts_than_a_chunk(minilm, monkeypatch):
   texts = [f"number {i}" for i in range(20)]
   whole = data.encode(minilm, examples(texts), 8)
-  monkeypatch.setattr("peftjax.data.tokenise._CHUNK", 7)
+  monkeypatch.setattr("peftjax.data.text_tokenizer.CHUNK", 7)
   assert rows(data.encode(minilm, examples(texts), 8)) == rows(whole)
 
 
@@ -94,7 +94,7 @@ def test_roberta_files(tmp_path):
   (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
   (tmp_path / "merges.txt").write_text("#version: 0.2\nh i\nĠ hi\n")
   tokenizer = data.load_tokenizer(str(tmp_path))
-  assert rows(data.encode(tokenizer, examples(["hi hi <mask>"]), 8)) == [[0, 8, 9, 4, 2]]
+  assert rows(data.encode(tokenizer, examples(["hi hi <mask>"]), 8)) == [[0, 8, 9, 7, 4, 2]]
   pair = data.encode(tokenizer, examples(["hi"], ["hi"]), 8)
   assert rows(pair) == [[0, 8, 2, 2, 8, 2]] and not pair.types.any()
 
@@ -104,8 +104,11 @@ def test_a_directory_without_tokenizer_lists_the_files(tmp_path):
     data.load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
-def test_a_broken_tokenizer_is_named(tmp_path, name):
+@pytest.mark.parametrize(
+  "name, message",
+  [("tokenizer.json", "does not hold readable JSON"), ("vocab.txt", "Missing .UNK. token")],
+)
+def test_a_broken_tokenizer_is_named(tmp_path, name, message):
   (tmp_path / name).write_text("{")
-  with pytest.raises(ValueError, match="tokenizer cannot be read"):
+  with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
     data.load_tokenizer(str(tmp_path))

@@ -1,0 +1,128 @@
+"""Text to token ids and back: the one place, for training, perplexity, prediction, generation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+from tokenizers import Encoding, Tokenizer
+
+from peftjax.io import records
+
+# Texts at a time: the library's own encodings take over 100 bytes a token.
+CHUNK, CHARACTERS = 4096, 2**22
+
+Text = str | tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextTokenizer:
+  """The ids that transformers' `AutoTokenizer` gives for the same directory.
+
+  A whole text is tokenised at once and gets the special tokens that the model was made for (<s> of
+  a Llama, [CLS] and [SEP] of a BERT). Special tokens written in the text count as such.
+
+  Attributes:
+    backend: neither pads nor truncates.
+    source: the file or directory, for messages.
+    special: special tokens by the name that chat templates have for them, such as bos_token.
+    typed: whether the model tells the second text of a pair from the first.
+    truncation_side: where a text that is too long is cut.
+  """
+
+  backend: Tokenizer
+  source: str
+  special: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  typed: bool = False
+  truncation_side: str = "right"
+
+  def encodings(
+    self, texts: Sequence[Text], *, special: bool = True, offsets: bool = False
+  ) -> Iterator[Encoding]:
+    """One encoding a text, or pair of texts, in memory a few thousand at a time.
+
+    Args:
+      special: add the special tokens; False for a text that has them, as a rendered chat.
+      offsets: find out which characters a token stands for, which takes longer.
+
+    Raises:
+      ValueError: if the library cannot encode one of them.
+    """
+    encode = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
+    for start, stop in _chunks(texts):
+      some = list(texts[start:stop])
+      try:
+        with refusing(f"{self.source}: the tokenizer cannot encode a text"):
+          found = encode(some, add_special_tokens=special)
+      except ValueError:
+        _check_unicode(some)
+        raise
+      yield from found
+
+  def encode(self, text: Text, add_special_tokens: bool = True) -> Encoding:
+    """The encoding of one text."""
+    return next(self.encodings([text], special=add_special_tokens, offsets=True))
+
+  def prompts(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """The ids of each text as something to go on from, without what the tokenizer puts behind."""
+    behind = self._behind() if special else 0
+    return [e.ids[: len(e.ids) - behind] for e in self.encodings(texts, special=special)]
+
+  def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of `new` ids after those of a prompt, special tokens left out.
+
+    decode(prompt + new) = decode(prompt) + continuation, with the space that SentencePiece leaves
+    out at a beginning, and with U+FFFD where the last character's bytes are not all there. If a
+    decoder changes what is before (WordPiece's moves spaces), it is what differs.
+    """
+    whole, before = self.decode([*prompt, *new]), self.decode(prompt)
+    return whole[len(os.path.commonprefix([whole, before])) :]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of some ids, special tokens left out."""
+    with refusing(f"{self.source}: the tokenizer cannot decode"):
+      return self.backend.decode(list(ids), skip_special_tokens=True)
+
+  def _behind(self) -> int:
+    """How many special tokens come after a text."""
+    mask = self.encode("a").special_tokens_mask
+    return mask[::-1].index(0) if 0 in mask else 0
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+  """Any failure of the Rust library, which may be a panic, as one ValueError."""
+  try:
+    yield
+  except BaseException as error:
+    # A panic is no Exception, and its class is in no module; the library's own are bare ones.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(f"{what}: {records.clip(str(error), quote=False)}") from None
+
+
+def _check_unicode(texts: Sequence[Text]) -> None:
+  """ValueError if there is half a surrogate pair, as Python has it for bytes that are no UTF-8."""
+  for text in texts:
+    try:
+      str(text if isinstance(text, str) else "".join(text)).encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"the text {records.clip(text)} is no Unicode at character {error.start}: half a surrogate"
+        " pair. Write it in UTF-8."
+      ) from None
+
+
+def _chunks(texts: Sequence[Text]) -> Iterator[tuple[int, int]]:
+  """Where to cut a list, so that no part has many texts or characters."""
+  start = size = 0
+  for i, text in enumerate(texts):
+    length = len(text) if isinstance(text, str) else sum(map(len, text))
+    if i > start and (i - start == CHUNK or size + length > CHARACTERS):
+      yield start, i
+      start, size = i, 0
+    size += length
+  if start < len(texts):
+    yield start, len(texts)

@@ -1,0 +1,232 @@
+"""The tokenizer of a model's directory or GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from peftjax.data import sentencepiece_file, tokenizer_config, tokenizer_kinds
+from peftjax.data.text_tokenizer import TextTokenizer, refusing
+from peftjax.data.tokenizer_config import ROLES, Token, TokenizerConfig
+from peftjax.data.tokenizer_kinds import KINDS, Kind, Vocabulary
+from peftjax.io import gguf, records
+
+# Characters that few vocabularies have: a tokenizer that cannot do without is found out at once.
+_PROBE = "a 0.\n\u0378\U0010fffd"
+
+
+def load_tokenizer(directory: str | Path) -> TextTokenizer:
+  """The tokenizer of a Hugging Face model directory or GGUF file; it neither pads nor truncates.
+
+  Reads what transformers' `AutoTokenizer` reads: `tokenizer.json`, or the vocabulary of the model's
+  class (`vocab.txt`, `vocab.json` with `merges.txt`, SentencePiece's `tokenizer.model`), and
+  `config.json`, `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`.
+
+  Raises:
+    ValueError: if a file is missing, damaged or says something that is not supported.
+  """
+  folder = Path(directory)
+  if folder.suffix == ".gguf":
+    return TextTokenizer(gguf.tokenizer(folder), str(folder), _gguf_roles(folder))
+  path = folder / "tokenizer.json"
+  data = records.read_bytes(path) if path.exists() else b""
+  parsed = records.parse_object(data, path) if data else None
+  config = tokenizer_config.read(folder, parsed)
+  name, kind = _kind(folder, config, data)
+  with refusing(f"{folder}: the tokenizer cannot be read"):
+    made, roles = _build(folder, name, kind, config, data, parsed)
+  typed = kind is not None and kind.typed
+  if config.switches.model_input_names is not None:
+    typed = "token_type_ids" in config.switches.model_input_names
+  side = config.switches.truncation_side
+  side = side or _setting(parsed, "truncation").get("direction", "right").lower()
+  # Files carry settings of their own, such as MiniLM's fixed 128: every text would be that long.
+  made.no_padding()
+  made.no_truncation()
+  with refusing(f"{folder}: the tokenizer cannot encode every text"):
+    made.encode(_PROBE)
+  special = {role: str(token) for role, token in roles.items() if token is not None}
+  return TextTokenizer(made, str(folder), special, typed, side)
+
+
+def _kind(folder: Path, config: TokenizerConfig, data: bytes) -> tuple[str, Kind | None]:
+  """The class by name; None is the one that takes its files as they are."""
+  where = folder / "config.json"
+  said = records.read_object(where) if where.exists() else {}
+  declared = config.switches.tokenizer_class or said.get("tokenizer_class")
+  model_type = said.get("model_type")
+  if not declared and not model_type and not data:
+    declared = _by_files(folder)
+  for field, value in (("tokenizer_class", declared), ("model_type", model_type)):
+    if not isinstance(value, str | None):
+      raise ValueError(f"{where}: {field} is {records.clip(value)}; it must be a text.")
+  name = tokenizer_kinds.name_of(model_type, declared, data)
+  kind = KINDS.get(name)
+  if data:
+    return name, kind
+  if name and kind is None:
+    raise ValueError(
+      f"{folder} has a {records.clip(name)}, of which a tokenizer.json is read; without it, read"
+      f" are {', '.join(KINDS)}. Make one with transformers:"
+      " AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+    )
+  files = kind.files if kind else ("tokenizer.model",)
+  if not all((folder / file).exists() for file in files):
+    raise ValueError(
+      f"{folder}: no tokenizer. Allowed: tokenizer.json or, of this model,"
+      f" {' with '.join(files)}. Copy these files from where the model came from."
+    )
+  return name, kind
+
+
+def _by_files(folder: Path) -> str:
+  """The class of a directory that says nothing but by its files."""
+  for name, kind in KINDS.items():
+    if all((folder / file).exists() for file in kind.files):
+      return name
+  raise ValueError(
+    f"{folder}: no tokenizer. Allowed: tokenizer.json, vocab.txt (BERT), vocab.json with merges.txt"
+    " (RoBERTa, GPT-2, Qwen2) or tokenizer.model (Llama). Copy these files from where the model"
+    " came from."
+  )
+
+
+def _build(
+  folder: Path,
+  name: str,
+  kind: Kind | None,
+  config: TokenizerConfig,
+  data: bytes,
+  parsed: Mapping[str, Any] | None,
+) -> tuple[Tokenizer, dict[str, Token | None]]:
+  """The tokenizer with its added tokens and what goes around a text, and the named tokens."""
+  roles: dict[str, Token | None] = {**(kind.roles if kind else {}), **config.roles}
+  if pad := _setting(parsed, "padding").get("pad_token"):
+    roles.setdefault("pad_token", pad)
+  extra = config.extra
+  framed = None
+  if kind is None and parsed is not None:
+    made = Tokenizer.from_str(data.decode("utf-8-sig"))
+    framed = made.post_processor
+  else:
+    if kind is None:
+      spm = sentencepiece_file.read(folder / "tokenizer.model")
+      made = sentencepiece_file.tokenizer(spm, {i: t.content for i, t in config.added.items()})
+      roles = {**spm.roles, **roles}
+    else:
+      vocabulary, spm = _vocabulary(kind, folder, parsed)
+      texts = {role: str(token) for role, token in roles.items() if token is not None}
+      made = kind.build(vocabulary, config.switches, texts)
+      framed = _frame_of(parsed)
+    if spm is not None and extra is None:
+      extra = tuple(spm.added)
+  ordered = {role: roles.get(role) for role in ROLES} | roles
+  added = _add(made, config.added, ordered, extra or ())
+  if parsed is None:
+    _check_ids(folder, made, config.added)
+  ids = {r: (str(t), made.token_to_id(str(t))) for r, t in ordered.items() if t is not None}
+  if kind is not None and kind.frame is not None:
+    framed = kind.frame(ids)
+  elif framed is None or config.ends:
+    framed = _begin_and_end(config, ids)
+  if name == "Qwen2Tokenizer":
+    made.add_tokens([AddedToken(text, special=True) for text in added])
+  made.post_processor = _untrimmed(framed)
+  made.encode_special_tokens = bool(config.switches.split_special_tokens)
+  return made, ordered
+
+
+def _vocabulary(
+  kind: Kind, folder: Path, parsed: Mapping[str, Any] | None
+) -> tuple[Vocabulary, Any]:
+  if parsed is None:
+    return tokenizer_kinds.from_files(kind, folder)
+  return tokenizer_kinds.from_json(parsed), None
+
+
+def _frame_of(parsed: Mapping[str, Any] | None) -> Any:
+  """The post-processor of a tokenizer.json, read without its vocabulary."""
+  if parsed is None or not parsed.get("post_processor"):
+    return None
+  return _processor(json.dumps(parsed["post_processor"]))
+
+
+def _setting(parsed: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+  found = (parsed or {}).get(name)
+  return found if isinstance(found, dict) else {}
+
+
+def _processor(state: str) -> Any:
+  """A post-processor from its JSON, whatever its class."""
+  made = processors.ByteLevel()
+  made.__setstate__(state.encode())
+  return made
+
+
+def _untrimmed(frame: Any) -> Any:
+  """The same, with offsets that have every character of a token, spaces too; ids do not change."""
+  state = frame.__getstate__().decode()
+  return _processor(state.replace('"trim_offsets":true', '"trim_offsets":false'))
+
+
+def _add(
+  made: Tokenizer,
+  declared: Mapping[int, AddedToken],
+  roles: Mapping[str, Token | None],
+  extra: Iterable[Token],
+) -> list[str]:
+  """Adds the tokens that `made` lacks, in transformers' order; returns the special ones' texts."""
+  have = made.get_added_tokens_decoder().values()
+  seen = {repr(token) for token in have}
+  new: list[Token] = [t for _, t in sorted(declared.items()) if repr(t) not in seen]
+  known = {token.content for token in have} | {str(token) for token in new}
+  named = [token for token in roles.values() if token is not None]
+  special = dict.fromkeys(str(token) for token in (*named, *extra))
+  for token in (*named, *extra):
+    if str(token) not in known:
+      new.append(token)
+      known.add(str(token))
+  texts = {str(token) for token in named}
+  for i, token in enumerate(new):
+    if isinstance(token, str):
+      new[i] = AddedToken(token, special=True)
+    elif not token.special and str(token) in texts:
+      token.special = True
+  made.add_tokens(new)
+  return list(special)
+
+
+def _check_ids(folder: Path, made: Tokenizer, declared: Mapping[int, AddedToken]) -> None:
+  """ValueError if a token did not get the id that the files give it."""
+  for index, token in declared.items():
+    if (got := made.token_to_id(token.content)) != index:
+      raise ValueError(
+        f"{folder}: the files give the added token {records.clip(token.content)} the id {index},"
+        f" but after the vocabulary it comes at {got}. Put the model's tokenizer.json there."
+      )
+
+
+def _begin_and_end(config: TokenizerConfig, ids: Mapping[str, tuple[str, int]]) -> Any:
+  """What `add_bos_token` and `add_eos_token` say."""
+  bos = ids.get("bos_token") if config.switches.add_bos_token else None
+  eos = ids.get("eos_token") if config.switches.add_eos_token else None
+  single = [*([f"{bos[0]}:0"] if bos else []), "$A:0", *([f"{eos[0]}:0"] if eos else [])]
+  second = [*([f"{bos[0]}:1"] if bos else []), "$B:1", *([f"{eos[0]}:1"] if eos else [])]
+  return processors.TemplateProcessing(
+    single=single, pair=single + second, special_tokens=[token for token in (bos, eos) if token]
+  )
+
+
+def _gguf_roles(path: Path) -> dict[str, str]:
+  """The special tokens that a GGUF file names by their ids."""
+  tokens = gguf.metadata(path, "tokenizer.ggml.tokens", ())
+  found = {}
+  for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    id = gguf.metadata(path, f"tokenizer.ggml.{key}_token_id")
+    if id is not None and 0 <= id < len(tokens):
+      found[f"{role}_token"] = tokens[id]
+  return found
