@@ -9,6 +9,7 @@ from peftjax.core.tree import (
   count,
   merge,
   partition,
+  untie,
   value_and_grad,
 )
 from peftjax.core.weight import Weight
@@ -87,6 +88,7 @@ __all__ = [
   "to_lora",
   "train",
   "unmerge",
+  "untie",
   "value_and_grad",
   "vera",
 ]

@@ -64,7 +64,13 @@ def describe(
   chosen = tree.restore_ranks(tree.partition(params, flags)[0], params)
   counts = {p: _count(leaf) for p, leaf in paths.leaves(chosen).items()}
   computed = _trace(model, params, example) if model is not None else {}
-  return Description(
+  flat = paths.leaves(params)
+  heads = [
+    Leaf(path, f"tied to {head.of}", tuple(table.shape[::-1]), str(table.dtype), 0, 0, "")
+    for path, head in paths.tied(params).items()
+    if (table := flat.get(head.of)) is not None
+  ]
+  rows = [
     Leaf(
       path,
       _type_name(leaf),
@@ -74,8 +80,9 @@ def describe(
       counts.get(path, 0),
       computed.get(path, "unused" if model is not None and is_weight(leaf) else ""),
     )
-    for path, leaf in paths.leaves(params).items()
-  )
+    for path, leaf in flat.items()
+  ]
+  return Description((*rows, *heads))
 
 
 def _count(leaf: Any) -> int:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tree
 from peftjax.core.attachment import Attachment
-from peftjax.core.einsum import attend, einsum, linear, split_subscripts, take
+from peftjax.core.einsum import einsum, linear, split_subscripts, take
 from peftjax.core.layout import Axes, Layout, Site
 from peftjax.core.weight import Weight, materialize, reader
 from peftjax.nn import virtual
-from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.linear import Embedding, Head, Linear
 
 
 def apply(
@@ -206,7 +206,12 @@ def _embed(module: nn.Embed, weight: Weight, ids: jax.Array) -> jax.Array:
 
 
 def _attend(module: nn.Embed, weight: Weight, x: jax.Array) -> jax.Array:
-  return attend(weight, _cast(module, x, weight))
+  """Of the table as it is looked up, adapter and all.
+
+  Such a module has one array for both, and no place for the second one that merging a table which
+  is adapted for the lookup alone (`Head`) would need.
+  """
+  return einsum("...d,vd->...v", _cast(module, x, weight), weight)
 
 
 def _tuple(value: Any) -> tuple[int, ...]:
@@ -245,5 +250,6 @@ _AXES: dict[Any, tuple[str, Callable[..., Axes]]] = {
   nn.Einsum: ("kernel", _einsum_axes),
   nn.Embed: ("embedding", _matrix_axes),
   Linear: ("kernel", _matrix_axes),
+  Head: ("kernel", _matrix_axes),
   Embedding: ("embedding", _matrix_axes),
 }

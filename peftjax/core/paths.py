@@ -16,6 +16,7 @@ from peftjax.core import patterns
 from peftjax.core.adapted import bare
 from peftjax.core.attachment import is_attachment
 from peftjax.core.shared import is_shared
+from peftjax.core.tied import Tied, is_tied
 
 # What holds the weight inside a module: Flax's own names.
 _WEIGHT_NAMES = ("kernel", "embedding")
@@ -48,6 +49,12 @@ def map_leaves(fn: Callable[[str, Any], Any], params: Any) -> Any:
   )
 
 
+def tied(params: Any) -> dict[str, Tied]:
+  """Every head that is tied to a table, by path: they are no leaves."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_tied)
+  return {name(path): node for path, node in flat if is_tied(node)}
+
+
 def matches(pattern: str, path: str) -> bool:
   """Whether a target names a leaf.
 
@@ -64,19 +71,22 @@ def matches(pattern: str, path: str) -> bool:
 def is_body_linear(path: str, leaf: Any) -> bool:
   """Whether "all-linear" means this leaf: a kernel of the body, not of a head."""
   parts = path.split("/")
-  return parts[-1] == "kernel" and len(bare(leaf).shape) >= 2 and parts[0] not in _HEADS
+  return parts[-1] == "kernel" and parts[0] not in _HEADS and len(bare(leaf).shape) >= 2
 
 
-def select(params: Any, targets: str | Sequence[str]) -> list[str]:
+def select(params: Any, targets: str | Sequence[str], *, arrays: bool = False) -> list[str]:
   """Paths that `targets` name, in tree order; never arrays of an `Attachment` or a `Shared` node.
 
   Args:
     params: any parameter tree.
     targets: `"all-linear"` (every linear kernel of the body: no embedding, no task or
       language-model head), one pattern, or several (see `matches`).
+    arrays: what is selected are arrays as such, to be trained or quantised. A tied head then goes
+      with its table, if the same pattern names both.
 
   Raises:
-    ValueError: if any one pattern matches nothing; near misses are listed.
+    ValueError: if any one pattern matches nothing; near misses are listed. If it names a tied head,
+      which has no array.
   """
   flat = _of_modules(params)
   patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -92,14 +102,23 @@ def select(params: Any, targets: str | Sequence[str]) -> list[str]:
       found = [p for p in flat if matches(pattern, p)]
     if not found:
       raise ValueError(_nothing_matched(pattern, flat))
+    for path in [p for p in found if is_tied(flat[p])]:
+      if not arrays or flat[path].of not in found:
+        raise ValueError(
+          f"target {pattern!r} names {path}, which is tied: it has no array but that of "
+          f"{flat[path].of}. Write params = pj.untie(params) first, which makes it one of its own, "
+          "or name the table."
+        )
+      found.remove(path)
     chosen.update(found)
   return [p for p in flat if p in chosen]
 
 
 def _of_modules(params: Any) -> dict[str, Any]:
-  """The leaves that the model has, without what methods put beside them."""
+  """The leaves that the model has and its tied heads, without what methods put beside them."""
   made = lambda node: is_attachment(node) or is_shared(node)
-  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda n: is_leaf(n) or made(n))
+  whole = lambda node: is_leaf(node) or is_tied(node) or made(node)
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=whole)
   return {name(path): leaf for path, leaf in flat if not made(leaf)}
 
 
@@ -112,7 +131,7 @@ def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
   lines.append(
     'Write a module name ("query"), a regex for a whole path, or "all-linear". Paths are:'
   )
-  kernels = [p for p, leaf in flat.items() if len(bare(leaf).shape) >= 2]
+  kernels = [p for p, leaf in flat.items() if len(getattr(bare(leaf), "shape", ())) >= 2]
   lines += [f"  {p}" for p in kernels[:12]]
   if len(kernels) > 12:
     lines.append(f"  ... and {len(kernels) - 12} more")

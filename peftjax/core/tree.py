@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 
-from peftjax.core import paths, shared
+from peftjax.core import paths, shared, tied
+from peftjax.core.adapted import Adapted
 from peftjax.core.attachment import Attachment, attachments, is_attachment
+from peftjax.core.tied import Tied, is_tied
 from peftjax.core.weight import Weight, children, materialize
 
 
@@ -51,7 +53,7 @@ def tie(params: Any, *, spread: bool = True) -> Any:
   lenders = {**paths.leaves(params), **common}
 
   def give(path: str, leaf: Any) -> Any:
-    of = getattr(leaf, "of", "")
+    of = getattr(leaf, "of", "") if isinstance(leaf, Weight) else ""
     if of and of not in lenders:
       raise ValueError(f"{path} uses arrays of {of}, which is not in this tree: pass all of it")
     if not of or (of in common and leaf.stack and not spread):
@@ -64,7 +66,8 @@ def tie(params: Any, *, spread: bool = True) -> Any:
 def merge(params: Any, *, dense: bool = False) -> Any:
   """Ordinary arrays: every `Weight` replaced by the dense array it stands for.
 
-  What weights shared (VeRA's projections) is left out.
+  What weights shared (VeRA's projections) is left out. A head that is tied to an adapted table gets
+  an array of its own, since the adapter changed the lookup alone: outputs stay what they were.
 
   Args:
     params: a tree of arrays and weights.
@@ -89,7 +92,38 @@ def merge(params: Any, *, dense: bool = False) -> Any:
       )
     return materialize(leaf)
 
-  return paths.map_leaves(of, shared.without(tie(params)))
+  tables = paths.leaves(params)
+
+  def head_of(path: str, head: Tied) -> Any:
+    table = tables.get(head.of)
+    return materialize(tied.kernel(table)) if isinstance(table, Adapted) else head
+
+  return replace_tied(head_of, paths.map_leaves(of, shared.without(tie(params))))
+
+
+def untie(params: Any) -> Any:
+  """`params` with an array of its own, `[D, V]`, for every head that was tied to a table `[V, D]`.
+
+  It is a copy of the table (of an adapted one, of its base), so outputs stay; both can then be
+  adapted or trained apart. A quantised table gives a quantised head of the same values.
+
+  Raises:
+    ValueError: if the table of a tied head is not in `params`.
+  """
+  tables = paths.leaves(params)
+
+  def of(path: str, head: Tied) -> Any:
+    if head.of not in tables:
+      raise ValueError(f"{path} is tied to {head.of}, which is not in this tree: pass all of it")
+    return tied.kernel(tables[head.of])
+
+  return replace_tied(of, params)
+
+
+def replace_tied(fn: Callable[[str, Tied], Any], params: Any) -> Any:
+  """`params` with `fn(path, head)` in place of every tied head."""
+  give = lambda path, node: fn(paths.name(path), node) if is_tied(node) else node
+  return jax.tree_util.tree_map_with_path(give, params, is_leaf=is_tied)
 
 
 def made_mask(params: Any) -> Any:

@@ -18,6 +18,7 @@ from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.io import safetensors_dir
 from peftjax.io.bnb_reader import STATE, TYPES
+from peftjax.models.names import turned
 from peftjax.models.pretrained import FAMILIES, stack_of
 from peftjax.quant import codebooks
 from peftjax.quant.double import GROUP
@@ -55,7 +56,10 @@ def save(directory: str | os.PathLike, params: Any, model: Any, config: Mapping[
       raise ValueError(f"{first} is in {fmt}, {path} in {other}; one file has one format")
   tensors, dense = _tensors(leaves, set(formats), family)
   dtype = np.dtype(model.config.dtype).name
-  _write(directory, {**config, "quantization_config": _quantization(fmt, dtype, dense)}, tensors)
+  config = {**config, "quantization_config": _quantization(fmt, dtype, dense)}
+  if hasattr(family, "TABLE"):  # what the tree says, which need not be what the base's file did
+    config["tie_word_embeddings"] = "lm_head/kernel" not in leaves
+  _write(directory, config, tensors)
 
 
 def _tensors(
@@ -74,7 +78,7 @@ def _tensors(
         tensors.update(_weight(name, part))
       elif path.endswith("kernel"):
         dense.add(name.removesuffix(".weight"))
-        tensors[name] = part.T if family.OUT_FIRST else part
+        tensors[name] = part.T if turned(family, path) else part
       else:
         tensors[name] = part
   return tensors, sorted(dense)

@@ -52,12 +52,17 @@ class LoRAMethod(Optimized):
     Raises:
       ValueError: a target that matches nothing or is no matrix; a rank above the matrix's; a
         pattern that matches no target; a leaf that has an adapter already; a kernel of more than
-        two axes without `layout`; a table with `freeze_a`.
+        two axes without `layout`; a table with `freeze_a`; a tied one with `init="pissa"`.
     """
     flat = paths.leaves(params)
     shapes = {p: tuple(bare(flat[p]).shape) for p in self.claims(params)}
     axes = {p: axes_of(p, shape, layout) for p, shape in shapes.items()}
     layers = {p: paths.layer_paths(p, a.stack(shapes[p])) for p, a in axes.items()}
+    if self.init == "pissa" and (both := {h.of for h in paths.tied(params).values()} & set(axes)):
+      raise ValueError(
+        f'init="pissa" moves a part of {", ".join(both)} into the factors, and the head that is '
+        "tied to it would lose that part; write params = pj.untie(params) first"
+      )
     every = [layer for group in layers.values() for layer in group]
     paths.check_all_used(self.rank_pattern, every, "rank_pattern")
     paths.check_all_used(self.alpha_pattern, every, "alpha_pattern")

@@ -21,7 +21,7 @@ class Train(Optimized):
   targets: str | Sequence[str]
 
   def claims(self, params: Any) -> list[str]:
-    return paths.select(params, self.targets)
+    return paths.select(params, self.targets, arrays=True)
 
   def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
     flat = paths.leaves(params)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tree
+from peftjax.core.tied import is_tied
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
 
@@ -67,8 +68,10 @@ def unmerge(merged: Any, params: Any) -> Any:
   """
 
   def undo(leaf: Any, tied: Any, dense: Any) -> Any:
+    if is_tied(leaf):
+      return leaf
     return leaf.replace(base=tied.unmerged(dense)) if hasattr(leaf, "unmerged") else dense
 
   own, tied = (shared.without(x) for x in (params, tree.tie(params)))
-  undone = jax.tree.map(undo, own, tied, merged, is_leaf=paths.is_leaf)
+  undone = jax.tree.map(undo, own, tied, merged, is_leaf=lambda n: paths.is_leaf(n) or is_tied(n))
   return shared.add(undone, shared.nodes(params))

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
-from peftjax.core.einsum import attend
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
 from peftjax.nn import virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
-from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.linear import Embedding, Head, Linear
 from peftjax.nn.norm import LayerNorm
 from peftjax.nn.residual import Residual
 
@@ -29,6 +28,8 @@ NEW = r"(?!)"
 UNUSED = r".*attn\.(masked_)?bias|lm_head\.weight"
 # Hugging Face keeps these kernels [in, out], as here.
 OUT_FIRST = False
+# What a tied head is tied to.
+TABLE = "transformer/wte/embedding"
 
 
 def hf_name(path: str) -> str:
@@ -56,6 +57,7 @@ class GPT2Config:
   dropout: float  # of embeddings
   attention_dropout: float
   residual_dropout: float
+  tied: bool = True  # whether `init` makes a head that is tied; of a model, its parameters tell
   scan_layers: bool = False
   remat: bool = False  # compute each layer's activations again in the backward pass
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
@@ -73,7 +75,6 @@ class GPT2Config:
     for field, wanted in (
       ("scale_attn_weights", True),
       ("scale_attn_by_inverse_layer_idx", False),
-      ("tie_word_embeddings", True),
     ):
       if config.get(field, wanted) != wanted:
         raise ValueError(f"config.json has {field}={config[field]}; only {wanted} is supported")
@@ -89,6 +90,7 @@ class GPT2Config:
       dropout=config["embd_pdrop"],
       attention_dropout=config["attn_pdrop"],
       residual_dropout=config["resid_pdrop"],
+      tied=config.get("tie_word_embeddings", True),
     )
     return cls(**{**fields, **overrides})
 
@@ -171,7 +173,7 @@ class Body(nn.Module):
 
 
 class GPT2LMHeadModel(nn.Module):
-  """A decoder whose head is its table of words; parameters `{"transformer": ...}`."""
+  """A decoder with its language-model head; parameters `{"transformer": ..., "lm_head": ...}`."""
 
   config: GPT2Config
 
@@ -195,7 +197,8 @@ class GPT2LMHeadModel(nn.Module):
     positions, bias, cache = context(self, tokens, mask, positions, segments, cache)
     key = self.make_rng("dropout") if train else None
     x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, bias, cache, key)
-    logits = attend(table, x_BTD).astype(jnp.float32)
+    logits = Head(c.vocab, TABLE if c.tied else "", name="lm_head")(x_BTD, table)
+    logits = logits.astype(jnp.float32)
     return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
 
 

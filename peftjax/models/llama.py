@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from peftjax.core.einsum import attend
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import run_layers
 from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import swiglu
-from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.linear import Embedding, Head, Linear
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.residual import Residual
 
@@ -29,6 +28,8 @@ NEW = r"(?!)"
 UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
+# What a tied head is tied to.
+TABLE = "model/embed_tokens/embedding"
 
 
 def hf_name(path: str) -> str:
@@ -60,7 +61,7 @@ class LlamaConfig:
   qkv_bias: bool
   out_bias: bool
   ffn_bias: bool
-  tied: bool
+  tied: bool  # whether `init` makes a head that is tied; of a model, its parameters tell
   scan_layers: bool = False
   remat: bool = False  # compute each layer's activations again in the backward pass
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
@@ -204,10 +205,7 @@ class LlamaForCausalLM(nn.Module):
     c = self.config
     positions, bias, cache = context(self, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, bias, cache)
-    if c.tied:
-      logits = attend(table, x_BTD)
-    else:
-      logits = Linear(c.vocab, use_bias=False, name="lm_head")(x_BTD)
+    logits = Head(c.vocab, TABLE if c.tied else "", name="lm_head")(x_BTD, table)
     logits = logits.astype(jnp.float32)
     return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
 

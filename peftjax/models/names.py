@@ -1,6 +1,7 @@
 """Paths of our parameters to the names of Hugging Face's tensors."""
 
 import re
+from typing import Any
 
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
@@ -13,3 +14,11 @@ def torch_name(path: str, layer: str) -> str:
   """
   *modules, leaf = path.split("/")
   return re.sub(r"\blayers_(?=\d)", layer, ".".join([*modules, _LEAVES[leaf]]))
+
+
+def turned(family: Any, path: str) -> bool:
+  """Whether the family's files hold this parameter transposed, [out, in].
+
+  The language-model head is an `nn.Linear` in GPT-2 too, whose other kernels are [in, out].
+  """
+  return path.endswith("kernel") and (family.OUT_FIRST or path.startswith("lm_head/"))

@@ -20,6 +20,7 @@ from peftjax.io.bnb_reader import BnbDir
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.safetensors_dir import TensorDir, read_config
 from peftjax.models import bert, gpt2, llama
+from peftjax.models.names import turned
 from peftjax.quant import stream, transform
 from peftjax.quant.formats import Format
 from peftjax.quant.weight import Quantized
@@ -127,13 +128,11 @@ def load(
   fresh = jax.jit(lambda key: {p: paths.leaves(init(key))[p] for p in new})(key) if new else {}
 
   def make(path: str, leaf: Any) -> Any:
-    turned = path.endswith("kernel") and family.OUT_FIRST
+    turn = turned(family, path)
     if path in fresh:
       made = fresh[path]
     else:
-      made = _read(
-        tensors, path, names[path], bool(stack_of(path, leaf)), turned, formats.get(path)
-      )
+      made = _read(tensors, path, names[path], bool(stack_of(path, leaf)), turn, formats.get(path))
     return jax.device_put(made, mesh and sharding.shardings({path: made}, mesh)[path])
 
   return Pretrained(model, paths.map_leaves(make, abstract), tuple(new))
@@ -158,11 +157,11 @@ def _match(
       (new if may_be_new else missing).append(path)
       continue
     for name in found:
-      packed, kernel = name in _packed(tensors), path.endswith("kernel")
-      if packed and not kernel:
+      packed = name in _packed(tensors)
+      if packed and not path.endswith("kernel"):
         raise ValueError(f"{name} has 4 bits; only the weights of linear layers are read so")
       got, want = tensors.info(name).shape, leaf.shape[len(stack) :]
-      want = want[::-1] if kernel and (family.OUT_FIRST or packed) else want
+      want = want[::-1] if turned(family, path) or packed else want
       if got != want and may_be_new and num_labels is not None:
         new.append(path)
         break

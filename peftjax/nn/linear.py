@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core.einsum import linear, take
+from peftjax.core.einsum import attend, linear, take
+from peftjax.core.tied import Tied
 
 normal = nn.initializers.normal(0.02)
 
@@ -51,3 +52,21 @@ class Embedding(nn.Module):
   def table(self) -> Any:
     """The table itself, for a tied head."""
     return weight(self, "embedding", normal, (self.vocab, self.features))
+
+
+class Head(nn.Module):
+  """Logits x W with W `[D, V]`, or, where the tree has a `Tied` in its place, x Eᵀ.
+
+  E is the table `[V, D]` that the module is given. A tree with nothing in that place is tied too.
+  """
+
+  vocab: int
+  of: str = ""  # the path of the table, if `init` shall tie it
+
+  @nn.compact
+  def __call__(self, x: jax.Array, table: Any) -> jax.Array:
+    if self.of and not self.is_initializing() and not self.has_variable("params", "kernel"):
+      return attend(table, x)
+    init = (lambda *_: Tied(self.of)) if self.of else normal
+    kernel = weight(self, "kernel", init, (x.shape[-1], self.vocab))
+    return attend(table, x) if isinstance(kernel, Tied) else linear(x, kernel)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, shared, tree
+from peftjax.core import paths, shared, tied, tree
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
 from peftjax.quant import blockwise, double
@@ -38,7 +38,7 @@ def quantize(
       quantised or has an adapter already, or has an odd contraction size; and, before the tree is
       made, a weight with NaN or infinite entries.
   """
-  chosen = set(paths.select(params, where))
+  chosen = set(paths.select(params, where, arrays=True))
   flat = paths.leaves(params)
   for path in sorted(chosen):
     check(path, flat[path], fmt, layout)
@@ -58,20 +58,22 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
     ‖W + ΔW‖ (Frobenius) of each of their paths. Other leaves are as they were.
   """
   errors: dict[str, float] = {}
-  flat, tied = paths.leaves(params), paths.leaves(tree.tie(params))
+  flat, whole = paths.leaves(params), paths.leaves(tree.tie(params))
   folds = lambda leaf: isinstance(getattr(leaf, "base", None), Quantized)
 
   def fold(path: str, leaf: Any) -> Any:
     if folds(flat.get(getattr(leaf, "of", ""))):
-      return tied[path].materialize()  # IA3's bias goes with its kernel
+      return whole[path].materialize()  # IA3's bias goes with its kernel
     if not folds(leaf):
       return leaf
-    base, dense = leaf.base, tied[path].materialize()
+    base, dense = leaf.base, whole[path].materialize()
     weight = quantize_leaf(path, dense, base.fmt)
     errors[path] = float(relative_error(weight, dense))
     return weight
 
-  folded = paths.map_leaves(fold, params)
+  # A head that is tied to such a table is that of its base, and stays.
+  keeps = lambda path, head: tied.kernel(flat[head.of]) if folds(flat.get(head.of)) else head
+  folded = tree.replace_tied(keeps, paths.map_leaves(fold, params))
   lent = {getattr(leaf, "of", "") for leaf in paths.leaves(folded).values()}
   return folded if lent & set(shared.nodes(folded)) else shared.without(folded), errors
 

@@ -79,6 +79,12 @@ class Quantized(Weight):
     codes, absmax = (jnp.take(rows, ids, axis=0) for rows in (self.codes, absmax))
     return self.fmt.dequantize(codes, absmax, -1, self.dtype)
 
+  def transposed(self) -> Quantized:
+    """Wᵀ of a matrix, of the same codes: blocks and pairs run along the axis they ran along."""
+    scales = self.scales
+    turned = scales.replace(codes=scales.codes.T) if isinstance(scales, DoubleScales) else scales.T
+    return self.replace(codes=self.codes.T, scales=turned, axis=-3 - self.axis)
+
   def child_specs(self, spec: P) -> Quantized:
     """Codes and scales are split as the dense array is."""
     spec = P(*spec, *[None] * (self.codes.ndim - len(spec)))
