@@ -18,6 +18,7 @@ from peftjax.io.hf_peft_fields import AdaLora, Common, Ia3, Lora, Targeted, Vera
 from peftjax.io.hf_peft_targets import Matcher, Modules
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir
+from peftjax.models import names
 from peftjax.models.pretrained import stack_of
 
 STEM = "adapter_model"
@@ -59,11 +60,6 @@ class Want(NamedTuple):
   shape: tuple[int, ...]
   hint: str = ""
   needed: bool = True
-
-
-def is_turned(path: str, family: Any) -> bool:
-  """Whether torch keeps this parameter transposed: `Conv1D` does not, and every head does."""
-  return path.endswith("kernel") and (family.OUT_FIRST or path == f"{HEAD}/kernel")
 
 
 class Plan:
@@ -253,16 +249,16 @@ def _sites(params: Any, family: Any) -> tuple[dict[str, list[Site]], str]:
   found = {}
 
   def add(path: str, stack: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    turned, kind = is_turned(path, family), path.rpartition("/")[2]
-    names = [family.hf_name(layer) for layer in paths.layer_paths(path, stack)]
-    found[path] = [Site(x.rpartition(".")[0], x, shape, turned, kind) for x in names]
+    turned, kind = names.turned(family, path), path.rpartition("/")[2]
+    tensors = [family.hf_name(layer) for layer in paths.layer_paths(path, stack)]
+    found[path] = [Site(x.rpartition(".")[0], x, shape, turned, kind) for x in tensors]
 
   flat = paths.leaves(params)
   for path, leaf in flat.items():
     stack = stack_of(path, leaf)
     add(path, stack, tuple(leaf.shape[len(stack) :]))
   table = ""
-  for path, head in getattr(paths, "tied", lambda _: {})(params).items():
+  for path, head in paths.tied(params).items():
     table = head.of
     add(path, (), tuple(flat[table].shape[::-1]))
   return found, table

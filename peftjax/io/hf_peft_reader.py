@@ -99,7 +99,7 @@ class Reader:
     params = paths.map_leaves(other, params)
     if plan.keeps_tie:
       self._check_one()
-    return tree.untie(params) if plan.unties else params  # type: ignore
+    return tree.untie(params) if plan.unties else params
 
   def leaf(self, path: str, leaf: Any) -> Any:
     """The leaf itself, or with its adapter, or as the directory has it."""

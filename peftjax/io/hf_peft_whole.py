@@ -10,7 +10,8 @@ import numpy as np
 
 from peftjax.core import paths
 from peftjax.core.weight import Weight
-from peftjax.io.hf_peft_plan import BASES, HEAD, is_turned
+from peftjax.io.hf_peft_plan import BASES, HEAD
+from peftjax.models.names import turned
 from peftjax.models.pretrained import stack_of
 
 
@@ -57,7 +58,7 @@ def collect(
     units = {_unit(family, layer) for layer in layers[path]}
     if on and isinstance(leaf, Weight) and _is_table_or_head(path):
       array = np.asarray(leaf.base)  # type: ignore[attr-defined]
-      bases[f"{_module(family, path)}.{BASES[0]}"] = array.T if is_turned(path, family) else array
+      bases[f"{_module(family, path)}.{BASES[0]}"] = array.T if turned(family, path) else array
     elif on and (isinstance(leaf, Weight) or units & {*adapted}):
       raise ValueError(
         f"{path} is trained, and a PEFT directory has no place for it: only for adapters and for "
@@ -77,14 +78,14 @@ def collect(
             "trained."
           )
         array = np.asarray(leaf[i] if stack_of(path, leaf) else leaf)
-        chosen[unit][family.hf_name(layer)] = array.T if is_turned(path, family) else array
+        chosen[unit][family.hf_name(layer)] = array.T if turned(family, path) else array
   return Whole(*_with_heads(params, family, chosen, bases))
 
 
 def _with_heads(params: Any, family: Any, chosen: Any, bases: Any) -> tuple[Any, Any, bool]:
   """And the head that is tied to a table among the modules: peft would leave it as it was."""
   tied = False
-  for path, head in getattr(paths, "tied", lambda _: {})(params).items():
+  for path, head in paths.tied(params).items():
     if (table := _module(family, head.of)) in chosen:
       chosen[_module(family, path)] = {family.hf_name(path): chosen[table][family.hf_name(head.of)]}
       tied = True
