@@ -99,7 +99,11 @@ class Reader:
     params = paths.map_leaves(other, params)
     if plan.keeps_tie:
       self._check_one()
-    return tree.untie(params) if plan.unties else params
+    if not plan.unties:
+      return params
+    if plan.tied in self.rebased:
+      self.rebased.add(f"{HEAD}/kernel")
+    return tree.untie(params)
 
   def leaf(self, path: str, leaf: Any) -> Any:
     """The leaf itself, or with its adapter, or as the directory has it."""
