@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import warnings
 from typing import Any
 
 import regex
@@ -31,23 +33,41 @@ def fullmatch(pattern: str, text: str) -> bool:
   Raises:
     ValueError: if it is no regular expression, or one that takes longer than `SECONDS`.
   """
-  return _run("fullmatch", pattern, text)
+  return _run("fullmatch", pattern, text) is not None
 
 
 def match(pattern: str, text: str) -> bool:
   """Whether the beginning of `text` matches; raises as `fullmatch`."""
-  return _run("match", pattern, text)
+  return _run("match", pattern, text) is not None
+
+
+def groups(pattern: str, text: str) -> dict[str, Any] | None:
+  """The named groups of a match of the beginning of `text`, if there is one; raises as `match`."""
+  found = _run("match", pattern, text)
+  return found and found.groupdict()
 
 
 @functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> Any:
+  """Of `regex`, where it means what it does in Python's `re`.
+
+  To `regex`, which alone can be stopped, "q{e}" is a q with any number of errors.
+  """
+  with warnings.catch_warnings():
+    warnings.simplefilter("error", FutureWarning)  # sets in sets, which `regex` has
+    try:
+      re.compile(pattern)
+    except (re.error, FutureWarning) as error:
+      raise regex.error(str(error)) from None
+  if re.search(r"(?<!\\)\{(?!\d*,?\d*\})[^}]*\}", pattern):
+    raise regex.error("braces that hold no numbers")
   return regex.compile(pattern)
 
 
-def _run(how: str, pattern: str, text: str) -> bool:
+def _run(how: str, pattern: str, text: str) -> Any:
   check(pattern, "pattern")
   try:
-    return getattr(_compiled(pattern), how)(text, timeout=SECONDS) is not None
+    return getattr(_compiled(pattern), how)(text, timeout=SECONDS)
   except TimeoutError:
     raise ValueError(
       f"the pattern {pattern[:200]!r} takes more than {SECONDS} s on {text[:200]!r}: it can be "

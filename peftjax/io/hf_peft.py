@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,19 +30,25 @@ import numpy as np
 from peftjax.core import paths, shared, tree
 from peftjax.core.attachment import attachments
 from peftjax.core.weight import Weight
-from peftjax.io import hf_peft_config, hf_peft_virtual, safetensors_dir
-from peftjax.io.hf_peft_reader import (
+from peftjax.io import (
+  hf_peft_build,
+  hf_peft_config,
+  hf_peft_virtual,
+  hf_peft_whole,
+  safetensors_dir,
+)
+from peftjax.io.hf_peft_fields import Common, Virtual
+from peftjax.io.hf_peft_plan import (
   EMBEDDINGS,
   FACTORS,
   MAGNITUDE,
   PROJECTIONS,
-  ROOT,
   SCALES,
   STEM,
+  TRIPLETS,
   VECTORS,
-  VIRTUAL_ROOT,
-  Reader,
 )
+from peftjax.io.hf_peft_reader import Reader
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.dora_weight import DoRA
 from peftjax.methods.ia3_weight import IA3
@@ -118,41 +123,45 @@ def save(
       "directory of its own, or pj.to_lora(params), which makes LoRA of AdaLoRA"
     )
   bare, flags = hf_peft_virtual.without(params), hf_peft_virtual.without(trained)
-  whole = _whole(bare, flags, family, task_type)
-  tensors = {name: array for arrays in whole.values() for name, array in arrays.items()}
+  if task_type == "SEQ_CLS" and "head" not in params:
+    task_type = "CAUSAL_LM"
+  whole = hf_peft_whole.collect(bare, flags, family, task_type, adapters)
+  tensors = whole.tensors
   if hf_peft_virtual.found(params):
     config, rows = hf_peft_virtual.build(
       params,
       model,
-      modules_to_save=sorted(whole),
+      modules_to_save=sorted(whole.modules),
       task_type=task_type,
       base_model=base_model,
     )
-    tensors = {VIRTUAL_ROOT + name: array for name, array in tensors.items()}
+    tensors = {Virtual.prefix + name: array for name, array in tensors.items()}
     return _write(Path(directory), config, {**tensors, EMBEDDINGS: rows})
   for module, adapter in adapters.items():
     tensors.update({f"{module}.{name}": array for name, array in adapter.tensors.items()})
   if kinds == {SVDLoRA}:
     adapters = _of_one_rank(adapters)
   every = _modules(params, family)
-  config = hf_peft_config.build(
+  config = hf_peft_build.build(
     [(m, x.rank, x.alpha, x.dropout) for m, x in adapters.items()],
-    hf_peft_config.suffixes(set(adapters), every),
+    hf_peft_build.suffixes(set(adapters), every),
     rslora=rslora,
-    modules_to_save=sorted(whole),
+    modules_to_save=sorted(whole.modules),
     task_type=task_type,
     base_model=base_model,
     dora=kinds == {DoRA},
+    conv1d=not family.OUT_FIRST,
+    tied=whole.tied,
   )
   kept = {module: x.kept for module, x in adapters.items() if x.kept is not None}
-  config = hf_peft_config.build_adalora(config, kept) if kept else config
+  config = hf_peft_build.build_adalora(config, kept) if kept else config
   if kinds == {IA3}:
     ins = {module for module, x in adapters.items() if x.tensors[SCALES].shape[0] == 1}
-    sides = (hf_peft_config.suffixes(side, every) for side in (set(adapters) - ins, ins))
-    config = hf_peft_config.build_ia3(config, *sides)
-  tensors = {ROOT + name: array for name, array in tensors.items()}
+    sides = (hf_peft_build.suffixes(side, every) for side in (set(adapters) - ins, ins))
+    config = hf_peft_build.build_ia3(config, *sides)
+  tensors = {Common.prefix + name: array for name, array in tensors.items()}
   if kinds == {VeRA}:
-    config = hf_peft_config.build_vera(config)
+    config = hf_peft_build.build_vera(config)
     tensors.update(_pair(params, pairs))
   _write(Path(directory), config, tensors)
 
@@ -179,19 +188,25 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     raise ValueError(
       f"params has a {type(nodes[0]).__name__} already: load into the base model's params"
     )
-  reader = Reader(directory, model.config.family, FAMILIES[model.config.family].hf_name)
-  loaded = paths.map_leaves(reader.leaf, params)
-  if reader.settings.kind == "VERA":
-    loaded = shared.add(loaded, {PAIR: reader.pair(loaded)})
+  for path, leaf in paths.leaves(params).items():
+    if isinstance(leaf, KINDS):
+      raise ValueError(f"{path} has an adapter already: load into the base model's params")
+  shape = lambda config, where: hf_peft_virtual.shape_of(config, model.config, where)
+  reader = Reader(directory, params, FAMILIES[model.config.family], shape)
+  loaded = paths.map_leaves(reader.leaf, reader.base(params))
+  if reader.config.peft_type == "VERA":
+    loaded = shared.add(loaded, {PAIR: reader.pair()})
   made: set[str] = set()
-  if reader.settings.virtual:
+  if isinstance(reader.config, Virtual):
     loaded, made = hf_peft_virtual.load(reader, loaded)
-  reader.check_all_used()
 
   def flags(path: str, leaf: Any) -> Any:
+    if path in reader.rebased and path not in reader.attached:
+      made.add(path)
     mask = jax.tree.map(lambda _: path in reader.replaced | made, leaf)
     names = ["l"] if isinstance(leaf, IA3) else ["d" if isinstance(leaf, VeRA) else "a", "b"]
     names += [name for kind, name in ((SVDLoRA, "e"), (DoRA, "m")) if isinstance(leaf, kind)]
+    names += ["base"] * (path in reader.rebased)
     return mask.replace(**dict.fromkeys(names, True)) if path in reader.attached else mask
 
   return loaded, paths.map_leaves(flags, loaded)
@@ -276,7 +291,7 @@ def _triplets(
 ) -> tuple[dict[str, np.ndarray], list[bool]]:
   """The tensors of what is left of one module, and which that is."""
   on = e != 0
-  return {"lora_A": a[on], "lora_B": b[:, on], "lora_E": e[on, None]}, on.tolist()
+  return dict(zip(TRIPLETS, (a[on], b[:, on], e[on, None]), strict=True)), on.tolist()
 
 
 def _of_one_rank(adapters: Mapping[str, _Adapter]) -> dict[str, _Adapter]:
@@ -305,43 +320,6 @@ def _alpha(scale: np.float32, divisor: float) -> float:
   tries = (float(f"{exact:.{digits}g}") for digits in range(1, 18))
   alpha = next((x for x in tries if np.float32(x / divisor) == scale), exact)
   return int(alpha) if alpha == round(alpha) else alpha
-
-
-def _whole(
-  params: Any, trained: Any | None, family: Any, task_type: str | None
-) -> dict[str, dict[str, np.ndarray]]:
-  """Tensors by module of `modules_to_save`: the head, or a new part of the body, if trained."""
-  flat = paths.leaves(params)
-  flags = {} if trained is None else paths.leaves(trained)
-  head_too = trained is None or task_type == "SEQ_CLS"
-  chosen: dict[str, dict[str, np.ndarray]] = {}
-  for path in flat:
-    flag = flags.get(path)
-    on = any(jax.tree.leaves(getattr(flag, "base", flag)))
-    if on and (isinstance(flat[path], LoRA) or not re.fullmatch(family.NEW, path)):
-      raise ValueError(
-        f"{path} is trained, and a PEFT LoRA directory has no place for it: only for factors and "
-        "for the head.\nSave the whole model instead, from pj.merge(params), or train with "
-        'pj.chain(pj.lora(...), pj.train("head/.*")).'
-      )
-    if on or (head_too and path.startswith("head/")):
-      chosen[_unit(family, path)] = {}
-  for path, leaf in flat.items():
-    if re.fullmatch(family.NEW, path) and (unit := _unit(family, path)) in chosen:
-      if isinstance(leaf, Weight):
-        raise ValueError(
-          f"{path} is a {type(leaf).__name__} in {unit}, which is saved whole; peft does not take "
-          "both.\nMerge it (pj.merge), or leave it out of the targets or out of what is trained."
-        )
-      array = np.asarray(leaf)
-      chosen[unit][family.hf_name(path)] = array.T if path.endswith("kernel") else array
-  return chosen
-
-
-def _unit(family: Any, path: str) -> str:
-  """What peft wraps: the whole head (`classifier`), or one module of the body."""
-  module = _module(family, path)
-  return module.partition(".")[0] if path.startswith("head/") else module
 
 
 def _module(family: Any, path: str) -> str:

@@ -1,319 +1,144 @@
-"""`adapter_config.json` of an adapter, as the Hugging Face PEFT library has it."""
+"""Reads `adapter_config.json` as the Hugging Face PEFT library writes it."""
 
 from __future__ import annotations
 
-import math
+import difflib
 import os
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from peftjax.io import safetensors_dir
+from peftjax.core import patterns
+from peftjax.io import hf_peft_targets, records, safetensors_dir
+from peftjax.io.hf_peft_fields import (
+  PEFT,
+  SCHEMAS,
+  AdaLora,
+  Common,
+  Ia3,
+  Lora,
+  Targeted,
+  Vera,
+  changes,
+  known,
+)
+from peftjax.io.records import clip
 
 NAME = "adapter_config.json"
-# Config fields that make an adapter more than base + s·BA, unless they are empty or false.
-_VARIANTS = (
-  *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
-  *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"),
-  *("use_qalora", "velora_config"),
-)
 # Initialisations that leave the base as it was; all others of peft (PiSSA, OLoRA, ...) change it.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_MERGE = "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
 
 
-# Values of peft_type that are read.
-VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING")
-KINDS = ("LORA", "ADALORA", "IA3", "VERA", *VIRTUAL)
+def read(directory: str | os.PathLike) -> Common:
+  """The config, typed, by the schema of its kind; peft's defaults for what is not in it.
 
-
-class Settings(NamedTuple):
-  """What `adapter_config.json` says that a reader needs.
-
-  Of AdaLoRA, `rank` is the initial one, which the scale is of, and `rank_pattern` says how many of
-  its triplets each module's `lora_E` has left.
+  Raises:
+    ValueError: no such file, or not JSON; a kind that is not read; a field that this kind does not
+      have, of another type, out of its range, or that makes of it what is not read; a pattern that
+      is no regular expression; fields that contradict each other.
   """
-
-  kind: str  # of KINDS
-  dora: bool
-  rank: int
-  alpha: float
-  rslora: bool
-  dropout: float
-  rank_pattern: Mapping[str, int]
-  alpha_pattern: Mapping[str, float]
-  modules_to_save: tuple[str, ...]
-  virtual: int  # tokens of a prefix or a prompt, else 0
-
-
-def read(directory: str | os.PathLike) -> Settings:
-  """Reads and checks the config; peft's defaults for what is not in it."""
   config = safetensors_dir.read_config(directory, NAME)
-  wrong = {field: config[field] for field in _VARIANTS if config.get(field)}
-  for field, plain in (("peft_type", KINDS), ("bias", ("none",))):
-    if config.get(field, "none") not in plain:
-      wrong[field] = config.get(field)
-  if wrong:
-    field, value = next(iter(wrong.items()))
+  where = f"{directory}/{NAME}"
+  kind = config.get("peft_type")
+  if not isinstance(kind, str) or kind not in SCHEMAS:
     raise ValueError(
-      f"{directory}/{NAME} has {field}={value!r}; read are adapters with "
-      f"peft_type {', '.join(map(repr, KINDS))}, bias 'none', no {', '.join(_VARIANTS)}.\n"
-      "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
+      f"{where} has peft_type={clip(kind)}; read are {', '.join(map(repr, SCHEMAS))}.\n{_MERGE}"
     )
-  if (init := config.get("init_lora_weights")) not in _INITS:
+  _check_known(config, kind, where)
+  if wrong := changes(kind, config):
+    field, value = next(iter(wrong.items()))
+    allowed = "'none'" if field == "bias" else "null, false or empty"
     raise ValueError(
-      f"{directory}/{NAME} has init_lora_weights={init!r}: such an adapter belongs to a base "
+      f"{where} has {field}={clip(value)}, which makes more of the adapter than is read; only "
+      f"{allowed} is.\n{_MERGE}"
+    )
+  made = records.convert(config, SCHEMAS[kind], where)
+  if isinstance(made, Lora):
+    _check_lora(made, where)
+  if isinstance(made, Vera) and not made.save_projection:
+    raise ValueError(
+      f"{where} has save_projection=False: A and B are not in the directory, and only torch draws "
+      f"them from projection_prng_key.\n{_MERGE}"
+    )
+  if isinstance(made, Targeted):
+    _check_targets(made, where)
+  for name in made.modules_to_save or ():  # peft uses it as a pattern, too
+    patterns.check(hf_peft_targets.UNDER.format(name), f"{where}: modules_to_save")
+  return made
+
+
+def _check_known(config: dict[str, Any], kind: str, where: str) -> None:
+  fields = known(kind)
+  if strange := [field for field in config if field not in fields]:
+    near = difflib.get_close_matches(strange[0], fields, n=2)
+    of = config.get("peft_version")
+    raise ValueError(
+      f"{where} has {'the field' if len(strange) == 1 else 'fields such as'} {clip(strange[0])} = "
+      f"{clip(config[strange[0]])}, which {kind} of PEFT {PEFT} does not have"
+      f"{' (near: ' + ', '.join(near) + ')' if near else ''}"
+      f"{f'; the file is of PEFT {clip(of, quote=False)}' if of else ''}. It may change what the "
+      "tensors mean.\nIf it does not, remove it from the file. Otherwise merge the adapter with "
+      "that version of peft (model.merge_and_unload()) and load the model it gives."
+    )
+
+
+def _check_lora(config: Lora, where: str) -> None:
+  init = config.init_lora_weights
+  if (init.lower() if isinstance(init, str) else init) not in _INITS:
+    raise ValueError(
+      f"{where} has init_lora_weights={clip(init)}: such an adapter belongs to a base "
       "that the initialisation changed, not to the pretrained one.\nConvert it with peft, which "
       "saves the initial adapter at the start and then writes plain LoRA:\n"
       "  model.save_pretrained(NEW, path_initial_model_for_weight_conversion=INITIAL)"
     )
-  kind = config["peft_type"]
-  if kind == "VERA" and not config.get("save_projection", True):
-    raise ValueError(
-      f"{directory}/{NAME} has save_projection=False: A and B are not in the directory, and only "
-      "torch draws them from projection_prng_key.\nMerge the adapter with peft "
-      "(model.merge_and_unload()) and load the model it gives."
-    )
-  adalora = kind == "ADALORA"
-  patterns = config.get("rank_pattern") or {}
-  if adalora:
-    patterns = _left(patterns, f"{directory}/{NAME}")
-  settings = Settings(
-    kind,
-    bool(config.get("use_dora")),
-    config.get("init_r", 12) if adalora else config.get("r", 256 if kind == "VERA" else 8),
-    config.get("lora_alpha", 8),
-    bool(config.get("use_rslora")),
-    config.get(_dropout(kind), 0.0),
-    patterns,
-    config.get("alpha_pattern") or {},
-    tuple(config.get("modules_to_save") or ()),
-    config.get("num_virtual_tokens", 0) if kind in VIRTUAL else 0,
-  )
-  _check(settings, f"{directory}/{NAME}")
-  return settings
-
-
-def _left(patterns: Any, where: str) -> dict[str, int]:
-  """AdaLoRA's `{"module.lora_E": [true, false, ...]}` as patterns of what is left."""
-  if not isinstance(patterns, dict) or not all(
-    isinstance(flags, list) and all(type(flag) is bool for flag in flags)
-    for flags in patterns.values()
-  ):
-    raise ValueError(f"{where}: rank_pattern must be {{tensor: [true, false, ...]}} of AdaLoRA")
-  return {re.escape(key.removesuffix(".lora_E")): sum(x) for key, x in patterns.items()}
-
-
-def _check(settings: Settings, where: str) -> None:
+  if isinstance(config, AdaLora):
+    if config.use_dora:
+      raise ValueError(f"{where} has use_dora=True, which peft's AdaLoRA does not support")
+    for key, flags in (config.rank_pattern or {}).items():
+      if len(flags) != config.init_r or not key.endswith(".lora_E"):
+        raise ValueError(
+          f"{where}: rank_pattern of AdaLoRA must be {{'MODULE.lora_E': [true, false, ...]}} with "
+          f"init_r = {config.init_r} flags, and has {len(flags)} at {clip(key)}"
+        )
+    return
   for field in ("rank_pattern", "alpha_pattern"):
-    patterns = getattr(settings, field)
-    if not isinstance(patterns, dict):
-      raise ValueError(f"{where}: {field} must be {{regex: number}}, and is {patterns!r}")
-    for pattern in patterns:
-      try:
-        re.compile(pattern)
-      except re.error as error:
-        raise ValueError(f"{where}: {field} {pattern!r} is no regex: {error}") from None
-  for field, ranks in (("r", [settings.rank]), ("rank_pattern", settings.rank_pattern.values())):
-    for rank in ranks:
-      if type(rank) is not int or rank < (0 if settings.kind == "ADALORA" and field != "r" else 1):
-        raise ValueError(f"{where}: {field} has {rank!r}; a rank is a whole number from 1")
-  for field, alphas in (
-    ("lora_alpha", [settings.alpha]),
-    ("alpha_pattern", settings.alpha_pattern.values()),
-  ):
-    for alpha in alphas:
-      if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"{where}: {field} has {alpha!r}; an alpha is a number")
-  if type(settings.virtual) is not int or settings.virtual < (settings.kind in VIRTUAL):
+    for pattern in getattr(config, field) or {}:
+      patterns.check(hf_peft_targets.END.format(pattern), f"{where}: {field}")
+
+
+def _check_targets(config: Targeted, where: str) -> None:
+  if not config.target_modules:
     raise ValueError(
-      f"{where}: num_virtual_tokens {settings.virtual!r} is not a whole number from 1"
+      f"{where} has target_modules={config.target_modules!r}, so it does not say which modules "
+      'have an adapter.\nName them, such as ["q_proj", "v_proj"] (peft fills it in as it saves).'
     )
-  if type(settings.dropout) not in (int, float) or not 0 <= settings.dropout < 1:
-    field = _dropout(settings.kind)
-    raise ValueError(f"{where}: {field} {settings.dropout!r} must be a number in [0, 1)")
-
-
-def _dropout(kind: str) -> str:
-  return "vera_dropout" if kind == "VERA" else "lora_dropout"
-
-
-def match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-  """The value of the first key that matches the end of a module's path: peft's own rule."""
-  matching = (x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-  return next(matching, default)
-
-
-def suffixes(targets: set[str], modules: set[str]) -> list[str]:
-  """Names that peft's rule, the module or the end of it, turns into `targets` and nothing else."""
-
-  def shortest(target: str) -> str:
-    parts = target.split(".")
-    for n in range(1, len(parts)):
-      suffix = ".".join(parts[-n:])
-      if {m for m in modules if f".{m}".endswith(f".{suffix}")} <= targets:
-        return suffix
-    return target
-
-  return sorted({shortest(target) for target in targets})
-
-
-def build(
-  adapters: Sequence[tuple[str, int, float, float]],
-  target_modules: Sequence[str],
-  *,
-  rslora: bool,
-  modules_to_save: Sequence[str],
-  task_type: str | None,
-  base_model: str,
-  dora: bool = False,
-) -> dict[str, Any]:
-  """The config of adapters, each (module, rank, alpha, dropout).
-
-  The commonest rank and alpha are the default; an exception is a pattern that matches its module
-  alone (peft matches a key, as a regex, against the end of a path).
-
-  Raises:
-    ValueError: if the dropout rates differ.
-  """
-  modules, ranks, alphas, rates = zip(*adapters, strict=True)
-  if len(set(rates)) > 1:
+  for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+    if isinstance(value := getattr(config, field, None), str):
+      patterns.check(value, f"{where}: {field}")
+  for pattern in hf_peft_targets.listed(config.layers_pattern):
+    patterns.check(hf_peft_targets.LAYER.format(pattern), f"{where}: layers_pattern")
+  if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
     raise ValueError(
-      f"the adapters have dropout rates {sorted(set(rates))}, and a PEFT directory has one "
-      "lora_dropout.\nSet one on all LoRA leaves: leaf.replace(dropout=...)."
+      f"{where}: layers_to_transform cannot be used where target_modules is one pattern; "
+      "name the modules in a list, or the layers in the pattern"
     )
-
-  def usual_and_rest(values: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-    usual = Counter(values).most_common(1)[0][0]
-    pairs = zip(modules, values, strict=True)
-    return usual, {"^" + re.escape(m): value for m, value in pairs if value != usual}
-
-  rank, rank_pattern = usual_and_rest(ranks)
-  alpha, alpha_pattern = usual_and_rest(alphas)
-  return {
-    "alpha_pattern": alpha_pattern,
-    "base_model_name_or_path": base_model or None,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "lora_alpha": alpha,
-    "lora_dropout": rates[0],
-    "modules_to_save": list(modules_to_save) or None,
-    "peft_type": "LORA",
-    "r": rank,
-    "rank_pattern": rank_pattern,
-    "target_modules": list(target_modules),
-    "task_type": task_type,
-    "use_dora": dora,
-    "use_rslora": rslora,
-  }
-
-
-def build_adalora(plain: dict[str, Any], kept: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-  """The config of AdaLoRA adapters, from that of the same as LoRA of their initial rank.
-
-  Args:
-    plain: by `build`.
-    kept: of each module, which triplets are left.
-
-  Raises:
-    ValueError: if the scales differ: this format has one, alpha over the initial rank.
-  """
-  if plain["rank_pattern"] or plain["alpha_pattern"]:
+  if config.layers_pattern and config.layers_to_transform is None:
     raise ValueError(
-      "a PEFT AdaLoRA directory has one scale, alpha over the initial rank, and these weights have "
-      "several; save pj.to_lora(params), which is the same adapter as plain LoRA"
+      f"{where}: layers_pattern says where the layers_to_transform are, and those are null: "
+      "give both or none"
     )
-  left = sum(map(sum, kept.values()))
-  fields = {
-    "peft_type": "ADALORA",
-    "init_r": plain["r"],
-    "r": 8,  # unused; peft warns at any other number
-    "target_r": round(left / len(kept)),
-    "rank_pattern": {f"{module}.lora_E": list(flags) for module, flags in kept.items()},
-    "use_rslora": False,
-    # Training is over; peft asks for a schedule that fits.
-    "tinit": 0,
-    "tfinal": 0,
-    "deltaT": 1,
-    "total_step": 1,
-  }
-  return {**plain, **fields}
+  if isinstance(config, Ia3):
+    _check_feedforward(config, where)
 
 
-def build_ia3(
-  plain: dict[str, Any], outputs: Sequence[str], inputs: Sequence[str]
-) -> dict[str, Any]:
-  """The config of IA3 adapters, from LoRA's of the same model.
-
-  Args:
-    plain: by `build`.
-    outputs, inputs: names, as of `suffixes`, of the modules that are scaled on either side.
-  """
-  common = (
-    *("base_model_name_or_path", "fan_in_fan_out", "inference_mode", "modules_to_save"),
-    "task_type",
-  )
-  return {
-    **{field: plain[field] for field in common},
-    "peft_type": "IA3",
-    "target_modules": sorted({*outputs, *inputs}),
-    "feedforward_modules": sorted(inputs),
-    "init_ia3_weights": True,
-  }
-
-
-def build_vera(plain: dict[str, Any]) -> dict[str, Any]:
-  """The config of VeRA adapters whose projections are saved, from LoRA's of the same model."""
-  common = (
-    *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "modules_to_save"),
-    *("r", "target_modules", "task_type"),
-  )
-  return {
-    **{field: plain[field] for field in common},
-    "peft_type": "VERA",
-    "vera_dropout": plain["lora_dropout"],
-    "save_projection": True,
-    # Of what peft draws for a new adapter, and then replaces by what is saved.
-    "d_initial": 0.1,
-    "init_weights": True,
-    "projection_prng_key": 0,
-  }
-
-
-def build_virtual(
-  kind: str,
-  tokens: int,
-  *,
-  width: int,
-  heads: int,
-  layers: int,
-  modules_to_save: Sequence[str],
-  task_type: str | None,
-  base_model: str,
-) -> dict[str, Any]:
-  """The config of a prefix or a prompt.
-
-  Args:
-    kind: of `VIRTUAL`.
-    tokens: P.
-    width: of a token in the tensor: D of a prompt, K·H of a prefix.
-    heads: of keys and values, K.
-  """
-  own: dict[str, Any] = {"prompt_tuning_init": "RANDOM"}
-  if kind == "PREFIX_TUNING":
-    own = {"prefix_projection": False, "encoder_hidden_size": width}
-  return {
-    **own,
-    "base_model_name_or_path": base_model or None,
-    "inference_mode": True,
-    "modules_to_save": list(modules_to_save) or None,
-    "num_attention_heads": heads,
-    "num_layers": layers,
-    "num_transformer_submodules": 1,
-    "num_virtual_tokens": tokens,
-    "peft_type": kind,
-    "task_type": task_type,
-    "token_dim": width,
-  }
+def _check_feedforward(config: Ia3, where: str) -> None:
+  inner, outer = config.feedforward_modules, config.target_modules
+  if inner is None:
+    raise ValueError(
+      f"{where} has feedforward_modules=None, so it does not say whose inputs are scaled.\n"
+      "Name those of target_modules that are, [] for none (peft fills it in as it saves)."
+    )
+  if isinstance(inner, list) and isinstance(outer, list) and (rest := sorted({*inner} - {*outer})):
+    raise ValueError(
+      f"{where}: feedforward_modules has {rest[0]!r}, which target_modules has not; it must name a "
+      "part of them"
+    )

@@ -18,7 +18,8 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.core.attachment import attachments
 from peftjax.core.layout import Axes
-from peftjax.io import hf_peft_config
+from peftjax.io import hf_peft_build
+from peftjax.io.hf_peft_fields import Virtual
 from peftjax.io.hf_peft_reader import Reader
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
@@ -56,11 +57,11 @@ def build(
         "here every token attends to it. Keep the checkpoint, or train a prompt."
       )
     kind, rows, width = "PREFIX_TUNING", *_rows(params)
-  config = hf_peft_config.build_virtual(
+  config = hf_peft_build.build_virtual(
     kind,
     len(rows),
     width=width,
-    heads=getattr(model.config, "kv_heads", model.config.heads),
+    heads=model.config.heads if kind == "PROMPT_TUNING" else _kv_heads(model.config),
     layers=model.config.layers,
     modules_to_save=modules_to_save,
     task_type=task_type,
@@ -69,14 +70,36 @@ def build(
   return config, rows
 
 
-def load(reader: Reader, params: Any) -> tuple[Any, set[str]]:
-  """`params` with the prefix or prompt of a PEFT directory, and the paths of its arrays.
+def shape_of(config: Virtual, model: Any, where: str) -> tuple[int, int]:
+  """The shape of the tensor, of what a PEFT config says and a model's `config`.
 
   Raises:
-    ValueError: the tensor is missing or of another shape than model and config mean.
+    ValueError: they differ in a size.
   """
-  length = reader.settings.virtual
-  is_prompt = reader.settings.kind == "PROMPT_TUNING"
+  is_prompt = config.peft_type == "PROMPT_TUNING"
+  heads = model.heads if is_prompt else _kv_heads(model)
+  size = getattr(model, "head_size", model.width // model.heads)
+  width = model.width if is_prompt else heads * size
+  for field, own in (
+    ("token_dim", width),
+    # Of a prompt no one asks for its heads, and older files of ours have those of the keys.
+    ("num_attention_heads", None if is_prompt else heads),
+    ("num_layers", model.layers),
+    ("num_transformer_submodules", 1),
+  ):
+    if own and getattr(config, field) not in (None, own):
+      raise ValueError(
+        f"{where} has {field}={getattr(config, field)}, and this model {own}: it belongs to "
+        "another model."
+      )
+  return config.num_virtual_tokens, width if is_prompt else 2 * model.layers * width
+
+
+def load(reader: Reader, params: Any) -> tuple[Any, set[str]]:
+  """`params` with the prefix or prompt of a PEFT directory, and the paths of its arrays."""
+  config = reader.config
+  length = config.num_virtual_tokens  # type: ignore[attr-defined]
+  is_prompt = config.peft_type == "PROMPT_TUNING"
   method = prompt(length, init="normal") if is_prompt else prefix(length)
   # Every kernel of our models is a matrix, and what lies before its two axes are layers.
   layout = dict.fromkeys(paths.leaves(params), Axes())
@@ -84,7 +107,7 @@ def load(reader: Reader, params: Any) -> tuple[Any, set[str]]:
   shapes = {path: paths.leaves(attached)[path].shape for path in method.claims(attached)}
   width = next(iter(shapes.values()))[-1]
   matrices = sum(math.prod(shape[:-2]) for shape in shapes.values())
-  rows = reader.embeddings((length, matrices * width)).reshape(length, matrices, width)
+  rows = reader.embeddings().reshape(length, matrices, width)
 
   def value(path: str) -> np.ndarray:
     shape = shapes[path]
@@ -107,6 +130,10 @@ def _rows(params: Any) -> tuple[np.ndarray, int]:
       for layer, row in zip(layers, np.asarray(x).reshape(-1, *x.shape[-2:]), strict=True):
         matrices[_layer(layer), path.endswith("/values")] = row
   return np.concatenate([matrices[at] for at in sorted(matrices)], axis=1), row.shape[-1]
+
+
+def _kv_heads(model: Any) -> int:
+  return getattr(model, "kv_heads", model.heads)
 
 
 def _layer(path: str) -> int:

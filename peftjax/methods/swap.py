@@ -22,14 +22,75 @@ def align_ranks(*adapters: Any) -> tuple[Any, ...]:
       adapter, base = pj.partition(params, pj.adapter_mask(params, method.trainable(params)))
       one, two = pj.align_ranks(adapter, other_adapter)
       step(pj.combine(one, base)); step(pj.combine(two, base))
+
+  Raises:
+    ValueError: adapters on different weights, of different kinds, or that differ in more than rank
+      and alpha: unrolled and scanned layers, other sizes, dtypes or dropout rates.
   """
-  node = lambda n: n is None or paths.is_leaf(n)
+  flats = [_flat(adapter) for adapter in adapters]
+  for i, flat in enumerate(flats[1:], 2):
+    for path in (*flats[0], *flat):
+      kinds = [_kind(x, path) for x in (flats[0], flat)]
+      if kinds[0] != kinds[1]:
+        raise ValueError(
+          f"at {path} the first adapter has {kinds[0]} and adapter {i} {kinds[1]}: only adapters "
+          "on the same weights of one model, of one kind, all unrolled or all scanned, can take "
+          "each other's place. Attach the missing ones (an adapter of rank 1 and scale 0 changes "
+          "nothing), or merge each with pj.merge."
+        )
+  width = {
+    path: max(flat[path].a.shape[-2] for flat in flats)
+    for path, leaf in (flats[0] if flats else {}).items()
+    if isinstance(leaf, LoRA)
+  }
+  pad = lambda path, leaf: _pad(width.get(paths.name(path), 0), leaf)
+  made = tuple(
+    jax.tree_util.tree_map_with_path(pad, adapter, is_leaf=_is_node) for adapter in adapters
+  )
+  for i, flat in enumerate(map(_flat, made[1:]), 2):
+    for path, leaf in _flat(made[0]).items():
+      if _form(leaf) != _form(flat[path]):
+        raise ValueError(
+          f"at {path} the first adapter and adapter {i} differ in more than rank and alpha:\n"
+          f"  {_shown(leaf)}\n  {_shown(flat[path])}\n"
+          "Attach both to one model with one dtype and one dropout (leaf.replace(dropout=...))."
+        )
+  return made
 
-  def widest(*leaves: Any) -> Any:
-    return max(leaf.a.shape[-2] for leaf in leaves) if isinstance(leaves[0], LoRA) else 0
 
-  widths = jax.tree.map(widest, *adapters, is_leaf=node)
-  return tuple(jax.tree.map(_pad, widths, adapter, is_leaf=node) for adapter in adapters)
+def _is_node(node: Any) -> bool:
+  return node is None or paths.is_leaf(node)
+
+
+def _flat(adapter: Any) -> dict[str, Any]:
+  """Every leaf and every hole by path."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=_is_node)
+  return {paths.name(path): leaf for path, leaf in flat}
+
+
+def _kind(flat: dict[str, Any], path: str) -> str:
+  if path not in flat:
+    return "no such place"
+  leaf = flat[path]
+  if isinstance(leaf, LoRA) and (leaf.a is None or leaf.b is None):
+    raise ValueError(
+      f"{path} lacks a factor, so what it is padded to is not known; pass adapters as "
+      "pj.partition(params, pj.adapter_mask(params, method.trainable(params))) gives them"
+    )
+  if leaf is None:
+    return "nothing"
+  return f"a {type(leaf).__name__}" if paths.is_leaf(leaf) else "an array"
+
+
+def _form(leaf: Any) -> Any:
+  """All by which a program that was traced for it knows it."""
+  return jax.tree.structure(leaf), [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]
+
+
+def _shown(leaf: Any) -> str:
+  """A short text of a leaf's arrays and static fields."""
+  arrays = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(leaf))
+  return f"{type(leaf).__name__} of {arrays}, dropout {getattr(leaf, 'dropout', 0.0)}"
 
 
 def _pad(width: int, leaf: Any) -> Any:

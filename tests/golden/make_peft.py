@@ -1,11 +1,12 @@
-"""Writes LoRA adapters on `bert_tiny` as the peft library saves them, and what they compute.
+"""Writes adapters on tiny models as the peft library saves them, and what they compute.
 
-Run:   python -m tests.golden.make_peft    (after tests.golden.make_bert)
+Run:   python -m tests.golden.make_peft    (after tests.golden.make_bert and make_decoders)
 With:  peft 0.21.2, torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6
 
 Each `peft_*` directory holds `adapter_config.json` and `adapter_model.safetensors`, and
 `expected.safetensors`: `tokens`, `mask`, `types` int32 [5, 12], `logits` float32 [5, 3] and
-`hidden` float32 [5, 12, 64] of the adapter loaded again from those files.
+`hidden` float32 [5, 12, 64] of the adapter loaded again from those files. Those on a decoder,
+`peft_decoder_*`, have `tokens`, `mask` [4, 14] and `logits` [4, 14, 96].
 
 A and B are both drawn, so that their order, the scale and the rank all show.
 """
@@ -15,8 +16,9 @@ import shutil
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
+from tests.golden import make_decoders
 from tests.golden.make_bert import GOLDEN, draw, run
 
 _BASE = "bert_tiny"
@@ -54,6 +56,42 @@ def _configs() -> dict[str, LoraConfig]:
   }
 
 
+def _decoders() -> dict[str, tuple[str, LoraConfig]]:
+  """By the name of the directory, the base and the adapter."""
+  return {
+    # Conv1D keeps its kernels [in, out], so square ones do not show a wrong turn.
+    "peft_decoder_square": (
+      "gpt2_tiny",
+      LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["attn.c_proj", "ln_f"]),
+    ),
+    # Of a tied model the table alone: the head keeps the old one.
+    "peft_decoder_tied": (
+      "qwen2_tiny",
+      LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["embed_tokens"]),
+    ),
+    # peft writes `base_layer.weight` of both.
+    "peft_decoder_table_head": (
+      "llama_tiny",
+      LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]),
+    ),
+  }
+
+
+def _make_decoder(name: str, base: str, config: LoraConfig, seed: int) -> None:
+  shutil.rmtree(name, ignore_errors=True)
+  plain = lambda: AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+  config.task_type = "CAUSAL_LM"
+  model = get_peft_model(plain(), config)
+  draw(model, seed, "lora_")
+  draw(model, seed + 10, "modules_to_save")
+  config.target_modules = sorted(config.target_modules)
+  model.save_pretrained(name)
+  (GOLDEN / name / "README.md").unlink()
+  inputs = make_decoders.batch(seed)
+  logits = make_decoders.run(PeftModel.from_pretrained(plain(), name), inputs)
+  save_file({**inputs, "logits": logits}, f"{name}/expected.safetensors")
+
+
 def _base() -> BertForSequenceClassification:
   return BertForSequenceClassification.from_pretrained(_BASE, attn_implementation="eager")
 
@@ -78,6 +116,8 @@ def main() -> None:
   with contextlib.chdir(GOLDEN):  # peft writes the base's path into the file: keep it relative
     for seed, (name, config) in enumerate(_configs().items(), start=10):
       _make(name, config, seed)
+    for seed, (name, (base, config)) in enumerate(_decoders().items(), start=50):
+      _make_decoder(name, base, config, seed)
 
 
 if __name__ == "__main__":

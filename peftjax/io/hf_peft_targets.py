@@ -1,0 +1,226 @@
+"""Which modules an `adapter_config.json` names, by PEFT's own rules.
+
+They are those of `check_target_module_exists`, `_maybe_include_all_linear_layers`,
+`get_pattern_key`, `_set_trainable` and IA3's `_check_target_module_feedforward` in PEFT 0.21.2, odd
+ones too: a name in `modules_to_save` or `feedforward_modules` is the end of a module's path
+wherever it begins ("norm" is "input_layernorm"), and to exclude targets it is a pattern.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from peftjax.core import paths, patterns
+from peftjax.io.hf_peft_fields import AdaLora, Common, Ia3, Lora, Targeted
+from peftjax.models.pretrained import stack_of
+
+END = r"(.*\.)?({})$"  # of a path, by a key of rank_pattern or alpha_pattern
+UNDER = r"(^|.*\.){}($|\..*)"  # a module in modules_to_save
+LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # by an entry of layers_pattern
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+_HEADS = ("score", "classifier")  # peft adds both to modules_to_save, whichever there is
+SECONDS = 5.0  # of all patterns of a config together
+
+
+class Matcher:
+  """Matches patterns of one file, with a bound on the time they take together."""
+
+  def __init__(self, where: str):
+    self.where, self.spent = where, 0.0
+
+  def match(self, pattern: str, text: str) -> bool:
+    return self._run(patterns.match, pattern, text)
+
+  def fullmatch(self, pattern: str, text: str) -> bool:
+    return self._run(patterns.fullmatch, pattern, text)
+
+  def groups(self, pattern: str, text: str) -> dict[str, Any] | None:
+    return self._run(patterns.groups, pattern, text)
+
+  def value(self, table: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a module's path."""
+    found = (x for key, x in (table or {}).items() if self.match(END.format(key), module))
+    return next(found, default)
+
+  def is_feedforward(self, config: Ia3, module: str) -> bool:
+    """Whether IA3 scales the inputs of a module."""
+    if isinstance(config.feedforward_modules, str):
+      return self.fullmatch(config.feedforward_modules, module)
+    return module.endswith(tuple(config.feedforward_modules or ()))
+
+  def _run(self, how: Any, pattern: str, text: str) -> Any:
+    start = time.process_time()
+    try:
+      found = how(pattern, text)
+    except ValueError as error:
+      raise ValueError(f"{self.where}: {error}") from None
+    self.spent += time.process_time() - start
+    if self.spent > SECONDS:
+      raise ValueError(
+        f"{self.where}: its patterns take more than {SECONDS} s, {pattern[:200]!r} among them. "
+        "Write them without a repetition inside another."
+      )
+    return found
+
+
+class Modules(NamedTuple):
+  """The modules of a model as torch names them.
+
+  Attributes:
+    every: those that hold others included.
+    linear: linear layers, `Conv1D` included.
+    tables: embeddings.
+    head: those of the logits, if it is a decoder with one.
+  """
+
+  every: tuple[str, ...]
+  linear: frozenset[str]
+  tables: frozenset[str]
+  head: str = ""
+
+
+def modules_of(names: Mapping[str, str], bare: str = "", head: str = "") -> Modules:
+  """Of parameters, each tensor's name with the last part of its path ("kernel", "scale").
+
+  Args:
+    bare: what names begin with and an adapter of the bare model does not.
+    head: the language-model head.
+  """
+  inside = {n.removeprefix(bare): kind for n, kind in names.items() if n.startswith(bare)}
+  parents = {name.rpartition(".")[0]: kind for name, kind in inside.items() if kind != "bias"}
+  every: dict[str, None] = {}
+  for module in parents:
+    parts = module.split(".")
+    every.update(dict.fromkeys(".".join(parts[: n + 1]) for n in range(len(parts))))
+  of = lambda kind: frozenset(module for module, x in parents.items() if x == kind)
+  return Modules(tuple(every), of("kernel"), of("embedding"), head if head in every else "")
+
+
+def names_of(params: Any, family: Any) -> dict[str, str]:
+  """The torch name of each parameter, of each layer of a stack, and the last part of its path."""
+  return {
+    family.hf_name(layer): path.rpartition("/")[2]
+    for path, leaf in paths.leaves(params).items()
+    for layer in paths.layer_paths(path, stack_of(path, leaf))
+  }
+
+
+def targeted(config: Targeted, modules: Modules, matcher: Matcher) -> frozenset[str]:
+  """The modules that peft would give an adapter.
+
+  Raises:
+    ValueError: none, or one that peft gives no adapter of this kind.
+  """
+  targets, where = config.target_modules, matcher.where
+  if isinstance(targets, str) and targets.lower() == "all-linear":
+    targets = sorted(modules.linear - _heads(config, modules))
+  found = frozenset(m for m in modules.every if _is_targeted(config, targets, m, matcher))
+  allowed = modules.linear | (modules.tables if type(config) is Lora else frozenset())
+  if wrong := sorted(found - allowed):
+    raise ValueError(
+      f"{where}: target_modules names {wrong[0]}, which is no linear layer"
+      f"{' or table' if type(config) is Lora else ''}: peft gives it no adapter. Name one that is."
+    )
+  if not found:
+    raise ValueError(
+      f"{where}: target_modules={_shown(config.target_modules)} names no module of this model, or "
+      "only such as are excluded, saved whole or of other layers. It has "
+      f"{_shown(sorted({m.rpartition('.')[2] for m in allowed}))}.\n"
+      "Was the adapter trained on another model?"
+    )
+  return found
+
+
+def saved(config: Common, modules: Modules) -> frozenset[str]:
+  """The modules that peft trains and saves whole."""
+  names = [*(config.modules_to_save or ())]
+  if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+    names += [name for name in _HEADS if name not in names]
+  return frozenset(m for m in modules.every if m.endswith(tuple(names)))
+
+
+def tell_unused(config: Common, modules: Modules, found: frozenset[str], matcher: Matcher) -> None:
+  """Warns of names and patterns that match no module, as peft does of some of them."""
+  ends = lambda name: any(m == name or m.endswith(f".{name}") for m in modules.every)
+  unused = {}
+  if isinstance(config, Targeted):
+    unused["target_modules"] = [x for x in listed(config.target_modules, True) if not ends(x)]
+    unused["exclude_modules"] = [x for x in listed(config.exclude_modules, True) if not ends(x)]
+  unused["modules_to_save"] = [
+    x
+    for x in config.modules_to_save or ()
+    if x not in _HEADS and not any(m.endswith(x) for m in modules.every)
+  ]
+  if isinstance(config, Lora) and not isinstance(config, AdaLora):
+    for field in ("rank_pattern", "alpha_pattern"):
+      keys = getattr(config, field) or {}
+      unused[field] = [k for k in keys if not any(matcher.match(END.format(k), m) for m in found)]
+  for field, keys in unused.items():
+    if keys:
+      warnings.warn(
+        f"{matcher.where}: {field} has {_shown(keys)}, which no module of this model matches; it "
+        "is left out, as peft does",
+        stacklevel=5,
+      )
+
+
+def listed(value: list[str] | str | None, lists_only: bool = False) -> list[str]:
+  """One or several as a list."""
+  if isinstance(value, str):
+    return [] if lists_only else [value]
+  return value or []
+
+
+def _is_targeted(config: Targeted, targets: Any, module: str, matcher: Matcher) -> bool:
+  within = lambda names: module in names or module.endswith(tuple(f".{name}" for name in names))
+  excluded = config.exclude_modules
+  if excluded and (
+    matcher.fullmatch(excluded, module) if isinstance(excluded, str) else within(excluded)
+  ):
+    return False
+  whole = [*(config.modules_to_save or ())]
+  if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+    whole += _HEADS
+  if any(matcher.match(UNDER.format(name), module) for name in whole):
+    return False
+  if isinstance(targets, str):
+    return matcher.fullmatch(targets, module)
+  if module in targets:
+    return True
+  return within(targets) and _in_layers(config, module, matcher)
+
+
+def _in_layers(config: Targeted, module: str, matcher: Matcher) -> bool:
+  """Whether the first number behind a name in `layers_pattern`, or at all, is one to transform."""
+  layers = config.layers_to_transform
+  if layers is None or layers == []:
+    return True
+  names = listed(config.layers_pattern)
+  if names:
+    tries = (matcher.groups(LAYER.format(name), module) for name in names)
+    found = next((x for x in tries if x), None)
+  else:
+    match = _ANY_LAYER.match(module)
+    found = match and match.groupdict()
+  index = found and found.get("idx")
+  return bool(index) and int(index) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _heads(config: Targeted, modules: Modules) -> frozenset[str]:
+  """What "all-linear" leaves out."""
+  if modules.head:
+    return frozenset({modules.head})
+  if config.task_type == "SEQ_CLS":
+    return frozenset([x for x in _HEADS if x in modules.every][:1])
+  return frozenset()
+
+
+def _shown(values: Any) -> str:
+  if isinstance(values, str):
+    return repr(values[:200])
+  text = ", ".join(repr(str(x)[:200]) for x in list(values)[:8])
+  return f"[{text}{', ...' if len(values) > 8 else ''}]"

@@ -1,0 +1,106 @@
+"""What a PEFT directory holds whole: modules in `modules_to_save`, and bases under adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from peftjax.core import paths
+from peftjax.core.weight import Weight
+from peftjax.io.hf_peft_plan import BASES, HEAD
+from peftjax.models.names import turned
+from peftjax.models.pretrained import stack_of
+
+
+class Whole(NamedTuple):
+  """Arrays to save as they are.
+
+  Attributes:
+    modules: tensors by module.
+    bases: tables and heads that were trained under their adapter, by name.
+    tied: a table and the head that is tied to it are both among the modules.
+  """
+
+  modules: dict[str, dict[str, np.ndarray]]
+  bases: dict[str, np.ndarray]
+  tied: bool
+
+  @property
+  def tensors(self) -> dict[str, np.ndarray]:
+    flat = {name: array for arrays in self.modules.values() for name, array in arrays.items()}
+    return {**flat, **self.bases}
+
+
+def collect(
+  params: Any, trained: Any | None, family: Any, task_type: str | None, adapted: Collection[str]
+) -> Whole:
+  """All of each module that has a trained array, and the head of a classifier.
+
+  Args:
+    params: less prefixes and prompts.
+    trained: a mask over them; without it the head counts as trained, all else as the base's.
+    adapted: the modules with an adapter.
+
+  Raises:
+    ValueError: a trained array under an adapter or beside one; a weight in a module that is saved.
+  """
+  flat = paths.leaves(params)
+  flags = {} if trained is None else paths.leaves(trained)
+  chosen: dict[str, dict[str, np.ndarray]] = {}
+  bases: dict[str, np.ndarray] = {}
+  layers = {path: paths.layer_paths(path, stack_of(path, leaf)) for path, leaf in flat.items()}
+  for path, leaf in flat.items():
+    flag = flags.get(path)
+    on = any(jax.tree.leaves(getattr(flag, "base", flag)))
+    units = {_unit(family, layer) for layer in layers[path]}
+    if on and isinstance(leaf, Weight) and _is_table_or_head(path):
+      array = np.asarray(leaf.base)  # type: ignore[attr-defined]
+      bases[f"{_module(family, path)}.{BASES[0]}"] = array.T if turned(family, path) else array
+    elif on and (isinstance(leaf, Weight) or units & {*adapted}):
+      raise ValueError(
+        f"{path} is trained, and a PEFT directory has no place for it: only for adapters and for "
+        "modules that have none.\nSave the whole model instead, from pj.merge(params), or train "
+        'with pj.chain(pj.lora(...), pj.train("head/.*")).'
+      )
+    elif on or ((trained is None or task_type == "SEQ_CLS") and path.startswith("head/")):
+      chosen.update(dict.fromkeys(units, {}))
+  chosen = {unit: {} for unit in chosen}
+  for path, leaf in flat.items():
+    for i, layer in enumerate(layers[path]):
+      if (unit := _unit(family, layer)) in chosen:
+        if isinstance(leaf, Weight):
+          raise ValueError(
+            f"{path} is a {type(leaf).__name__} in {unit}, which is saved whole; peft does not "
+            "take both.\nMerge it (pj.merge), or leave it out of the targets or out of what is "
+            "trained."
+          )
+        array = np.asarray(leaf[i] if stack_of(path, leaf) else leaf)
+        chosen[unit][family.hf_name(layer)] = array.T if turned(family, path) else array
+  return Whole(*_with_heads(params, family, chosen, bases))
+
+
+def _with_heads(params: Any, family: Any, chosen: Any, bases: Any) -> tuple[Any, Any, bool]:
+  """And the head that is tied to a table among the modules: peft would leave it as it was."""
+  tied = False
+  for path, head in paths.tied(params).items():
+    if (table := _module(family, head.of)) in chosen:
+      chosen[_module(family, path)] = {family.hf_name(path): chosen[table][family.hf_name(head.of)]}
+      tied = True
+  return chosen, bases, tied
+
+
+def _is_table_or_head(path: str) -> bool:
+  return path.endswith("/embedding") or path == f"{HEAD}/kernel"
+
+
+def _unit(family: Any, path: str) -> str:
+  """What peft wraps: the whole head (`classifier`), or one module of the body."""
+  module = _module(family, path)
+  return module.partition(".")[0] if path.startswith("head/") else module
+
+
+def _module(family: Any, path: str) -> str:
+  return family.hf_name(path).rpartition(".")[0]
