@@ -63,8 +63,8 @@ def _class_names(path: str, rows: list[tables.Row]) -> tuple[str, ...]:
   names = {_name(row.label) for row in rows}
   if len(names) < 2:
     raise ValueError(
-      f"{path}: the only class is {records.clip(names.pop())}. Classification needs at least two; is this the"
-      " right label_column?"
+      f"{path}: the only class is {records.clip(names.pop())}. Classification needs at least two;"
+      " is this the right label_column?"
     )
   _check_types(path, rows)
   _check_numbers(path, rows, names)
@@ -114,8 +114,8 @@ def _class(path: str, row: tables.Row, names: tuple[str, ...], train_path: str) 
     return names.index(_name(row.label))
   except ValueError:
     raise ValueError(
-      f"{path} line {row.line}: the label {records.clip(_name(row.label))} is not in {train_path}, which has:"
-      f" {', '.join(map(records.clip, names[:20]))}{', ...' if len(names) > 20 else ''}."
+      f"{path} line {row.line}: the label {records.clip(_name(row.label))} is not in {train_path},"
+      f" which has: {', '.join(map(records.clip, names[:20]))}{', ...' if len(names) > 20 else ''}."
       " Correct the label or delete the row."
     ) from None
 

@@ -37,8 +37,8 @@ def read(
 
   CSV and TSV begin with a line of column names. CSV fields may be quoted; in TSV a quote is an
   ordinary character, so that a stray one cannot swallow the rows after it. JSONL holds one object a
-  line. Empty lines are skipped; texts may be empty (JSON null too), labels may not. Labels are texts
-  or, in JSONL, finite numbers, true and false too. Without a `label_column` labels are None.
+  line. Empty lines are skipped; texts may be empty (JSON null too), labels may not. Labels are
+  texts or, in JSONL, finite numbers, true and false too. Without a `label_column` they are None.
 
   Raises:
     ValueError: naming the file and the line, column or byte, if the file is missing, empty, of

@@ -118,6 +118,12 @@ def test_columns_pairs_and_empty_texts(write):
   assert corpus.dropped["empty"] == 2 and sum(map(len, corpus.splits.values())) == 40
 
 
+def test_one_column_is_not_two(write):
+  """A text that is its own label would be learnt at once."""
+  with pytest.raises(ValueError, match="'label', 'label'.*cannot be two"):
+    data.load("files", seed=0, train_file=write("a.csv", some(40)), text_column="label")
+
+
 def test_regression(write):
   rows = [(f"t{i}", i / 4) for i in range(50)]
   corpus = data.load("files", seed=0, train_file=write("a.csv", rows), regression=True)

@@ -49,7 +49,7 @@ def test_jsonl_keeps_line_separators_inside_strings_and_types_of_labels(read):
     ("x.csv", "body,label\nok,a\n", ["x.csv", "'text'", "'body', 'label'", "text_column"]),
     ("x.tsv", "text\tclass\nok\ta\n", ["x.tsv", "'label'", "'text', 'class'", "label_column"]),
     ("x.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', ["line 2", "'label'", "'text'"]),
-    ("x.jsonl", '{"text": "a", "label": 1}\n{"text": \n', ["x.jsonl line 2", "readable JSON", "column 10"]),
+    ("x.jsonl", '{"text": "a", "label": 1}\n{"text": \n', ["line 2", "readable JSON", "column 10"]),
     ("x.jsonl", "[1]\n", ["x.jsonl line 1", "list", "object"]),
     ("x.jsonl", '{"text": 5, "label": 1}\n', ["line 1", "'text'", "5", "double quotes"]),
     ("x.jsonl", '{"text": "\\ud83d", "label": 1}\n', ["line 1", "surrogate", "ud83d"]),
