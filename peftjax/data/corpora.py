@@ -55,6 +55,12 @@ def load(
       " if you have them, validation_file and test_file; every other name without them. Write e.g."
       " --config.data.train_file=train.csv."
     )
+  columns = [x for x in (text_column, pair_column, label_column) if x is not None]
+  if len(set(columns)) < len(columns):
+    raise ValueError(
+      f"text_column, pair_column and label_column are {', '.join(map(repr, columns))}: one column"
+      " cannot be two of them. Name another."
+    )
   if name == "files":
     corpus = local.read(files, text_column, pair_column, label_column, regression)
   elif name.startswith("glue/"):

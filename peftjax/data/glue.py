@@ -12,6 +12,7 @@ import numpy as np
 
 from peftjax.data import tables
 from peftjax.data.examples import REGRESSION_METRICS, Corpus, Examples
+from peftjax.io import records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ def read(name: str, glue_dir: str | None) -> Corpus:
   """The task `name`'s "train" and "validation" splits (for mnli, validation_matched).
 
   Reads `glue_dir`/<TASK>/train.tsv and dev.tsv if a directory is given, else asks `datasets`. A
-  truncated line of the official files (qqp has some) is left out and counted as "malformed".
+  line with more or fewer fields than columns (qqp's official files have some that are cut short) is
+  left out and counted as "malformed".
 
   Raises:
     ValueError: for an unknown task, a missing file, column or library, or an unknown label.
@@ -101,34 +103,39 @@ def read(name: str, glue_dir: str | None) -> Corpus:
 
 
 def _from_tsv(path: str, task: Task) -> tuple[Examples, int]:
-  """The examples of an official TSV file, which knows no quoting, and its count of short lines."""
+  """The examples of a TSV file, which knows no quoting, and its count of malformed lines."""
   lines = [
-    line.rstrip("\r").split("\t") for line in tables.decode(path).split("\n") if line.strip()
+    (number, line.rstrip("\r").split("\t"))
+    for number, line in enumerate(tables.decode(path).split("\n"), 1)
+    if line.strip()
   ]
-  header = list(task.header or (lines.pop(0) if lines else ()))
+  header = list(task.header or (lines.pop(0)[1] if lines else ()))
   missing = [column for column in task.columns if column not in header]
   if missing:
     raise ValueError(
       f"{path}: no column {missing[0]!r}. The file has: {', '.join(map(repr, header)) or 'none'}."
       " Use the official GLUE file of this task."
     )
+  tables.check_columns(path, header)
   places = [header.index(column) for column in task.columns]
-  whole = [fields for fields in lines if len(fields) >= len(header)]
-  *texts, labels = ([fields[place] for fields in whole] for place in places)
-  numbers = [_label(path, task, label) for label in labels]
-  return _examples(task, texts, numbers), len(lines) - len(whole)
+  whole = [(number, fields) for number, fields in lines if len(fields) == len(header)]
+  *texts, _ = ([fields[place] for _, fields in whole] for place in places)
+  labels = [_label(f"{path} line {number}", task, fields[places[-1]]) for number, fields in whole]
+  return _examples(task, texts, labels), len(lines) - len(whole)
 
 
-def _label(path: str, task: Task, label: str) -> float:
+def _label(where: str, task: Task, label: str) -> float:
   """A label of a TSV file as a number."""
   allowed = [*task.label_names, *map(str, range(len(task.label_names)))]
   if not task.label_names:
-    try:
-      return float(label)
-    except ValueError:
-      allowed = ["a number"]
+    value = tables.number(label)
+    if value is not None:
+      return value
+    allowed = ["a finite number"]
   if label not in allowed:
-    raise ValueError(f"{path}: unknown label {label!r}. Allowed: {', '.join(allowed)}.")
+    raise ValueError(
+      f"{where}: unknown label {records.clip(label)}. Allowed: {', '.join(allowed)}."
+    )
   return allowed.index(label) % len(task.label_names)
 
 

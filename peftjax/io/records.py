@@ -58,23 +58,36 @@ def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
     raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
 
 
-def read_object(path: str | Path) -> dict[str, Any]:
+def read_object(path: str | Path, advice: str = "Download it again.") -> dict[str, Any]:
   """The JSON object in a file; ValueError if it holds anything else, or one key twice."""
-  return parse_object(read_bytes(path), path)
+  return parse_object(read_bytes(path), path, advice)
 
 
-def parse_object(data: bytes | str, where: str | Path) -> dict[str, Any]:
-  """The JSON object in `data`, in which no object may hold one key twice."""
+def parse_object(
+  data: bytes | str,
+  where: str | Path,
+  advice: str = "Download it again.",
+  *,
+  constants: bool = True,
+) -> dict[str, Any]:
+  """The JSON object in `data`, in which no object may hold one key twice.
+
+  Args:
+    data: bytes of UTF-8, or text.
+    where: file, and line if it is one of a file's lines, for messages.
+    advice: what to do about an unreadable one.
+    constants: whether NaN, Infinity and -Infinity, which are no JSON, are read.
+  """
   try:
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-    value = json.loads(text, object_pairs_hook=_unique)
+    constant = None if constants else _no_constant
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
   except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f"{where} does not hold readable JSON: {clip(str(error), quote=False)}.\nDownload it again."
-    ) from None
+    told = clip(_where_in_text(error), quote=False)
+    raise ValueError(f"{where} does not hold readable JSON: {told}.\n{advice}") from None
   if not isinstance(value, dict):
     raise ValueError(
-      f"{where} must hold a JSON object {{...}}, and holds a {type(value).__name__}."
+      f"{where} must hold a JSON object {{...}}, and holds a {type(value).__name__}.\n{advice}"
     )
   return value
 
@@ -117,6 +130,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
     raise ValueError(f"the key {clip(key)} comes twice")
   return value
+
+
+def _no_constant(name: str) -> None:
+  raise ValueError(f"{name} is no number of JSON")
+
+
+def _where_in_text(error: Exception) -> str:
+  """What is wrong; of a single line only the column, for `where` names the line."""
+  if isinstance(error, json.JSONDecodeError) and error.lineno == 1:
+    return f"{error.msg} at column {error.colno}"
+  if isinstance(error, RecursionError):
+    return "it is nested too deeply"
+  return str(error).partition("; use sys.")[0]  # of a number with thousands of digits
 
 
 def _at(value: Any, path: str) -> Any:

@@ -70,4 +70,10 @@ def mesh_of(text: str) -> Mesh | None:
 
 
 def resolve(path: str | Path) -> Path:
-  return Path(path).expanduser().absolute()
+  """A workdir as an absolute path; ValueError for one that is empty or names no user's home."""
+  if not str(path):
+    raise ValueError("--workdir is empty. Name a folder; the one you are in is --workdir=.")
+  try:
+    return Path(path).expanduser().absolute()
+  except RuntimeError as error:
+    raise ValueError(f"--workdir={path}: {error} Name another folder.") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from peftjax.io import hf_peft
+from peftjax.io import disk, hf_peft
 from peftjax.methods.adalora_ranks import ranks
 from peftjax.training import process
 from peftjax.training.logs import Bar, write_atomic
@@ -70,14 +70,15 @@ def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
     return
   base = str(run.settings.model.directory) or run.settings.model.path().parent.name
   try:
-    hf_peft.save(
-      workdir / "peft",
-      params,
-      run.module,
-      base_model=base,
-      trained=run.mask,
-      task_type=run.task.peft_type,
-      rslora=bool(run.settings.method.get("rslora")),
-    )
+    with disk.told(workdir / "peft"):
+      hf_peft.save(
+        workdir / "peft",
+        params,
+        run.module,
+        base_model=base,
+        trained=run.mask,
+        task_type=run.task.peft_type,
+        rslora=bool(run.settings.method.get("rslora")),
+      )
   except ValueError as error:
     bar.print(f"no Hugging Face PEFT directory: {error}")

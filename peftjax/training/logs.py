@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from peftjax.io import disk
+from peftjax.training import workdir as workdirs
 
 # Fields that depend on the clock and so differ between equal runs.
 TIME_FIELDS = ("examples_per_second", "seconds")
@@ -22,28 +26,41 @@ class Logs:
   """Rows of numbers by step, to `metrics.jsonl` and TensorBoard.
 
   On resuming at a step, rows after it are cut and the events are written anew from what is left,
-  so an interrupted run's logs are those of an uninterrupted one.
+  so an interrupted run's logs are those of an uninterrupted one. `dropped` are the rows that were
+  cut.
   """
 
   def __init__(self, workdir: Path, step: int):
     path = workdir / "metrics.jsonl"
-    self._kept = [row for row in _read(path) if row["step"] <= step]
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in self._kept))
+    found = list(zip(workdirs.lines(path), workdirs.metrics(path), strict=True))
+    self._kept = [row for _, row in found if row["step"] <= step]
+    self.dropped = len(found) - len(self._kept)
+    text = "".join(line for line, row in found if row["step"] <= step)
+    write_atomic(path, text)
+    self._rows, self._digest = len(self._kept), hashlib.sha256(text.encode())
     self._file = path.open("a", encoding="utf-8")
     self._directory = workdir / "tensorboard"
 
   def write(self, row: dict[str, Any]) -> None:
     """One row, with "step"; in the file when this returns."""
-    self._file.write(json.dumps(row) + "\n")
+    line = json.dumps(row) + "\n"
+    self._file.write(line)
     self._file.flush()
+    self._rows += 1
+    self._digest.update(line.encode())
     self._emit(self._events, row)
+
+  def mark(self) -> dict[str, Any]:
+    """What a checkpoint says of the rows so far (see `workdir.Log`), which are on the disk then."""
+    os.fsync(self._file.fileno())
+    return {"rows": self._rows, "sha256": self._digest.hexdigest()}
 
   @functools.cached_property
   def _events(self) -> Any:
     """Made at the first row: tensorboardX imports torch if it is there, which takes seconds."""
     from tensorboardX import SummaryWriter
 
-    shutil.rmtree(self._directory, ignore_errors=True)
+    workdirs.clear_events(self._directory)
     events = SummaryWriter(str(self._directory))
     for row in self._kept:
       self._emit(events, row)
@@ -61,30 +78,30 @@ class Logs:
       self._events.close()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-  if not path.exists():
-    return []
-  rows = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break  # the line that a kill cut short, and nothing can follow it
-  return rows
-
-
 def write_atomic(path: Path, text: str) -> None:
-  """Writes a whole file or, if killed, nothing."""
+  """Writes a whole file or, if killed or refused, nothing.
+
+  Raises:
+    disk.DiskError: it cannot be written.
+  """
   temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with temporary.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise disk.DiskError(disk.sentence(error, path)) from None
 
 
 class Bar:
-  """A progress bar with loss, examples/s and time left; plain lines where there is no terminal."""
+  """A progress bar with loss, examples/s and time left; plain lines where there is no terminal.
+
+  A terminal that is closed while the run goes on is no reason to lose the run.
+  """
 
   def __init__(self, name: str, start: int, total: int):
     self.console = rich.get_console()  # so that it nests in the live table of a sweep
@@ -100,16 +117,22 @@ class Bar:
     self._task = self._bar.add_task(name, total=total, completed=start, numbers="compiling")
 
   def update(self, step: int, loss: float, rate: float) -> None:
-    self._bar.update(self._task, completed=step, numbers=f"loss {loss:.4f}  {rate:,.0f} examples/s")
+    numbers = f"loss {loss:.4f}  {rate:,.0f} examples/s"
+    self._shown(lambda: self._bar.update(self._task, completed=step, numbers=numbers))
 
   def scores(self, name: str, scores: Mapping[str, float]) -> None:
     self.print(f"{name:<14}" + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 
   def print(self, text: str) -> None:
-    self.console.print(text, highlight=False, soft_wrap=True)
+    self._shown(lambda: self.console.print(text, highlight=False, soft_wrap=True))
+
+  @staticmethod
+  def _shown(show: Callable[[], None]) -> None:
+    with contextlib.suppress(OSError):
+      show()
 
   def __enter__(self) -> Bar:
-    self._bar.start()
+    self._shown(self._bar.start)
     return self
 
   def __exit__(
@@ -118,4 +141,4 @@ class Bar:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    self._bar.stop()
+    self._shown(self._bar.stop)

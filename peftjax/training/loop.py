@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from peftjax.training import build, process, resume
+from peftjax.io import disk
+from peftjax.training import build, lock, process, resume
+from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
 from peftjax.training.logs import Bar, Logs, write_atomic
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
-from peftjax.training.settings import from_config
+from peftjax.training.settings import Settings, from_config
 
 
 class Stopped(Exception):
@@ -42,37 +47,64 @@ def train_and_evaluate(
   Raises:
     ValueError: anything wrong with the config, the data, the model or what is in `workdir`;
       raised before `workdir` is touched.
+    lock.Held: another process runs in `workdir`.
+    disk.DiskError: something cannot be written, as on a full disk; the last checkpoint stays.
     FloatingPointError: the loss or the gradient is not finite; the last good checkpoint stays.
-    Stopped: after SIGTERM or Ctrl-C, with the state saved.
+    Stopped: after SIGTERM, SIGHUP or Ctrl-C, with the state saved.
   """
   clock = Clock(started)
   settings = from_config(config)
   workdir = build.resolve(workdir)
   settings_json = json.loads(config.to_json())
-  resume.check_config(workdir / "config.json", settings_json)
-  if (workdir / "result.json").exists():
-    return json.loads((workdir / "result.json").read_text())
+  with _told(workdir):
+    if (result := resume.finished(workdir, settings_json)) is not None:
+      return result
+    # Of several hosts that share a run, the first one speaks for all.
+    first = jax.process_index() == 0
+    with lock.hold(workdir) if first else contextlib.nullcontext(lock.Lock()) as held:
+      if (result := resume.finished(workdir, settings_json)) is not None:
+        return result  # another process has ended it since
+      return _train(settings, settings_json, workdir, mesh, clock, held)
+
+
+def _train(
+  settings: Settings,
+  settings_json: dict[str, Any],
+  workdir: Path,
+  mesh: str,
+  clock: Clock,
+  held: lock.Lock,
+) -> dict[str, Any]:
+  """`train_and_evaluate` in a workdir that is this process's."""
+  saved = resume.latest_meta(workdir)
+  if saved is None:
+    workdirs.metrics(workdir / "metrics.jsonl")
   run = Run(settings, mesh)
   meta = run.identity()
-  saved = resume.latest_meta(workdir)
   resume.check_inputs(workdir, saved, meta)
+  if saved is not None:
+    resume.restore(run, workdir)
 
+  held.kept = True
   workdir.mkdir(parents=True, exist_ok=True)
   write_atomic(workdir / "config.json", json.dumps(settings_json, indent=2, sort_keys=True) + "\n")
   if saved is None:  # a best alone cannot be gone on from, and would stay where a step ties with it
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    workdirs.clear_checkpoints(workdir / "checkpoints")
   checkpoints = Checkpoints(workdir / "checkpoints")
-  if saved is not None:
-    run.restore(checkpoints)
+  lost = saved and saved.log and saved.log.rows and not (workdir / "metrics.jsonl").exists()
   logs = Logs(workdir, run.steps_done if saved else -1)
-  best: dict[str, Any] = saved["best"] if saved else {}
-  untrained: dict[str, Any] = saved["before"] if saved else {}
-  before = saved["seconds"] if saved else 0.0
+  best = dataclasses.asdict(saved.best) if saved and saved.best else {}
+  untrained: dict[str, Any] = saved.before if saved else {}
+  before = saved.seconds if saved else 0.0
   every = settings.train
   try:
     with Bar(settings.method["name"], run.steps_done, run.total) as bar:
       with process.stop_signals() as stop:
         run.announce(bar)
+        if lost:
+          bar.print(f"metrics.jsonl is gone, and with it its rows up to step {run.steps_done}")
+        if logs.dropped and saved is None:
+          bar.print(f"no checkpoint to go on from: {logs.dropped} rows of metrics are made again")
         if not saved:
           untrained = {part: run.evaluate(part) for part in run.task.before}
           for part, scores in untrained.items():
@@ -105,6 +137,7 @@ def train_and_evaluate(
               checkpoints.wait("best")  # the latest must never name a best that is not there
           if save or asked:
             extra = {"best": best, "before": untrained, "seconds": before + clock.seconds()}
+            extra["log"] = logs.mark()
             checkpoints.save("latest", done, run.everything(), {**meta, **extra})
           if asked and done < run.total:
             checkpoints.wait()
@@ -125,3 +158,20 @@ def train_and_evaluate(
   finally:
     logs.close()
     checkpoints.close()
+
+
+@contextlib.contextmanager
+def _told(workdir: Path) -> Iterator[None]:
+  """What ends a run by no fault of the config also says which checkpoint is left."""
+  try:
+    yield
+  except FloatingPointError as error:
+    raise FloatingPointError(f"{error}{_left(workdir)}") from error
+  except OSError as error:
+    told = disk.sentence(error, workdir).removesuffix(".")
+    raise disk.DiskError(f"{told}.{_left(workdir)}") from error
+
+
+def _left(workdir: Path) -> str:
+  step = workdirs.newest(workdir / "checkpoints")
+  return "" if step is None else f" The last good checkpoint, of step {step}, is kept."

@@ -42,17 +42,30 @@ class Stop:
   asked = ""
 
 
+class Again(KeyboardInterrupt):
+  """A Ctrl-C after a signal that had asked to save and stop."""
+
+
+def _hang_up() -> list[signal.Signals]:
+  """The signal of a terminal that is closed, unless it is ignored, as nohup has it."""
+  ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  return [] if ignored else [signal.SIGHUP]
+
+
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-  """SIGTERM and the first Ctrl-C only ask; a second Ctrl-C interrupts at once."""
+  """SIGTERM, SIGHUP and the first Ctrl-C only ask; a second Ctrl-C raises `Again` at once."""
   stop = Stop()
-  main = signal.getsignal(signal.SIGINT)
+
+  def again(number: int, frame: Any) -> None:
+    raise Again("stopped at once, without saving")
 
   def ask(number: int, frame: Any) -> None:
     stop.asked = signal.Signals(number).name
-    signal.signal(signal.SIGINT, main)
+    signal.signal(signal.SIGINT, again)
 
-  previous = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
+  asking = (signal.SIGTERM, signal.SIGINT, *_hang_up())
+  previous = {n: signal.signal(n, ask) for n in asking}
   try:
     yield stop
   finally:
@@ -62,7 +75,7 @@ def stop_signals() -> Iterator[Stop]:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-  """For several runs in turn: SIGTERM interrupts as Ctrl-C does; whether one came since last asked.
+  """For several runs in turn: SIGTERM and SIGHUP interrupt as Ctrl-C does; whether one came.
 
   A run has handlers of its own while it trains, and one that is at its last step just finishes.
   The file descriptor gets the number of every signal, whoever handles it.
@@ -71,18 +84,20 @@ def interrupts() -> Iterator[Callable[[], bool]]:
   reader.setblocking(False)
   writer.setblocking(False)
   descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-  handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+  ours = (signal.SIGTERM, *_hang_up())
+  previous = {n: signal.signal(n, signal.default_int_handler) for n in ours}
 
   def asked() -> bool:
     try:
-      return bool({signal.SIGINT, signal.SIGTERM} & set(reader.recv(4096)))
+      return bool({signal.SIGINT, *ours} & set(reader.recv(4096)))
     except BlockingIOError:
       return False
 
   try:
     yield asked
   finally:
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in previous.items():
+      signal.signal(number, handler)
     signal.set_wakeup_fd(descriptor)
     reader.close()
     writer.close()

@@ -2,25 +2,80 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from peftjax.io import records
+from peftjax.training import workdir
 from peftjax.training.checkpoint import Checkpoints
+from peftjax.training.run import Run
+from peftjax.training.workdir import Meta
 
 # Settings that may change between a run and its continuation: they change no number.
 FREE = ("compilation_cache", "train.log_every", "train.save_every", "train.eval_batch_size")
 
 
-def latest_meta(workdir: Path) -> dict[str, Any] | None:
-  """What the latest checkpoint says of itself, without creating anything."""
-  if not (workdir / "checkpoints" / "latest").is_dir():
+def latest_meta(folder: Path) -> Meta | None:
+  """What the latest checkpoint in the workdir says of itself, without creating anything.
+
+  Raises:
+    ValueError: what is there is damaged, or not whole: without its config, its best checkpoint or
+      its rows of metrics.
+  """
+  workdir.check_checkpoints(folder / "checkpoints")
+  if workdir.newest(folder / "checkpoints") is None:
     return None
-  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
   try:
-    return checkpoints.meta("latest")
+    found = checkpoints.meta("latest")
+    step, best = (checkpoints.step(name) for name in workdir.CHECKPOINTS)
   finally:
     checkpoints.close()
+  if found is None or step is None:
+    return None
+  meta = Meta.of(found, folder / "checkpoints" / "latest" / str(step))
+  if not (folder / "config.json").exists():
+    workdir.settings(folder)  # says so
+  if meta.best and (best is None or best < meta.best.step):
+    raise ValueError(
+      f"{folder / 'checkpoints' / 'best'} has {'no checkpoint' if best is None else f'step {best}'}"
+      f", but the latest one names step {meta.best.step} as the best. Put it back from a copy, or"
+      " start anew in another --workdir."
+    )
+  workdir.check_log(folder / "metrics.jsonl", meta.log, step)
+  return meta
+
+
+def restore(run: Run, folder: Path) -> None:
+  """Puts the run where its latest checkpoint is.
+
+  Raises:
+    ValueError: its arrays are damaged, do not fit the run, or are those of another step.
+  """
+  checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+  try:
+    run.restore(checkpoints)
+    step = checkpoints.step("latest")
+  finally:
+    checkpoints.close()
+  if run.steps_done != step:
+    raise ValueError(
+      f"{folder / 'checkpoints' / 'latest' / str(step)} holds step {run.steps_done}. Give it its"
+      " own name again, or give another --workdir."
+    )
+
+
+def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+  """The result in the workdir of this config, None if it has none yet.
+
+  Raises:
+    ValueError: its config or its result is of another config, or damaged.
+  """
+  check_config(folder / "config.json", config)
+  result = workdir.result(folder / "result.json")
+  if result is not None:
+    _check_same(folder, result["config"], config)
+  return result
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -30,22 +85,29 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
-  if not path.exists():
+  old = workdir.config(path)
+  if old is not None:
+    _check_same(path.parent, old, config)
+
+
+def check_inputs(folder: Path, saved: Meta | None, now: dict[str, Any]) -> None:
+  if saved is None:
     return
-  old, new = flat(json.loads(path.read_text())), flat(config)
+  for name, what in (("base", "another pretrained model"), ("data", "other data")):
+    there = getattr(saved, name)
+    if there != now[name]:
+      raise ValueError(
+        f"{folder} was trained on {what}: digest {there[:12]} there, {now[name][:12]} now. "
+        "Put the same files back to go on with it, or give another --workdir."
+      )
+
+
+def _check_same(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+  old, new = flat(there), flat(now)
   differ = [k for k in sorted({*old, *new} - {*FREE}) if old.get(k) != new.get(k)]
   if differ:
     rows = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ)
     raise ValueError(
-      f"{path.parent} holds a run of another config:\n{rows}\n"
+      f"{folder} holds a run of another config:\n{records.clip(rows, 2000, quote=False)}\n"
       "Give the same values to go on with it, or another --workdir."
     )
-
-
-def check_inputs(workdir: Path, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
-  for name, what in (("base", "another pretrained model"), ("data", "other data")):
-    if saved is not None and saved[name] != now[name]:
-      raise ValueError(
-        f"{workdir} was trained on {what}: digest {saved[name][:12]} there, {now[name][:12]} now. "
-        "Put the same files back to go on with it, or give another --workdir."
-      )

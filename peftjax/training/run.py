@@ -22,8 +22,8 @@ from peftjax.training.logs import Bar
 from peftjax.training.settings import OPTIMIZERS, Settings
 
 _DIVERGED = (
-  "{} not finite. The last good checkpoint is kept; try a lower --config.optimizer.learning_rate "
-  "or a longer warm-up, in another --workdir."
+  "{} not finite. Try a lower --config.optimizer.learning_rate or a longer warm-up, in another "
+  "--workdir."
 )
 
 

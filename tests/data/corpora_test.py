@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -116,6 +118,12 @@ def test_columns_pairs_and_empty_texts(write):
   assert corpus.dropped["empty"] == 2 and sum(map(len, corpus.splits.values())) == 40
 
 
+def test_one_column_is_not_two(write):
+  """A text that is its own label would be learnt at once."""
+  with pytest.raises(ValueError, match="'label', 'label'.*cannot be two"):
+    data.load("files", seed=0, train_file=write("a.csv", some(40)), text_column="label")
+
+
 def test_regression(write):
   rows = [(f"t{i}", i / 4) for i in range(50)]
   corpus = data.load("files", seed=0, train_file=write("a.csv", rows), regression=True)
@@ -129,6 +137,54 @@ def test_a_target_that_is_no_number_is_named(write):
   path = write("a.csv", [("t", 1.5), ("u", "nan")])
   with pytest.raises(ValueError, match="a.csv line 3: the label 'nan' is not a finite number"):
     data.load("files", seed=0, train_file=path, regression=True)
+
+
+@pytest.mark.parametrize("label", ["1e39", "-1e400", "true", "9" * 400])
+def test_a_target_that_float32_does_not_hold_is_named(write, label):
+  path = write("a.csv", [("t", 1.5), ("u", label)])
+  with pytest.raises(ValueError, match="a.csv line 3: the label .* is not a finite number"):
+    data.load("files", seed=0, train_file=path, regression=True)
+
+
+@pytest.mark.parametrize(
+  ("labels", "named"),
+  [
+    ((1, 2, "1.0"), r"line 4: the label '1.0' is the number '1' of line 2"),
+    ((0, 1, "nan"), r"line 4: the label is 'nan', while others are numbers"),
+    ((0.5, "-inf", 1), r"line 3: the label is '-inf'"),
+  ],
+)
+def test_ambiguous_numbers_are_named(write, labels, named):
+  """They would become a class too many."""
+  with pytest.raises(ValueError, match=f"a.csv {named}"):
+    data.load("files", seed=0, train_file=write("a.csv", some(90, labels)))
+
+
+def jsonl(tmp_path, labels, count=90):
+  rows = [{"text": f"t{i}", "label": labels[i % len(labels)]} for i in range(count)]
+  (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(tmp_path / "a.jsonl")
+
+
+def test_a_number_of_json_is_one_class_however_it_is_written(tmp_path):
+  corpus = data.load("files", seed=0, train_file=jsonl(tmp_path, [1, 0, 1.0]))
+  assert corpus.label_names == ("0", "1")
+
+
+@pytest.mark.parametrize("labels", [(1, 0, "1"), ("True", True, False)])
+def test_a_class_of_two_types_is_named(tmp_path, labels):
+  with pytest.raises(ValueError, match=r"a.jsonl line \d: .*but on line 1"):
+    data.load("files", seed=0, train_file=jsonl(tmp_path, labels))
+
+
+def test_a_truth_value_is_no_target(tmp_path):
+  with pytest.raises(ValueError, match="line 1: the label True is not a finite number"):
+    data.load("files", seed=0, train_file=jsonl(tmp_path, [True, 0.5]), regression=True)
+
+
+def test_words_that_look_like_numbers_are_classes_among_words(write):
+  corpus = data.load("files", seed=0, train_file=write("a.csv", some(90, ("nan", "pita", "inf"))))
+  assert corpus.label_names == ("inf", "nan", "pita")
 
 
 def test_a_label_that_train_does_not_have_is_named(write):

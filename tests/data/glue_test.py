@@ -72,11 +72,31 @@ def test_truncated_lines_are_counted(write):
   assert corpus.metrics == ("accuracy", "f1")
 
 
+def test_lines_that_are_too_long_are_counted(write):
+  """A tab inside a text moves what is right of it to other columns."""
+  header = "index\tsentence1\tsentence2\tlabel"
+  rows = [f"{i}\ta {i}\tb {i}\t{('not_entailment', 'entailment')[i % 2]}" for i in range(8)]
+  other = [row.replace("a ", "c ") for row in rows]
+  shifted = "9\tone\ttwo\tentailment\tnot_entailment"
+  corpus = data.load(
+    "glue/rte", seed=0, glue_dir=write("RTE", [header, *rows, shifted], [header, *other])
+  )
+  assert corpus.dropped["malformed"] == 1 and len(corpus.splits["train"]) == 8
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "1e39"])
+def test_a_score_that_is_no_number_is_named(write, score):
+  lines = ["index\tsentence1\tsentence2\tscore", f"0\ta\tb\t{score}"]
+  with pytest.raises(ValueError, match="train.tsv line 2: .*a finite number"):
+    data.load("glue/stsb", seed=0, glue_dir=write("STS-B", lines, lines))
+
+
 @pytest.mark.parametrize(
   "train, named",
   [
+    (["sentence\tlabel\tlabel", "x\t1\t0"], "train.tsv: the first line names .*'label' 2 times"),
     (["sentence\tclass", "x\t1"], "train.tsv: no column 'label'.*'sentence', 'class'"),
-    (["sentence\tlabel", "x\t2"], "train.tsv: unknown label '2'.*negative, positive, 0, 1"),
+    (["sentence\tlabel", "x\t2"], "train.tsv line 2: unknown label '2'.*negative, positive, 0, 1"),
     ([], "train.tsv: no column 'sentence'.*none"),
   ],
 )
@@ -86,7 +106,7 @@ def test_wrong_files_are_named(write, train, named):
 
 
 def test_a_missing_directory_is_named(tmp_path):
-  with pytest.raises(ValueError, match="RTE/train.tsv: cannot be read"):
+  with pytest.raises(ValueError, match="RTE/train.tsv cannot be read"):
     data.load("glue/rte", seed=0, glue_dir=str(tmp_path))
 
 
