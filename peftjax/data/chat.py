@@ -118,9 +118,12 @@ def _configured(path: Path) -> dict[str, str] | str | None:
   """`chat_template` of tokenizer_config.json: a text, or a list of named ones."""
   found = records.read_object(path).get("chat_template") if path.exists() else None
   if isinstance(found, list):
-    pairs = [(t.get("name"), t.get("template")) for t in found if isinstance(t, dict)]
-    if len(pairs) == len(found) and all(isinstance(x, str) for pair in pairs for x in pair):
-      return dict(pairs)
+    named = [t for t in found if isinstance(t, dict)]
+    named = [
+      t for t in named if isinstance(t.get("name"), str) and isinstance(t.get("template"), str)
+    ]
+    if len(named) == len(found):
+      return {t["name"]: t["template"] for t in named}
   if not isinstance(found, str | None):
     raise ValueError(
       f"{path}: chat_template is {records.clip(found)}; it must be a text or a list of"

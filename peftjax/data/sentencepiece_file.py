@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -38,14 +39,21 @@ class SentencePieceFile:
 
 def read(path: Path) -> SentencePieceFile:
   """The file's contents; ValueError if it is none (Llama 3's, of the same name, is tiktoken's)."""
-  from sentencepiece import sentencepiece_model_pb2
-
-  model = sentencepiece_model_pb2.ModelProto()
+  try:
+    from sentencepiece import sentencepiece_model_pb2
+  except Exception as error:  # it refuses a protobuf older than itself by an error of its own
+    raise ValueError(
+      f"{path} is read with sentencepiece and protobuf ({records.clip(str(error), quote=False)}):"
+      " pip install -U sentencepiece protobuf"
+    ) from None
+  model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
   data = records.read_bytes(path)
   try:
     model.ParseFromString(data)
     trainer = model.trainer_spec
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    if not pieces:
+      raise ValueError("it holds no pieces")
   except Exception as error:  # protobuf has its own, of another module in each version
     raise ValueError(
       f"{path} is not a SentencePiece model ({records.clip(str(error), quote=False)}). Put the"
@@ -53,10 +61,10 @@ def read(path: Path) -> SentencePieceFile:
     ) from None
   if sum(len(piece) ** 2 for piece, _ in pieces) > 2**30:
     raise ValueError(f"{path} has pieces of thousands of characters; download it again.")
-  if not pieces or trainer.model_type not in (_UNIGRAM, _BPE):
+  if trainer.model_type not in (_UNIGRAM, _BPE):
     raise ValueError(
-      f"{path} holds {len(pieces)} pieces of a SentencePiece model of type {trainer.model_type};"
-      f" read are unigram ({_UNIGRAM}) and BPE ({_BPE}). Put the model's tokenizer.json beside it."
+      f"{path} is a SentencePiece model of type {trainer.model_type}; read are unigram ({_UNIGRAM})"
+      f" and BPE ({_BPE}). Put the model's tokenizer.json beside it."
     )
   roles = (
     ("bos_token", trainer.bos_id, trainer.bos_piece or "<s>"),

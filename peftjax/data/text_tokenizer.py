@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
@@ -54,7 +55,7 @@ class TextTokenizer:
     for start, stop in _chunks(texts):
       some = list(texts[start:stop])
       try:
-        with refusing(f"{self.source}: the tokenizer cannot encode a text"):
+        with refusing(self.source, "the tokenizer cannot encode a text"):
           found = encode(some, add_special_tokens=special)
       except ValueError:
         _check_unicode(some)
@@ -82,7 +83,7 @@ class TextTokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of some ids, special tokens left out."""
-    with refusing(f"{self.source}: the tokenizer cannot decode"):
+    with refusing(self.source, "the tokenizer cannot decode"):
       return self.backend.decode(list(ids), skip_special_tokens=True)
 
   def _behind(self) -> int:
@@ -92,15 +93,17 @@ class TextTokenizer:
 
 
 @contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-  """Any failure of the Rust library, which may be a panic, as one ValueError."""
+def refusing(source: str | Path, what: str) -> Iterator[None]:
+  """Any failure of the Rust library, be it a panic, as one ValueError that names `source`."""
   try:
     yield
   except BaseException as error:
+    if isinstance(error, ValueError) and str(source) in str(error):
+      raise
     # A panic is no Exception, and its class is in no module; the library's own are bare ones.
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
       raise
-    raise ValueError(f"{what}: {records.clip(str(error), quote=False)}") from None
+    raise ValueError(f"{source}: {what}: {records.clip(str(error), quote=False)}") from None
 
 
 def _check_unicode(texts: Sequence[Text]) -> None:

@@ -33,11 +33,13 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
   if folder.suffix == ".gguf":
     return TextTokenizer(gguf.tokenizer(folder), str(folder), _gguf_roles(folder))
   path = folder / "tokenizer.json"
-  data = records.read_bytes(path) if path.exists() else b""
-  parsed = records.parse_object(data, path) if data else None
-  config = tokenizer_config.read(folder, parsed)
-  name, kind = _kind(folder, config, data)
-  with refusing(f"{folder}: the tokenizer cannot be read"):
+  data = records.read_bytes(path) if path.exists() else None
+  parsed = None if data is None else records.parse_object(data, path)
+  with refusing(folder, "the tokenizer cannot be read"):
+    config = tokenizer_config.read(folder, parsed)
+    name, kind = _kind(folder, config, data)
+  files = "tokenizer.json" if parsed is not None else " with ".join(_files(kind))
+  with refusing(folder, f"{files} cannot be read"):
     made, roles = _build(folder, name, kind, config, data, parsed)
   typed = kind is not None and kind.typed
   if config.switches.model_input_names is not None:
@@ -47,26 +49,26 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
   # Files carry settings of their own, such as MiniLM's fixed 128: every text would be that long.
   made.no_padding()
   made.no_truncation()
-  with refusing(f"{folder}: the tokenizer cannot encode every text"):
+  with refusing(folder, f"the tokenizer in {files} cannot encode every text"):
     made.encode(_PROBE)
   special = {role: str(token) for role, token in roles.items() if token is not None}
   return TextTokenizer(made, str(folder), special, typed, side)
 
 
-def _kind(folder: Path, config: TokenizerConfig, data: bytes) -> tuple[str, Kind | None]:
+def _kind(folder: Path, config: TokenizerConfig, data: bytes | None) -> tuple[str, Kind | None]:
   """The class by name; None is the one that takes its files as they are."""
   where = folder / "config.json"
   said = records.read_object(where) if where.exists() else {}
   declared = config.switches.tokenizer_class or said.get("tokenizer_class")
   model_type = said.get("model_type")
-  if not declared and not model_type and not data:
+  if not declared and not model_type and data is None:
     declared = _by_files(folder)
   for field, value in (("tokenizer_class", declared), ("model_type", model_type)):
     if not isinstance(value, str | None):
       raise ValueError(f"{where}: {field} is {records.clip(value)}; it must be a text.")
-  name = tokenizer_kinds.name_of(model_type, declared, data)
+  name = tokenizer_kinds.name_of(model_type, declared, data or b"")
   kind = KINDS.get(name)
-  if data:
+  if data is not None:
     return name, kind
   if name and kind is None:
     raise ValueError(
@@ -74,13 +76,18 @@ def _kind(folder: Path, config: TokenizerConfig, data: bytes) -> tuple[str, Kind
       f" are {', '.join(KINDS)}. Make one with transformers:"
       " AutoTokenizer.from_pretrained(...).save_pretrained(...)."
     )
-  files = kind.files if kind else ("tokenizer.model",)
+  files = _files(kind)
   if not all((folder / file).exists() for file in files):
     raise ValueError(
       f"{folder}: no tokenizer. Allowed: tokenizer.json or, of this model,"
       f" {' with '.join(files)}. Copy these files from where the model came from."
     )
   return name, kind
+
+
+def _files(kind: Kind | None) -> tuple[str, ...]:
+  """What a directory without tokenizer.json must have."""
+  return kind.files if kind else ("tokenizer.model",)
 
 
 def _by_files(folder: Path) -> str:
@@ -100,7 +107,7 @@ def _build(
   name: str,
   kind: Kind | None,
   config: TokenizerConfig,
-  data: bytes,
+  data: bytes | None,
   parsed: Mapping[str, Any] | None,
 ) -> tuple[Tokenizer, dict[str, Token | None]]:
   """The tokenizer with its added tokens and what goes around a text, and the named tokens."""
@@ -109,7 +116,7 @@ def _build(
     roles.setdefault("pad_token", pad)
   extra = config.extra
   framed = None
-  if kind is None and parsed is not None:
+  if kind is None and data is not None:
     made = Tokenizer.from_str(data.decode("utf-8-sig"))
     framed = made.post_processor
   else:
@@ -128,9 +135,14 @@ def _build(
   added = _add(made, config.added, ordered, extra or ())
   if parsed is None:
     _check_ids(folder, made, config.added)
-  ids = {r: (str(t), made.token_to_id(str(t))) for r, t in ordered.items() if t is not None}
+  texts = {role: str(token) for role, token in ordered.items() if token is not None}
+  found = {role: (text, made.token_to_id(text)) for role, text in texts.items()}
+  ids = {role: (text, id) for role, (text, id) in found.items() if id is not None}
   if kind is not None and kind.frame is not None:
-    framed = kind.frame(ids)
+    try:
+      framed = kind.frame(ids)
+    except KeyError as role:
+      raise ValueError(f"{folder}: the files take away {role}, which goes around texts") from None
   elif framed is None or config.ends:
     framed = _begin_and_end(config, ids)
   if name == "Qwen2Tokenizer":

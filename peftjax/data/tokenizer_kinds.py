@@ -88,12 +88,12 @@ def from_files(kind: Kind, folder: Path) -> tuple[Vocabulary, SentencePieceFile 
 
 def from_json(parsed: Mapping[str, Any]) -> Vocabulary:
   """The vocabulary in a tokenizer.json."""
-  model = parsed.get("model")
+  model: Any = parsed.get("model")
   model = model if isinstance(model, dict) else {}
   ids, merges = model.get("vocab"), model.get("merges", [])
   if isinstance(ids, list):  # of unigrams, with scores
     ids = {item[0] if isinstance(item, list) else item: id for id, item in enumerate(ids)}
-  pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+  pairs: Any = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
   return Vocabulary(ids, pairs)
 
 

@@ -1,5 +1,6 @@
 """Directories of every kind of tokenizer: ids as transformers', and what is damaged, refused."""
 
+import json
 import zlib
 
 import numpy as np
@@ -50,3 +51,74 @@ def test_the_directories_differ(golden):
   }
   print(sorted(same))
   assert len(set(digests.values())) > 25
+
+
+def _lacking(*roles):
+  return {"tokenizer_config.json": dict.fromkeys(roles)}
+
+
+DAMAGED = {
+  # the directory, files written over it, what is said
+  "empty": ("llama3", {"tokenizer.json": ""}, "tokenizer.json does not hold readable JSON"),
+  "no model": ("llama3", {"tokenizer.json": {}}, "tokenizer.json cannot be read"),
+  "a model of nothing": ("qwen2", {"tokenizer.json": {"model": 7}}, "cannot be read"),
+  "added": ("llama3", {"tokenizer.json": {"added_tokens": 7}}, "added_tokens is 7; .* a list"),
+  "added id": ("llama3", {"tokenizer.json": {"added_tokens": [{"id": "x"}]}}, "'x' is no id of a"),
+  "class": ("gpt2", {"tokenizer_config.json": {"tokenizer_class": 7}}, "tokenizer_class is 7"),
+  "switch": ("gpt2", {"tokenizer_config.json": {"add_bos_token": "false"}}, "true or false"),
+  "role": (
+    "gpt2",
+    {"tokenizer_config.json": {"bos_token": 7}},
+    "bos_token is 7; it must be a text",
+  ),
+  "no content": ("gpt2", {"tokenizer_config.json": {"bos_token": {}}}, "lacks the field content"),
+  "side": ("gpt2", {"tokenizer_config.json": {"truncation_side": "up"}}, "truncation_side is 'up'"),
+  "decoder": ("gpt2", {"tokenizer_config.json": {"added_tokens_decoder": []}}, "must be an object"),
+  "id": ("gpt2", {"tokenizer_config.json": {"added_tokens_decoder": {"-1": {}}}}, "'-1' is no id"),
+  "another id": ("bert", {"added_tokens.json": {"<ent>": 900}}, "the id 900, but .* at 700"),
+  "map": ("bert", {"special_tokens_map.json": []}, "must hold a JSON object"),
+  "no [UNK]": ("bert", {"vocab.txt": "[PAD]\n[CLS]\n[SEP]\na\n"}, "encode every text: .*UNK"),
+  "no [CLS]": ("bert", _lacking("cls_token"), "take away 'cls_token'"),
+  "not UTF-8": ("bert", {"vocab.txt": b"[UNK]\n\xff"}, "vocab.txt cannot be read: .*UTF-8"),
+  "merges": ("gpt2", {"merges.txt": "a b c d"}, "vocab.json with merges.txt cannot be read"),
+  "no merges": ("gpt2", {"merges.txt": None}, "no tokenizer. .* vocab.json with merges.txt"),
+  "no list": ("gpt2", {"vocab.json": []}, "vocab.json with merges.txt cannot be read"),
+  "tiktoken": ("llama2", {"tokenizer.model": "IQ== 0\nIg== 1\n"}, "is not a SentencePiece model"),
+  "nothing": (
+    "llama2",
+    {"tokenizer.model": ""},
+    "is not a SentencePiece model .it holds no pieces",
+  ),
+  "other class": (
+    "roberta",
+    {"tokenizer_config.json": {"tokenizer_class": "BertweetTokenizer"}},
+    "has a 'BertweetTokenizer', of which a tokenizer.json is read",
+  ),
+  "model type": ("roberta", {"config.json": {"model_type": ["a"]}}, "model_type is"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_is_named(name, tmp_path):
+  """By the directory or file, in one sentence, whatever library found it out."""
+  base, files, told = DAMAGED[name]
+  folder = tokenizer_dirs.write(base, tmp_path / "model")
+  for file, content in files.items():
+    if content is None:
+      (folder / file).unlink()
+    elif isinstance(content, bytes):
+      (folder / file).write_bytes(content)
+    else:
+      (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
+  with pytest.raises(ValueError, match=f"{folder}.*{told}"):
+    data.load_tokenizer(folder)
+
+
+def test_a_pattern_that_never_ends_is_stopped(tmp_path):
+  """By a panic of the Rust library, which is no Exception."""
+  folder = tokenizer_dirs.write("llama3", tmp_path / "model")
+  text = json.loads((folder / "tokenizer.json").read_text())
+  text["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a+)+$"
+  (folder / "tokenizer.json").write_text(json.dumps(text))
+  with pytest.raises(ValueError, match="cannot encode a text: .*retry-limit"):
+    data.load_tokenizer(folder).prompts(["a" * 26 + "b"])
