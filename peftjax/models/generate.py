@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from peftjax.linen import apply
+from peftjax.models import limits
 from peftjax.models.cache import Cache
 from peftjax.nn import virtual
 
@@ -47,7 +48,8 @@ def generate(
     The new tokens, N = `max_new_tokens`, and how many of them each text has.
 
   Raises:
-    ValueError: if prompt and new tokens exceed the model's positions, or a number is out of range.
+    ValueError: if prompt and new tokens exceed the model's positions, an id its table, or a number
+      is out of range.
   """
   length = tokens.shape[1] + max_new_tokens + virtual.length(params)
   if max_new_tokens < 1 or length > model.config.max_length:
@@ -59,6 +61,7 @@ def generate(
     raise ValueError(f"temperature {temperature} is negative or top_p {top_p} is not in (0, 1]")
   if temperature and key is None:
     raise ValueError("temperature above 0 draws tokens: pass key=jax.random.key(...)")
+  limits.check(model.config, tokens, what="the prompts")
   mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
   return _generate(
     model,

@@ -178,6 +178,8 @@ class Llama(_Common):
   head_dim: HeadSize | None = None
   hidden_act: str = "silu"
   max_position_embeddings: Size = 2048
+  original_max_position_embeddings: Size | None = None
+  attention_dropout: Rate | None = 0.0
   rms_norm_eps: Eps = 1e-6
   eos_token_id: Ids = 2
   tie_word_embeddings: bool = False
@@ -356,7 +358,10 @@ def rope(fields: Llama, where: str = "config.json") -> tuple[float, dict[str, An
   if part != 1.0:
     raise _refused(where, "partial_rotary_factor", part, "only whole heads are rotated")
   theta = fields.rope_theta if made.rope_theta is None else made.rope_theta
-  return float(theta), made.items()
+  items, outside = made.items(), fields.original_max_position_embeddings
+  if outside is not None and made.kind in ("llama3", "yarn"):  # goes before the one inside
+    items["original_max_position_embeddings"] = outside
+  return float(theta), items
 
 
 def _own_names(config: Mapping[str, Any], schema: type[_Common], where: str) -> dict[str, Any]:

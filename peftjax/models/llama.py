@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -84,6 +85,12 @@ class LlamaConfig:
     """
     said = hf_config.read(config, where)
     theta, scaling = hf_config.rope(said, where)
+    if said.attention_dropout:
+      warnings.warn(
+        f"{where}: attention_dropout is {said.attention_dropout}, and this decoder has none: "
+        "training goes without.",
+        stacklevel=2,
+      )
     # Only Llama reads these; Qwen2 has biases, Mistral none.
     llama = said.model_type == "llama"
     bias = llama and said.attention_bias

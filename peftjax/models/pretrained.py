@@ -18,6 +18,7 @@ from peftjax import sharding
 from peftjax.core import paths
 from peftjax.io import bnb_reader, quantization
 from peftjax.io.gguf import GGUFFile
+from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
 from peftjax.models import bert, gpt2, heads, hf_config, llama
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
@@ -231,12 +232,17 @@ def end_ids(path: str | Path) -> tuple[int, ...]:
   """The token ids that end a text; what a file leaves out has its model type's default.
 
   Raises:
-    ValueError: if the configuration names none.
+    ValueError: if the configuration names none, or one beyond the vocabulary.
   """
-  ids = hf_config.read(config_of(path), _config_file(path)).end_ids
-  if not ids:
+  fields = hf_config.read(config_of(path), _config_file(path))
+  if not fields.end_ids:
     raise ValueError(f"{_config_file(path)} names no eos_token_id: add it")
-  return ids
+  if strange := [i for i in fields.end_ids if not 0 <= i < fields.vocab_size]:
+    raise ValueError(
+      f"{_config_file(path)}: eos_token_id names {clip(strange[0])}, and the model has the tokens "
+      f"0 to {fields.vocab_size - 1}."
+    )
+  return fields.end_ids
 
 
 def pad_id(path: str | Path) -> int:

@@ -54,6 +54,9 @@ class LanguageModelling:
   def longest(self) -> int:
     return self.rows["train"].tokens.shape[1]
 
+  def ids(self) -> dict[str, tuple[Any, ...]]:
+    return {part: (rows.tokens,) for part, rows in self.rows.items()}
+
   def stream(self, batch_size: int, seed: int) -> Stream:
     return RowStream(self.rows["train"], batch_size, seed, jax.process_index(), jax.process_count())
 

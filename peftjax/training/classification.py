@@ -64,6 +64,9 @@ class Classification:
   def longest(self) -> int:
     return self.buckets[-1]
 
+  def ids(self) -> dict[str, tuple[Any, ...]]:
+    return {part: (t.ids, t.types) for part, t in self.tokens.items()}
+
   def stream(self, batch_size: int, seed: int) -> Stream:
     return data.Stream(
       self.tokens["train"],

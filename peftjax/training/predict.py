@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from peftjax import data
 from peftjax.core import tree
-from peftjax.models import pretrained
+from peftjax.models import limits, pretrained
 from peftjax.training import build, evaluate, step
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.classification import CLASSES
@@ -58,6 +58,7 @@ class Predictor:
       checkpoints.close()
     # An adapter from a checkpoint wins over what `attach` has just drawn.
     self.params = tree.combine(adapter, base)
+    self._config = model.module.config
     self._predict = jax.jit(functools.partial(step.outputs, model.module, CLASSES))
     self._tokenizer = data.load_tokenizer(str(self.settings.model.path()))
     self._pad_id = pretrained.pad_id(self.settings.model.path())
@@ -72,6 +73,7 @@ class Predictor:
       list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32)
     )
     tokens = data.encode(self._tokenizer, examples, length)
+    limits.check(self._config, tokens.ids, tokens.types)
     buckets = data.buckets(tokens.lengths, max_length=length)
     size = min(self.settings.train.eval_batch_size, len(texts))
     predict = lambda batch: self._predict(params, batch)

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peftjax import optim, sharding
-from peftjax.core import tree
+from peftjax.core import paths, tree
+from peftjax.models import limits
 from peftjax.nn import virtual
 from peftjax.training import build, state, step
 from peftjax.training.checkpoint import Checkpoints, digest
@@ -24,6 +25,10 @@ from peftjax.training.settings import OPTIMIZERS, Settings
 _DIVERGED = (
   "{} not finite. Try a lower --config.optimizer.learning_rate or a longer warm-up, in another "
   "--workdir."
+)
+_FROZEN = (
+  "{} not finite, and neither is the pretrained model's {}, which is not trained: no learning rate "
+  "mends it. Download or mend the checkpoint."
 )
 
 
@@ -46,6 +51,8 @@ class Run:
     if self.task.longest + extra > positions:
       room = f"{positions} positions" + (f", {extra} of them for virtual tokens" if extra else "")
       raise ValueError(f"data.max_length={settings.data.max_length}, but this model has {room}")
+    for part, ids in self.task.ids().items():
+      limits.check(model.module.config, *ids, what=f"the {part} texts")
     self.module, self.mask, self.new = model.module, model.mask, model.new
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)
@@ -119,7 +126,7 @@ class Run:
       values = {name: float(value) for name, value in jax.device_get(out).items()}
       if not all(map(math.isfinite, values.values())):
         shown = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-        raise FloatingPointError(_DIVERGED.format(f"step {number}: {shown}"))
+        raise FloatingPointError(self._diverged(f"step {number}: {shown}"))
       rows.append({"step": number, **values})
     return rows
 
@@ -141,7 +148,7 @@ class Run:
     predict = lambda batch: self._predict(train, frozen, self.place(batch))
     scores = self.task.evaluate(predict, part, self.settings.train.eval_batch_size)
     if scores is None:
-      raise FloatingPointError(_DIVERGED.format(f"step {self.steps_done}: {part} logits"))
+      raise FloatingPointError(self._diverged(f"step {self.steps_done}: {part} logits"))
     return scores
 
   def identity(self) -> dict[str, Any]:
@@ -165,7 +172,7 @@ class Run:
       FloatingPointError: a trained array is not finite, though its loss and gradient were.
     """
     if not _all_finite(self.state.train):
-      raise FloatingPointError(_DIVERGED.format(f"step {self.steps_done}: parameters"))
+      raise FloatingPointError(self._diverged(f"step {self.steps_done}: parameters"))
     return {**self.adapter(), "opt_state": self.state.opt_state, "step": self.state.step}
 
   def best(self, checkpoints: Checkpoints) -> Any:
@@ -178,6 +185,14 @@ class Run:
     train, self.frozen = tree.partition(params, self.mask)
     self.state = state.TrainState(step=saved["step"], train=train, opt_state=saved["opt_state"])
     self.steps_done = int(saved["step"])
+
+  def _diverged(self, what: str) -> str:
+    """Why, as far as it is known, and what is left."""
+    for path, leaf in paths.leaves(self.frozen).items():
+      floats = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
+      if not all(bool(jnp.isfinite(x).all()) for x in floats):
+        return _FROZEN.format(what, path)
+    return _DIVERGED.format(what)
 
   def _check_batch(self, name: str, size: int) -> None:
     ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]

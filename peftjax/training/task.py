@@ -51,6 +51,10 @@ class Task(Protocol):
   final: tuple[str, ...]
   peft_type: str
 
+  def ids(self) -> Mapping[str, tuple[Any, ...]]:
+    """All token ids of each part and, of an encoder's, their types."""
+    ...
+
   def stream(self, batch_size: int, seed: int) -> Stream:
     """The training batches of this process."""
     ...

@@ -1,0 +1,194 @@
+"""config.json: defaults by model type, other spellings, and damage of every kind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peftjax.models import hf_config, pretrained
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+DEFAULTS = json.loads((GOLDEN / "hf_defaults.json").read_text())
+# What transformers works out and we have under another name.
+RESOLVED = {
+  "num_key_value_heads": lambda said: said.kv_heads,
+  "head_dim": lambda said: said.head_size,
+  "sliding_window": lambda said: said.window,
+  "rope_parameters": lambda said: _rotary(said),
+  "rope_scaling": lambda said: _rotary(said),
+  "layer_types": lambda said: ["full_attention"] * said.num_hidden_layers,
+}
+
+
+def _rotary(said):
+  theta, items = hf_config.rope(said)
+  return {"rope_theta": theta, **items}
+
+
+@pytest.mark.parametrize("kind", hf_config.SCHEMAS)
+def test_defaults_are_those_of_the_model_type(kind):
+  """Field by field what transformers has: `tests/golden/make_hf_defaults.py`."""
+  said = hf_config.read({"model_type": kind})
+  assert len(DEFAULTS[kind]) > 10
+  for field, want in DEFAULTS[kind].items():
+    assert RESOLVED.get(field, lambda s, f=field: getattr(s, f))(said) == want, field
+
+
+def config(name):
+  return json.loads((GOLDEN / name / "config.json").read_text())
+
+
+DAMAGE = ["64", -1, None, True, [1], {"a": 1}, 2**31, 10**400, 1.5, float("nan"), float("inf"), ""]
+OPTIONAL = """architectures classifier_dropout eos_token_id id2label pad_token_id head_dim
+layer_types num_key_value_heads rope_parameters sliding_window n_inner attention_dropout""".split()
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["bert_tiny", "roberta_tiny", "llama3_tiny", "mistral_tiny", "qwen2_tiny", "gpt2_tiny"],
+)
+def test_damage_is_one_sentence_with_file_field_and_value(name):
+  """Every field that is read, with values of every wrong kind; what is left is harmless."""
+  whole = config(name)
+  schema = hf_config.SCHEMAS[whole["model_type"]]
+  accepted = set()
+  for field in set(whole) & set(schema.__dataclass_fields__) - {"model_type"}:
+    for value in DAMAGE:
+      try:
+        said = hf_config.read({**whole, field: value}, "F/config.json")
+        if "rope" in field:
+          hf_config.rope(said, "F/config.json")
+        accepted.add((field, repr(value)))
+      except ValueError as error:
+        told = str(error)
+        assert told.startswith("F/config.json: ") and len(told) < 450
+        assert field in told or "must divide" in told or "head_size" in told or "pad_token" in told
+  rest = {
+    (field, value)
+    for field, value in accepted
+    if not (value == "None" and field in OPTIONAL)
+    and not field.endswith("_token_id")  # whole numbers, held against the tables
+    and value != "True"  # where it is true or false
+  }
+  assert not rest
+
+
+@pytest.mark.parametrize(
+  "name, change, message",
+  [
+    ("bert_tiny", {"num_attention_heads": 5}, "num_attention_heads is 5; it must divide hidden_si"),
+    ("bert_tiny", {"hidden_dropout_prob": 1.0}, "prob is 1.0; it must be a number < 1"),
+    ("bert_tiny", {"id2label": 2}, "id2label is 2; it must be an object"),
+    ("bert_tiny", {"id2label": {}}, "id2label is {}; it must give each output"),
+    ("bert_tiny", {"id2label": {"x": "y"}}, "id2label is {'x': 'y'}; it must give each output"),
+    ("bert_tiny", {"num_labels": 7}, "num_labels is 7; id2label names 3 outputs"),
+    ("bert_tiny", {"id2label": None, "num_labels": 2**30}, "num_labels is 1073741824; it must be"),
+    ("bert_tiny", {"hidden_act": "mish"}, "hidden_act is 'mish'; it must be one of gelu"),
+    ("bert_tiny", {"add_cross_attention": True}, "add_cross_attention is True; only encoders"),
+    ("roberta_tiny", {"pad_token_id": None}, "pad_token_id is None; positions start behind it"),
+    ("roberta_tiny", {"max_position_embeddings": 2}, "pad_token_id is 1; .* from 0 to 0"),
+    ("llama_tiny", {"num_key_value_heads": 4}, "num_key_value_heads is 4; it must divide num_atte"),
+    ("llama_tiny", {"head_dim": 7}, "head_size is 7; .* even"),
+    ("llama_tiny", {"head_dim": 2**30}, "head_dim is 1073741824; it must be a whole number <="),
+    ("llama_tiny", {"hidden_size": 6 * 2**20, "head_dim": None}, "most 65536"),
+    ("llama_tiny", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; this decoder has SwiGLU"),
+    ("llama_tiny", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number"),
+    ("llama_tiny", {"rope_parameters": {"rope_type": "ntk"}}, "rope_type is 'ntk'; it must be"),
+    ("llama_tiny", {"rope_parameters": {"rope_type": "linear"}}, "factor is None; rope_type"),
+    ("llama_tiny", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'; it must"),
+    ("llama_tiny", {"rope_scaling": {"facter": 2.0}}, "scaling.facter is 2.0; it is unknown"),
+    ("llama_tiny", {"partial_rotary_factor": 0.5}, "rotary_factor is 0.5; only whole"),
+    (
+      "llama3_tiny",
+      {"rope_scaling": {**config("llama3_tiny")["rope_parameters"], "high_freq_factor": 1.0}},
+      "high_freq_factor is 1.0; it must be above low_freq_factor 1.0",
+    ),
+    ("qwen2_tiny", {"use_sliding_window": True, "layer_types": None, "max_window_layers": 1,
+                    "sliding_window": 4}, "use_sliding_window is True; Qwen2 models that mix"),
+    ("qwen2_tiny", {"layer_types": ["full_attention"]}, "layer_types is .*must have num_h"),
+    ("gpt2_tiny", {"n_head": 5}, "n_head is 5; it must divide n_embd 48"),
+    ("gpt2_tiny", {"hidden_size": 64}, "hidden_size is 64; n_embd, the same thing, is 48"),
+    ("gpt2_tiny", {"scale_attn_weights": False}, "scale_attn_weights is False; only true"),
+    ("gpt2_tiny", {"model_type": ["gpt2"]}, r"has model_type \['gpt2'\]; supported are bert"),
+    ("gpt2_tiny", {"eos_token_id": []}, r"eos_token_id is \[\]; it must name a token"),
+  ],
+)  # fmt: skip
+def test_what_does_not_go_together(name, change, message):
+  made = {**config(name), **change}
+  with pytest.raises(ValueError, match=message):
+    said = hf_config.read(made)
+    hf_config.rope(said)
+
+
+@pytest.mark.parametrize(
+  "spelled, theta, items",
+  [
+    ({}, 10_000.0, {"rope_type": "default"}),
+    ({"rope_theta": 5e5}, 5e5, {"rope_type": "default"}),
+    ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, {"rope_type": "default"}),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, {"rope_type": "linear", "factor": 2}),
+    (
+      {"rope_theta": 7.0, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+      7.0,
+      {"rope_type": "linear", "factor": 2.0},
+    ),
+    (
+      {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 9.0}},
+      9.0,
+      {"rope_type": "default"},
+    ),
+    (  # what older files have goes first, as in transformers
+      {"rope_parameters": {"rope_theta": 9.0}, "rope_scaling": {"type": "linear", "factor": 3.0}},
+      1e4,
+      {"rope_type": "linear", "factor": 3.0},
+    ),
+  ],
+)
+def test_spellings_of_rotary_parameters(spelled, theta, items):
+  assert hf_config.rope(hf_config.read({"model_type": "llama", **spelled})) == (theta, items)
+
+
+def test_aliases_and_labels():
+  names = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+  said = hf_config.read({"model_type": "gpt2", "max_position_embeddings": 32, **names})
+  assert (said.n_embd, said.n_layer, said.n_head, said.n_positions) == (48, 2, 4, 32)
+  labels = lambda **fields: hf_config.read({"model_type": "bert", **fields}).labels
+  assert labels() == 2 and labels(num_labels=5) == 5 and labels(id2label={"0": "a"}) == 1
+
+
+@pytest.mark.parametrize(
+  "kind, fields, ends, pad",
+  [
+    ("roberta", {}, (2,), 1),
+    ("bert", {"eos_token_id": 7}, (7,), 0),
+    ("llama", {}, (2,), 0),
+    ("llama", {"eos_token_id": [5, 6], "pad_token_id": -1}, (5, 6), 0),
+    ("gpt2", {}, (50256,), 0),
+    ("mistral", {"pad_token_id": 3}, (2,), 3),
+  ],
+)
+def test_special_ids_of_a_directory(kind, fields, ends, pad, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **fields}))
+  assert pretrained.end_ids(tmp_path) == ends and pretrained.pad_id(tmp_path) == pad
+
+
+def test_a_text_needs_an_end(tmp_path):
+  for fields, message in (
+    ({}, "config.json names no eos_token_id"),
+    ({"eos_token_id": None}, "names no eos_token_id"),
+    (
+      {"eos_token_id": [5, 10**400]},
+      r"eos_token_id names 10*\.\.\., and the m",
+    ),
+    ({"eos_token_id": -1}, "eos_token_id names -1"),
+  ):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **fields}))
+    with pytest.raises(ValueError, match=message):
+      pretrained.end_ids(tmp_path)
+
+
+def test_mistrals_window_and_heads_are_its_own():
+  made = pretrained.FAMILIES["mistral"].CONFIG.from_hf({"model_type": "mistral"})
+  assert (made.window, made.kv_heads, made.heads, made.ffn) == (4096, 8, 32, 14336)
+  assert np.isclose(made.frequencies()[0][0], 1.0)
