@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from peftjax.core import paths, patterns
 from peftjax.io.hf_peft_fields import AdaLora, Common, Ia3, Lora, Targeted
+from peftjax.io.records import clip
 from peftjax.models.pretrained import stack_of
 
 END = r"(.*\.)?({})$"  # of a path, by a key of rank_pattern or alpha_pattern
@@ -126,9 +127,11 @@ def targeted(config: Targeted, modules: Modules, matcher: Matcher) -> frozenset[
       f"{' or table' if type(config) is Lora else ''}: peft gives it no adapter. Name one that is."
     )
   if not found:
+    fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    less = [f"{x}={_shown(y)}" for x in fields if (y := getattr(config, x)) not in (None, [])]
     raise ValueError(
-      f"{where}: target_modules={_shown(config.target_modules)} names no module of this model, or "
-      "only such as are excluded, saved whole or of other layers. It has "
+      f"{where}: target_modules={_shown(config.target_modules)}"
+      f"{' less ' + ', '.join(less) if less else ''} names no module of this model. It has "
       f"{_shown(sorted({m.rpartition('.')[2] for m in allowed}))}.\n"
       "Was the adapter trained on another model?"
     )
@@ -220,7 +223,7 @@ def _heads(config: Targeted, modules: Modules) -> frozenset[str]:
 
 
 def _shown(values: Any) -> str:
-  if isinstance(values, str):
-    return repr(values[:200])
+  if not isinstance(values, list | frozenset):
+    return clip(values)
   text = ", ".join(repr(str(x)[:200]) for x in list(values)[:8])
   return f"[{text}{', ...' if len(values) > 8 else ''}]"
