@@ -18,8 +18,9 @@ from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.io import safetensors_dir
 from peftjax.io.bnb_reader import STATE, TYPES
+from peftjax.models.match import stack_of
 from peftjax.models.names import turned
-from peftjax.models.pretrained import FAMILIES, stack_of
+from peftjax.models.pretrained import FAMILIES
 from peftjax.quant import codebooks
 from peftjax.quant.double import GROUP
 from peftjax.quant.formats import Format
@@ -57,7 +58,7 @@ def save(directory: str | os.PathLike, params: Any, model: Any, config: Mapping[
   tensors, dense = _tensors(leaves, set(formats), family)
   dtype = np.dtype(model.config.dtype).name
   config = {**config, "quantization_config": _quantization(fmt, dtype, dense)}
-  if hasattr(family, "TABLE"):  # what the tree says, which need not be what the base's file did
+  if hasattr(model.config, "tied"):  # what the tree says, whatever the base's file did
     config["tie_word_embeddings"] = "lm_head/kernel" not in leaves
   _write(directory, config, tensors)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -68,7 +69,7 @@ class BnbDir:
     for name in sorted(names - self._hidden):
       weight, _, part = name.rpartition(".")
       if part in _PARTS and weight in names:
-        raise _fault(weight, f"there is {name}, but no {weight}{STATE}nf4 or fp4")
+        raise _fault(tensors, weight, f"there is {name}, but no {weight}{STATE}nf4 or fp4")
 
   def names(self) -> tuple[str, ...]:
     """The names of the weights, sorted."""
@@ -79,6 +80,14 @@ class BnbDir:
     if name in self.states:
       return TensorInfo(self.states[name].shape, self.states[name].dtype)
     return self._tensors.info(name)
+
+  def file_of(self, name: str) -> Path:
+    """As `TensorDir.file_of`."""
+    return self._tensors.file_of(name)
+
+  def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    """As `TensorDir.read_rows`, of what is not in four bits."""
+    return self._tensors.read_rows(name, start, stop)
 
   def read(self, name: str) -> Any:
     """One tensor as it is; a 4-bit one as a `Quantized` kernel [in, out] of NumPy arrays.
@@ -97,9 +106,9 @@ class BnbDir:
     absmax = part("absmax")
     group = part("nested_absmax") if state.fmt.double_quant else absmax
     if not (np.isfinite(group).all() and (group >= 0).all()):
-      raise _fault(name, "its scales are not all finite and positive")
+      raise _fault(self._tensors, name, "its scales are not all finite and positive")
     if state.shape[1] % state.fmt.block_size:
-      return _requantised(name, state, codes, absmax, group)
+      return _requantised(self.file_of(name), name, state, codes, absmax, group)
     scales: Any = _kernel(absmax, state.shape[0])
     if state.fmt.double_quant:
       scales = DoubleScales(scales, group, np.asarray(state.offset, np.float32))
@@ -124,7 +133,7 @@ def _kernel(flat: np.ndarray, outs: int) -> np.ndarray:
 
 
 def _requantised(
-  name: str, state: State, codes: np.ndarray, absmax: np.ndarray, group: np.ndarray
+  file: Path, name: str, state: State, codes: np.ndarray, absmax: np.ndarray, group: np.ndarray
 ) -> Quantized:
   n = math.prod(state.shape)
   if state.fmt.double_quant:
@@ -136,7 +145,7 @@ def _requantised(
   dense = flat.astype(state.dtype).reshape(state.shape).T
   made = stream.quantize_array(name, dense, state.fmt)
   warnings.warn(
-    f"{name} {state.shape}: rows of {state.shape[1]} are no whole number of blocks of "
+    f"{file}: {name} {state.shape}: rows of {state.shape[1]} are no whole number of blocks of "
     f"{state.fmt.block_size}, so it was quantised again, with a relative error of "
     f"{float(relative_error(made, dense)):.4f}. Load the model it was made from for less.",
     stacklevel=2,
@@ -148,8 +157,8 @@ def _state(tensors: TensorDir, weight: str, name: str) -> State:
   """The checked state of one weight."""
   kind = name.partition(STATE)[2]
   if kind not in TYPES:
-    raise _fault(weight, f"its quant_type {kind!r} is not one of {', '.join(TYPES)}")
-  fields = _fields(weight, tensors.read(name).tobytes())
+    raise _fault(tensors, weight, f"its quant_type {kind!r} is not one of {', '.join(TYPES)}")
+  fields = _fields(tensors, weight, tensors.read(name).tobytes())
   nested = f"{weight}.nested_absmax" in tensors.names() or "nested_offset" in fields
   need = {
     "quant_type": lambda v: v == kind,
@@ -163,9 +172,9 @@ def _state(tensors: TensorDir, weight: str, name: str) -> State:
     need["nested_offset"] = lambda v: type(v) in (int, float) and math.isfinite(v)
   for field, allowed in need.items():
     if field not in fields:
-      raise _fault(weight, f"its state lacks {field}")
+      raise _fault(tensors, weight, f"its state lacks {field}")
     if not allowed(fields[field]):
-      raise _fault(weight, f"its state has {field} {str(fields[field])[:80]!r}")
+      raise _fault(tensors, weight, f"its state has {field} {str(fields[field])[:80]!r}")
   out, inner = fields["shape"]
   state = State(
     Format(kind, fields["blocksize"], nested),
@@ -177,13 +186,13 @@ def _state(tensors: TensorDir, weight: str, name: str) -> State:
   return state
 
 
-def _fields(weight: str, data: bytes) -> dict[str, Any]:
+def _fields(tensors: TensorDir, weight: str, data: bytes) -> dict[str, Any]:
   try:
     fields = json.loads(data.decode("utf-8"))
   except (ValueError, RecursionError) as error:
-    raise _fault(weight, f"its state is not readable JSON ({error})") from error
+    raise _fault(tensors, weight, f"its state is not readable JSON ({error})") from error
   if not isinstance(fields, dict):
-    raise _fault(weight, f"its state is a JSON {type(fields).__name__}, not an object")
+    raise _fault(tensors, weight, f"its state is a JSON {type(fields).__name__}, not an object")
   return fields
 
 
@@ -203,7 +212,7 @@ def _check_tensors(tensors: TensorDir, weight: str, state: State) -> None:
   info = tensors.info(weight) if weight in tensors.names() else TensorInfo((0,), float32)
   size, need = math.prod(info.shape) * info.dtype.itemsize, -(-math.prod(state.shape) // 2)
   if size != need:
-    raise _fault(weight, f"it has {size} bytes, and the shape {state.shape} needs {need}")
+    raise _fault(tensors, weight, f"it has {size} bytes, and the shape {state.shape} needs {need}")
   want = {
     "absmax": TensorInfo((state.blocks,), np.dtype(np.uint8) if nested else float32),
     "quant_map": TensorInfo((16,), float32),
@@ -215,22 +224,25 @@ def _check_tensors(tensors: TensorDir, weight: str, state: State) -> None:
     tables["nested_quant_map"] = codebooks.dynamic_map()
   for part, should in want.items():
     if f"{weight}.{part}" not in tensors.names():
-      raise _fault(weight, f"there is no {weight}.{part}")
+      raise _fault(tensors, weight, f"there is no {weight}.{part}")
     got = tensors.info(f"{weight}.{part}")
     if got != should:
       raise _fault(
+        tensors,
         weight,
         f"{part} is {got.dtype} {got.shape}, and shape {state.shape} with blocks of "
         f"{state.fmt.block_size} means {should.dtype} {should.shape}",
       )
   for part, table in tables.items():
     if not np.allclose(tensors.read(f"{weight}.{part}"), table, rtol=0, atol=1e-6):
-      raise _fault(weight, f"its {part} is not the one bitsandbytes has for {state.fmt.name}")
+      raise _fault(
+        tensors, weight, f"its {part} is not the one bitsandbytes has for {state.fmt.name}"
+      )
 
 
-def _fault(weight: str, what: str) -> ValueError:
+def _fault(tensors: TensorDir, weight: str, what: str) -> ValueError:
   return ValueError(
-    f"the 4-bit weight {weight} cannot be read: {what}.\nSave the model again with transformers "
-    "and bitsandbytes >= 0.43, as nf4 or fp4 in blocks of 32, 64, ..., 4096; or load the model it "
-    "was made from, with quant=pj.nf4()."
+    f"{tensors.file_of(weight)}: the 4-bit weight {weight} cannot be read: {what}.\nSave the model "
+    "again with transformers and bitsandbytes >= 0.43, as nf4 or fp4 in blocks of 32, 64, ..., "
+    "4096; or load the model it was made from, with quant=pj.nf4()."
   )

@@ -104,6 +104,10 @@ class TensorDir:
       )
     return self._info[name]
 
+  def file_of(self, name: str) -> Path:
+    """The file that holds a tensor; of a name that none has, the directory."""
+    return self._file.get(name, self.directory)
+
   def read(self, name: str) -> np.ndarray:
     """One tensor as a fresh C-ordered array of its own shape and dtype.
 
@@ -168,6 +172,11 @@ class TensorDir:
           f"{index} says that {shard} holds the tensor {clip(name)}, and it does not.\n"
           "Index and shards are not of one save: download or save all of them again."
         )
+
+
+def file_of(tensors: Any, name: str) -> Path:
+  """The file of a tensor, of whatever kind of files it is; for messages."""
+  return tensors.file_of(name) if hasattr(tensors, "file_of") else tensors.path
 
 
 def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict[str, Any]:

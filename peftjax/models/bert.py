@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
+from peftjax.models import hf_config
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
 from peftjax.nn import virtual
@@ -27,6 +28,8 @@ NEW = r"head/.*|bert/pooler/.*"
 UNUSED = r".*position_ids|cls\..*|lm_head\..*|(roberta\.)?pooler\..*"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
+# What the layers are numbered in, of a tensor's name.
+LAYER = r"(.*\.)?encoder\.layer\.(\d+)\..*"
 
 
 def hf_name(path: str) -> str:
@@ -61,49 +64,49 @@ class BertConfig:
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> BertConfig:
+  def from_hf(
+    cls, config: Mapping[str, Any], where: str = "config.json", **overrides: Any
+  ) -> BertConfig:
     """Reads a Hugging Face `config.json`.
 
+    Args:
+      config: of its model type; what it leaves out has that type's defaults.
+      where: the file, for messages.
+      overrides: fields of this class.
+
     Raises:
-      ValueError: on a field this encoder does not have (relative positions, a decoder).
+      ValueError: on a field this encoder does not have, or out of range; see `hf_config`.
     """
-    kind = config.get("position_embedding_type", "absolute")
-    if kind != "absolute" or config.get("is_decoder"):
-      raise ValueError(
-        f"config.json asks for position_embedding_type={kind!r}, is_decoder="
-        f"{config.get('is_decoder', False)}; only absolute positions in an encoder are supported"
-      )
-    if config["hidden_act"] not in ACTIVATIONS:
-      raise ValueError(
-        f"hidden_act {config['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
-      )
+    said = hf_config.read(config, where)
+    hidden, head = said.hidden_dropout_prob, said.classifier_dropout
     fields = dict(
-      family=config["model_type"],
-      vocab=config["vocab_size"],
-      width=config["hidden_size"],
-      layers=config["num_hidden_layers"],
-      heads=config["num_attention_heads"],
-      ffn=config["intermediate_size"],
-      positions=config["max_position_embeddings"],
-      types=config["type_vocab_size"],
-      activation=config["hidden_act"],
-      eps=config["layer_norm_eps"],
-      dropout=config["hidden_dropout_prob"],
-      attention_dropout=config["attention_probs_dropout_prob"],
-      head_dropout=_or(config.get("classifier_dropout"), config["hidden_dropout_prob"]),
-      pad_id=config.get("pad_token_id", 0),
-      labels=len(config.get("id2label", {0: "", 1: ""})),
+      family=said.model_type,
+      vocab=said.vocab_size,
+      width=said.hidden_size,
+      layers=said.num_hidden_layers,
+      heads=said.num_attention_heads,
+      ffn=said.intermediate_size,
+      positions=said.max_position_embeddings,
+      types=said.type_vocab_size,
+      activation=said.hidden_act,
+      eps=said.layer_norm_eps,
+      dropout=hidden,
+      attention_dropout=said.attention_probs_dropout_prob,
+      head_dropout=hidden if head is None else head,
+      pad_id=said.padding,
+      labels=said.labels,
     )
     return cls(**{**fields, **overrides})
+
+  @property
+  def table(self) -> str:
+    """The path of the table of words."""
+    return f"{self.family}/embeddings/word_embeddings/embedding"
 
   @property
   def max_length(self) -> int:
     """Longest sequence: RoBERTa's positions start behind the padding id."""
     return self.positions - (self.pad_id + 1 if self.family == "roberta" else 0)
-
-
-def _or(value: Any, default: Any) -> Any:
-  return default if value is None else value
 
 
 class Embeddings(nn.Module):

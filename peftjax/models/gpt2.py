@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
+from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
@@ -28,8 +29,8 @@ NEW = r"(?!)"
 UNUSED = r".*attn\.(masked_)?bias|lm_head\.weight"
 # Hugging Face keeps these kernels [in, out], as here.
 OUT_FIRST = False
-# What a tied head is tied to.
-TABLE = "transformer/wte/embedding"
+# What the layers are numbered in, of a tensor's name.
+LAYER = r"(.*\.)?h\.(\d+)\..*"
 
 
 def hf_name(path: str) -> str:
@@ -46,6 +47,7 @@ class GPT2Config:
   """The shape of a model; one letter is what the shapes in this file are named by."""
 
   family: ClassVar[str] = "gpt2"
+  table: ClassVar[str] = "transformer/wte/embedding"  # the path of the table of words
   vocab: int  # V
   width: int  # D
   layers: int  # L
@@ -63,34 +65,33 @@ class GPT2Config:
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> GPT2Config:
+  def from_hf(
+    cls, config: Mapping[str, Any], where: str = "config.json", **overrides: Any
+  ) -> GPT2Config:
     """Reads a Hugging Face `config.json`.
 
+    Args:
+      config: what it leaves out has the defaults of GPT-2.
+      where: the file, for messages.
+      overrides: fields of this class.
+
     Raises:
-      ValueError: on a field this decoder does not have.
+      ValueError: on a field this decoder does not have, or out of range; see `hf_config`.
     """
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-      raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    for field, wanted in (
-      ("scale_attn_weights", True),
-      ("scale_attn_by_inverse_layer_idx", False),
-    ):
-      if config.get(field, wanted) != wanted:
-        raise ValueError(f"config.json has {field}={config[field]}; only {wanted} is supported")
+    said = hf_config.read(config, where)
     fields = dict(
-      vocab=config["vocab_size"],
-      width=config["n_embd"],
-      layers=config["n_layer"],
-      heads=config["n_head"],
-      ffn=config.get("n_inner") or 4 * config["n_embd"],
-      positions=config["n_positions"],
-      activation=activation,
-      eps=config["layer_norm_epsilon"],
-      dropout=config["embd_pdrop"],
-      attention_dropout=config["attn_pdrop"],
-      residual_dropout=config["resid_pdrop"],
-      tied=config.get("tie_word_embeddings", True),
+      vocab=said.vocab_size,
+      width=said.n_embd,
+      layers=said.n_layer,
+      heads=said.n_head,
+      ffn=said.n_inner or 4 * said.n_embd,
+      positions=said.n_positions,
+      activation=said.activation_function,
+      eps=said.layer_norm_epsilon,
+      dropout=said.embd_pdrop,
+      attention_dropout=said.attn_pdrop,
+      residual_dropout=said.resid_pdrop,
+      tied=said.tie_word_embeddings,
     )
     return cls(**{**fields, **overrides})
 
@@ -197,7 +198,7 @@ class GPT2LMHeadModel(nn.Module):
     positions, bias, cache = context(self, tokens, mask, positions, segments, cache)
     key = self.make_rng("dropout") if train else None
     x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, bias, cache, key)
-    logits = Head(c.vocab, TABLE if c.tied else "", name="lm_head")(x_BTD, table)
+    logits = Head(c.vocab, c.table if c.tied else "", name="lm_head")(x_BTD, table)
     logits = logits.astype(jnp.float32)
     return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import run_layers
@@ -28,8 +29,8 @@ NEW = r"(?!)"
 UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
-# What a tied head is tied to.
-TABLE = "model/embed_tokens/embedding"
+# What the layers are numbered in, of a tensor's name.
+LAYER = r"(.*\.)?layers\.(\d+)\..*"
 
 
 def hf_name(path: str) -> str:
@@ -46,6 +47,7 @@ class LlamaConfig:
   """The shape of a model; one letter is what the shapes in this file are named by."""
 
   family: ClassVar[str] = "llama"
+  table: ClassVar[str] = "model/embed_tokens/embedding"  # the path of the table of words
   vocab: int  # V
   width: int  # D
   layers: int  # L
@@ -67,38 +69,41 @@ class LlamaConfig:
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
 
   @classmethod
-  def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
+  def from_hf(
+    cls, config: Mapping[str, Any], where: str = "config.json", **overrides: Any
+  ) -> LlamaConfig:
     """Reads a Hugging Face `config.json`.
 
+    Args:
+      config: of its model type; what it leaves out has that type's defaults.
+      where: the file, for messages.
+      overrides: fields of this class.
+
     Raises:
-      ValueError: on a field this decoder does not have.
+      ValueError: on a field this decoder does not have, or out of range; see `hf_config`.
     """
-    kind = config["model_type"]
-    if config.get("hidden_act", "silu") != "silu":
-      raise ValueError(f"hidden_act {config['hidden_act']!r}: this decoder has SwiGLU, 'silu'")
-    if config.get("use_sliding_window") and kind == "qwen2":
-      raise ValueError("use_sliding_window: Qwen2 models that mix windows are not supported")
-    heads = config["num_attention_heads"]
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
-    bias = config.get("attention_bias", False)
+    said = hf_config.read(config, where)
+    theta, scaling = hf_config.rope(said, where)
+    # Only Llama reads these; Qwen2 has biases, Mistral none.
+    llama = said.model_type == "llama"
+    bias = llama and said.attention_bias
     fields = dict(
-      vocab=config["vocab_size"],
-      width=config["hidden_size"],
-      layers=config["num_hidden_layers"],
-      heads=heads,
-      kv_heads=config.get("num_key_value_heads") or heads,
-      head_size=config.get("head_dim") or config["hidden_size"] // heads,
-      ffn=config["intermediate_size"],
-      positions=config["max_position_embeddings"],
-      eps=config["rms_norm_eps"],
-      theta=float(theta),
+      vocab=said.vocab_size,
+      width=said.hidden_size,
+      layers=said.num_hidden_layers,
+      heads=said.num_attention_heads,
+      kv_heads=said.kv_heads,
+      head_size=said.head_size,
+      ffn=said.intermediate_size,
+      positions=said.max_position_embeddings,
+      eps=said.rms_norm_eps,
+      theta=theta,
       rope_scaling=tuple(sorted(scaling.items())),
-      window=config.get("sliding_window") if kind == "mistral" else None,
-      qkv_bias=kind == "qwen2" or bias,
-      out_bias=kind != "qwen2" and bias,
-      ffn_bias=config.get("mlp_bias", False),
-      tied=config.get("tie_word_embeddings", False),
+      window=said.window,
+      qkv_bias=said.model_type == "qwen2" or bias,
+      out_bias=bias,
+      ffn_bias=llama and said.mlp_bias,
+      tied=said.tie_word_embeddings,
     )
     made = cls(**{**fields, **overrides})
     made.frequencies()  # says what it does not know before any weight is read
@@ -205,7 +210,7 @@ class LlamaForCausalLM(nn.Module):
     c = self.config
     positions, bias, cache = context(self, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, bias, cache)
-    logits = Head(c.vocab, TABLE if c.tied else "", name="lm_head")(x_BTD, table)
+    logits = Head(c.vocab, c.table if c.tied else "", name="lm_head")(x_BTD, table)
     logits = logits.astype(jnp.float32)
     return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
 

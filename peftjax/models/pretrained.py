@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,19 +11,24 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import paths
-from peftjax.io import bnb_reader
-from peftjax.io.bnb_reader import BnbDir
+from peftjax.io import bnb_reader, quantization
 from peftjax.io.gguf import GGUFFile
-from peftjax.io.safetensors_dir import TensorDir, read_config
-from peftjax.models import bert, gpt2, llama
+from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
+from peftjax.models import bert, gpt2, heads, hf_config, llama
+from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
 from peftjax.quant import stream, transform
 from peftjax.quant.formats import Format
 from peftjax.quant.weight import Quantized
+
+_log = logging.getLogger(__name__)
+
+HEAD = "lm_head.weight"  # of a decoder
 
 # Hugging Face model_type to the file of its family: `CONFIG`, `MODEL`, `hf_name`, and what the
 # checkpoint may lack or have too much of.
@@ -35,9 +40,6 @@ FAMILIES: Mapping[str, Any] = {
   "qwen2": llama,
   "gpt2": gpt2,
 }
-
-
-Tensors = TensorDir | BnbDir | GGUFFile
 
 
 class Pretrained(NamedTuple):
@@ -87,6 +89,12 @@ def load_pretrained(
   if remat:
     options["remat"] = remat
   pretrained = load(directory, num_labels, key=key, quant=quant, where=where, mesh=mesh, **options)
+  if pretrained.new:
+    _log.warning(
+      "%s has no tensors of this size for %s: they are new, drawn at random, to be trained",
+      directory,
+      ", ".join(pretrained.new),
+    )
   return pretrained.model, pretrained.params
 
 
@@ -101,27 +109,38 @@ def load(
   **options: Any,
 ) -> Pretrained:
   """`load_pretrained` that also says which parameters are new; `options` go to the family."""
+  said = _config_file(directory)
   tensors, config = open_model(directory)
-  family = FAMILIES.get(config.get("model_type", ""))
-  if family is None:
-    raise ValueError(
-      f"{directory}/config.json has model_type {config.get('model_type')!r}; "
-      f"supported are {', '.join(FAMILIES)}"
-    )
+  fields = hf_config.read(config, said)
+  family = FAMILIES[fields.model_type]
   if num_labels is not None:
     options["labels"] = num_labels
   allowed = {field.name for field in dataclasses.fields(family.CONFIG)}
   if strange := set(options) - allowed:
-    raise ValueError(f"a model of type {config['model_type']} has no {', '.join(sorted(strange))}")
-  try:
-    model = family.MODEL(family.CONFIG.from_hf(config, **options))
-  except KeyError as missing:
-    raise ValueError(f"{directory}/config.json lacks {missing}") from None
+    raise ValueError(f"a model of type {fields.model_type} has no {', '.join(sorted(strange))}")
+  foreign = heads.of_another_task(fields, said, new=num_labels is not None)
+  settings = family.CONFIG.from_hf(config, said, **options)
+  body, available = body_of(family, settings), set(tensors.names())
+  words = heads.Words(*(find(n, available, body) for n in (family.hf_name(settings.table), HEAD)))
+  others: dict[str, str] = {}
+  check_sizes(tensors, family, settings, said, words.table)
+  if hasattr(settings, "tied"):
+    settings, others = heads.settle(tensors, words, settings, said)
+  model = family.MODEL(settings)
   key = jax.random.key(0) if key is None else key
-  init = lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32))["params"]
+  init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
   abstract = jax.eval_shape(init, key)
-  chosen = set(paths.select(abstract, where)) if quant else set()
-  names, new = _match(tensors, family, abstract, num_labels)
+  chosen = set(paths.select(abstract, where, arrays=True)) if quant else set()
+  names, new = match(
+    tensors,
+    family,
+    settings,
+    abstract,
+    said,
+    resize=num_labels is not None,
+    skip_head=foreign,
+    others=others,
+  )
   formats = dict.fromkeys(chosen - set(new), quant) if quant else {}
   for path, fmt in formats.items():
     _check(path, paths.leaves(abstract)[path], names[path], tensors, fmt)
@@ -138,59 +157,13 @@ def load(
   return Pretrained(model, paths.map_leaves(make, abstract), tuple(new))
 
 
-def _match(
-  tensors: Tensors, family: Any, abstract: Any, num_labels: int | None
-) -> tuple[dict[str, list[str]], list[str]]:
-  """The tensors of every parameter's layers, and the paths of what may be lacking and is."""
-  available = set(tensors.names())
-  used: set[str] = set()
-  missing: list[str] = []
-  new: list[str] = []
-  matched: dict[str, list[str]] = {}
-  for path, leaf in paths.leaves(abstract).items():
-    stack = stack_of(path, leaf)
-    names = [_find(family.hf_name(p), available) for p in paths.layer_paths(path, stack)]
-    found = [name for name in names if name]
-    used.update(found)
-    may_be_new = re.fullmatch(family.NEW, path) is not None
-    if len(found) < len(names):
-      (new if may_be_new else missing).append(path)
-      continue
-    for name in found:
-      packed = name in _packed(tensors)
-      if packed and not path.endswith("kernel"):
-        raise ValueError(f"{name} has 4 bits; only the weights of linear layers are read so")
-      got, want = tensors.info(name).shape, leaf.shape[len(stack) :]
-      want = want[::-1] if turned(family, path) or packed else want
-      if got != want and may_be_new and num_labels is not None:
-        new.append(path)
-        break
-      if got != want:
-        raise ValueError(f"tensor {name} has shape {got}; config.json means {want}")
-    matched[path] = found
-  if missing:
-    shown = "\n  ".join(family.hf_name(p) for p in missing[:10])
-    raise ValueError(f"{len(missing)} tensors are missing from the checkpoint:\n  {shown}")
-  extra = sorted(n for n in available - used if not re.fullmatch(family.UNUSED, n))
-  if extra:
-    shown = "\n  ".join(extra[:10])
-    raise ValueError(
-      f"{len(extra)} tensors of the checkpoint have no place in this model:\n  {shown}\n"
-      "Is config.json the one the weights were saved with?"
-    )
-  return matched, new
-
-
-def _packed(tensors: Tensors) -> Mapping[str, Any]:
-  """The tensors that have 4 bits in the files."""
-  return tensors.states if isinstance(tensors, BnbDir) else {}
-
-
 def _check(path: str, leaf: Any, names: list[str], tensors: Tensors, fmt: Format) -> None:
   """Raises `ValueError` if a parameter cannot be quantised."""
   for name in names:
-    if name in _packed(tensors):
-      raise ValueError(f"{name} has 4 bits already: load this directory without `quant`")
+    if name in packed(tensors):
+      raise ValueError(
+        f"{file_of(tensors, name)}: {name} has 4 bits already: load this directory without `quant`"
+      )
   layer = jax.ShapeDtypeStruct(leaf.shape[len(stack_of(path, leaf)) :], leaf.dtype)
   transform.check(path, layer, fmt)
 
@@ -203,10 +176,14 @@ def _read(
   def one(layer_path: str, name: str) -> Any:
     if fmt and turned and isinstance(tensors, TensorDir | GGUFFile):
       info, rows = tensors.info(name), lambda at: tensors.read_rows(name, at.start, at.stop).T
-      return stream.quantize_pieces(layer_path, info.shape[::-1], info.dtype, rows, fmt)
+      try:
+        return stream.quantize_pieces(layer_path, info.shape[::-1], info.dtype, rows, fmt)
+      except ValueError as error:
+        raise ValueError(f"{file_of(tensors, name)}: tensor {name}: {error}") from None
     array = tensors.read(name)
     if isinstance(array, Quantized):
       return array
+    _check_finite(tensors, name, array)
     array = array.T if turned else array
     return stream.quantize_array(layer_path, array, fmt) if fmt else array
 
@@ -215,21 +192,15 @@ def _read(
   return stream.stack(path, made, len(names)) if stacked else next(made)
 
 
-def stack_of(path: str, leaf: Any) -> tuple[int, ...]:
-  """The layers axis of a scanned parameter (under `layers`), if it is one."""
-  return leaf.shape[:1] if "layers" in path.split("/") else ()
-
-
-def _find(name: str, available: set[str]) -> str | None:
-  """The tensor by its name in a full model, in a bare encoder, or by LayerNorm's old names."""
-  old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-    "LayerNorm.bias", "LayerNorm.beta"
-  )
-  for candidate in (name, old):
-    for spelled in (candidate, candidate.partition(".")[2]):
-      if spelled in available:
-        return spelled
-  return None
+def _check_finite(tensors: Tensors, name: str, array: np.ndarray) -> None:
+  """Raises `ValueError` on a NaN or an infinity: it would be in every output, and in every loss."""
+  flat = array.reshape(-1)
+  for start in range(0, flat.size, 2**22):  # a copy of some of it
+    if not np.isfinite(flat[start : start + 2**22].astype(np.float32, copy=False)).all():
+      raise ValueError(
+        f"{file_of(tensors, name)}: tensor {name} has NaN or infinite entries, so all outputs "
+        "would be NaN. Download or mend the checkpoint."
+      )
 
 
 def open_model(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
@@ -237,26 +208,42 @@ def open_model(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
   if Path(path).suffix == ".gguf":
     file = GGUFFile(path)
     return file, file.config
-  return bnb_reader.open_dir(TensorDir(path)), read_config(path)
+  config = config_of(path)
+  return bnb_reader.open_dir(TensorDir(path)), config
 
 
 def config_of(path: str | Path) -> dict[str, Any]:
-  """The configuration alone."""
-  return GGUFFile(path).config if Path(path).suffix == ".gguf" else read_config(path)
+  """The configuration alone, as the file has it, once `hf_config` has found nothing wrong with it.
+
+  Raises:
+    ValueError: on a field of the wrong type or out of range; on quantised weights of a kind that is
+      not read.
+  """
+  if Path(path).suffix == ".gguf":
+    return GGUFFile(path).config
+  config = read_config(path)
+  quantization.check(config, _config_file(path))
+  hf_config.read(config, _config_file(path))
+  return config
 
 
 def end_ids(path: str | Path) -> tuple[int, ...]:
-  """The token ids that end a text.
+  """The token ids that end a text; what a file leaves out has its model type's default.
 
   Raises:
     ValueError: if the configuration names none.
   """
-  ids = config_of(path).get("eos_token_id")
-  if ids is None:
-    raise ValueError(f"the configuration of {path} names no eos_token_id: add it to config.json")
-  return tuple(ids) if isinstance(ids, list) else (ids,)
+  ids = hf_config.read(config_of(path), _config_file(path)).end_ids
+  if not ids:
+    raise ValueError(f"{_config_file(path)} names no eos_token_id: add it")
+  return ids
 
 
 def pad_id(path: str | Path) -> int:
   """The token id that pads a batch for this model."""
-  return config_of(path).get("pad_token_id") or 0
+  return hf_config.read(config_of(path), _config_file(path)).padding
+
+
+def _config_file(path: str | Path) -> str:
+  """Where the configuration is, for messages."""
+  return str(path) if Path(path).suffix == ".gguf" else str(Path(path) / "config.json")

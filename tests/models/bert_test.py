@@ -154,9 +154,9 @@ def test_names_of_tensors():
 
 def test_what_the_encoder_does_not_have_raises():
   base = dict(model_type="bert", hidden_act="gelu")
-  with pytest.raises(ValueError, match="position_embedding_type='relative_key'"):
+  with pytest.raises(ValueError, match="position_embedding_type is 'relative_key'"):
     BertConfig.from_hf({**base, "position_embedding_type": "relative_key"})
-  with pytest.raises(ValueError, match="is_decoder=True"):
+  with pytest.raises(ValueError, match="is_decoder is True"):
     BertConfig.from_hf({**base, "is_decoder": True})
-  with pytest.raises(ValueError, match="hidden_act 'mish' is not one of gelu"):
+  with pytest.raises(ValueError, match="hidden_act is 'mish'; it must be one of gelu"):
     BertConfig.from_hf({**base, "hidden_act": "mish"})

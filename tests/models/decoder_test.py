@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.models import pretrained
+from peftjax.models import match
 from peftjax.models.cache import Cache, causal_bias
 from tests.core.programs import jit
 
@@ -83,7 +83,7 @@ def test_remat_and_scan_have_the_same_gradients(name):
     grads = jit(jax.grad(lambda p: (pj.apply(model, p, tokens, mask) * weigh).sum()))(params)
     found = {}
     for path, grad in paths.leaves(grads).items():
-      layers = paths.layer_paths(path, pretrained.stack_of(path, grad))
+      layers = paths.layer_paths(path, match.stack_of(path, grad))
       found.update(zip(layers, grad if len(layers) > 1 else [grad], strict=True))
     return found
 

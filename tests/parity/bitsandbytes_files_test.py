@@ -11,7 +11,8 @@ import peftjax as pj
 from peftjax.core import paths
 from peftjax.io import bnb as ours
 from peftjax.io.safetensors_dir import read_config
-from peftjax.models.pretrained import FAMILIES, stack_of
+from peftjax.models.match import stack_of
+from peftjax.models.pretrained import FAMILIES
 from tests.golden.make_bnb import CONFIG, bnb_model
 from tests.golden.make_decoders import batch, make
 from tests.parity.reference import assert_near

@@ -1,0 +1,47 @@
+"""Whether what a model shall read is in its tables: beyond them a lookup gives NaN, silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check(
+  config: Any, tokens: Any, types: Any = None, *, length: int = 0, what: str = "the texts"
+) -> None:
+  """Raises ValueError unless all ids are in the model's tables and there are enough positions.
+
+  Padding counts: a masked NaN is still NaN. Nothing is checked of what is traced.
+
+  Args:
+    config: of one of our modules: `vocab`, `max_length` and, of encoders, `types`.
+    tokens, types: integer arrays of any shape, or None.
+    length: of the longest text with all virtual tokens. RoBERTa's `max_length` is what is left
+      behind its padding id.
+    what: they are, for the message.
+  """
+  rows = (
+    ("token", tokens, config.vocab, "vocab_size", "Is the tokenizer another model's, or has it "
+     "added tokens that the table was not resized for?"),
+    ("type", types, getattr(config, "types", 0), "type_vocab_size", "This model was not made for "
+     "pairs of texts: give single ones, or another model."),
+  )  # fmt: skip
+  for kind, ids, size, field, hint in rows:
+    if ids is None or isinstance(ids, jax.core.Tracer) or not size or not np.size(ids):
+      continue
+    ids = np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+      raise ValueError(f"{what}: {kind} ids are {ids.dtype}; they must be integers.")
+    for worst in (int(ids.min()), int(ids.max())):
+      if not 0 <= worst < size:
+        raise ValueError(
+          f"{what} have the {kind} id {worst}, and the model's table has {size} rows ({field}): "
+          f"allowed are 0 to {size - 1}. {hint}"
+        )
+  if length > config.max_length:
+    raise ValueError(
+      f"{what} have up to {length} tokens, virtual ones counted, and this model has "
+      f"{config.max_length} positions: cut them, or take fewer virtual tokens."
+    )
