@@ -79,7 +79,7 @@ class Plan:
     self.where = f"{directory}/{hf_peft_config.NAME}"
     self.config = hf_peft_config.read(directory)
     self.matcher = Matcher(self.where)
-    self.sites, self.tied = _sites(params, family)
+    self.sites, self.tied = sites_of(params, family)
     self.real = _names(tensors, self.file)  # the name in the file of each plain one
     self.prefix = self.config.prefix
     self.bare = _bare(self.sites, self.real, self.prefix)
@@ -244,7 +244,7 @@ class Plan:
           )
 
 
-def _sites(params: Any, family: Any) -> tuple[dict[str, list[Site]], str]:
+def sites_of(params: Any, family: Any) -> tuple[dict[str, list[Site]], str]:
   """The layers of every parameter, and the table of a tied head, which has layers too."""
   found = {}
 

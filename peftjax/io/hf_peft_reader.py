@@ -253,7 +253,8 @@ class Reader:
     Raises:
       ValueError: an entry that is NaN, infinite, or becomes so in `dtype`. peft loads such.
     """
-    array = self.tensors.read(self.plan.real[name]).astype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+      array = self.tensors.read(self.plan.real[name]).astype(dtype)
     if not np.isfinite(wide := array.astype(np.float32)).all():
       count = int((~np.isfinite(wide)).sum())
       raise ValueError(

@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from peftjax.core import paths, patterns
+from peftjax.core import patterns
 from peftjax.io.hf_peft_fields import AdaLora, Common, Ia3, Lora, Targeted
-from peftjax.models.pretrained import stack_of
+from peftjax.io.records import clip
 
 END = r"(.*\.)?({})$"  # of a path, by a key of rank_pattern or alpha_pattern
 UNDER = r"(^|.*\.){}($|\..*)"  # a module in modules_to_save
@@ -100,20 +100,11 @@ def modules_of(names: Mapping[str, str], bare: str = "", head: str = "") -> Modu
   return Modules(tuple(every), of("kernel"), of("embedding"), head if head in every else "")
 
 
-def names_of(params: Any, family: Any) -> dict[str, str]:
-  """The torch name of each parameter, of each layer of a stack, and the last part of its path."""
-  return {
-    family.hf_name(layer): path.rpartition("/")[2]
-    for path, leaf in paths.leaves(params).items()
-    for layer in paths.layer_paths(path, stack_of(path, leaf))
-  }
-
-
 def targeted(config: Targeted, modules: Modules, matcher: Matcher) -> frozenset[str]:
   """The modules that peft would give an adapter.
 
   Raises:
-    ValueError: none, or one that peft gives no adapter of this kind.
+    ValueError: none, one that peft gives no adapter of this kind, or one that is saved whole.
   """
   targets, where = config.target_modules, matcher.where
   if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -125,10 +116,18 @@ def targeted(config: Targeted, modules: Modules, matcher: Matcher) -> frozenset[
       f"{where}: target_modules names {wrong[0]}, which is no linear layer"
       f"{' or table' if type(config) is Lora else ''}: peft gives it no adapter. Name one that is."
     )
-  if not found:
+  whole = tuple(f"{module}." for module in saved(config, modules))
+  if clash := sorted(m for m in found if f"{m}.".startswith(whole)):
     raise ValueError(
-      f"{where}: target_modules={_shown(config.target_modules)} names no module of this model, or "
-      "only such as are excluded, saved whole or of other layers. It has "
+      f"{where}: {clash[0]} would have an adapter and be saved whole, by target_modules and by "
+      "modules_to_save, a name in which is the end of a path wherever it begins. Name it in one."
+    )
+  if not found:
+    fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    less = [f"{x}={_shown(y)}" for x in fields if (y := getattr(config, x)) not in (None, [])]
+    raise ValueError(
+      f"{where}: target_modules={_shown(config.target_modules)}"
+      f"{' less ' + ', '.join(less) if less else ''} names no module of this model. It has "
       f"{_shown(sorted({m.rpartition('.')[2] for m in allowed}))}.\n"
       "Was the adapter trained on another model?"
     )
@@ -220,7 +219,7 @@ def _heads(config: Targeted, modules: Modules) -> frozenset[str]:
 
 
 def _shown(values: Any) -> str:
-  if isinstance(values, str):
-    return repr(values[:200])
+  if not isinstance(values, list | frozenset):
+    return clip(values)
   text = ", ".join(repr(str(x)[:200]) for x in list(values)[:8])
   return f"[{text}{', ...' if len(values) > 8 else ''}]"
