@@ -63,8 +63,7 @@ def hold(workdir: Path) -> Iterator[Lock]:
     descriptor = _acquire(workdir)
   except OSError as error:
     _remove(made)  # as far as nobody has written there
-    told = disk.sentence(error, workdir)
-    raise disk.DiskError(f"{told}. Give another --workdir, or make room for this one.") from None
+    raise disk.refusal(error, workdir, " Give another --workdir.") from None
   try:
     yield lock
   finally:
