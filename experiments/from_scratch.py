@@ -128,12 +128,12 @@ def _rows(texts: Any, length: int) -> np.ndarray:
   return raw[: len(raw) // length * length].reshape(-1, length)
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
   runtime.set_up("~/.cache/peftjax")
-  with runtime.readable_errors():
-    result = train(flags.FLAGS.config)
+  result = train(flags.FLAGS.config)
   print(json.dumps(result, indent=2))
 
 

@@ -27,26 +27,26 @@ CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat te
 BASE = flags.DEFINE_bool("base", False, "Also show what the model wrote before training.")
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}; quote a prompt: --prompt="..."')
   runtime.set_up("~/.cache/peftjax")
   from peftjax.training.writer import Writer
 
-  with runtime.readable_errors():
-    for name in ("before training", "after training") if BASE.value else ("",):
-      writer = Writer(WORKDIR.value, adapted=name != "before training")
-      texts = writer.write(
-        PROMPT.value,
-        max_new_tokens=TOKENS.value,
-        temperature=TEMPERATURE.value,
-        top_p=TOP_P.value,
-        seed=SEED.value,
-        as_chat=CHAT.value,
-      )
-      for prompt, text in zip(PROMPT.value, texts, strict=True):
-        print(f"{f'[{name}] ' if name else ''}{prompt}{' => ' if CHAT.value else ''}{text}\n")
+  for name in ("before training", "after training") if BASE.value else ("",):
+    writer = Writer(WORKDIR.value, adapted=name != "before training")
+    texts = writer.write(
+      PROMPT.value,
+      max_new_tokens=TOKENS.value,
+      temperature=TEMPERATURE.value,
+      top_p=TOP_P.value,
+      seed=SEED.value,
+      as_chat=CHAT.value,
+    )
+    for prompt, text in zip(PROMPT.value, texts, strict=True):
+      print(f"{f'[{name}] ' if name else ''}{prompt}{' => ' if CHAT.value else ''}{text}\n")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

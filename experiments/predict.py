@@ -2,71 +2,136 @@
 
   python -m experiments.predict --workdir=DIR --text="Shares rose after the earnings report"
   python -m experiments.predict --workdir=DIR --file=texts.txt --output=labels.jsonl
+  python -m experiments.predict --workdir=DIR --text="It rains." --pair="The street is wet."
 
-Prints one line a text: the label, its probability and the text (for a regression, the value).
+A .csv, .tsv or .jsonl file has the columns that the run was trained on, its labels aside; any other
+file has a text a line. Prints one line a text: the label, its probability and the text (for a
+regression, the value); of pairs, both texts.
 """
 
 import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import app, flags
 
 from experiments import runtime
 
+if TYPE_CHECKING:
+  from peftjax.training.predict import Predictor
+
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of a run of experiments.train.", required=True
 )
 TEXT = flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
-FILE = flags.DEFINE_string("file", None, "A UTF-8 file with one text a line.")
+PAIR = flags.DEFINE_multi_string("pair", [], "The second text of each --text, for a run on pairs.")
+FILE = flags.DEFINE_string("file", None, "A UTF-8 file: .csv, .tsv, .jsonl, or a text a line.")
 OUTPUT = flags.DEFINE_string(
   "output", None, "Also write JSON lines with every class's probability."
 )
 
 
+class Texts(NamedTuple):
+  """Texts or, with `pairs`, pairs of them."""
+
+  texts: list[str]
+  pairs: list[str] | None
+
+
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}; quote a text: --text="..."')
+  check_given(TEXT.value, PAIR.value, FILE.value, OUTPUT.value)
   runtime.set_up("~/.cache/peftjax")
+  from peftjax.training.logs import write_atomic
   from peftjax.training.predict import Predictor, probabilities
 
-  with runtime.readable_errors():
-    texts = read_texts(TEXT.value, FILE.value)
-    predictor = Predictor(WORKDIR.value)
-    logits = predictor.logits(texts)
-    rows = []
-    for text, row in zip(texts, logits, strict=True):
-      if not predictor.labels:
-        rows.append({"text": text, "value": float(row[0])})
-        print(f"{row[0]:.4f}\t{text}")
-        continue
-      p = probabilities(row)
-      named = dict(zip(predictor.labels, map(float, p), strict=True))
-      rows.append(
-        {"text": text, "label": predictor.labels[int(p.argmax())], "probabilities": named}
-      )
-      print(f"{rows[-1]['label']}\t{p.max():.3f}\t{text}")
-    if OUTPUT.value:
-      with open(OUTPUT.value, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+  predictor = Predictor(WORKDIR.value)
+  given = read(predictor, TEXT.value, PAIR.value, FILE.value)
+  rows = []
+  for i, logits in enumerate(predictor.logits(*given)):
+    row = {"text": given.texts[i]} | ({} if given.pairs is None else {"pair": given.pairs[i]})
+    shown = "\t".join(re.sub(r"[\t\r\n]", " ", text) for text in row.values())  # a line a text
+    if not predictor.labels:
+      rows.append({**row, "value": float(logits[0])})
+      print(f"{logits[0]:.4f}\t{shown}")
+      continue
+    p = probabilities(logits)
+    label = predictor.labels[int(p.argmax())]
+    named = dict(zip(predictor.labels, map(float, p), strict=True))
+    rows.append({**row, "label": label, "probabilities": named})
+    print(f"{label}\t{p.max():.3f}\t{shown}")
+  if OUTPUT.value:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(Path(OUTPUT.value), "".join(lines))
 
 
-def read_texts(given: list[str], path: str | None) -> list[str]:
-  """The texts of the flags and of the file's non-empty lines."""
-  texts = list(given)
-  if path:
-    try:
-      with open(path, encoding="utf-8") as file:
-        texts += [line.strip() for line in file if line.strip()]
-    except OSError as error:
-      raise ValueError(f"--file: {error}") from None
-    except UnicodeDecodeError as error:
-      raise ValueError(
-        f"--file: {path} is not UTF-8 (byte {error.start}); convert it: "
-        f"iconv -f LATIN1 -t UTF-8 {path}"
-      ) from None
-  if not texts:
+def check_given(texts: list[str], pairs: list[str], path: str | None, output: str | None) -> None:
+  """What can be told without the run.
+
+  Raises:
+    ValueError: there is no text, a pair is not whole, or the output cannot be written.
+  """
+  from peftjax.data import tables
+
+  if not texts and not path:
     raise ValueError('no text; write --text="..." or --file=FILE with one text a line')
-  return texts
+  if pairs and len(pairs) != len(texts):
+    raise ValueError(f"{len(texts)} --text and {len(pairs)} --pair; give a --pair for each --text")
+  if path and Path(path).suffix.lower() not in tables.KINDS and not lines_of(path)[0]:
+    raise ValueError(f"no text in {path}; write one a line")
+  if output is not None:
+    folder = Path(output).absolute().parent
+    if not output or Path(output).is_dir() or not folder.is_dir():
+      raise ValueError(f"--output={output} cannot be written; name a file in an existing folder")
+    if path and Path(output).exists() and Path(output).samefile(path):
+      raise ValueError(f"--output={output} is the file to be read; name another")
+
+
+def read(predictor: "Predictor", texts: list[str], pairs: list[str], path: str | None) -> Texts:
+  """The texts of the flags and of the file, as the run has them: alone or in pairs.
+
+  Raises:
+    ValueError: they are of the other kind, or the file is none of the run's.
+  """
+  from peftjax.data import tables
+
+  columns = predictor.columns
+  wanted = " and ".join(map(repr, columns))
+  both = len(columns) == 2
+  table = path is not None and Path(path).suffix.lower() in tables.KINDS
+  if both and ((texts and not pairs) or (path and not table)):
+    raise ValueError(
+      "the run was trained on pairs of texts. Write --text=FIRST --pair=SECOND, or --file=FILE with"
+      f" a .csv, .tsv or .jsonl file of the columns {wanted}"
+    )
+  if pairs and not both:
+    raise ValueError("the run was trained on single texts; leave --pair out")
+  found, seconds = list(texts), list(pairs)
+  if table:
+    rows = tables.read(str(path), columns[0], columns[1] if both else None, None)
+    found += [row.text for row in rows]
+    seconds += [row.pair or "" for row in rows]
+  elif path:
+    lines, blank = lines_of(path)
+    found += lines
+    if blank:
+      print(f"{blank} empty lines of {path} are left out", file=sys.stderr)
+  return Texts(found, seconds if both else None)
+
+
+def lines_of(path: str) -> tuple[list[str], int]:
+  """The lines of a text file that are not empty, without outer spaces; and how many are."""
+  from peftjax.data import tables
+
+  *lines, last = re.split(r"\r\n|\n|\r", tables.decode(path))
+  lines += [last] if last else []
+  texts = [line.strip() for line in lines if line.strip()]
+  return texts, len(lines) - len(texts)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

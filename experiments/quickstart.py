@@ -22,6 +22,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for the thre
 METHODS = ("lora", "head", "full")
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -29,17 +30,17 @@ def main(argv: list[str]) -> None:
 
   configs = {name: get_config(f"method={name},data=bbc") for name in METHODS}
   runtime.set_up(configs["lora"].compilation_cache)
+  from peftjax.training import build
   from peftjax.training.logs import write_atomic
   from peftjax.training.loop import train_and_evaluate
 
-  workdir = Path(WORKDIR.value)
+  workdir = build.resolve(WORKDIR.value)
   rows: list[dict[str, Any]] = []
-  with runtime.readable_errors():
-    for name, config in configs.items():
-      print(f"\n== {name}")
-      result = train_and_evaluate(config, workdir / name, started=STARTED if not rows else None)
-      rows.append(summary_row(name, result))
-    write_atomic(workdir / "summary.json", json.dumps({"rows": rows}, indent=2) + "\n")
+  for name, config in configs.items():
+    print(f"\n== {name}")
+    result = train_and_evaluate(config, workdir / name, started=STARTED if not rows else None)
+    rows.append(summary_row(name, result))
+  write_atomic(workdir / "summary.json", json.dumps({"rows": rows}, indent=2) + "\n")
   plot(workdir)
   show(rows, workdir)
 
@@ -89,10 +90,11 @@ def plot(workdir: Path) -> None:
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
+  from peftjax.training.workdir import metrics
+
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
   for name in METHODS:
-    lines = (workdir / name / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = metrics(workdir / name / "metrics.jsonl")
     for axis, key in ((left, "loss"), (right, "validation_accuracy")):
       points = [(row["step"], row[key]) for row in rows if key in row]
       axis.plot(*zip(*points, strict=True), marker="o" if axis is right else None, label=name)
@@ -104,4 +106,4 @@ def plot(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

@@ -9,7 +9,20 @@ import runpy
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+  """Ctrl-C while a command is still being imported is no trace either."""
+  if issubclass(kind, KeyboardInterrupt) and not os.environ.get("PEFTJAX_TRACEBACK"):
+    print(error or "stopped", file=sys.stderr)
+  else:
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught
 
 
 def set_up(compilation_cache: str | None) -> None:
@@ -17,46 +30,145 @@ def set_up(compilation_cache: str | None) -> None:
   from absl import flags, logging
 
   if not flags.FLAGS["verbosity"].present:
-    # Which accelerators are absent, and how Orbax reads its own options, is no news.
-    logging.set_verbosity(logging.ERROR)
+    # Which accelerators are absent, and how Orbax reads its own options, is no news; what its threads
+    # fail at, it raises here too.
+    logging.set_verbosity(logging.FATAL)
   keep_programs(compilation_cache)
 
 
+def keep_programs(directory: str | None) -> None:
+  """Keeps compiled programs in `directory` between runs; nothing is kept if it is empty.
+
+  Raises:
+    ValueError: somebody else may write there.
+  """
+  import jax
+
+  from experiments import private
+
+  if directory:
+    folder = private.folder(Path(directory))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+  """Of a command: what the user can mend ends in its message and exit code 1, without a trace.
+
+  A saved run that was asked to stop ends with 0, Ctrl-C with 130, a closed pipe quietly. Anything
+  else is a bug, with its trace and where it belongs. PEFTJAX_TRACEBACK=1 lets everything through.
+  """
+  try:
+    yield
+    sys.stdout.flush()
+  except BaseException as error:
+    if os.environ.get("PEFTJAX_TRACEBACK"):
+      raise
+    code = _end(error)
+    if code is None:
+      raise
+    with contextlib.suppress(OSError):
+      sys.stderr.flush()
+    sys.exit(code)
+
+
+def _end(error: BaseException) -> int | None:
+  """Tells what ended a command; its exit code, or None if that is not for us to say."""
+  from absl import app, flags
+
+  loop = sys.modules.get("peftjax.training.loop")
+  if loop is not None and isinstance(error, loop.Stopped):
+    _say(str(error), sys.stdout)
+    return 0
+  if isinstance(error, BrokenPipeError):  # whoever read has had enough; Python flushes once more
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  if isinstance(error, KeyboardInterrupt):
+    _say(str(error) or "stopped")
+    return 130
+  if isinstance(error, app.UsageError | flags.Error) or not isinstance(error, Exception):
+    return None
+  if isinstance(error, OSError):
+    from peftjax.io import disk
+
+    _say(f"error: {disk.sentence(error)}")
+  elif isinstance(error, ValueError | FloatingPointError):
+    _say(f"error: {error}")
+  elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    told = (str(error).splitlines() or [""])[0][:300]
+    _say(f"error: out of memory. Try a smaller batch or model. {told}".rstrip())
+  else:
+    _say("".join(traceback.format_exception(error)))
+    _say(
+      f"error: this is a bug of peftjax ({type(error).__name__}). Please report it, with the lines "
+      "above and the command, in the issue tracker of the repository it came from."
+    )
+  return 1
+
+
+def _say(text: str, file: Any = None) -> None:
+  with contextlib.suppress(OSError):  # of a terminal that is closed
+    print(text, file=file or sys.stderr)
+
+
+@readable_errors()
 def parse_flags(argv: list[str]) -> list[str]:
   """For `app.run(flags_parser=...)`: what is wrong with flags is a message and not a trace."""
   from absl import flags
 
+  given = _given(argv)
+  config = None
+  if "config" in flags.FLAGS and given.get("config"):
+    path, colon, argument = given["config"].partition(":")
+    config = load_config(path, *([argument] if colon else []))
   try:
-    rest = flags.FLAGS(argv)
-    if "config" in flags.FLAGS:
-      hasattr(flags.FLAGS.config, "seed")  # of a config file that is not there, any use raises
-    return rest
-  except flags.Error as error:
-    if os.environ.get("PEFTJAX_TRACEBACK"):
-      raise
-    if refused := _raised_in("get_config", error):
-      sys.exit(f"error: {refused}")
-    sys.exit(f"error: {error}\nPass --helpshort to see all flags.")
-  except OSError as error:
-    sys.exit(f"error: {error}")
-  except (AttributeError, KeyError):
-    given = dict(part.lstrip("-").partition("=")[::2] for part in argv)
-    path, _, argument = given["config"].partition(":")
-    config = runpy.run_path(path)["get_config"](argument)
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError) as error:
     for field in given:
-      if field.startswith("config."):
-        try:
-          check_field(config, field.removeprefix("config."))
-        except ValueError as refused:
-          sys.exit(f"error: {refused}")
-    raise
+      if config is not None and field.startswith("config."):
+        check_field(config, field.removeprefix("config."))
+    raise ValueError(f"{error}\nPass --helpshort to see all flags.") from error
 
 
-def _raised_in(function: str, error: BaseException | None) -> BaseException | None:
-  """The exception that led to `error`, if one came out of that function."""
-  while error and all(x.name != function for x in traceback.extract_tb(error.__traceback__)):
-    error = error.__context__
-  return error
+def _given(argv: list[str]) -> dict[str, str]:
+  """The flags of a command line, `--name=value` or `--name value`, by name."""
+  given: dict[str, str] = {}
+  for part, after in zip(argv, [*argv[1:], ""], strict=True):
+    if part.startswith("-"):
+      name, equals, value = part.lstrip("-").partition("=")
+      given[name] = value if equals else after
+  return given
+
+
+def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:
+  """The `ConfigDict` that `get_config(*arguments)` of a file returns.
+
+  Raises:
+    ValueError: naming file and line of what is wrong with it; what `get_config` refuses, as it is.
+  """
+  from ml_collections import ConfigDict
+
+  if not Path(path).is_file():
+    raise ValueError(f"{path} is no file. Name a configs/NAME.py[:ARGUMENT].")
+  try:
+    make = run(path).get("get_config")
+    made = make(*arguments) if callable(make) else None
+  except SyntaxError as error:
+    raise ValueError(f"{error.filename} line {error.lineno}: {error.msg}") from error
+  except (Exception, SystemExit) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and any(x.name == "get_config" for x in frames):
+      raise
+    lines = [x.lineno for x in frames if x.filename == path]
+    where = f"{path} line {lines[-1]}" if lines else path
+    raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+  if make is None:
+    raise ValueError(f"{path} has no function get_config.")
+  if not isinstance(made, ConfigDict):
+    raise ValueError(f"{path}: get_config returns {type(made).__name__}, and not a ConfigDict.")
+  return made
 
 
 def check_field(config: Any, field: str, here: str = "config") -> None:
@@ -68,30 +180,3 @@ def check_field(config: Any, field: str, here: str = "config") -> None:
       hint = f"; did you mean {near[0]!r}?" if near else "."
       raise ValueError(f"{here} has no field {part!r}{hint} It has: {', '.join(has) or 'none'}")
     config, here = config[part], f"{here}.{part}"
-
-
-def keep_programs(directory: str | None) -> None:
-  """Keeps compiled programs in `directory` between runs; nothing is kept if it is empty."""
-  import jax
-
-  if directory:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-@contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
-  """A mistake of the user's, or a diverged run, ends in its message and exit code 1, no trace."""
-  from peftjax.training.loop import Stopped
-
-  try:
-    yield
-  except (ValueError, FloatingPointError) as error:
-    if os.environ.get("PEFTJAX_TRACEBACK"):
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
-  except Stopped as stopped:
-    print(stopped)
-    sys.exit(0)

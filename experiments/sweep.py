@@ -19,7 +19,6 @@ ranks.png.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import app, flags
@@ -40,24 +39,25 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the trials that are left, a
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run trials again that had failed.")
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
-  with runtime.readable_errors():
-    from experiments.sweeping import folder as folders
-    from experiments.sweeping import summary, trials
+  from experiments.sweeping import folder as folders
+  from experiments.sweeping import summary, trials
+  from peftjax.training import build
 
-    todo = trials.expand(CONFIG.value)
-    folder = folders.Folder(Path(WORKDIR.value).expanduser().absolute())
-    runtime.set_up(todo[0].config.get("compilation_cache"))
-    if DRY_RUN.value:
-      show_left(folder, todo)
-      return
-    listed = folder.add(todo)
-    if RETRY_FAILED.value:
-      folder.forget_failures(todo)
-    work(folder, todo, listed)
-    written = summary.write(folder)
+  todo = trials.expand(CONFIG.value)
+  folder = folders.Folder(build.resolve(WORKDIR.value))
+  runtime.set_up(todo[0].config.get("compilation_cache"))
+  if DRY_RUN.value:
+    show_left(folder, todo)
+    return
+  listed = folder.add(todo)
+  if RETRY_FAILED.value:
+    folder.forget_failures(todo)
+  work(folder, todo, listed)
+  written = summary.write(folder)
   report(folder, listed, written)
 
 
@@ -78,10 +78,13 @@ def work(folder: Folder, todo: list[Trial], listed: Listed) -> None:
   """Runs what is left, with a table of it; stopped, it says how to go on."""
   from experiments.sweeping import summary, view, worker
   from peftjax.training.loop import Stopped
+  from peftjax.training.process import Again
 
   try:
     with view.View(folder, listed) as watcher:
       worker.work(todo, folder, watcher, together=CONFIG.value.get("together", 1))
+  except Again:
+    raise
   except (Stopped, KeyboardInterrupt) as stopped:
     states = summary.states(folder, listed)
     what = str(stopped) or "stopped"

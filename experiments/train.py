@@ -25,14 +25,14 @@ WORKDIR = flags.DEFINE_string(
 MESH = flags.DEFINE_string("mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2".')
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
   runtime.set_up(CONFIG.value.get("compilation_cache"))
   from peftjax.training.loop import train_and_evaluate
 
-  with runtime.readable_errors():
-    result = train_and_evaluate(CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED)
+  result = train_and_evaluate(CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED)
   shown = ("method", "trainable_params", "total_params", "metrics", "best_step", "seconds")
   json.dump({key: result[key] for key in shown}, sys.stdout, indent=2)
   print(f"\n\nAll of it: {WORKDIR.value}/result.json")

@@ -48,6 +48,7 @@ PLAIN: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 Block = Callable[[Any, jax.Array], jax.Array]  # of parameters and x
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -164,4 +165,4 @@ def show(title: str, rows: list[report.Row]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

@@ -36,6 +36,7 @@ STEPS = flags.DEFINE_integer("steps", 10, "Steps of a turn.")
 PEER = "lora"
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -104,4 +105,4 @@ def times(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

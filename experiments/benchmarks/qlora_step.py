@@ -15,6 +15,7 @@ bfloat16 products; `shapes.step_flops` says what counts as an operation of a ste
 
 from absl import app, flags
 
+from experiments import runtime
 from experiments.benchmarks import report, shapes, turns
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
@@ -28,6 +29,7 @@ STEPS = flags.DEFINE_integer("steps", 2, "Steps of a turn.")
 ALONE = flags.DEFINE_bool("alone", False, "Our side only, where the peer's packages are missing.")
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -61,4 +63,4 @@ def compare(model: str, batch: int, length: int) -> list[report.Row]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

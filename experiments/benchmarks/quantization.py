@@ -11,6 +11,7 @@ packages.
 
 from absl import app, flags
 
+from experiments import runtime
 from experiments.benchmarks import report, turns
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
@@ -23,6 +24,7 @@ OPERATIONS = ("quantize", "dequantize_warm", "dequantize_fresh", "matmul")
 DTYPES = ("float32", "bfloat16")
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -43,4 +45,4 @@ def compare(operation: str, dtype: str) -> report.Row:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from peftjax.training import process
+from peftjax.training import process, workdir
 
 COLUMNS = ("case", "ours", "peer", "unit", "ratio", "note")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
@@ -117,7 +117,7 @@ def write(path: str, rows: list[Row]) -> None:
 
 def markdown(path: str) -> str:
   """The rows of a results file as Markdown tables, one a machine and command."""
-  rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+  rows = [row for _, row in workdir.rows(Path(path))]
   lines: list[str] = []
   for made, own in itertools.groupby(rows, lambda row: f"{row['machine']}, `{row['command']}`:"):
     lines += ["", made, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]

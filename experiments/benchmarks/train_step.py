@@ -12,6 +12,7 @@ import tempfile
 
 from absl import app, flags
 
+from experiments import runtime
 from experiments.benchmarks import report
 from experiments.benchmarks.turns import Worker
 
@@ -26,6 +27,7 @@ STEPS = flags.DEFINE_integer("steps", 5, "Steps of a turn.")
 OURS, PEER = "experiments.benchmarks.step_ours", "experiments.benchmarks.step_peer"
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -67,4 +69,4 @@ def compare(case: str, args: list[str], cache: str) -> list[report.Row]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

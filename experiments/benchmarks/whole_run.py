@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from experiments import runtime
 from experiments.benchmarks import report
 from peftjax import data
 from peftjax.training.settings import Model
@@ -28,6 +29,7 @@ LINES = flags.DEFINE_integer("lines", 6_000, "Lines of the sentiment corpus to t
 EPOCHS = flags.DEFINE_integer("epochs", 3, "Epochs.")
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -99,4 +101,4 @@ def seconds_of(module: str, *arguments: object) -> float:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

@@ -29,14 +29,14 @@ ONLY = flags.DEFINE_string("only", "", "Measure the claims whose name this regex
 RESULTS = flags.DEFINE_string("results", "", "Write the rows to this file, JSON lines.")
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up("~/.cache/peftjax")
-  with runtime.readable_errors():
-    rows = measure(chosen(ONLY.value))
-    if RESULTS.value:
-      write(rows, RESULTS.value)
+  rows = measure(chosen(ONLY.value))
+  if RESULTS.value:
+    write(rows, RESULTS.value)
   if not show(rows):
     sys.exit(1)
 
@@ -138,7 +138,7 @@ def write(rows: list[dict[str, Any]], path: str) -> None:
   """
   from experiments.benchmarks import report
   from experiments.claims import catalogue
-  from peftjax.training import process
+  from peftjax.training import process, workdir
   from peftjax.training.logs import write_atomic
 
   common = {
@@ -148,12 +148,15 @@ def write(rows: list[dict[str, Any]], path: str) -> None:
     "versions": report.versions(),
   }
   file = Path(path)
-  before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-  named = {row["name"]: row for row in map(json.loads, before)}
+  named: dict[str, dict[str, Any]] = {}
+  for where, row in workdir.rows(file, "Take the line out."):
+    if not isinstance(row.get("name"), str):
+      raise ValueError(f"{where} names no claim. Take the line out.")
+    named[row["name"]] = row
   named |= {row["name"]: {**row, **common} for row in rows}
   order = [claim.name for claim in catalogue.CLAIMS if claim.name in named]
   write_atomic(file, "".join(json.dumps(named[name]) + "\n" for name in order))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

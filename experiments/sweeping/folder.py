@@ -14,8 +14,37 @@ from filelock import FileLock, Timeout
 
 from experiments.sweeping import fields
 from experiments.sweeping.trials import Trial
-from peftjax.training import process, resume
+from peftjax.io import records
+from peftjax.training import process, resume, workdir
 from peftjax.training.logs import write_atomic
+
+_RESTORE = "Put it back from a copy, or give another --workdir."
+_FORGET = "Remove it: the trial then runs again."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """A trial in `sweep.json`."""
+
+  overrides: dict[str, Any]
+  config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+  """All of `sweep.json`, by id."""
+
+  trials: dict[str, _Entry]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+  """What `error.json` holds."""
+
+  type: str
+  message: str
+  traceback: str
+  commit: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +63,14 @@ class Folder:
   def listed(self) -> dict[str, dict[str, Any]]:
     """Overrides and config of every trial of this folder, by id."""
     path = self.root / "sweep.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+      return {}
+    found = records.read_object(path, _RESTORE)
+    try:
+      records.convert({"trials": found}, _Listing, path)
+    except ValueError as error:
+      raise ValueError(f"{error} {_RESTORE}") from None
+    return found
 
   def check(self, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
     """What is listed with these added; nothing is written.
@@ -95,14 +131,19 @@ class Folder:
         return True
 
   def result(self, name: str) -> dict[str, Any] | None:
-    return _read(self.trial(name) / "result.json")
+    return workdir.result(self.trial(name) / "result.json")
 
   def error(self, name: str) -> dict[str, Any] | None:
-    return _read(self.trial(name) / "error.json")
+    path = self.trial(name) / "error.json"
+    if not path.exists():
+      return None
+    found = records.read_object(path, _FORGET)
+    records.convert(found, _Failure, path)
+    return found
 
   def ended(self, name: str) -> bool:
     """Whether the trial is done or has failed."""
-    return any((self.trial(name) / f"{what}.json").exists() for what in ("result", "error"))
+    return self.result(name) is not None or self.error(name) is not None
 
   def fail(self, name: str, error: Exception) -> None:
     """Records what ended the trial; its checkpoints stay."""
@@ -119,13 +160,6 @@ class Folder:
     """Failed trials are waiting again."""
     for trial in trials:
       (self.trial(trial.id) / "error.json").unlink(missing_ok=True)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return None
 
 
 def _entry(trial: Trial) -> dict[str, Any]:

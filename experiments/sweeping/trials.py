@@ -10,16 +10,28 @@ import itertools
 import json
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict
+from msgspec import Meta
 
 from experiments import runtime
 from experiments.sweeping import fields
+from peftjax.io import records
 from peftjax.training import resume
 from peftjax.training.settings import from_config
 
 _KEYS = ("base", "grid", "trials", "together")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+  """What a sweep's file gives; see `experiments.sweep`."""
+
+  base: str | list[str] = ""
+  grid: dict[str, Any] = dataclasses.field(default_factory=dict)
+  trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  together: Annotated[int, Meta(ge=1, le=4096)] = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +58,25 @@ def expand(sweep: ConfigDict) -> list[Trial]:
     ValueError: on a field that a base does not have, a value that does not fit its field, or a
       config that `peftjax.training.settings` refuses; before anything has run.
   """
-  given = sweep.to_dict()
-  for key in given:
-    if key not in _KEYS:
-      near = difflib.get_close_matches(key, _KEYS, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else "."
-      raise ValueError(f"a sweep has no {key!r}{hint} It has: {', '.join(_KEYS)}")
+  given = check(sweep)
   run_path = functools.cache(runpy.run_path)
   made = (_trial(_load(entry["base"], run_path), entry) for entry in _product(given))
   trials = {trial.id: trial for trial in made}
   if not trials:
     raise ValueError("the sweep has no trial: give every field of its grid a value, and a base")
   return list(trials.values())
+
+
+def check(sweep: ConfigDict) -> dict[str, Any]:
+  """The sections of a sweep, each of its type; ValueError if one is not, or is unknown."""
+  given = sweep.to_dict()
+  for key in given:
+    if key not in _KEYS:
+      near = difflib.get_close_matches(key, _KEYS, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else "."
+      raise ValueError(f"a sweep has no {key!r}{hint} It has: {', '.join(_KEYS)}")
+  records.convert(given, Sections, "the sweep")
+  return given
 
 
 def trial_id(config: ConfigDict) -> str:
@@ -97,12 +116,9 @@ def _load(base: str, run_path: Callable[[str], dict[str, Any]]) -> ConfigDict:
   """The config of `file.py:argument`; a new one each time, for a copy forgets the types of None."""
   path, _, argument = base.partition(":")
   try:
-    module = run_path(path)
-  except OSError as error:
+    return runtime.load_config(path, argument, run=run_path)
+  except ValueError as error:
     raise ValueError(f"base {base!r}: {error}") from None
-  if "get_config" not in module:
-    raise ValueError(f"base {base!r}: {path} has no get_config")
-  return module["get_config"](argument)
 
 
 def _trial(config: ConfigDict, overrides: Mapping[str, Any]) -> Trial:
@@ -117,7 +133,7 @@ def _trial(config: ConfigDict, overrides: Mapping[str, Any]) -> Trial:
       raise ValueError(f"{base}: {path}={value!r} does not fit: {error}") from None
   try:
     from_config(config).build_method()
-  except ValueError as error:
+  except (ValueError, TypeError, AttributeError, KeyError) as error:
     told = fields.label(overrides, [path for path in overrides if path != "base"])
     raise ValueError(f"{base}, {told}: {error}") from None
   return Trial(trial_id(config), overrides, config)

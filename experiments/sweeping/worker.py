@@ -12,7 +12,8 @@ import jax
 
 from experiments.sweeping.folder import Folder
 from experiments.sweeping.trials import Trial
-from peftjax.training import loop, process
+from peftjax.io import disk
+from peftjax.training import lock, loop, process
 from peftjax.training.together import group_of, train_together
 
 
@@ -43,8 +44,10 @@ def work(
   exception of a trial is recorded, and the rest go on.
 
   Raises:
-    loop.Stopped: after SIGTERM or Ctrl-C; the trial that was training has saved.
+    loop.Stopped: after SIGTERM, SIGHUP or Ctrl-C; the trial that was training has saved.
     KeyboardInterrupt: after one that came at another moment.
+    disk.DiskError: what no other trial could write either, as on a full disk.
+    lock.Held: another command runs in a trial's folder.
   """
   with process.interrupts() as asked:
     left, found = list(trials), True
@@ -87,6 +90,7 @@ def _run(
     try:
       results = train_together([one.config for one in trials], paths)
     except Exception as error:  # not together, then; alone each one says what is wrong with it
+      _end_all(error)
       watcher.apart(trials, error)
       trials = [one for one in trials if not folder.ended(one.id)]
     else:
@@ -97,7 +101,13 @@ def _run(
   for trial in trials:
     try:
       run(trial, folder.trial(trial.id))
-    except loop.Stopped:
-      raise
     except Exception as error:
+      _end_all(error)
       folder.fail(trial.id, error)
+
+
+def _end_all(error: Exception) -> None:
+  """Raises what is no fault of a trial: no other one could go on, or it runs elsewhere."""
+  full = isinstance(error, disk.DiskError) and error.everywhere
+  if full or isinstance(error, loop.Stopped | lock.Held):
+    raise error

@@ -50,7 +50,10 @@ class Wanted(NamedTuple):
   file: Path
 
 
+@runtime.readable_errors()
 def main(argv: list[str]) -> None:
+  from peftjax.training import build
+
   known = tables()
   if len(argv) != 2 or argv[1] not in (*known, "all"):
     raise app.UsageError(f"name one table: {', '.join(known)}, all")
@@ -58,13 +61,12 @@ def main(argv: list[str]) -> None:
   wanted = []
   for name in known if argv[1] == "all" else argv[1:]:
     kept = getattr(known[name], "RESULTS", name)  # tables may share runs
-    todo = known[name].cells(Path(WORKDIR.value) / kept)
+    todo = known[name].cells(build.resolve(WORKDIR.value) / kept)
     wanted.append(Wanted(name, known[name], todo, Path(RESULTS.value) / f"{kept}.jsonl"))
   if DRY_RUN.value:
     show_left(wanted)
     return
-  with runtime.readable_errors():
-    compute(wanted)
+  compute(wanted)
 
 
 def tables() -> dict[str, Any]:
@@ -119,6 +121,8 @@ def compute(wanted: list[Wanted]) -> None:
           folder = Path(PICTURES.value)
           folder.mkdir(parents=True, exist_ok=True)
           table.module.pictures(rows, folder)
+    except process.Again:
+      raise
     except (Stopped, KeyboardInterrupt):
       todo = left(wanted)
       told = f"{len(todo)} cells left, about {cells.hours(todo)} hours"
@@ -126,4 +130,4 @@ def compute(wanted: list[Wanted]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

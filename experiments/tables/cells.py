@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +14,9 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.benchmarks import report
-from peftjax.training import process
+from peftjax.training import process, workdir
+
+_ADVICE = "Take the line out to compute it again."
 
 
 class Cell(NamedTuple):
@@ -97,13 +98,21 @@ def _add(cell: Cell, results: Path, timeout: float) -> None:
       "machine": report.machine(),
       "versions": report.versions(),
     }
-    with FileLock(locks / "file"), results.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(row) + "\n")
+    with FileLock(locks / "file"):
+      workdir.append(results, row)
 
 
 def rows(results: Path) -> dict[str, dict[str, Any]]:
-  """The lines of a results file by cell."""
-  if not results.exists():
-    return {}
-  lines = results.read_text(encoding="utf-8").splitlines()
-  return {row["cell"]: row for row in map(json.loads, lines)}
+  """The lines of a results file by cell.
+
+  Raises:
+    ValueError: naming a line that is damaged, or that another has the cell of.
+  """
+  found: dict[str, dict[str, Any]] = {}
+  for where, row in workdir.rows(results, _ADVICE):
+    name = row.get("cell")
+    if not isinstance(name, str) or name in found:
+      what = f"has the cell {name!r} again" if isinstance(name, str) else "names no cell"
+      raise ValueError(f"{where} {what}. {_ADVICE}")
+    found[name] = row
+  return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from configs import classify
 from experiments.sweeping import fields
 from experiments.sweeping.trials import trial_id
 from experiments.tables.cells import Cell
+from peftjax.training import workdir as workdirs
 from peftjax.training.loop import train_and_evaluate
 
 # Of the file in experiments/results.
@@ -94,7 +94,7 @@ def _run(one: Trial, seed: int, folder: Path) -> dict[str, Any]:
   config = one.config(seed)
   workdir = folder / trial_id(config)
   if (workdir / "result.json").exists():  # its line was taken out of the results
-    shutil.rmtree(workdir)
+    workdirs.clear(workdir)
   result = train_and_evaluate(config, workdir)
   kept = ("trainable_params", "total_params", "metrics", "best_step", "seed", "seconds", "config")
   ranks = {"ranks": result["ranks"]} if "ranks" in result else {}

@@ -70,6 +70,13 @@ def load(
   return _finish(corpus, seed)
 
 
+def text_columns(name: str, text_column: str, pair_column: str | None) -> list[str]:
+  """The column of the text, or those of both texts of a pair, as files of that corpus name them."""
+  if name.startswith("glue/"):
+    return list(glue.TASKS[name.removeprefix("glue/")].columns[:-1])
+  return [text_column] if name != "files" or pair_column is None else [text_column, pair_column]
+
+
 def _finish(corpus: Corpus, seed: int) -> Corpus:
   """The corpus without empty texts, with all three splits, and without texts in two of them."""
   names = corpus.label_names

@@ -29,7 +29,26 @@ _QUOTED = {os.strerror(code): code for code in _WORDS if code not in (errno.EEXI
 
 
 class DiskError(OSError):
-  """A file could not be written or read; the message is a sentence for the user."""
+  """A file could not be written or read; the message is a sentence for the user.
+
+  Attributes:
+    code: of the system, as in `errno`.
+  """
+
+  def __init__(self, message: str, code: int | None = None):
+    super().__init__(message)
+    self.code = code
+
+  @property
+  def everywhere(self) -> bool:
+    """Whether other files on that disk would be refused too."""
+    return self.code in (*_FULL, errno.EROFS)
+
+
+def refusal(refused: OSError, path: str | Path, more: str = "") -> DiskError:
+  """`refused` in a sentence, with `more` after it."""
+  code = refused.code if isinstance(refused, DiskError) else refused.errno
+  return DiskError(sentence(refused, path).removesuffix(".") + "." + more, code)
 
 
 def cause(error: BaseException | None) -> OSError | None:
@@ -69,7 +88,7 @@ def told(path: str | Path) -> Iterator[None]:
     refused = cause(error)
     if refused is None:
       raise
-    raise DiskError(sentence(refused, path)) from error
+    raise refusal(refused, path) from error
 
 
 def _free(path: Path) -> int:

@@ -57,14 +57,13 @@ def hold(workdir: Path) -> Iterator[Lock]:
     Held: another process has it: which one, where, since when.
     disk.DiskError: it cannot be made or written to.
   """
-  made = [path for path in (workdir, *workdir.parents) if not path.exists()]
-  lock = Lock()
+  lock, made = Lock(), []
   try:
+    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     descriptor = _acquire(workdir)
   except OSError as error:
     _remove(made)  # as far as nobody has written there
-    told = disk.sentence(error, workdir)
-    raise disk.DiskError(f"{told}. Give another --workdir, or make room for this one.") from None
+    raise disk.refusal(error, workdir, " Give another --workdir.") from None
   try:
     yield lock
   finally:

@@ -94,7 +94,7 @@ def write_atomic(path: Path, text: str) -> None:
   except OSError as error:
     with contextlib.suppress(OSError):
       temporary.unlink()
-    raise disk.DiskError(disk.sentence(error, path)) from None
+    raise disk.refusal(error, path) from None
 
 
 class Bar:

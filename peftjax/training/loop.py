@@ -53,9 +53,9 @@ def train_and_evaluate(
     Stopped: after SIGTERM, SIGHUP or Ctrl-C, with the state saved.
   """
   clock = Clock(started)
+  settings_json = workdirs.as_json(config)
   settings = from_config(config)
   workdir = build.resolve(workdir)
-  settings_json = json.loads(config.to_json())
   with _told(workdir):
     if (result := resume.finished(workdir, settings_json)) is not None:
       return result
@@ -168,8 +168,7 @@ def _told(workdir: Path) -> Iterator[None]:
   except FloatingPointError as error:
     raise FloatingPointError(f"{error}{_left(workdir)}") from error
   except OSError as error:
-    told = disk.sentence(error, workdir).removesuffix(".")
-    raise disk.DiskError(f"{told}.{_left(workdir)}") from error
+    raise disk.refusal(error, workdir, _left(workdir)) from error
 
 
 def _left(workdir: Path) -> str:

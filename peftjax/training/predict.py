@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from peftjax import data
 from peftjax.core import tree
+from peftjax.data.corpora import text_columns
 from peftjax.models import limits, pretrained
 from peftjax.training import build, evaluate, step
+from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.classification import CLASSES
-from peftjax.training.settings import from_config
 
 
 class Predictor:
@@ -26,10 +25,12 @@ class Predictor:
 
   Attributes:
     labels: names of the classes; empty for a regression.
+    columns: names of the text column or, of a run on pairs of texts, of both.
     params: of the model, with the trained adapter.
 
   Raises:
-    ValueError: if `workdir` holds no trained run, or the pretrained model is another one now.
+    ValueError: if `workdir` holds no trained run, or a damaged one, or one of a language model, or
+      the pretrained model is another one now.
   """
 
   def __init__(self, workdir: str | Path):
@@ -38,18 +39,26 @@ class Predictor:
       f"{workdir} holds no evaluated run; train first:\n  python -m experiments.train "
       f"--config=configs/classify.py --workdir={workdir}"
     )
+    workdirs.check_checkpoints(workdir / "checkpoints")
     if not (workdir / "checkpoints" / "best").is_dir():
       raise untrained
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    self.settings = from_config(config)
+    self.settings = workdirs.settings(workdir)
+    if self.settings.task != "classify":
+      raise ValueError(
+        f"{workdir} holds a language model, which gives no labels; it continues texts:\n"
+        f'  python -m experiments.generate --workdir={workdir} --prompt="..."'
+      )
+    wanted = self.settings.data
+    self.columns = text_columns(wanted.name, wanted.text_column, wanted.pair_column)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
       meta = checkpoints.meta("best")
       if meta is None:
         raise untrained
-      if meta["base"] != digest(self.settings.model.path()):
+      known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
+      if known.base != digest(self.settings.model.path()):
         raise ValueError(f"{self.settings.model.path()} is not the model {workdir} was trained on")
-      self.labels: list[str] = meta["labels"]
+      self.labels: list[str] = known.labels
       model = build.adapted(self.settings, len(self.labels) or 1)
       keep = tree.adapter_mask(model.params, model.mask)
       adapter, base = tree.partition(model.params, keep)
@@ -66,8 +75,15 @@ class Predictor:
   def logits(
     self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Any = None
   ) -> np.ndarray:
-    """`[N, K]` float32, in the order of `texts`; with other parameters of this model, if given."""
+    """`[N, K]` float32, in the order of `texts`; with other parameters of this model, if given.
+
+    Raises:
+      ValueError: single texts for a run on pairs, or pairs for one on single texts.
+    """
     params = self.params if params is None else params
+    if (pairs is None) != (len(self.columns) == 1):
+      trained, given = ("single texts", "pairs") if pairs is not None else ("pairs", "single texts")
+      raise ValueError(f"the run was trained on {trained} and cannot label {given}")
     length = self.settings.data.max_length
     examples = data.Examples(
       list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from peftjax.core import paths, tree
 from peftjax.methods.swap import align_ranks, cut_ranks
-from peftjax.training import resume, state, step
+from peftjax.training import lock, resume, state, step
+from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
 from peftjax.training.logs import Bar, Logs, write_atomic
@@ -177,7 +178,7 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 
 def train_together(
-  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path]
+  configs: Sequence[ConfigDict], folders: Sequence[str | Path]
 ) -> list[dict[str, Any] | FloatingPointError]:
   """Trains every config as `train_and_evaluate` would, all in one compiled step over one base.
 
@@ -188,27 +189,37 @@ def train_together(
 
   Args:
     configs: that agree in all but `FREE`; see `group_of`.
-    workdirs: a folder for each.
+    folders: a workdir for each.
 
   Returns:
     The results; in the place of a run that diverged, its error.
 
   Raises:
-    ValueError: configs that cannot be trained together.
+    ValueError: configs that cannot be trained together, or a folder that another process has.
   """
   if len({group_of(json.loads(config.to_json())) for config in configs}) != 1:
     raise ValueError(f"configs trained together may differ in {', '.join(FREE)} alone")
+  with contextlib.ExitStack() as stack:
+    paths = [Path(folder) for folder in folders]
+    held = [stack.enter_context(lock.hold(path)) for path in paths]
+    return _train(configs, paths, held)
+
+
+def _train(
+  configs: Sequence[ConfigDict], folders: Sequence[Path], held: Sequence[lock.Lock]
+) -> list[dict[str, Any] | FloatingPointError]:
+  """`train_together` in folders that are this process's."""
   clock = Clock(None)
   group = Together(configs)
-  runs, folders = group.runs, [Path(folder) for folder in workdirs]
+  runs = group.runs
   as_json = [json.loads(config.to_json()) for config in configs]
   logs, failed = [], {}
   best: list[dict[str, Any]] = [{} for _ in runs]
   untrained: list[dict[str, Any]] = [{} for _ in runs]
   kept: list[Any] = [None for _ in runs]
-  for folder, config in zip(folders, as_json, strict=True):
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a group that was interrupted
-    folder.mkdir(parents=True, exist_ok=True)
+  for folder, config, own in zip(folders, as_json, held, strict=True):
+    own.kept = True
+    workdirs.clear_checkpoints(folder / "checkpoints")  # of a group that was interrupted
     write_atomic(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     logs.append(Logs(folder, -1))
   every = runs[0].settings.train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from peftjax.io import records
+from peftjax.io import disk, records
 from peftjax.io.records import Count
 from peftjax.training.settings import Settings, from_config
 
@@ -95,6 +96,16 @@ class Meta:
     return _typed(fields, cls, where, _RESTORE)
 
 
+def as_json(config: ConfigDict) -> dict[str, Any]:
+  """A config as `config.json` has it; ValueError if it lacks a section, or is not for JSON."""
+  try:
+    made = json.loads(config.to_json())
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"config: {error}. Its fields are numbers, texts and tuples.") from None
+  records.convert(made, Config, "config")
+  return made
+
+
 def config(path: Path) -> dict[str, Any] | None:
   """What `config.json` holds; None if there is none."""
   return _record(path, Config, _RESTORE)
@@ -145,6 +156,17 @@ def rows(path: Path, advice: str = _RESTORE) -> Iterator[tuple[str, dict[str, An
   for number, line in enumerate(lines(path), 1):
     where = f"{path} line {number}"
     yield where, records.parse_object(line, where, advice)
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+  """Adds a line to a JSON lines file, in place of one that a kill cut short."""
+  whole = "".join(lines(path)).encode()
+  with disk.told(path), path.open("ab") as file:
+    if file.tell() < len(whole):  # only the end of the last line is missing
+      file.write(b"\n")
+    else:
+      file.truncate(len(whole))
+    file.write(json.dumps(row).encode() + b"\n")
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

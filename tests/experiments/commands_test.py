@@ -25,7 +25,9 @@ def test_train_prints_its_result(trained):
 def test_predict_labels_texts_of_flag_and_file(trained, command, capsys, tmp_path):
   """A line a text: label, probability, text; all probabilities go to the JSON lines."""
   (tmp_path / "texts.txt").write_text("the goal in the league cup\n\n  the bank and the market \n")
-  given = dict(workdir=str(trained[0]), text=["new software"], file=str(tmp_path / "texts.txt"))
+  given = dict(
+    workdir=str(trained[0]), text=["new software"], pair=[], file=str(tmp_path / "texts.txt")
+  )
   command("predict", **given, output=str(tmp_path / "out.jsonl"))
   texts = ["new software", "the goal in the league cup", "the bank and the market"]
   lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
@@ -46,14 +48,14 @@ def test_predict_labels_texts_of_flag_and_file(trained, command, capsys, tmp_pat
 def test_predict_refuses_another_base(trained, fails, model_dir, monkeypatch):
   """A run does not predict with weights it was not trained on."""
   monkeypatch.setattr("peftjax.training.predict.digest", lambda directory: "another")
-  message = fails("predict", workdir=str(trained[0]), text=["a"], file=None, output=None)
+  message = fails("predict", workdir=str(trained[0]), text=["a"], pair=[], file=None, output=None)
   assert str(model_dir) in message
 
 
 def test_predict_without_a_run(fails, tmp_path):
   """A folder without a run is named, with the command that makes one; it is not created."""
   message = fails(
-    "predict", workdir=str(tmp_path / "none"), text=["a text"], file=None, output=None
+    "predict", workdir=str(tmp_path / "none"), text=["a text"], pair=[], file=None, output=None
   )
   assert str(tmp_path / "none") in message and "experiments.train" in message
   assert not (tmp_path / "none").exists()
@@ -63,13 +65,15 @@ def test_predict_before_the_first_evaluation(fails, trained, tmp_path):
   """A run that stopped before it was evaluated is no run yet."""
   (tmp_path / "checkpoints" / "best").mkdir(parents=True)
   shutil.copy(trained[0] / "config.json", tmp_path)
-  message = fails("predict", workdir=str(tmp_path), text=["a text"], file=None, output=None)
+  message = fails(
+    "predict", workdir=str(tmp_path), text=["a text"], pair=[], file=None, output=None
+  )
   assert "no evaluated run" in message
 
 
 def test_predict_without_a_text(fails, tmp_path):
   """No text is a message and not an empty answer."""
-  message = fails("predict", workdir=str(tmp_path), text=[], file=None, output=None)
+  message = fails("predict", workdir=str(tmp_path), text=[], pair=[], file=None, output=None)
   assert "--text" in message and "--file" in message
 
 
@@ -81,7 +85,9 @@ def test_predict_from_a_bad_file(fails, tmp_path, content, named):
   path = tmp_path / "texts.txt"
   if content is not None:
     path.write_bytes(content)
-  assert named in fails("predict", workdir=str(tmp_path), text=[], file=str(path), output=None)
+  assert named in fails(
+    "predict", workdir=str(tmp_path), text=[], pair=[], file=str(path), output=None
+  )
 
 
 RESULT = {

@@ -47,6 +47,8 @@ def pretend(config, workdir):
     },
     "trainable_params": 100 * rank,
     "total_params": 10_000,
+    "best_step": 1,
+    "steps": 2,
     "seconds": 1.5,
     "commit": "abc",
   }
