@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -19,15 +19,33 @@ import numpy as np
 import optax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
+from msgspec import Meta
 
 from experiments import runtime
-from peftjax import data, optim
+from peftjax import data, losses, optim
+from peftjax.core import ranges
 from peftjax.core.einsum import attend
+from peftjax.core.ranges import Count, Length, Positive, Size
 from peftjax.models.cache import causal_bias
 from peftjax.nn.attention import attention
 from peftjax.nn.feed_forward import VARIANTS, FeedForward, gated_width
 from peftjax.nn.linear import Embedding, Linear
 from peftjax.nn.norm import RMSNorm
+
+
+class Fields(Protocol):
+  """The numbers of a config."""
+
+  seed: Count
+  ffn: Size
+  width: Size
+  layers: Size
+  heads: Size
+  length: Annotated[int, Meta(ge=2, le=2**16)]
+  batch_size: Length
+  steps: Size
+  learning_rate: Positive
+  eval_rows: Size
 
 
 class Decoder(nn.Module):
@@ -80,17 +98,21 @@ def decoder(config: ConfigDict) -> Decoder:
   return Decoder(config.width, config.layers, config.heads, config.length, ffn)
 
 
-def loss(model: Decoder, params: Any, rows: jax.Array) -> jax.Array:
-  """Mean negative log-likelihood of a byte given those before it in its row, in nats."""
+def sums(model: Decoder, params: Any, rows: jax.Array) -> losses.Sums:
+  """Negative log-likelihood of every byte given those before it in its row, in nats, and bytes."""
   logits: Any = model.apply({"params": params}, rows)
-  errors = optax.losses.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows[:, 1:])
-  return errors.mean()
+  return losses.next_token_sums(logits, {"tokens": rows, "weights": jnp.ones(rows.shape)})
 
 
 def train(config: ConfigDict) -> dict[str, Any]:
-  """The loss of held-out text in the end; the seed draws the weights and the order of the rows."""
+  """The loss of held-out text in the end; the seed draws the weights and the order of the rows.
+
+  Raises:
+    ValueError: on a number out of range.
+  """
+  ranges.check(Fields, config, "--config.")
   train_rows, test_rows = corpus(config.length)
-  test_rows = test_rows[: config.eval_rows // config.batch_size * config.batch_size]
+  test_rows = test_rows[: config.eval_rows]
   model, size = decoder(config), config.batch_size
   params = model.init(jax.random.key(config.seed), train_rows[:1])["params"]
   schedule = optim.schedule("linear", config.learning_rate, config.steps, config.steps // 10)
@@ -98,17 +120,18 @@ def train(config: ConfigDict) -> dict[str, Any]:
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params: Any, state: Any, rows: jax.Array) -> tuple[Any, Any]:
-    grads = jax.grad(functools.partial(loss, model))(params, rows)
+    grads = jax.grad(lambda params: losses.mean(*sums(model, params, rows)))(params)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
   state, rng = tx.init(params), np.random.default_rng(config.seed)
   for _ in range(config.steps):
     params, state = step(params, state, train_rows[rng.integers(len(train_rows), size=size)])
-  score = jax.jit(functools.partial(loss, model))
-  batches = np.split(test_rows, len(test_rows) // size)
+  score = jax.jit(functools.partial(sums, model))
+  parts = [score(params, test_rows[i : i + size]) for i in range(0, len(test_rows), size)]
+  total, count = (sum(map(float, x)) for x in zip(*parts, strict=True))
   return {
-    "loss": float(np.mean([score(params, rows) for rows in batches])),
+    "loss": total / count,
     "parameters": sum(x.size for x in jax.tree.leaves(params)),
     "seed": config.seed,
     "config": json.loads(config.to_json()),

@@ -1,4 +1,8 @@
-"""Losses, averaged over the rows that are not padding."""
+"""Losses as a sum and a count, of the rows or tokens that are not padding, and their mean.
+
+Batches are averaged by adding both and dividing once: a mean of means would weigh a token by how
+few others there are beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,49 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+Sums = tuple[jax.Array, jax.Array]  # Σ w·v and Σ w, float32 scalars
 
-def weighted_mean(values: Float[Array, " B"], weights: Float[Array, " B"]) -> jax.Array:
-  """Σ w·v / Σ w, and 0 where every weight is 0."""
-  return (values * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
+
+def mean(total: jax.Array, count: jax.Array) -> jax.Array:
+  """total / count, and 0 where nothing counts."""
+  return total / jnp.where(count > 0, count, 1.0)
+
+
+def classification_sums(
+  logits: Float[Array, "B K"], labels: Int[Array, " B"], weights: Float[Array, " B"]
+) -> Sums:
+  """Numerator and denominator of `classification`."""
+  logits = logits.astype(jnp.float32)
+  return _sums(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), weights)
+
+
+def regression_sums(
+  logits: Float[Array, "B 1"], labels: Float[Array, " B"], weights: Float[Array, " B"]
+) -> Sums:
+  """Numerator and denominator of `regression`."""
+  return _sums(jnp.square(logits[:, 0].astype(jnp.float32) - labels), weights)
+
+
+def next_token_sums(logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.Array]) -> Sums:
+  """Numerator and denominator of `next_token`: the sum of −log p, and of the weights."""
+  values = optax.losses.softmax_cross_entropy_with_integer_labels(
+    logits_BTV[:, :-1].astype(jnp.float32), batch["tokens"][:, 1:]
+  )
+  return _sums(values, batch["weights"][:, 1:])
 
 
 def classification(
   logits: Float[Array, "B K"], labels: Int[Array, " B"], weights: Float[Array, " B"]
 ) -> jax.Array:
   """Mean cross entropy −log softmax(logits)[label] of the rows with weight 1, in nats."""
-  return weighted_mean(
-    optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), weights
-  )
+  return mean(*classification_sums(logits, labels, weights))
 
 
 def regression(
   logits: Float[Array, "B 1"], labels: Float[Array, " B"], weights: Float[Array, " B"]
 ) -> jax.Array:
   """Mean squared error of the rows with weight 1."""
-  return weighted_mean(jnp.square(logits[:, 0] - labels), weights)
+  return mean(*regression_sums(logits, labels, weights))
 
 
 def next_token(logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -38,16 +65,9 @@ def next_token(logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.Array]
     logits_BTV: at place t, of token t + 1.
     batch: "tokens" int `[B, T]`; "weights" float `[B, T]`, 1 where the token is to be predicted.
   """
-  total, count = next_token_sums(logits_BTV, batch)
-  return total / jnp.maximum(count, 1e-9)
+  return mean(*next_token_sums(logits_BTV, batch))
 
 
-def next_token_sums(
-  logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-  """Numerator and denominator of `next_token`: the sum of −log p, and of the weights."""
-  values = optax.losses.softmax_cross_entropy_with_integer_labels(
-    logits_BTV[:, :-1], batch["tokens"][:, 1:]
-  )
-  weights = batch["weights"][:, 1:]
+def _sums(values: jax.Array, weights: jax.Array) -> Sums:
+  weights = jnp.asarray(weights, jnp.float32)
   return (values * weights).sum(), weights.sum()

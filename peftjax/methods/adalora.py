@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.layout import Layout
+from peftjax.core.ranges import Count, Fraction, NotNegative, Positive, Size, checked
 from peftjax.methods import budget
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.allocator import REGROW, SCORES, Allocator
@@ -92,26 +93,27 @@ class AdaLoRAMethod(LoRAMethod):
     return weight.replace(e=jnp.zeros((*weight.stack, weight.a.shape[-2]), self.dtype))
 
 
+@checked
 def adalora(
-  rank: int = 12,
-  target_rank: float | None = 8,
-  alpha: float = 16.0,
+  rank: Size = 12,
+  target_rank: NotNegative | None = 8,
+  alpha: Positive = 16.0,
   targets: str | Sequence[str] = "all-linear",
   *,
-  warmup: float = 0.1,
-  final: float = 0.4,
-  interval: int = 10,
+  warmup: NotNegative = 0.1,
+  final: NotNegative = 0.4,
+  interval: Size = 10,
   penalty: str = "squared",
-  gamma: float = 0.1,
-  beta1: float = 0.85,
-  beta2: float = 0.85,
+  gamma: NotNegative = 0.1,
+  beta1: Fraction = 0.85,
+  beta2: Fraction = 0.85,
   score: str = "full",
   regrow: str = "kept",
   form: str = "svd",
-  dropout: float = 0.0,
-  rank_pattern: Mapping[str, int] | None = None,
-  alpha_pattern: Mapping[str, float] | None = None,
-  seed: int = 0,
+  dropout: Fraction = 0.0,
+  rank_pattern: Mapping[str, Size] | None = None,
+  alpha_pattern: Mapping[str, Positive] | None = None,
+  seed: Count = 0,
   dtype: Any = jnp.float32,
 ) -> AdaLoRAMethod:
   """AdaLoRA: h = W x + (α/r) P diag(λ) Q x, of whose triplets (P_i, λ_i, Q_i) the best b stay.
@@ -170,11 +172,9 @@ def adalora(
       raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
   if form == "lora" and score == "magnitude":
     raise ValueError('score "magnitude" is that of λ, which form "lora" does not have')
-  for name, number, top in (("beta1", beta1, 1.0), ("beta2", beta2, 1.0), ("gamma", gamma, 1e9)):
-    if not 0.0 <= number < top:
-      raise ValueError(f"{name} {number} is not in [0, {top:g})")
-  if interval < 1 or warmup < 0 or final < 0:
-    raise ValueError(f"interval {interval}, warmup {warmup} or final {final}: too small")
+  for name, number in (("warmup", warmup), ("final", final)):
+    if number >= 1 and number != int(number):
+      raise ValueError(f"{name}={number}: write a fraction below 1 or a whole number of updates")
   top_rank = max([rank, *(rank_pattern or {}).values()])
   if target_rank is not None and not 0 <= target_rank <= top_rank:
     raise ValueError(

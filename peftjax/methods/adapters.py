@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.attachment import is_attachment
 from peftjax.core.layout import Layout, Site
+from peftjax.core.ranges import Length, Positive, checked
 from peftjax.methods.base import Optimized
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.nn.ffn import ACTIVATIONS
@@ -174,14 +175,15 @@ class AdaptersMethod(Optimized):
     )
 
 
+@checked
 def adapters(
-  size: int = 64,
+  size: Length = 64,
   placement: str = "houlsby",
   targets: str | Sequence[str] = (),
   *,
   activation: str | None = None,
   init: str | None = None,
-  scale: float | None = None,
+  scale: Positive | None = None,
   norms: bool | None = None,
   dtype: Any = jnp.float32,
 ) -> AdaptersMethod:
@@ -214,7 +216,7 @@ def adapters(
   None is as the paper has it.
 
   Raises:
-    ValueError: on an unknown name, or a size below 1.
+    ValueError: on an unknown name, or a number out of range.
   """
   for what, given, allowed in (
     ("placement", placement, PLACEMENTS),
@@ -223,8 +225,6 @@ def adapters(
   ):
     if given is not None and given not in allowed:
       raise ValueError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
-  if size < 1:
-    raise ValueError(f"size {size} is not a positive integer")
   kind = PLACEMENTS[placement]
   return AdaptersMethod(
     size=size,

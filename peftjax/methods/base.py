@@ -11,6 +11,7 @@ import optax
 
 from peftjax import optim
 from peftjax.core import paths
+from peftjax.core.ranges import Positive, Size, checked
 from peftjax.core.weight import Weight, children
 
 # From clipping and an optimizer to what does both and more.
@@ -41,14 +42,23 @@ class Method(Protocol):
     *,
     clip_norm: float | None = None,
     accumulate: int = 1,
-  ) -> optax.GradientTransformation:
+    batches: int | None = None,
+  ) -> optax.GradientTransformationExtraArgs:
     """The outermost transform: clips, accumulates, and whatever the method adds.
 
     Args:
       tx: of the updates, without clipping or accumulation of its own.
-      total_steps: updates in all: with `accumulate`, calls divided by it.
-      clip_norm: of the global norm of the gradients.
-      accumulate: calls to an update, on their mean gradient.
+      total_steps: updates in all: with `accumulate`, calls divided by it, rounded up.
+      clip_norm: of the global norm of the mean gradient, AdaLoRA's penalty included.
+      accumulate: calls to an update. Give each the gradient of its batch's mean loss, and how many
+        tokens (rows) that is a mean of: `tx.update(grads, state, params, weight=count)`. The update
+        is then that of one large batch; without `weight` batches count alike, however many tokens
+        they have (`optim.accumulated`).
+      batches: calls in all, where `accumulate` does not divide them: the last makes an update of
+        what is left.
+
+    Raises:
+      ValueError: on a number out of range, or `batches` that are not `total_steps` updates.
     """
     ...
 
@@ -72,17 +82,24 @@ class Optimized:
     """See `Method.settled`."""
     return 0
 
+  @checked
   def optimizer(
     self,
     tx: optax.GradientTransformation,
-    total_steps: int,
+    total_steps: Size,
     *,
-    clip_norm: float | None = None,
-    accumulate: int = 1,
-  ) -> optax.GradientTransformation:
+    clip_norm: Positive | None = None,
+    accumulate: Size = 1,
+    batches: Size | None = None,
+  ) -> optax.GradientTransformationExtraArgs:
     """See `Method.optimizer`."""
+    if batches is not None and (updates := -(-batches // accumulate)) != total_steps:
+      raise ValueError(
+        f"{batches} batches, {accumulate} to an update, are {updates} updates and not "
+        f"total_steps={total_steps}"
+      )
     outer = self.outer(total_steps)
-    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate, outer=outer)
+    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate, batches=batches, outer=outer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from peftjax.core.ranges import Fraction, Positive, Size, checked
 from peftjax.core.weight import Weight
 from peftjax.methods.dora_weight import DoRA, squares
 from peftjax.methods.lora import LoRAMethod, lora
@@ -35,15 +36,16 @@ class DoRAMethod(LoRAMethod):
     return weight.replace(m=jnp.sqrt(square).astype(self.dtype), square=square)
 
 
+@checked
 def dora(
-  rank: int = 8,
-  alpha: float = 16.0,
+  rank: Size = 8,
+  alpha: Positive = 16.0,
   targets: str | Sequence[str] = ("query", "value"),
   *,
-  dropout: float = 0.0,
+  dropout: Fraction = 0.0,
   rslora: bool = False,
-  rank_pattern: Mapping[str, int] | None = None,
-  alpha_pattern: Mapping[str, float] | None = None,
+  rank_pattern: Mapping[str, Size] | None = None,
+  alpha_pattern: Mapping[str, Positive] | None = None,
   from_quantised: bool = False,
   dtype: Any = jnp.float32,
 ) -> DoRAMethod:

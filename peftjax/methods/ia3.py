@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.adapted import bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.ranges import checked
 from peftjax.methods.base import Optimized, trainable_mask
 from peftjax.methods.ia3_weight import IA3
 
@@ -86,6 +87,7 @@ class IA3Method(Optimized):
     return IA3(base=base, l=scales, axes=axes, inputs=inputs, names=_names(leaf))
 
 
+@checked
 def ia3(
   outputs: str | Sequence[str] = (), inputs: str | Sequence[str] = (), *, dtype: Any = jnp.float32
 ) -> IA3Method:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.adapted import bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.ranges import Fraction, Positive, Size, checked
 from peftjax.core.weight import Weight
 from peftjax.methods import lora_init
 from peftjax.methods.base import Optimized, trainable_mask
@@ -130,18 +131,19 @@ class LoRAMethod(Optimized):
     return jax.eval_shape(make, key, base) if abstract else make(key, base)
 
 
+@checked
 def lora(
-  rank: int = 8,
-  alpha: float = 16.0,
+  rank: Size = 8,
+  alpha: Positive = 16.0,
   targets: str | Sequence[str] = ("query", "value"),
   *,
-  dropout: float = 0.0,
+  dropout: Fraction = 0.0,
   rslora: bool = False,
   init: str = "kaiming",
   freeze_a: bool = False,
-  b_rate: float = 1.0,
-  rank_pattern: Mapping[str, int] | None = None,
-  alpha_pattern: Mapping[str, float] | None = None,
+  b_rate: Positive = 1.0,
+  rank_pattern: Mapping[str, Size] | None = None,
+  alpha_pattern: Mapping[str, Positive] | None = None,
   dtype: Any = jnp.float32,
 ) -> LoRAMethod:
   """LoRA: h = W x + (α/r) B A x, with W frozen (Hu et al. 2021, eq. 3).
@@ -163,17 +165,10 @@ def lora(
     dtype: of A and B.
 
   Raises:
-    ValueError: on an unknown init, or a rank or dropout out of range.
+    ValueError: on an unknown init, or a number out of range.
   """
   if init not in lora_init.INITS:
     raise ValueError(f"init {init!r} is not one of {', '.join(map(repr, lora_init.INITS))}")
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f"dropout {dropout} is not in [0, 1)")
-  if b_rate <= 0:
-    raise ValueError(f"b_rate {b_rate} is not above 0")
-  for value in (rank, *(rank_pattern or {}).values()):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"rank {value!r} is not a positive integer")
   return LoRAMethod(
     rank=rank,
     alpha=alpha,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.adapted import bare
+from peftjax.core.ranges import checked
 from peftjax.methods.base import Optimized
 
 
@@ -39,6 +40,7 @@ class Train(Optimized):
     return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
 
 
+@checked
 def train(targets: str | Sequence[str]) -> Train:
   """Trains what `targets` names and freezes the rest.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.layout import Layout, axes_of
+from peftjax.core.ranges import Length, NotNegative, checked
 from peftjax.methods.adapters import put
 from peftjax.methods.base import Optimized
 from peftjax.nn.virtual import Prefix
@@ -78,7 +79,10 @@ class PrefixMethod(Optimized):
     return Prefix(keys=drawn[..., 0, :, :], values=drawn[..., 1, :, :])
 
 
-def prefix(length: int = 20, *, deviation: float = 0.02, dtype: Any = jnp.float32) -> PrefixMethod:
+@checked
+def prefix(
+  length: Length = 20, *, deviation: NotNegative = 0.02, dtype: Any = jnp.float32
+) -> PrefixMethod:
   """Prefix tuning: softmax(q [P_k; K]ᵀ/√H) [P_v; V] (Li & Liang 2021, section 4.2).
 
   Every layer attends to P trained keys and values before those of the text, whose positions come
@@ -93,10 +97,8 @@ def prefix(length: int = 20, *, deviation: float = 0.02, dtype: Any = jnp.float3
     dtype: of both.
 
   Raises:
-    ValueError: if length is below 1.
+    ValueError: on a number out of range.
   """
-  if length < 1:
-    raise ValueError(f"length {length} is not a positive integer")
   return PrefixMethod(length=length, deviation=deviation, dtype=dtype)
 
 

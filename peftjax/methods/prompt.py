@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.einsum import take
 from peftjax.core.layout import Layout
+from peftjax.core.ranges import Length, checked
 from peftjax.methods.adapters import put
 from peftjax.methods.base import Optimized
 from peftjax.nn.virtual import Prompt
@@ -70,7 +71,10 @@ class PromptMethod(Optimized):
     return Prompt(embeddings=take(table, ids).astype(self.dtype))
 
 
-def prompt(length: int = 20, *, init: str = "vocabulary", dtype: Any = jnp.float32) -> PromptMethod:
+@checked
+def prompt(
+  length: Length = 20, *, init: str = "vocabulary", dtype: Any = jnp.float32
+) -> PromptMethod:
   """Prompt tuning: the model reads [P; E(x)], P trained embeddings before those of the text.
 
   Lester et al. 2021, section 2. Outputs are those of the text's own tokens, so loss and metrics
@@ -86,10 +90,8 @@ def prompt(length: int = 20, *, init: str = "vocabulary", dtype: Any = jnp.float
     dtype: of P.
 
   Raises:
-    ValueError: if length is below 1, or on an unknown init.
+    ValueError: on a number out of range, or an unknown init.
   """
-  if length < 1:
-    raise ValueError(f"length {length} is not a positive integer")
   if init not in INITS:
     raise ValueError(f"init {init!r} is not one of {', '.join(map(repr, INITS))}")
   return PromptMethod(length=length, init=init, dtype=dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths, shared
 from peftjax.core.adapted import bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.ranges import Count, Finite, Fraction, Length, checked
 from peftjax.methods.base import Optimized, trainable_mask
 from peftjax.methods.vera_weight import Projections, VeRA
 
@@ -94,13 +95,14 @@ class VeRAMethod(Optimized):
     return Projections(a=draw(keys[0], self.rank, n_in), b=draw(keys[1], n_out, self.rank))
 
 
+@checked
 def vera(
-  rank: int = 256,
+  rank: Length = 256,
   targets: str | Sequence[str] = ("query", "value"),
   *,
-  d_initial: float = 0.1,
-  dropout: float = 0.0,
-  projection_seed: int = 0,
+  d_initial: Finite = 0.1,
+  dropout: Fraction = 0.0,
+  projection_seed: Count = 0,
   dtype: Any = jnp.float32,
 ) -> VeRAMethod:
   """VeRA: h = W x + Λ_b B Λ_d A x, with W, A and B frozen (Kopiczko et al. 2023, eq. 2).
@@ -119,12 +121,8 @@ def vera(
   Raises:
     ValueError: on a rank, dropout or d_initial out of range.
   """
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-    raise ValueError(f"rank {rank!r} is not a positive integer")
   if not d_initial:
     raise ValueError("d_initial 0 leaves d and b both zero, which have no gradient then; write 0.1")
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f"dropout {dropout} is not in [0, 1)")
   return VeRAMethod(
     rank=rank,
     targets=targets if isinstance(targets, str) else tuple(targets),

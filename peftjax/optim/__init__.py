@@ -1,7 +1,10 @@
 """Optimizers on ordinary optax."""
 
+from peftjax.optim.accumulate import accumulated
 from peftjax.optim.adamw8bit import Moment, adamw8bit
 from peftjax.optim.base import (
+  Epsilon,
+  accumulator_state,
   adamw,
   allocator_state,
   at_rate,
@@ -15,7 +18,10 @@ from peftjax.optim.paged import decide_paging, paged
 from peftjax.optim.placement import state_shardings
 
 __all__ = [
+  "Epsilon",
   "Moment",
+  "accumulated",
+  "accumulator_state",
   "adamw",
   "adamw8bit",
   "allocator_state",

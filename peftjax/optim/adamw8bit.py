@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peftjax.optim.base import decay_mask
+from peftjax.core.ranges import Count, Fraction, NotNegative, checked
+from peftjax.optim.base import Epsilon, check_rate, decay_mask
 from peftjax.quant import blockwise, codebooks
 
 BLOCK = 256  # entries that share a scale
@@ -36,14 +37,15 @@ class ScaleByAdam8bitState(flax.struct.PyTreeNode):
   nu: Any
 
 
+@checked
 def adamw8bit(
   learning_rate: optax.ScalarOrSchedule,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
+  b1: Fraction = 0.9,
+  b2: Fraction = 0.999,
+  eps: Epsilon = 1e-8,
+  weight_decay: NotNegative = 0.0,
   *,
-  min_8bit_size: int = 4096,
+  min_8bit_size: Count = 4096,
 ) -> optax.GradientTransformation:
   """AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv 2110.02861, section 2).
 
@@ -69,11 +71,9 @@ def adamw8bit(
     min_8bit_size: arrays of fewer entries keep float32 moments.
 
   Raises:
-    ValueError: if `b1` or `b2` is outside [0, 1).
+    ValueError: on a number out of range, such as a `b1` or `b2` outside [0, 1).
   """
-  for name, b in (("b1", b1), ("b2", b2)):
-    if not 0.0 <= b < 1.0:
-      raise ValueError(f"{name}={b} is not in [0, 1); the usual values are b1=0.9 and b2=0.999")
+  check_rate(learning_rate)
   return optax.chain(
     _scale_by_adam8bit(b1, b2, eps, min_8bit_size),
     optax.add_decayed_weights(weight_decay, decay_mask),

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from msgspec import Meta
 
 from peftjax.core import paths
+from peftjax.core.ranges import Fraction, NotNegative, Positive, Size, check_one, checked
 from peftjax.core.weight import Weight
+from peftjax.optim.accumulate import AccumulatedState, accumulated
 
 # Last names of paths: biases, and what multiplies activations (IA3's l, DoRA's m).
 _UNDECAYED = ("bias", "down_bias", "up_bias", "scale", "l", "m")
 
+# At 0 an array without gradients divides by zero; above 1 no gradient would be normalised.
+Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
+
 _MULTI_STEPS = "pass the inner optimizer and accumulate=N instead of an optax.MultiSteps"
 
 
-def schedule(kind: str, peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+@checked
+def schedule(
+  kind: str, peak: NotNegative, total_steps: Size, warmup_steps: int = 0
+) -> optax.Schedule:
   """Linear warm-up from 0 to `peak`, then linear or cosine decay to 0, or constant.
 
   Args:
@@ -28,9 +37,9 @@ def schedule(kind: str, peak: float, total_steps: int, warmup_steps: int = 0) ->
     warmup_steps: updates of warm-up, fewer than `total_steps`.
 
   Raises:
-    ValueError: on another kind, or a warm-up that does not fit.
+    ValueError: on another kind, a number out of range, or a warm-up that does not fit.
   """
-  if not 0 <= warmup_steps < max(total_steps, 1):
+  if not 0 <= warmup_steps < total_steps:
     raise ValueError(f"warm-up of {warmup_steps} steps does not fit in {total_steps} steps")
   rest = total_steps - warmup_steps
   if kind == "linear":
@@ -57,15 +66,21 @@ def decay_mask(train: Any) -> Any:
   )
 
 
+@checked
 def adamw(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
+  b1: Fraction = 0.9,
+  b2: Fraction = 0.999,
+  eps: Epsilon = 1e-8,
+  weight_decay: NotNegative = 0.0,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor scales."""
+  """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor scales.
+
+  Raises:
+    ValueError: on a number out of range.
+  """
+  check_rate(learning_rate)
   return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
 
 
@@ -75,7 +90,14 @@ class Rate(NamedTuple):
   rate: jax.Array
 
 
-def at_rate(tx: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:
+def check_rate(learning_rate: optax.ScalarOrSchedule) -> None:
+  """Raises `ValueError` on a number that is no learning rate; schedules and arrays may be one."""
+  if not callable(learning_rate) and not isinstance(learning_rate, jax.Array):
+    check_one("learning_rate", learning_rate, NotNegative)
+
+
+@checked
+def at_rate(tx: optax.GradientTransformation, rate: NotNegative) -> optax.GradientTransformation:
   """`tx` with its updates times `rate`, which lies in the state.
 
   States of several rates are then states of one optimizer, which `vmap` or `lax.map` runs on all
@@ -94,22 +116,25 @@ def at_rate(tx: optax.GradientTransformation, rate: float) -> optax.GradientTran
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def wrap(
   tx: optax.GradientTransformation,
   *,
-  clip_norm: float | None,
-  accumulate: int,
+  clip_norm: Positive | None,
+  accumulate: Size,
+  batches: Size | None = None,
   outer: Callable[..., optax.GradientTransformation] | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """`tx` after clipping by the global norm, once every `accumulate` calls on the mean gradient.
 
   Args:
+    accumulate, batches: see `accumulated`.
     outer: makes one transformation of clipping and `tx`; by default the one after the other.
 
   Raises:
-    ValueError: here or from its init, if `tx` is or holds an `optax.MultiSteps`: its calls would be
-      counted as updates; from its init, if there are weights that another method's optimizer has
-      to train.
+    ValueError: on a number out of range; here or from its init, if `tx` is or holds an
+      `optax.MultiSteps`: its calls would be counted as updates; from its init, if there are weights
+      that another method's optimizer has to train.
   """
   if isinstance(tx, optax.MultiSteps):
     raise ValueError(_MULTI_STEPS)
@@ -119,10 +144,7 @@ def wrap(
     tx = outer(clip, tx)
   elif clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
-  tx = _at_own_rates(_checked(tx))
-  if accumulate > 1:
-    tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
-  return tx
+  return accumulated(_at_own_rates(_checked(tx)), accumulate, batches)
 
 
 def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -131,8 +153,7 @@ def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
   def init(train: Any) -> Any:
     state = tx.init(train)
-    accumulates = lambda node: isinstance(node, optax.MultiStepsState)
-    if any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates))):
+    if _nodes(state, (optax.MultiStepsState, AccumulatedState)):
       raise ValueError(_MULTI_STEPS)
     return state
 
@@ -175,6 +196,24 @@ def check_allocated(train: Any, state: Any) -> None:
       f"{found[0]} is an AdaLoRA weight, which another optimizer would train without penalty and "
       "budget; write tx = method.optimizer(tx, total_steps) with the method that attached it"
     )
+
+
+def accumulator_state(state: Any) -> AccumulatedState | None:
+  """The accumulator's part of an optimizer state, or None.
+
+  Raises:
+    ValueError: if gradients are accumulated by `optax.MultiSteps`, to which a batch of two tokens
+      is worth as much as one of two thousand.
+  """
+  if _nodes(state, optax.MultiStepsState):
+    raise ValueError(f"optax.MultiSteps weighs all batches alike; {_MULTI_STEPS}")
+  return next(iter(_nodes(state, AccumulatedState)), None)
+
+
+def _nodes(state: Any, kind: Any) -> list[Any]:
+  """Those parts of an optimizer state that are of a kind."""
+  found = lambda node: isinstance(node, kind)
+  return [node for node in jax.tree.leaves(state, is_leaf=found) if found(node)]
 
 
 def allocator_state(state: Any) -> Any:

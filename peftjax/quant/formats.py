@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from peftjax.core.fence import computed_once
+from peftjax.core.ranges import check
 from peftjax.quant import blockwise, codebooks, double
 from peftjax.quant.double import DoubleScales
 
@@ -27,6 +28,7 @@ class Format:
   double_quant: bool
 
   def __post_init__(self) -> None:
+    check(Format, vars(self))
     if self.block_size not in BLOCK_SIZES:
       allowed = ", ".join(map(str, BLOCK_SIZES))
       raise ValueError(f"block_size {self.block_size!r} is not one of {allowed}")

@@ -23,7 +23,7 @@ def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   return batch["tokens"], segments > 0, batch["positions"], segments
 
 
-KIND = Kind(inputs, losses.next_token, losses.next_token_sums)
+KIND = Kind(inputs, losses.next_token_sums, losses.next_token_sums)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +42,15 @@ class LanguageModelling:
   outputs = None
   peft_type = "CAUSAL_LM"
 
+  def __post_init__(self) -> None:
+    for part, rows in self.rows.items():
+      if not rows.weights.any():
+        raise ValueError(
+          f"{part}: none of the {rows.documents} texts has a token to predict in rows of "
+          f"{rows.tokens.shape[1]} tokens. Write longer rows, --config.data.max_length, or, if "
+          "the completions are empty, --config.data.loss=all."
+        )
+
   @property
   def before(self) -> tuple[str, ...]:
     return self.final
@@ -58,7 +67,8 @@ class LanguageModelling:
     return {part: (rows.tokens,) for part, rows in self.rows.items()}
 
   def stream(self, batch_size: int, seed: int) -> Stream:
-    return RowStream(self.rows["train"], batch_size, seed, jax.process_index(), jax.process_count())
+    rows = _counting(self.rows["train"])
+    return RowStream(rows, batch_size, seed, jax.process_index(), jax.process_count())
 
   def evaluate(
     self, predict: Callable[[Any], Any], part: str, batch_size: int
@@ -72,7 +82,7 @@ class LanguageModelling:
     total, count = (sum(map(float, sums)) for sums in zip(*jax.device_get(pending), strict=True))
     if not math.isfinite(total):
       return None
-    loss = total / max(count, 1.0)
+    loss = total / count
     return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
 
   def criterion(self, scores: Mapping[str, float]) -> float:
@@ -82,7 +92,9 @@ class LanguageModelling:
     sizes = (
       f"{len(rows):,} {part} of {rows.documents:,} texts" for part, rows in self.rows.items()
     )
-    return f"{self.name}: rows of {self.longest} tokens: {', '.join(sizes)}"
+    idle = len(self.rows["train"]) - len(_counting(self.rows["train"]))
+    left = f"; {idle:,} of train left out, with no token to predict" if idle else ""
+    return f"{self.name}: rows of {self.longest} tokens: {', '.join(sizes)}{left}"
 
   def summary(self) -> dict[str, Any]:
     return {
@@ -99,6 +111,15 @@ class LanguageModelling:
       for array in (rows.tokens, rows.segments, rows.weights):
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
+
+
+def _counting(rows: Rows) -> Rows:
+  """Those with a token to predict: a batch of nothing else would be a step without a gradient."""
+  keep = rows.weights.any(1)
+  if keep.all():
+    return rows
+  fields = ("tokens", "segments", "positions", "weights")
+  return dataclasses.replace(rows, **{field: getattr(rows, field)[keep] for field in fields})
 
 
 def load(settings: Settings) -> LanguageModelling:

@@ -26,12 +26,12 @@ def _logits(logits: jax.Array, batch: Batch) -> jax.Array:
   return logits.astype(jnp.float32)
 
 
-def _cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
-  return losses.classification(logits, batch["labels"], batch["weights"])
+def _cross_entropy(logits: jax.Array, batch: Batch) -> losses.Sums:
+  return losses.classification_sums(logits, batch["labels"], batch["weights"])
 
 
-def _squared_error(logits: jax.Array, batch: Batch) -> jax.Array:
-  return losses.regression(logits, batch["labels"], batch["weights"])
+def _squared_error(logits: jax.Array, batch: Batch) -> losses.Sums:
+  return losses.regression_sums(logits, batch["labels"], batch["weights"])
 
 
 CLASSES = Kind(inputs, _cross_entropy, _logits)

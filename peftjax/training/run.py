@@ -60,8 +60,8 @@ class Run:
     self.stream = self.task.stream(settings.train.batch_size, settings.seed)
     self.total = settings.train.total_steps(self.stream.steps_per_epoch)
     every = settings.optimizer.accumulate
-    settled = model.method.settled(max(self.total // every, 1)) * every
-    self.settled = min(settled, self.total)
+    updates = settings.optimizer.updates(self.total)
+    self.settled = min(model.method.settled(updates) * every, self.total)
     self._key = build.dropout_key(settings)
     wanted = settings.optimizer.paged
     self._compile(model.method, train, paged=wanted == "always")
@@ -209,7 +209,7 @@ def _optimizer(
   settings: Settings, method: Any, total: int, *, paged: bool, rate_in_state: bool
 ) -> tuple[optax.Schedule, Any]:
   o = settings.optimizer
-  updates = max(total // o.accumulate, 1)
+  updates = o.updates(total)
   warmup = o.warmup_steps(updates)
   schedule = optim.schedule(o.schedule, o.learning_rate, updates, warmup)
   make = OPTIMIZERS[o.name]
@@ -217,7 +217,9 @@ def _optimizer(
   tx = make(used, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
   tx = optim.at_rate(tx, o.learning_rate) if rate_in_state else tx
   tx = optim.paged(tx) if paged else tx
-  return schedule, method.optimizer(tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate)
+  return schedule, method.optimizer(
+    tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate, batches=total
+  )
 
 
 def _state_shardings(current: state.TrainState, train: Any, mesh: Any) -> Any:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from msgspec import Meta
 
 from peftjax import optim
+from peftjax.core import ranges
+from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, Size
 from peftjax.methods.adalora import adalora
 from peftjax.methods.adapters import adapters
 from peftjax.methods.base import Method, chain
@@ -53,9 +57,20 @@ SAMPLES: Mapping[str, tuple[str, str, str]] = {
 }
 
 
+class Section:
+  """Fields of a config that are held against their annotations: see `core.ranges`."""
+
+  section: ClassVar[str]
+
+  def __post_init__(self) -> None:
+    ranges.check(type(self), vars(self), f"--config.{self.section}.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(Section):
   """Which pretrained model, and how it computes."""
+
+  section = "model"
 
   name: str = "minilm"  # a sample model: minilm or smollm2
   directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
@@ -75,8 +90,10 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quant:
+class Quant(Section):
   """Whether and how the frozen base is quantised."""
+
+  section = "quant"
 
   name: str = "none"  # or nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8
   block_size: int = 64
@@ -92,11 +109,13 @@ class Quant:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Section):
   """Which texts; see `peftjax.data.load`."""
 
+  section = "data"
+
   name: str = "bbc"
-  max_length: int = 64  # tokens, special ones included
+  max_length: Length = 64  # tokens, special ones included
   train_file: str | None = None
   validation_file: str | None = None
   test_file: str | None = None
@@ -105,9 +124,9 @@ class Data:
   label_column: str = "label"
   regression: bool = False
   glue_dir: str | None = None
-  split_seed: int | None = None  # of splits and subsets, by default the run's
-  train_examples: int | None = None  # a random subset of at most this many
-  eval_examples: int | None = None  # likewise of validation and of test
+  split_seed: Count | None = None  # of splits and subsets, by default the run's
+  train_examples: Size | None = None  # a random subset of at most this many
+  eval_examples: Size | None = None  # likewise of validation and of test
 
   def corpus_arguments(self) -> dict[str, Any]:
     fields = dataclasses.asdict(self)
@@ -117,11 +136,13 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(Section):
   """Which texts a language model is trained on; see `peftjax.data.load`."""
 
+  section = "data"
+
   name: str = "bbc"
-  max_length: int = 256  # tokens of a row
+  max_length: Annotated[int, Meta(ge=2, le=2**20)] = 256  # tokens of a row
   train_file: str | None = None
   validation_file: str | None = None
   test_file: str | None = None
@@ -129,9 +150,10 @@ class Text:
   pair_column: str | None = None  # the completion, if text_column is a prompt
   loss: str = "all"  # tokens, or those of "completions"
   other: str = "sentiment"  # another corpus, to see what is forgotten; "" for none
-  eval_rows: int | None = None  # of each held-out part, at most
+  eval_rows: Size | None = None  # of each held-out part, at most
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.loss not in ("all", "completions"):
       raise ValueError(f'data.loss {self.loss!r} is not "all" or "completions"')
 
@@ -143,51 +165,77 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class Optimizer(Section):
   """AdamW and its schedule."""
+
+  section = "optimizer"
 
   name: str = "adamw"  # or adamw8bit
   paged: str = "never"  # keep its state in host memory: never, always, or auto: if it has to be
-  device_memory_bytes: int | None = None  # for auto, where the device does not report its own
-  learning_rate: float = 5e-4
+  # For auto, where the device does not report its own.
+  device_memory_bytes: Annotated[int, Meta(ge=1, le=2**62)] | None = None
+  learning_rate: Positive = 5e-4
   schedule: str = "linear"  # after the warm-up: linear, cosine or constant
-  warmup: float = 0.06  # fraction of all updates, or, from 1 on, a number of updates
-  weight_decay: float = 0.01
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  clip_norm: float | None = 1.0
-  accumulate: int = 1  # batches to an update
+  warmup: NotNegative = 0.06  # fraction of all updates, or, from 1 on, a number of updates
+  weight_decay: NotNegative = 0.01
+  b1: Fraction = 0.9
+  b2: Fraction = 0.999
+  eps: optim.Epsilon = 1e-8
+  clip_norm: Positive | None = 1.0
+  accumulate: Size = 1  # batches to an update
 
   def __post_init__(self) -> None:
-    _check_positive("optimizer", self, "accumulate")
+    super().__post_init__()
     if self.name not in OPTIMIZERS:
       raise ValueError(f"optimizer.name {self.name!r} is not one of {', '.join(OPTIMIZERS)}")
     if self.paged not in ("never", "always", "auto"):
       raise ValueError(f"optimizer.paged {self.paged!r} is not one of never, always, auto")
 
+  def updates(self, batches: int) -> int:
+    """The last one may be of fewer batches than the others."""
+    return -(-batches // self.accumulate)
+
   def warmup_steps(self, updates: int) -> int:
-    return int(self.warmup if self.warmup >= 1 else self.warmup * updates)
+    """Fewer than all.
+
+    Raises:
+      ValueError: if there is no update after it.
+    """
+    steps = int(self.warmup if self.warmup >= 1 else self.warmup * updates)
+    if steps >= updates or self.warmup >= 1 and self.warmup != steps:
+      raise ValueError(
+        f"--config.optimizer.warmup={self.warmup} of {updates} updates: write a fraction below 1, "
+        f"or a whole number below {updates}"
+      )
+    return steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(Section):
   """How long, in what batches, and what is written when."""
 
-  batch_size: int = 32
-  epochs: float = 3.0
-  steps: int | None = None  # batches; goes before `epochs`
-  eval_batch_size: int = 64
-  log_every: int = 10  # steps
-  save_every: int | None = None  # steps; besides once an epoch
+  section = "train"
 
-  def __post_init__(self) -> None:
-    _check_positive("train", self, "batch_size", "eval_batch_size", "log_every")
+  batch_size: Length = 32
+  epochs: Positive = 3.0
+  steps: Size | None = None  # batches; goes before `epochs`
+  eval_batch_size: Length = 64
+  log_every: Size = 10  # steps
+  save_every: Size | None = None  # steps; besides once an epoch
 
   def total_steps(self, steps_per_epoch: int) -> int:
+    """Batches in all.
+
+    Raises:
+      ValueError: if `epochs` are none, or more than are counted.
+    """
     total = self.steps if self.steps is not None else round(self.epochs * steps_per_epoch)
-    if total < 1:
-      raise ValueError(f"train.steps={self.steps}, train.epochs={self.epochs} is no step at all")
+    if not 1 <= total < 2**31:
+      many = "no step at all" if total < 1 else "more than 2147483647 steps"
+      raise ValueError(
+        f"--config.train.epochs={self.epochs} of {steps_per_epoch} batches is {many}; "
+        "write another number, or --config.train.steps"
+      )
     return total
 
 
@@ -195,7 +243,7 @@ class Train:
 class Settings:
   """All of a run."""
 
-  seed: int
+  seed: Count
   task: str = "classify"  # or causal_lm
   model: Model
   quant: Quant
@@ -205,10 +253,14 @@ class Settings:
   train: Train
   compilation_cache: str
 
+  def __post_init__(self) -> None:
+    ranges.check(type(self), vars(self), "--config.")
+
   def build_method(self) -> Method:
     """The method with, unless `head` is false, the task head trained beside it."""
     fields = dict(self.method)
     name, head = fields.pop("name", None), fields.pop("head", True)
+    ranges.check_one("--config.method.head", head, bool)
     if name not in METHODS:
       raise ValueError(f"method.name {name!r} is not one of {', '.join(METHODS)}")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -216,6 +268,7 @@ class Settings:
         fields[key] = _pattern(key, fields[key], int if key == "rank_pattern" else float)
     if name == "adalora":
       fields["seed"] = self.seed  # of triplets that are drawn anew
+    ranges.check(METHODS[name], fields, "--config.method.")
     method = _build(METHODS[name], fields, f"method ({name})")
     return chain(method, train("head/.*")) if head else method
 
@@ -247,12 +300,6 @@ def _build(cls: Callable[..., T], fields: Mapping[str, Any], where: str) -> T:
   return cls(**fields)
 
 
-def _check_positive(where: str, section: Any, *names: str) -> None:
-  for name in names:
-    if getattr(section, name) < 1:
-      raise ValueError(f"{where}.{name}={getattr(section, name)}: write a number from 1 on")
-
-
 def _pattern(name: str, rules: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:
   """`("query=4",)` to `{"query": 4}`: flags have no dicts with free keys."""
   pattern = {}
@@ -266,10 +313,7 @@ def _pattern(name: str, rules: Sequence[str], kind: Callable[[str], T]) -> dict[
 
 
 def _parameters(cls: Callable[..., Any]) -> list[str]:
-  code = getattr(cls, "__code__", None)
-  if code is not None:
-    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-  return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+  return list(inspect.signature(cls).parameters)
 
 
 def _sample(name: str) -> Path:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import optax
 
-from peftjax import optim
+from peftjax import losses, optim
 from peftjax.core import tree
 from peftjax.linen import apply
 from peftjax.training.state import TrainState
@@ -24,33 +24,41 @@ def train_step(
   batch: Batch,
   key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """train ← train + tx(∇ loss); only the trained tree is differentiated.
+  """train ← train + tx(∇ Σ loss / Σ count); only the trained tree is differentiated.
 
   Args:
-    model, tx, kind: static.
+    model, tx, kind: static. Where `tx` accumulates gradients, it is told how many tokens (rows)
+      this batch counts; one that counts none is a step with a gradient of 0.
     state: donated by the caller's jit.
     frozen: the other half of the parameters, as an argument and not a closure.
     batch: what `kind` reads.
     key: of the run; the step folds its number in.
 
   Returns:
-    The next state, and "loss" and "grad_norm" (before clipping), float32 scalars;
-    of AdaLoRA also "orthogonality", R(P, Q), and the "budget".
+    The next state and float32 scalars: "loss", the mean over this batch; "grad_norm", of the mean
+    gradient before clipping, with accumulation of that of all batches since the last update, this
+    one included; of AdaLoRA also "orthogonality", R(P, Q), and the "budget".
 
   Raises:
-    ValueError: AdaLoRA weights are trained by another optimizer than their method's.
+    ValueError: AdaLoRA weights are trained by another optimizer than their method's, or gradients
+      are accumulated by `optax.MultiSteps`, which cannot be told what a batch counts.
   """
   optim.check_allocated(state.train, state.opt_state)
   rngs = {"dropout": jax.random.fold_in(key, state.step)}
 
-  def objective(train: Any) -> jax.Array:
+  def objective(train: Any) -> tuple[jax.Array, jax.Array]:
     params = tree.combine(train, frozen)
-    return kind.loss(apply(model, params, *kind.inputs(batch), train=True, rngs=rngs), batch)
+    logits = apply(model, params, *kind.inputs(batch), train=True, rngs=rngs)
+    total, count = kind.loss(logits, batch)
+    return losses.mean(total, count), count
 
-  value, grads = jax.value_and_grad(objective)(state.train)
-  updates, opt_state = tx.update(grads, state.opt_state, state.train)
+  (value, count), grads = jax.value_and_grad(objective, has_aux=True)(state.train)
+  update = optax.with_extra_args_support(tx).update
+  updates, opt_state = update(grads, state.opt_state, state.train, weight=count)
   train = optax.apply_updates(state.train, updates)
-  metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+  collected = optim.accumulator_state(opt_state)
+  norm = optax.tree.norm(grads) if collected is None else collected.norm
+  metrics = {"loss": value, "grad_norm": norm}
   if (allocator := optim.allocator_state(opt_state)) is not None:
     metrics.update(orthogonality=allocator.penalty, budget=allocator.budget)
   return TrainState(step=state.step + 1, train=train, opt_state=opt_state), metrics

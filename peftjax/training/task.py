@@ -15,12 +15,13 @@ class Kind(NamedTuple):
 
   Attributes:
     inputs: a batch to the positional arguments of the module.
-    loss: logits and a batch to a scalar.
+    loss: logits and a batch to a sum and what it counts: float32 scalars, of which a step makes
+      the mean, and accumulation and devices the mean over all batches.
     output: logits and a batch to what evaluation needs of them.
   """
 
   inputs: Callable[[Batch], tuple[Any, ...]]
-  loss: Callable[[jax.Array, Batch], jax.Array]
+  loss: Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
   output: Callable[[jax.Array, Batch], Any]
 
 

@@ -490,12 +490,13 @@ def test_attach_inside_jit_is_attach():
     (dict(score="best"), "score 'best' is not one of"),
     (dict(regrow="yes"), "regrow 'yes' is not one of"),
     (dict(form="qr"), "form 'qr' is not one of"),
-    (dict(beta1=1.0), r"beta1 1.0 is not in \[0, 1\)"),
-    (dict(gamma=-1.0), r"gamma -1.0 is not in \[0, 1e\+09\)"),
-    (dict(interval=0), "interval 0"),
+    (dict(beta1=1.0), "beta1=1.0: write a number of at least 0 and below 1"),
+    (dict(gamma=-1.0), "gamma=-1.0: write a number of at least 0"),
+    (dict(interval=0), "interval=0: write a whole number of at least 1"),
     (dict(target_rank=5), "target_rank 5 is not between 0 and the initial rank 4"),
     (dict(form="lora", score="magnitude"), 'score "magnitude" is that of λ'),
-    (dict(rank=0), "rank 0 is not a positive integer"),
+    (dict(warmup=4.5), "warmup=4.5: write a fraction below 1 or a whole number of updates"),
+    (dict(rank=0), "rank=0: write a whole number of at least 1"),
   ],
 )
 def test_bad_arguments_raise(changes, message):

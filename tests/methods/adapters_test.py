@@ -273,7 +273,7 @@ def test_gradients_are_the_same_where_activations_are_computed_again(placement):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(size=0), "size 0 is not"),
+    (dict(size=0), "size=0: write"),
     (dict(placement="before"), "placement 'before' is not one of 'houlsby'"),
     (dict(init="zeros"), "init 'zeros' is not one of"),
     (dict(activation="tan"), "activation 'tan' is not one of"),

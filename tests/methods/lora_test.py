@@ -420,12 +420,12 @@ def test_pissa_needs_a_plain_float_matrix():
   "how, text",
   [
     (dict(init="zeros"), "init 'zeros' is not one of 'kaiming', 'gaussian', 'pissa'"),
-    (dict(dropout=1.0), "dropout 1.0 is not in"),
-    (dict(dropout=-0.1), "dropout -0.1 is not in"),
-    (dict(rank=0), "rank 0 is not a positive integer"),
-    (dict(rank=2.0), "rank 2.0 is not a positive integer"),
-    (dict(rank=True), "rank True is not a positive integer"),
-    (dict(rank_pattern={"query": -1}), "rank -1 is not a positive integer"),
+    (dict(dropout=1.0), "dropout=1.0: write a number of at least 0 and below 1"),
+    (dict(dropout=-0.1), "dropout=-0.1: write"),
+    (dict(rank=0), "rank=0: write a whole number of at least 1"),
+    (dict(rank=2.0), "rank=2.0: write a whole number"),
+    (dict(rank=True), "rank=True: write a whole number"),
+    (dict(rank_pattern={"query": -1}), "rank_pattern=.*-1.*: write a whole number"),
   ],
 )
 def test_bad_arguments_raise_at_once(how, text):
@@ -455,5 +455,5 @@ def test_b_learns_faster_by_its_rate():
   frozen_too = pj.freeze(method.optimizer(optax.sgd(1.0), 10), mask)
   got, _ = frozen_too.update(jax.tree.map(jnp.ones_like, params), frozen_too.init(params), params)
   np.testing.assert_array_equal(got["query"]["kernel"].b, jnp.full((8, 4), -16.0))  # once
-  with pytest.raises(ValueError, match="b_rate 0 is not above 0"):
+  with pytest.raises(ValueError, match="b_rate=0: write a number of at least"):
     pj.lora(4, b_rate=0)

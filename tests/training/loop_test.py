@@ -282,6 +282,23 @@ def test_accumulation_counts_updates_not_batches(config, run_once, tmp_path):
   np.testing.assert_allclose(rates, np.repeat([2e-3, 1.5e-3, 1e-3, 0.5e-3], 2), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("steps", "updates"), [(3, [1, 1, 1]), (7, [1, 1, 1, 1, 2, 2, 2])])
+def test_the_last_update_is_of_the_batches_that_are_left(config, steps, updates):
+  """accumulate=4: none is dropped, and the rates are those of as many updates."""
+  settings = config(train__steps=steps, optimizer__accumulate=4, optimizer__warmup=0.0)
+  run = Run(from_config(settings), None)
+  before = jax.device_get(run.state.train)
+  for done in run.steps():
+    if done in (2, 6):  # the moments of Adam have seen whole updates alone
+      assert int(run.state.opt_state.gradient_step) == done // 4
+  assert int(run.state.opt_state.gradient_step) == -(-steps // 4)
+  pairs = zip(jax.tree.leaves(before), jax.tree.leaves(run.state.train), strict=True)
+  assert any((x != y).any() for x, y in pairs)
+  rates = [run.learning_rate(number) for number in range(1, steps + 1)]
+  of = {update: 2e-3 * (1 - (update - 1) / max(updates)) for update in updates}
+  np.testing.assert_allclose(rates, [of[update] for update in updates], rtol=1e-5)
+
+
 def test_interrupted_between_two_batches_of_an_update(config, run_once, monkeypatch, tmp_path):
   """The gradient accumulated so far is part of the checkpoint."""
   settings = config(optimizer__accumulate=2, optimizer__warmup=0.0)

@@ -1,9 +1,11 @@
 """From a config into frozen dataclasses: every key known, every value sensible."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from configs.classify import get_config
 from peftjax.methods.base import Chain
@@ -95,22 +97,85 @@ def test_steps_go_before_epochs_and_none_is_an_error():
   """The number of batches: `steps`, else `epochs` of them, and at least one."""
   assert settings.Train(steps=7, epochs=2.0).total_steps(10) == 7
   assert settings.Train(epochs=2.5).total_steps(10) == 25
-  for train in (settings.Train(steps=0), settings.Train(epochs=0.01)):
-    with pytest.raises(ValueError, match="no step at all"):
-      train.total_steps(10)
+  with pytest.raises(ValueError, match=r"--config\.train\.epochs=0\.01 of 10 batches is no step"):
+    settings.Train(epochs=0.01).total_steps(10)
+  with pytest.raises(ValueError, match=r"epochs=1e\+20 of 10 batches is more than 2147483647"):
+    settings.Train(epochs=1e20).total_steps(10)
 
 
 def test_warmup_is_a_fraction_or_a_number():
   """Below 1 a share of all updates, from 1 on a number of them."""
   assert settings.Optimizer(warmup=0.1).warmup_steps(200) == 20
   assert settings.Optimizer(warmup=30).warmup_steps(200) == 30
+  for warmup, updates in ((30, 30), (30, 7), (1.5, 200), (1, 1)):
+    with pytest.raises(ValueError, match=rf"--config\.optimizer\.warmup={warmup} of {updates} "):
+      settings.Optimizer(warmup=warmup).warmup_steps(updates)
 
 
-@pytest.mark.parametrize(
-  "key",
-  ["optimizer__accumulate", "train__batch_size", "train__eval_batch_size", "train__log_every"],
-)
-def test_counts_start_at_one(key):
-  """A count of 0 is refused by name."""
-  with pytest.raises(ValueError, match=key.replace("__", r"\.") + "=0"):
-    from_config(changed(**{key: 0}))
+def test_the_last_update_may_be_of_fewer_batches():
+  count = lambda accumulate, *batches: [
+    settings.Optimizer(accumulate=accumulate).updates(n) for n in batches
+  ]
+  assert count(4, 1, 3, 4, 7, 8) == [1, 1, 1, 2, 2] and count(1, 5) == [5]
+
+
+NAN, INF = float("nan"), float("inf")
+WHOLE = (0, -1, True, 2.0, "64", 2**31, 10**400)
+OUT_OF_RANGE = {
+  "optimizer.learning_rate": (0.0, -1e-3, NAN, INF, True, "1e-3", 1e-40, None, 10**400),
+  "optimizer.clip_norm": (-1.0, 0.0, NAN, INF, "1"),
+  "optimizer.b1": (1e9, 1.0, -0.1, NAN),
+  "optimizer.b2": (1.0, NAN, "0.999"),
+  "optimizer.eps": (INF, 0.0, -1e-8, NAN, 1e-50, 2.0),
+  "optimizer.weight_decay": (INF, -0.1, NAN),
+  "optimizer.warmup": (-1, INF, NAN, "0.1"),
+  "optimizer.accumulate": WHOLE,
+  "optimizer.device_memory_bytes": (0, 1.5, True),
+  "optimizer.name": (3, None),
+  "train.epochs": (INF, NAN, 0.0, -1.0, True),
+  "train.batch_size": (*WHOLE, None),
+  "train.eval_batch_size": WHOLE,
+  "train.steps": WHOLE,
+  "train.log_every": WHOLE,
+  "train.save_every": WHOLE,
+  "data.max_length": WHOLE,
+  "data.train_examples": (0, 1.0),
+  "data.split_seed": (-1, 0.5),
+  "data.regression": ("false", 1),
+  "model.scan_layers": ("no", 0),
+  "quant.block_size": (64.0, True),
+  "quant.double_quant": ("no",),
+  "seed": (-1, 1.0, 2**31),
+  "method.rank": WHOLE,
+  "method.alpha": (NAN, INF, 0.0, -8.0, "16"),
+  "method.dropout": (1.0, NAN, -0.1),
+  "method.b_rate": (NAN, 0.0, INF),
+  "method.rslora": ("false", 1),
+  "method.head": ("false", 0),
+}
+
+
+@pytest.mark.parametrize("field", OUT_OF_RANGE)
+def test_what_is_out_of_range_is_named_with_what_is_allowed(field):
+  """The flag, what came and what to write; other types are no numbers."""
+  flag = re.escape(f"--config.{field}=")
+  for value in OUT_OF_RANGE[field]:
+    fields = get_config("method=lora,data=bbc").to_dict()
+    *section, name = field.split(".")
+    (fields[section[0]] if section else fields)[name] = value
+    with pytest.raises(ValueError, match=flag + ".*: write (a|true)") as error:
+      from_config(ConfigDict(fields)).build_method()
+    assert len(str(error.value)) < 300
+
+
+def test_what_is_in_range_is_taken():
+  """Whole numbers are numbers; placeholders may be empty; a text or several."""
+  config = changed(
+    optimizer__clip_norm=None, optimizer__weight_decay=0, train__epochs=3, train__steps=None
+  )
+  assert from_config(config).optimizer.clip_norm is None
+  assert settings.Text(eval_rows=None, max_length=2).max_length == 2
+  for targets in ("query", ("query",), ["query", "value"]):
+    fields = get_config("method=lora,data=bbc").to_dict()
+    fields["method"]["targets"] = targets
+    from_config(ConfigDict(fields)).build_method()

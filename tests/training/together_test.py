@@ -56,7 +56,8 @@ def configs(files, name, **more):
   [
     *(("lora", chunk, {"data.max_length": 32}) for chunk in (1, 3)),
     *((name, 1, {}) for name in METHODS if name != "lora"),
-    *((name, 2, {}) for name in ("lora", "adalora")),
+    ("lora", 2, {}),
+    ("adalora", 2, {"optimizer.accumulate": 4}),  # two updates of four batches and one of two
   ],
 )
 def test_parameters_are_those_of_single_runs(name, chunk, more, files):
