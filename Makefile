@@ -4,6 +4,7 @@
 PYTHON = python3
 ARGS =
 BIN = .venv/bin
+WORKERS = -n 2 --dist=loadgroup --no-loadscope-reorder
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 UV = uv==0.13.9
 TORCH = torch==2.13.0
@@ -13,7 +14,7 @@ LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--no-emit-index-url --no-header
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/.installed ## Fine-tune a pretrained BERT three ways, print the table
 	$(BIN)/python -m experiments.quickstart $(ARGS)
@@ -26,8 +27,18 @@ qlora: .venv/.installed ## Fine-tune a language model whose base is in four bits
 
 install: .venv/.installed ## Make .venv from requirements.lock
 
-test: .venv/.installed ## Run the tests (no torch needed)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile tests $(ARGS)
+test: .venv/.installed ## Run the tests but the slow ones (no torch needed)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" tests $(ARGS)
+	$(BIN)/python -m pytest --doctest-modules peftjax
+
+test-all: .venv/.installed ## Run all tests (no torch needed)
+	$(BIN)/python -m pytest $(WORKERS) tests $(ARGS)
+	$(BIN)/python -m pytest --doctest-modules peftjax
+
+oldest: build/oldest/.installed ## Run the core tests on the oldest versions that pyproject.toml allows
+	build/oldest/bin/python -m pytest $(WORKERS) -m "not slow" tests/core tests/methods tests/quant $(ARGS)
+	build/oldest/bin/python -m pytest $(WORKERS) -m "not slow" tests/method_contract_test.py $(ARGS) \
+	  -k "lora-scanned or nf4-scanned or adalora-scanned or prefix-scanned"
 
 lint: .venv/.installed ## Run ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -99,4 +110,18 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 	echo "Added in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart qlora install test lint format parity bench claims lock clean
+# Each direct dependency at its lower bound, what they need at its newest.
+build/oldest/.installed: pyproject.toml
+	@echo "Installing the oldest versions that pyproject.toml allows into build/oldest ..."
+	@set -e; t0=$$(date +%s); \
+	$(PYTHON) -m venv --clear build/oldest; \
+	build/oldest/bin/python -m pip install -qq --disable-pip-version-check $(UV); \
+	export UV_PYTHON_DOWNLOADS=never; \
+	build/oldest/bin/uv pip compile -q --python build/oldest/bin/python --resolution lowest-direct \
+	  --no-emit-index-url --no-header --no-annotate pyproject.toml -o build/oldest/requirements.txt; \
+	build/oldest/bin/uv pip install -q --python build/oldest/bin/python \
+	  -r build/oldest/requirements.txt pytest pytest-xdist hypothesis; \
+	echo "Installed in $$(($$(date +%s) - t0)) s."
+	@touch $@
+
+.PHONY: help quickstart qlora install test test-all oldest lint format parity bench claims lock clean

@@ -30,8 +30,8 @@ def set_up(compilation_cache: str | None) -> None:
   from absl import flags, logging
 
   if not flags.FLAGS["verbosity"].present:
-    # Which accelerators are absent, and how Orbax reads its own options, is no news; what its threads
-    # fail at, it raises here too.
+    # Which accelerators are absent, and how Orbax reads its own options, is no news; what its
+    # threads fail at, it raises here too.
     logging.set_verbosity(logging.FATAL)
   keep_programs(compilation_cache)
 

@@ -1,6 +1,7 @@
 """The laws that every method obeys, on one tiny encoder, its layers scanned or unrolled.
 
-A new method is one line in `ENTRIES`.
+A new method is one line in `ENTRIES`. `make test` takes every kind of leaf, of base and of place to
+attach once, and both layouts; `make test-all` what nests and repeats them.
 """
 
 import collections
@@ -26,7 +27,7 @@ from peftjax.core.tree import tie
 from peftjax.core.weight import Weight, children
 from peftjax.io import hf_peft
 from peftjax.models.bert import BertClassifier
-from tests.core.programs import jit, producers
+from tests.core.programs import drop, jit, producers
 from tests.models import tiny
 
 _QV = r".*/(query|value)/kernel/[ab]"
@@ -49,6 +50,7 @@ class Entry:
   trains: str  # what exactly is trained, as one regex over the paths of arrays
   other: Callable[[], Any] | None = None  # the same with another rank and alpha, to swap with
   layers: tuple[str, ...] = ("scanned",)
+  slow: tuple[str, ...] = ()  # layouts that only `make test-all` takes
   dtype: Any = jnp.float32  # of activations
   identity: float = 2e-6  # largest change of the outputs by attach
   rounding: float = 2e-5  # two ways to compute one thing, relative
@@ -56,6 +58,8 @@ class Entry:
 
 
 _BOTH = ("unrolled", "scanned")
+_ONE = dict(slow=("unrolled",))
+_NONE = dict(layers=(), slow=("scanned",))
 lora, adalora, dora, ia3, adapters = pj.lora, pj.adalora, pj.dora, pj.ia3, pj.adapters
 prefix, prompt = pj.prefix, pj.prompt
 vera, train, chain = pj.vera, pj.train, pj.chain
@@ -69,9 +73,15 @@ _embed = r".*/(word|position)_embeddings/embedding/[ab]"
 
 ENTRIES = [
   Entry("lora", lambda: lora(4, 8), _QV, lambda: lora(2, 3), _BOTH),
-  Entry("all-linear", lambda: lora(4, 8, "all-linear"), _LINEAR, lambda: lora(3, 9, "all-linear")),
-  Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3)),
-  Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5)),
+  Entry(
+    "all-linear",
+    lambda: lora(4, 8, "all-linear"),
+    _LINEAR,
+    lambda: lora(3, 9, "all-linear"),
+    **_NONE,
+  ),
+  Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3), **_NONE),
+  Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5), **_NONE),
   Entry(
     "pissa", lambda: lora(4, 8, init="pissa"), _QV, lambda: lora(2, 3, init="pissa"), identity=5e-5
   ),
@@ -80,14 +90,19 @@ ENTRIES = [
     lambda: lora(4, 8, _QK, **_patterns),
     r".*/(query|key)/kernel/[ab]",
     lambda: lora(2, 6, _QK, **_fewer),
-    _BOTH,
+    **_ONE,
   ),
   Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables)),
   Entry("dropout", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2)),
   Entry("bf16", lambda: lora(4, 8), _QV, lambda: lora(2, 3), dtype=jnp.bfloat16, rounding=3e-2),
-  Entry("nf4", lambda: lora(4, 8), _QV, lambda: lora(2, 3), _BOTH, base=pj.nf4()),
+  Entry("nf4", lambda: lora(4, 8), _QV, lambda: lora(2, 3), base=pj.nf4(), **_ONE),
   Entry(
-    "int8", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2), base=pj.int8(32)
+    "int8",
+    lambda: lora(4, 8, dropout=0.2),
+    _QV,
+    lambda: lora(2, 3, dropout=0.2),
+    base=pj.int8(32),
+    **_NONE,
   ),
   Entry(
     "fp4 all-linear",
@@ -96,66 +111,102 @@ ENTRIES = [
     lambda: lora(3, 9, "all-linear"),
     base=pj.fp4(32, double_quant=False),
   ),
-  Entry("nf4 bf16", lambda: lora(4, 8), _QV, dtype=jnp.bfloat16, rounding=3e-2, base=pj.nf4(32)),
   Entry(
-    "adalora", lambda: adalora(4, 2, 400.0), _TRIPLETS, lambda: adalora(3, 2, 500.0), layers=_BOTH
+    "nf4 bf16", lambda: lora(4, 8), _QV, dtype=jnp.bfloat16, rounding=3e-2, base=pj.nf4(32), **_NONE
+  ),
+  Entry(
+    "adalora",
+    lambda: adalora(4, 2, 400.0),
+    _TRIPLETS,
+    lambda: adalora(3, 2, 500.0),
+    **_ONE,
   ),
   Entry(
     "adalora nf4",
     lambda: adalora(4, 2, 400.0, ["query", "value"], dropout=0.2),
     r".*/(query|value)/kernel/[abe]",
     base=pj.nf4(),
+    **_NONE,
   ),
-  Entry("lora-fa", lambda: lora(4, 8, freeze_a=True), r".*/(query|value)/kernel/b"),
-  Entry("lora+", lambda: lora(4, 8, b_rate=4.0), _QV, lambda: lora(2, 3, b_rate=4.0)),
-  Entry("ia3", lambda: ia3(["key", "value"], _FFN), _SCALES, None, _BOTH),
+  Entry("lora-fa", lambda: lora(4, 8, freeze_a=True), r".*/(query|value)/kernel/b", **_NONE),
+  Entry("lora+", lambda: lora(4, 8, b_rate=4.0), _QV, lambda: lora(2, 3, b_rate=4.0), **_NONE),
+  Entry("ia3", lambda: ia3(["key", "value"], _FFN), _SCALES, None, **_ONE),
   Entry("ia3 int8", lambda: ia3(["key", "value"], _FFN), _SCALES, base=pj.int8(32)),
-  Entry("dora", lambda: dora(4, 8), _QV_M, lambda: dora(2, 3), _BOTH, identity=5e-6),
+  Entry("dora", lambda: dora(4, 8), _QV_M, lambda: dora(2, 3), identity=5e-6, **_ONE),
   Entry(
     "dora all-linear",
     lambda: dora(4, 8, "all-linear", dropout=0.2),
     r"bert/.*/kernel/[abm]",
     lambda: dora(3, 9, "all-linear", dropout=0.2),
     identity=5e-6,
+    **_NONE,
   ),
-  Entry("dora nf4", lambda: dora(4, 8, from_quantised=True), _QV_M, base=pj.nf4(), identity=5e-6),
-  Entry("houlsby", lambda: adapters(8), f"{_BOTTLENECKS}|{_NORMS}", None, _BOTH, identity=5e-3),
-  Entry("pfeiffer", lambda: adapters(8, "pfeiffer"), _BOTTLENECKS, None, _BOTH, identity=3e-2),
+  Entry(
+    "dora nf4",
+    lambda: dora(4, 8, from_quantised=True),
+    _QV_M,
+    base=pj.nf4(),
+    identity=5e-6,
+    **_NONE,
+  ),
+  Entry("houlsby", lambda: adapters(8), f"{_BOTTLENECKS}|{_NORMS}", None, identity=5e-3, **_ONE),
+  Entry(
+    "pfeiffer",
+    lambda: adapters(8, "pfeiffer"),
+    _BOTTLENECKS,
+    None,
+    identity=3e-2,
+    layers=("unrolled",),
+    slow=("scanned",),
+  ),
   Entry("parallel", lambda: adapters(8, "parallel"), _BOTTLENECKS, identity=2e-2),
   Entry(
     "scaled parallel nf4",
     lambda: adapters(8, "scaled_parallel"),
     _BOTTLENECKS,
     base=pj.nf4(),
+    **_NONE,
   ),
-  Entry("after residual", lambda: adapters(8, "after_residual"), _BOTTLENECKS, identity=5e-3),
+  Entry(
+    "after residual", lambda: adapters(8, "after_residual"), _BOTTLENECKS, identity=5e-3, **_NONE
+  ),
   Entry(
     "adapters bf16",
     lambda: adapters(8, targets="intermediate", init="lora", norms=False),
     _BOTTLENECKS,
     dtype=jnp.bfloat16,
     rounding=3e-2,
+    **_NONE,
   ),
   # A prefix takes its share of the attention at once, a prompt also its place before the text.
-  Entry("prefix", lambda: prefix(3), r".*/prefix/(keys|values)", None, _BOTH, identity=1.0),
-  Entry("prefix nf4", lambda: prefix(3), r".*/prefix/(keys|values)", base=pj.nf4(), identity=1.0),
+  Entry("prefix", lambda: prefix(3), r".*/prefix/(keys|values)", None, identity=1.0, **_ONE),
+  Entry(
+    "prefix nf4",
+    lambda: prefix(3),
+    r".*/prefix/(keys|values)",
+    base=pj.nf4(),
+    identity=1.0,
+    **_NONE,
+  ),
   Entry("prompt", lambda: prompt(3), r".*/prompt/embeddings", identity=10.0),
-  Entry("vera", lambda: vera(6, "all-linear", d_initial=1.0), _VECTORS, None, _BOTH),
+  Entry("vera", lambda: vera(6, "all-linear", d_initial=1.0), _VECTORS, None, **_ONE),
   Entry(
     "vera nf4",
     lambda: vera(6, "all-linear", d_initial=1.0, dropout=0.2),
     _VECTORS,
     base=pj.nf4(32),
+    **_NONE,
   ),
   Entry("full", lambda: train(".*"), ".*"),
-  Entry("head", lambda: train("head/.*"), "head/.*"),
-  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*"),
+  Entry("head", lambda: train("head/.*"), "head/.*", **_NONE),
+  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*", **_NONE),
   Entry("lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*"),
   Entry(
     "query | value",
     lambda: chain(lora(4, 8, "query", dropout=0.1), lora(2, 3, "value", dropout=0.1)),
     _QV,
     lambda: chain(lora(1, 8, "query", dropout=0.1), lora(2, 9, "value", dropout=0.1)),
+    **_NONE,
   ),
 ]
 
@@ -276,17 +327,21 @@ class Subject:
     return {p: leaf for p, leaf in flat.items() if whole(leaf)}
 
 
-def _ids():
-  return [(entry, layers) for entry in ENTRIES for layers in entry.layers]
+def _subjects():
+  """Each goes to one worker."""
+  slow = pytest.mark.slow(reason="nests or repeats what other entries are; 10 s each")
+  for entry in ENTRIES:
+    for layers in (*entry.layers, *entry.slow):
+      name = f"{entry.name}-{layers}"
+      marks = [pytest.mark.xdist_group(name), *[slow] * (layers in entry.slow)]
+      yield pytest.param((entry, layers), id=name, marks=marks)
 
 
-@pytest.fixture(scope="module", params=_ids(), ids=lambda p: f"{p[0].name}-{p[1]}")
+@pytest.fixture(scope="module", params=_subjects())
 def subject(request):
   entry, layers = request.param
   yield Subject(entry, layers == "scanned")
-  # Programs of all methods together exceed the number of memory maps that a process may have.
-  if ENTRIES.index(entry) % 4 == 3:
-    jax.clear_caches()
+  drop()
 
 
 def merge(params):

@@ -1,4 +1,4 @@
-"""Programs: compiled quickly, and read."""
+"""Programs: compiled quickly or as users get them, dropped, and read."""
 
 import functools
 
@@ -6,11 +6,31 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+_QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+  "xla_cpu_use_fusion_emitters": False,
+  "xla_cpu_parallel_codegen_split_count": 1,
+}
+_DEFAULT = {
+  "xla_backend_optimization_level": 3,
+  "xla_llvm_disable_expensive_passes": False,
+  "xla_cpu_use_fusion_emitters": True,
+  "xla_cpu_parallel_codegen_split_count": 32,
+}
+
 # Most laws are about values: compiling fast is worth more than running fast.
-jit = functools.partial(
-  jax.jit,
-  compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
+jit = functools.partial(jax.jit, compiler_options=_QUICK)
+# For laws about what XLA makes of a program: memory, and equality to the bit.
+optimised = functools.partial(jax.jit, compiler_options=_DEFAULT)
+
+
+def drop():
+  """Forgets compiled programs if there are many: a process may have only so many memory maps."""
+  with open("/proc/self/maps") as maps:
+    many = sum(1 for _ in maps) > 10_000
+  if many:
+    jax.clear_caches()
 
 
 def equations(jaxpr):

@@ -1,5 +1,6 @@
 """Runs trained together do what each does alone."""
 
+import functools
 import json
 
 import jax
@@ -51,70 +52,86 @@ def configs(files, name, **more):
   return made
 
 
+def changed(length, accumulate):
+  return {"data.max_length": length, "optimizer.accumulate": accumulate}
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+  """Each run by itself: its parameters before and after, and its adapter; of all tests the same."""
+
+  @functools.cache
+  def train(name, length, accumulate):
+    made = []
+    for config in configs(files, name, **changed(length, accumulate)):
+      run = Run(from_config(config), None)
+      before = jax.device_get(tree.combine(run.state.train, run.frozen))
+      for _ in run.steps():
+        pass
+      after = jax.device_get(tree.combine(run.state.train, run.frozen))
+      trained = [jax.tree.leaves(tree.partition(p, run.mask)[0]) for p in (before, after)]
+      moved = max(float(np.abs(x - y).max()) for x, y in zip(*trained, strict=True))
+      made.append((run.adapter()["adapter"], moved))
+    return made
+
+  return train
+
+
+_SLOW = pytest.mark.slow(reason="the same laws for more settings; 10 to 20 s each")
+
+
 @pytest.mark.parametrize(
-  ("name", "chunk", "more"),
+  ("name", "chunk", "length", "accumulate"),
   [
-    *(("lora", chunk, {"data.max_length": 32}) for chunk in (1, 3)),
-    *((name, 1, {}) for name in METHODS if name != "lora"),
-    ("lora", 2, {}),
-    ("adalora", 2, {"optimizer.accumulate": 4}),  # two updates of four batches and one of two
+    ("lora", 2, 32, 1),
+    ("dora", 1, 16, 1),
+    ("adalora", 1, 16, 4),  # two updates of four batches and one of two
+    *(
+      pytest.param(*case, 1, marks=_SLOW)
+      for case in (("lora", 1, 32), ("lora", 3, 32), ("rslora", 1, 16), ("adalora", 2, 16))
+    ),
   ],
 )
-def test_parameters_are_those_of_single_runs(name, chunk, more, files):
+def test_parameters_are_those_of_single_runs(name, chunk, length, accumulate, files, alone):
   """After ten steps, ranks and rates and orders of data their own."""
-  wanted = configs(files, name, **more)
-  group = Together(wanted, chunk)
-  assert (len(group._lengths) > 1) == ("data.max_length" in more)
+  group = Together(configs(files, name, **changed(length, accumulate)), chunk)
+  assert (len(group._lengths) > 1) == (length == 32)
   for _ in group.steps():
     pass
   assert group._step._cache_size() == 1
   shared = {id(x) for x in jax.tree.leaves(group._base)}
   for run in group.runs:  # one base in memory
     assert shared <= {id(x) for x in jax.tree.leaves(run.frozen)}
-  for i, config in enumerate(wanted):
-    alone = Run(from_config(config), None)
-    before = jax.device_get(tree.combine(alone.state.train, alone.frozen))
-    for _ in alone.steps():
-      pass
+  for i, (want, moved) in enumerate(alone(name, length, accumulate)):
     group.take(i)
     got = cut_ranks(group.runs[i].adapter()["adapter"])
-    want = alone.adapter()["adapter"]
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
-    after = jax.device_get(tree.combine(alone.state.train, alone.frozen))
-    one, two = (tree.partition(p, alone.mask)[0] for p in (before, after))
-    moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), one, two)
-    assert max(jax.tree.leaves(moved)) > 1e-2
+    assert moved > 1e-2
     if name == "adalora":
       assert pj.ranks(tree.combine(got, group._base)) == pj.ranks(tree.combine(want, group._base))
 
 
 def test_folders_and_results_are_those_of_single_runs(files, tmp_path):
-  """Scores, counts and files; each is the start of a prediction."""
-  wanted = configs(files, "lora")[:2]
-  folders = [tmp_path / f"together{i}" for i in range(2)]
+  """Scores, counts and files; each is the start of a prediction. One that diverges harms none."""
+  wanted = configs(files, "lora")
+  wanted[1].optimizer.learning_rate = 1e30
+  folders = [tmp_path / f"together{i}" for i in range(3)]
   results = train_together(wanted, folders)
-  for i, config in enumerate(wanted):
-    alone = train_and_evaluate(config, tmp_path / f"alone{i}")
+  assert isinstance(results[1], FloatingPointError)
+  assert not (folders[1] / "result.json").exists()
+  for i in (0, 2):
+    alone = train_and_evaluate(wanted[i], tmp_path / f"alone{i}")
     same = ("method", "trainable_params", "total_params", "seed", "steps", "config", "labels")
     assert {key: results[i][key] for key in same} == {key: alone[key] for key in same}
-    assert results[i]["metrics"] == alone["metrics"] and results[i]["together"] == 2
+    assert results[i]["metrics"] == alone["metrics"] and results[i]["together"] == 3
     assert json.loads((folders[i] / "result.json").read_text()) == results[i]
     texts = ["one good day", "a bad one"]
     one, two = (Predictor(folder).logits(texts) for folder in (folders[i], tmp_path / f"alone{i}"))
     np.testing.assert_allclose(one, two, atol=1e-4)
     assert (folders[i] / "peft" / "adapter_model.safetensors").exists()
-    assert train_and_evaluate(config, folders[i]) == results[i]  # it is done
-
-
-def test_one_that_diverges_leaves_the_others_alone(files, tmp_path):
-  wanted = configs(files, "lora")
-  wanted[1].optimizer.learning_rate = 1e30
-  results = train_together(wanted, [tmp_path / str(i) for i in range(3)])
-  assert isinstance(results[1], FloatingPointError)
-  assert not (tmp_path / "1" / "result.json").exists()
-  assert {0, 2} == {i for i in range(3) if isinstance(results[i], dict)}
+    assert train_and_evaluate(wanted[i], folders[i]) == results[i]  # it is done
 
 
 def test_what_may_differ_is_told(files):
