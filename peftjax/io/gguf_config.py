@@ -169,7 +169,7 @@ def nested(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for name in outer:
       inner = place.setdefault(name, {})
       place = inner if isinstance(inner, dict) else {}
-    place[last] = value.tolist() if isinstance(value, np.ndarray) and value.size < 100 else value
+    place[last] = value
   return nested
 
 

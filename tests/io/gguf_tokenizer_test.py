@@ -274,6 +274,7 @@ def test_empty_tokens_have_llama_cpps_names(tmp_path):
 BAD = {
   "lacks tokenizer.ggml.model": dict(model=None),
   "model is 7; it must be a text": dict(model=7),
+  r"model is \[1, 2\]; it must be a text": dict(model=[1, 2]),
   "of kind 'bert'; read are 'gpt2'.*'llama'": dict(model="bert"),
   "split as 'gemma4'.*read are gpt-2.*llama-bpe": dict(pre="gemma4"),
   "pre is 3; it must be a text": dict(pre=3),
@@ -329,7 +330,7 @@ def test_what_the_library_cannot_do_is_a_sentence(tmp_path, monkeypatch):
     pass
 
   path = byte_level(tmp_path / "m.gguf")
-  for kind in (Exception, Panic, KeyboardInterrupt):
+  for kind in (Exception, ValueError, Panic, KeyboardInterrupt):
 
     def fail(*args, kind=kind, **options):
       raise kind("oh")
