@@ -170,7 +170,8 @@ def _list(
   """A list of the vocabulary, of values of one kind, as long as the vocabulary."""
   value = fields.get(name)
   what = {str: "texts", int: "whole numbers", float: "numbers"}[kind]
-  if not isinstance(value, list) or (value and type(value[0]) is not kind):
+  kinds = (int, float) if kind is float else (kind,)
+  if not isinstance(value, list) or (value and type(value[0]) not in kinds):
     raise ValueError(f"{path}: tokenizer.ggml.{name} must be a list of {what}, not {clip(value)}.")
   if length is not None and len(value) != length:
     raise ValueError(
