@@ -1,8 +1,10 @@
 """GGUF files, written with the gguf package as llama.cpp's converter does, or byte by byte."""
 
+import io
 import struct
 
 import gguf
+import sentencepiece
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
@@ -19,6 +21,7 @@ NAMES = {
   "input_layernorm": "attn_norm",
   "post_attention_layernorm": "ffn_norm",
 }
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # types of tokens
 WORDS = ["<|end|>", "a", "b", "c", "ab", "Ġ", "1", "2", "Ġa", "12"]
 
 
@@ -116,6 +119,44 @@ def vocabulary(path, tokens, kind="gpt2", arch="llama", **values):
   add(writer, {f"tokenizer.ggml.{key}": value for key, value in values.items()})
   finish(writer)
   return path
+
+
+def train_pieces(texts):
+  """A SentencePiece model of Llama's kind: BPE, bytes, nothing normalised."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts),
+    model_writer=model,
+    model_type="bpe",
+    vocab_size=500,
+    byte_fallback=True,
+    split_digits=True,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    num_threads=1,
+    minloglevel=2,
+  )
+  return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def from_pieces(path, pieces, more=(), **values):
+  """A SentencePiece model's vocabulary; `more` are user-defined tokens behind the others."""
+
+  def kind(i):
+    if pieces.is_unknown(i):
+      return UNKNOWN
+    return CONTROL if pieces.is_control(i) else BYTE if pieces.is_byte(i) else NORMAL
+
+  number = range(pieces.get_piece_size())
+  return vocabulary(
+    path,
+    [pieces.id_to_piece(i) for i in number] + list(more),
+    "llama",
+    scores=[pieces.get_score(i) for i in number] + [-1000.0] * len(more),
+    token_type=[kind(i) for i in number] + [USER] * len(more),
+    **values,
+  )
 
 
 def text(value):

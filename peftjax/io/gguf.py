@@ -143,5 +143,5 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def metadata(path: str | Path, key: str, default: Any = None) -> Any:
-  """One value of the file's metadata: a number, a text, a list of texts or an array of numbers."""
+  """One value of the file's metadata: a number, a text, true or false, or a list of them."""
   return gguf_header.read(path).metadata.get(key, default)

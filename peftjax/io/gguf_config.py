@@ -84,20 +84,7 @@ def config(path: Path, header: Header) -> dict[str, Any]:
       range; sizes that do not fit each other; another architecture, a stretch of the rotary
       frequencies that is not read, or tensors other than the architecture's, layer by layer.
   """
-  general = records.convert(nested(header.metadata, "general"), _General, f"{path}: general")
-  kind = general.architecture
-  if kind not in ("llama", "qwen2"):
-    raise ValueError(
-      f"{path} has the architecture {clip(kind)}; 'llama' and 'qwen2' are supported. Load the "
-      "model's Hugging Face directory instead."
-    )
-  if general.type != "model":
-    raise ValueError(f"{path} holds no model: its general.type is {clip(general.type)}.")
-  parts = records.convert(nested(header.metadata, "split"), _Parts, f"{path}: split").count
-  if parts > 1:
-    raise ValueError(
-      f"{path} is one of {parts} parts of a model. Join them with llama-gguf-split --merge."
-    )
+  kind = _kind(path, header)
   said = records.convert(nested(header.metadata, kind), _Model, f"{path}: {kind}")
   heads, size = _heads(path, kind, said)
   tokens = header.metadata.get("tokenizer.ggml.tokens")
@@ -126,6 +113,25 @@ def config(path: Path, header: Header) -> dict[str, Any]:
   if scaling := _scaling(path, header, said.rope, found):
     found["rope_scaling"] = scaling
   return found
+
+
+def _kind(path: Path, header: Header) -> str:
+  """The architecture of a whole model."""
+  general = records.convert(nested(header.metadata, "general"), _General, f"{path}: general")
+  kind = general.architecture
+  if kind not in ("llama", "qwen2"):
+    raise ValueError(
+      f"{path} has the architecture {clip(kind)}; 'llama' and 'qwen2' are supported. Load the "
+      "model's Hugging Face directory instead."
+    )
+  if general.type != "model":
+    raise ValueError(f"{path} holds no model: its general.type is {clip(general.type)}.")
+  parts = records.convert(nested(header.metadata, "split"), _Parts, f"{path}: split").count
+  if parts > 1:
+    raise ValueError(
+      f"{path} is one of {parts} parts of a model. Join them with llama-gguf-split --merge."
+    )
+  return kind
 
 
 def token_ids(path: Path, metadata: Mapping[str, Any]) -> dict[str, int | None]:
@@ -169,7 +175,7 @@ def nested(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for name in outer:
       inner = place.setdefault(name, {})
       place = inner if isinstance(inner, dict) else {}
-    place[last] = value.tolist() if isinstance(value, np.ndarray) and value.size < 100 else value
+    place[last] = value
   return nested
 
 

@@ -62,7 +62,7 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
-  """A file's metadata (texts, numbers, truths; lists of texts, arrays of numbers) and tensors."""
+  """A file's metadata (texts, numbers, truths, and lists of one kind of them) and tensors."""
 
   metadata: Mapping[str, Any]
   tensors: Mapping[str, Tensor]
@@ -151,13 +151,13 @@ class _Cursor:
     if kind == _TEXT:
       return self.text(what)
     if kind != _ARRAY:
-      return self.numbers(kind, 1, what)[0].item()
+      return self.numbers(kind, 1, what)[0]
     kind, count = self.number("<I", what), self.number("<Q", what)
     if kind == _ARRAY:
       raise ValueError(f"{what} is an array of arrays, which llama.cpp does not write")
     return self.texts(count, what) if kind == _TEXT else self.numbers(kind, count, what)
 
-  def numbers(self, kind: int, count: int, what: str) -> np.ndarray:
+  def numbers(self, kind: int, count: int, what: str) -> list[Any]:
     if kind not in _NUMBERS:
       raise ValueError(f"{what} has a value of type {kind}; there are 0 to 12")
     name, code = _NUMBERS[kind]
@@ -167,7 +167,7 @@ class _Cursor:
     self.at += size
     if name == "bool" and (found > 1).any():
       raise ValueError(f"{what} has the byte {found.max()} for true or false, which are 1 and 0")
-    return found.astype(name)
+    return found.astype(name).tolist()
 
 
 def _parse(data: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,14 @@ def tokenizer(path: str | Path) -> Tokenizer:
     made.add_special_tokens([token for token in added if token.special])
     made.add_tokens([token for token in added if not token.special])
     bos = split.bos if said.add_bos_token is None else said.add_bos_token
-    ends = (bos and "bos", said.add_eos_token and "eos")
-    made.post_processor = _template(path, vocabulary.tokens, ids, *ends)
-  except (ValueError, KeyboardInterrupt, SystemExit):
+    before, behind = ["bos"] * bos, ["eos"] * bool(said.add_eos_token)
+    made.post_processor = _template(path, vocabulary.tokens, ids, before, behind)
+  except (KeyboardInterrupt, SystemExit):
     raise
   except BaseException as error:  # the library's bare Exception, and its panics, which are none
     told = clip(str(error), quote=False)
+    if isinstance(error, ValueError) and str(error).startswith(str(path)):
+      raise  # ours
     raise ValueError(f"{path}: its vocabulary cannot be used: {told}.") from None
   return made
 
@@ -123,7 +126,7 @@ def special_tokens(path: str | Path) -> dict[str, str]:
   """The texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, as far as there are any."""
   path = Path(path)
   metadata = gguf_header.read(path).metadata
-  tokens = metadata.get("tokenizer.ggml.tokens")
+  tokens = metadata.get("tokenizer.ggml.tokens", ())
   ids = gguf_config.token_ids(path, metadata)
   return {f"{name}_token": tokens[id] for name, id in ids.items() if id is not None}
 
@@ -149,8 +152,7 @@ def _vocabulary(path: Path, fields: Mapping[str, Any]) -> _Vocabulary:
     raise ValueError(f"{path} has {len(tokens)} tokens; 1 to {MAX_TOKENS} are read.")
   tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # llama.cpp's names
   if len(set(tokens)) < len(tokens):
-    seen: set[str] = set()
-    twice = next(token for token in tokens if token in seen or seen.add(token))
+    [(twice, _)] = Counter(tokens).most_common(1)
     raise ValueError(f"{path} has the token {clip(twice)} twice in its vocabulary.")
   types = [1] * len(tokens)
   if "token_type" in fields:
@@ -167,9 +169,9 @@ def _list(
 ) -> list[Any]:
   """A list of the vocabulary, of values of one kind, as long as the vocabulary."""
   value = fields.get(name)
-  value = value.tolist() if isinstance(value, np.ndarray) else value
   what = {str: "texts", int: "whole numbers", float: "numbers"}[kind]
-  if not isinstance(value, list) or (value and type(value[0]) is not kind):
+  kinds = (int, float) if kind is float else (kind,)
+  if not isinstance(value, list) or (value and type(value[0]) not in kinds):
     raise ValueError(f"{path}: tokenizer.ggml.{name} must be a list of {what}, not {clip(value)}.")
   if length is not None and len(value) != length:
     raise ValueError(
@@ -288,24 +290,23 @@ def _template(
   path: Path,
   tokens: Sequence[str],
   ids: Mapping[str, int | None],
-  *ends: str | bool | None,
+  before: list[str],
+  behind: list[str],
 ) -> processors.TemplateProcessing | None:
-  """BOS and EOS about each text of one or two, where `ends` has their names."""
-  used = [name for name in ends if name]
-  if not used:
-    return None
-  for name in used:
-    if ids[name] is None:
+  """What has tokens, by their names, before and behind each of one text or two."""
+  used = {}
+  for name in before + behind:
+    id = ids[name]
+    if id is None:
       raise ValueError(
         f"{path} wants {name.upper()} added to texts, and does not name it: it lacks "
         f"tokenizer.ggml.{name}_token_id. Convert the model again."
       )
-  before, behind = ([name] if name else [] for name in ends)
+    used[name] = {"id": name, "ids": [id], "tokens": [tokens[id]]}
   around = lambda text, kind: [f"{part}:{kind}" for part in (*before, text, *behind)]
+  single, second = around("$A", 0), around("$B", 1)
+  if not used:
+    return None
   return processors.TemplateProcessing(
-    single=around("$A", 0),
-    pair=[*around("$A", 0), *around("$B", 1)],
-    special_tokens=[
-      {"id": name, "ids": [ids[name]], "tokens": [tokens[ids[name]]]} for name in used
-    ],
+    single=single, pair=single + second, special_tokens=list(used.values())
   )

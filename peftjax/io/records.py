@@ -117,6 +117,8 @@ def unknown(value: Mapping[str, Any], schema: type) -> dict[str, list[str]]:
 
 def clip(value: Any, most: int = 200, *, quote: bool = True) -> str:
   """`repr(value)`, cut: what a hostile file holds must not fill the screen."""
+  if isinstance(value, str | bytes | list | tuple):
+    value = value[: most + 1]  # of millions, no more is made a text of
   try:
     text = repr(value) if quote else str(value)
   except (ValueError, RecursionError):  # a number of thousands of digits; nesting of thousands

@@ -1,20 +1,18 @@
 """Tokenizers of GGUF files: SentencePiece is the reference of its kind, llama.cpp of the rest."""
 
-import io
 import json
 
 import gguf
 import pytest
-import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from peftjax.io import gguf_tokenizer
 from peftjax.io.gguf import GGUFFile, chat_templates, special_tokens, tokenizer
 from peftjax.io.gguf_splits import SPLITS
 from tests import gguf_files
+from tests.gguf_files import CONTROL, NORMAL, UNUSED, USER
 from tests.gguf_texts import CORPUS, TEXTS
 
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
@@ -24,49 +22,12 @@ def ids(made, text, special=False):
 
 @pytest.fixture(scope="module")
 def pieces():
-  """A SentencePiece model of Llama's kind: BPE, bytes, nothing normalised."""
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CORPUS),
-    model_writer=model,
-    model_type="bpe",
-    vocab_size=500,
-    byte_fallback=True,
-    split_digits=True,
-    normalization_rule_name="identity",
-    remove_extra_whitespaces=False,
-    allow_whitespace_only_pieces=True,
-    num_threads=1,
-    minloglevel=2,
-  )
-  return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-
-
-def from_pieces(path, pieces, more=(), **values):
-  """As llama.cpp's converter writes it; `more` are user-defined tokens behind the others."""
-  number = range(pieces.get_piece_size())
-  kind = lambda i: (
-    UNKNOWN
-    if pieces.is_unknown(i)
-    else CONTROL
-    if pieces.is_control(i)
-    else BYTE
-    if pieces.is_byte(i)
-    else NORMAL
-  )
-  return gguf_files.vocabulary(
-    path,
-    [pieces.id_to_piece(i) for i in number] + list(more),
-    "llama",
-    scores=[pieces.get_score(i) for i in number] + [-1000.0] * len(more),
-    token_type=[kind(i) for i in number] + [USER] * len(more),
-    **values,
-  )
+  return gguf_files.train_pieces(CORPUS)
 
 
 def test_sentencepiece_ids_are_sentencepieces(pieces, tmp_path):
   """And texts come back; BOS stands before them by default."""
-  made = tokenizer(from_pieces(tmp_path / "m.gguf", pieces))
+  made = tokenizer(gguf_files.from_pieces(tmp_path / "m.gguf", pieces))
   for text in TEXTS:
     want = pieces.encode(text)
     assert ids(made, text) == want, text
@@ -76,7 +37,7 @@ def test_sentencepiece_ids_are_sentencepieces(pieces, tmp_path):
 
 def test_every_stretch_between_whole_tokens_gets_a_space(pieces, tmp_path):
   """As in llama.cpp, and in the tokenizer.json of Llama 2; each stretch is SentencePiece's."""
-  made = tokenizer(from_pieces(tmp_path / "m.gguf", pieces, more=["<think>", "[INST]"]))
+  made = tokenizer(gguf_files.from_pieces(tmp_path / "m.gguf", pieces, more=["<think>", "[INST]"]))
   think, inst = pieces.get_piece_size() + 0, pieces.get_piece_size() + 1
   want = [*pieces.encode("a b"), think, *pieces.encode("the"), *[2, inst], *pieces.encode(" x")]
   assert ids(made, "a b<think>the</s>[INST] x") == want
@@ -86,7 +47,7 @@ def test_every_stretch_between_whole_tokens_gets_a_space(pieces, tmp_path):
 
 def test_without_a_prefix_no_space_is_added_or_lost(pieces, tmp_path):
   """add_space_prefix of false, as Llama files made of newer tokenizers have."""
-  made = tokenizer(from_pieces(tmp_path / "m.gguf", pieces, add_space_prefix=False))
+  made = tokenizer(gguf_files.from_pieces(tmp_path / "m.gguf", pieces, add_space_prefix=False))
   for text in TEXTS:
     assert made.decode(ids(made, text)) == text
     if text:
@@ -274,6 +235,7 @@ def test_empty_tokens_have_llama_cpps_names(tmp_path):
 BAD = {
   "lacks tokenizer.ggml.model": dict(model=None),
   "model is 7; it must be a text": dict(model=7),
+  r"model is \[1, 2\]; it must be a text": dict(model=[1, 2]),
   "of kind 'bert'; read are 'gpt2'.*'llama'": dict(model="bert"),
   "split as 'gemma4'.*read are gpt-2.*llama-bpe": dict(pre="gemma4"),
   "pre is 3; it must be a text": dict(pre=3),
@@ -322,6 +284,17 @@ def test_a_malformed_vocabulary_is_named(told, tmp_path):
     tokenizer(path)
 
 
+def test_no_tokens_are_no_vocabulary(tmp_path):
+  """Which the gguf package does not even write."""
+  values = [
+    gguf_files.entry("tokenizer.ggml.model", 8, gguf_files.text("gpt2")),
+    gguf_files.entry("tokenizer.ggml.tokens", 9, gguf_files.array(8, 0)),
+  ]
+  (tmp_path / "m.gguf").write_bytes(gguf_files.raw(values))
+  with pytest.raises(ValueError, match=r"m\.gguf has 0 tokens; 1 to 524288 are read"):
+    tokenizer(tmp_path / "m.gguf")
+
+
 def test_what_the_library_cannot_do_is_a_sentence(tmp_path, monkeypatch):
   """Its errors are bare exceptions, and its panics are none; an interrupt is neither."""
 
@@ -329,7 +302,7 @@ def test_what_the_library_cannot_do_is_a_sentence(tmp_path, monkeypatch):
     pass
 
   path = byte_level(tmp_path / "m.gguf")
-  for kind in (Exception, Panic, KeyboardInterrupt):
+  for kind in (Exception, ValueError, Panic, KeyboardInterrupt):
 
     def fail(*args, kind=kind, **options):
       raise kind("oh")

@@ -14,12 +14,11 @@ import peftjax as pj
 from peftjax.io.gguf import GGUFFile, special_tokens, tokenizer
 from peftjax.io.gguf_splits import SPLITS
 from tests import gguf_files
+from tests.gguf_files import CONTROL, USER
 from tests.gguf_texts import CORPUS, MARKED, TEXTS
-from tests.io.gguf_tokenizer_test import from_pieces, pieces  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.parity
 
-CONTROL, USER = 3, 4
 ADDED = {
   "<|im_start|>": CONTROL,
   "<|im_end|>": CONTROL,
@@ -100,13 +99,14 @@ def test_what_transformers_leaves_out_of_byte_level_files(tmp_path):
   assert theirs("12")["input_ids"] == [259]
 
 
-def test_sentencepiece_ids(pieces, tmp_path):  # noqa: F811
+def test_sentencepiece_ids(tmp_path):
   """Of texts that begin with no space and hold nothing whole.
 
   The others are as SentencePiece and llama.cpp have them: before a space, and behind a whole
   token, transformers' loader leaves the prefix space out.
   """
-  path = from_pieces(
+  pieces = gguf_files.train_pieces(CORPUS)
+  path = gguf_files.from_pieces(
     tmp_path / "m.gguf", pieces, bos_token_id=1, eos_token_id=2, unknown_token_id=0
   )
   theirs, ours = theirs_of(path), tokenizer(path)
