@@ -60,7 +60,10 @@ class Writer:
     finally:
       checkpoints.close()
     self.model, self.params = made.module, tree.combine(adapter, base)
-    self._tokenizer = data.load_tokenizer(str(self.path))
+    self._read_tokenizer()
+
+  def _read_tokenizer(self) -> None:
+    self._tokenizer = data.load_tokenizer(self.path)
     self._end = pretrained.end_ids(self.path)
     self._stop = _stop_ids(self.path) or self._end
 
@@ -120,7 +123,7 @@ class _Generation:
 
 
 def _stop_ids(path: Path) -> tuple[int, ...]:
-  """What `generation_config.json` says ends a text: of chat models, more than `config.json` says."""
+  """What `generation_config.json` says ends a text: of chat models, more than `config.json`."""
   where = path / "generation_config.json"
   if path.suffix == ".gguf" or not where.exists():
     return ()
