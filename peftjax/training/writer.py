@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from peftjax import data
 from peftjax.core import tree
 from peftjax.data import chat
+from peftjax.io import records
 from peftjax.models import pretrained
 from peftjax.models.generate import generate
 from peftjax.training import build
@@ -58,8 +60,12 @@ class Writer:
     finally:
       checkpoints.close()
     self.model, self.params = made.module, tree.combine(adapter, base)
-    self._tokenizer = data.load_tokenizer(str(self.path))
+    self._read_tokenizer()
+
+  def _read_tokenizer(self) -> None:
+    self._tokenizer = data.load_tokenizer(self.path)
     self._end = pretrained.end_ids(self.path)
+    self._stop = _stop_ids(self.path) or self._end
 
   def write(
     self,
@@ -101,9 +107,25 @@ class Writer:
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       top_p=top_p,
-      stop=self._end,
+      stop=self._stop,
       pad_id=self._end[0],
       key=jax.random.key(seed),
     )
     written = [row[:count].tolist() for row, count in zip(np.asarray(new), counts, strict=True)]
     return [self._tokenizer.continuation(one, two) for one, two in zip(ids, written, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+  """Of `generation_config.json`."""
+
+  eos_token_id: records.Count | list[records.Count] | None = None
+
+
+def _stop_ids(path: Path) -> tuple[int, ...]:
+  """What `generation_config.json` says ends a text: of chat models, more than `config.json`."""
+  where = path / "generation_config.json"
+  if path.suffix == ".gguf" or not where.exists():
+    return ()
+  ids = records.convert(records.read_object(where), _Generation, where).eos_token_id
+  return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
