@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import peftjax as pj
 from configs.sweeps import learning_rate
 from experiments.sweeping import trials
 from peftjax import data, linen, optim, sharding
