@@ -124,7 +124,12 @@ def get_config(arg: str = "") -> ConfigDict:
       seed=0,
       task="causal_lm",
       model=dict(name=given["model"], directory="", scan_layers=True, remat=True, dtype="float32"),
-      quant=dict(name=given["quant"], block_size=64, double_quant=True, targets=("all-linear",)),
+      quant=dict(
+        name=given["quant"],
+        block_size=64,
+        double_quant=given["quant"] != "int8",  # scales of eight bits would be coarser than that
+        targets=("all-linear",),
+      ),
       # A copy: a placeholder is a reference, which would keep for all what one caller sets.
       method=copy.deepcopy(METHODS[given["method"]]),
       data=dict(

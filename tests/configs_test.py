@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import peftjax as pj
 from configs.sweeps import learning_rate
 from experiments.sweeping import trials
 from peftjax import data, linen, optim, sharding
@@ -181,3 +182,10 @@ def test_init_and_one_step_of_each_method(method):
   }
   assert tree.count(train) == trained.get(method, tree.count(train)) > 0
   sharding.specs(params, sharding.make_mesh("data:2,fsdp:2,tensor:2"))
+
+
+def test_scales_of_eight_bit_weights_stay_whole():
+  """`pj.int8` advises against quantising them in turn; all else does."""
+  for quant in ("int8", "nf4"):
+    settings = from_config(get_config("causal_lm", f"quant={quant}"))
+    assert settings.quant.format() == getattr(pj, quant)()

@@ -228,6 +228,7 @@ class Mistral(Llama):
 
   intermediate_size: Size = 14336
   num_key_value_heads: Size = 8
+  attention_dropout: Rate = 0.0
   max_position_embeddings: Size = 4096 * 32
   sliding_window: Size | None = 4096
 
@@ -245,6 +246,7 @@ class Qwen2(Llama):
   vocab_size: Size = 151936
   intermediate_size: Size = 22016
   num_key_value_heads: Size | None = 32
+  attention_dropout: Rate = 0.0
   max_position_embeddings: Size = 32768
   eos_token_id: Ids = None
   use_sliding_window: bool = False

@@ -211,8 +211,9 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(
 def test_diverging_learning_rate_stops_the_run(config, run_once, tmp_path):
   """A learning rate of 1e30 ends in an error that names the step, not in a result."""
   settings = config(optimizer__learning_rate=1e30, optimizer__warmup=0.0)
-  with pytest.raises(FloatingPointError, match="step 2.*learning_rate"):
+  with pytest.raises(FloatingPointError, match="step 2.*learning_rate") as told:
     run_once(settings, tmp_path / "run")
+  assert "checkpoint is kept" not in str(told.value)  # there is none yet
   assert not (tmp_path / "run" / "result.json").exists()
 
 
