@@ -28,7 +28,7 @@ Number = int | float | None
 Text = str | None
 Nested = dict[str, Any] | None
 TaskType = Literal[
-  *("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+  "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
 ]
 
 
