@@ -3,14 +3,16 @@
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. A linear module has
 `lora_A.weight` [r, in] and `lora_B.weight` [out, r], an embedding `lora_embedding_A` [r, V] and
 `lora_embedding_B` [D, r], which is how our factors lie too; DoRA has a `lora_magnitude_vector`
-[out] more; a module in `modules_to_save` is a
-whole copy, its kernel transposed. AdaLoRA's `lora_A` [r', in], `lora_E` [r', 1] and `lora_B`
-[out, r'] are of the triplets that are left, and its `rank_pattern` says which those are. VeRA's
-modules have `vera_lambda_d` [r] and `vera_lambda_b` [out], and the model one `vera_A` [r, in] and
-`vera_B` [out, r] of the largest sizes among them. Prefixes and prompts: see `hf_peft_virtual`.
+[out] more; a module in `modules_to_save` is a whole copy, its tensors as in the model's own files.
+Beside an adapter of a table or of the language-model head peft writes `base_layer.weight`, which
+replaces the base's. AdaLoRA's `lora_A` [r', in], `lora_E` [r', 1] and `lora_B` [out, r'] are of the
+triplets that are left, and its `rank_pattern` says which those are. VeRA's modules have
+`vera_lambda_d` [r] and `vera_lambda_b` [out], and the model one `vera_A` [r, in] and `vera_B`
+[out, r] of the largest sizes among them. Prefixes and prompts: see `hf_peft_virtual`.
 
 Invariants:
-- The tensors say which modules have an adapter; the config says at which scale.
+- The config says which modules have an adapter or are saved whole, by peft's own rules, and at
+  which scale; the tensors must be those, no fewer and no more (peft ignores what is too much).
 - A layer of a scanned stack is a module of its own, with its own true rank.
 - What one side has and the other cannot say is a `ValueError`, never left out.
 """
@@ -87,16 +89,18 @@ def save(
     params: an attached tree, layers unrolled or scanned.
     model: the module it belongs to; `model.config.family` names the torch modules.
     base_model: what `base_model_name_or_path` shall be.
-    trained: mask over `params`, as `method.trainable(params)` gives it. Without it the head counts
-      as trained and all other plain arrays as the base's.
-    task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written.
+    trained: mask over `params`, as `method.trainable(params)` gives it: a module with a trained
+      array is saved whole. Without it the head counts as trained and all other plain arrays as the
+      base's.
+    task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; of a
+      decoder it is "CAUSAL_LM".
     rslora: write `use_rslora`.
 
   Raises:
     ValueError: no adapter, or one that the format cannot say; a PiSSA leaf; AdaLoRA of several
       scales; a prefix before a sliding window; adapters of several kinds; a trained
-      array that is neither the adapter's nor the head's; a head with an adapter in it; dropout
-      rates that differ.
+      array under an adapter or beside one in its module, but for tables and heads; an adapter in a
+      module that is saved whole; dropout rates that differ.
   """
   family = FAMILIES[model.config.family]
   pairs, params = shared.nodes(params), shared.without(params)
@@ -170,6 +174,8 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
   """`params` with a PEFT directory's adapters attached and its saved modules put in.
 
   A scanned stack is padded to its largest rank; a layer without an adapter has rank 0, scale 0.
+  Of a tied model, a table or head that alone is saved or adapted is untied, as in peft; with
+  `ensure_weight_tying` both are saved as one and stay so.
   Factors are read as float32, saved modules in the dtype of what they replace.
 
   Args:
@@ -178,11 +184,13 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     model: the module it belongs to.
 
   Returns:
-    `(params, mask)`; the mask is true on all that came from the directory: A, B, saved modules.
+    `(params, mask)`; the mask is true on all that came from the directory: A, B, saved modules, and
+    a table or head beside its adapter that is another than the model had.
 
   Raises:
-    ValueError: adapters in params; a missing or damaged file; a config field of what is not read; a
-      tensor missing, of another shape than model and config mean, or without a place in the model.
+    ValueError: adapters in params; a missing or damaged file; a config field that is not known, of
+      another type, out of its range or of what is not read; a tensor missing, of another shape than
+      model and config mean, or without a place in them; NaN or infinite entries, which peft loads.
   """
   if nodes := attachments(params):
     raise ValueError(

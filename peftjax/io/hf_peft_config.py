@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from typing import Any
 
@@ -45,11 +46,10 @@ def read(directory: str | os.PathLike) -> Common:
     )
   _check_known(config, kind, where)
   if wrong := changes(kind, config):
-    field, value = next(iter(wrong.items()))
-    allowed = "'none'" if field == "bias" else "null, false or empty"
+    field, allowed = next(iter(wrong.items()))
     raise ValueError(
-      f"{where} has {field}={clip(value)}, which makes more of the adapter than is read; only "
-      f"{allowed} is.\n{_MERGE}"
+      f"{where} has {field}={clip(config[field])}, which makes more of the adapter than is read; "
+      f"only {' or '.join(map(json.dumps, allowed))} is.\n{_MERGE}"
     )
   made = records.convert(config, SCHEMAS[kind], where)
   if isinstance(made, Lora):

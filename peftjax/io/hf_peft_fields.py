@@ -1,16 +1,17 @@
 """The fields of `adapter_config.json`, kind by kind: what is read, and what changes nothing.
 
-A schema holds what a reader needs, as PEFT's config classes have it (defaults too). `KNOWN` adds
-the fields that say nothing of a trained adapter; those of `PLAIN` do if they are set, and `OLD` are
-of versions before 1.0 that no longer have them. A field that is in none of them is refused: what a
-later PEFT adds may change what the tensors mean.
+A schema holds what a reader needs, as PEFT's config classes have it (defaults too), and, with None
+for a default, what says nothing of a trained adapter: how it began, was trained, or where it is
+from. `PLAIN` are the fields that make an adapter more than its tensors say unless they have one of
+the values given. A field that is in neither is refused: what a later PEFT adds may change what the
+tensors mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -23,6 +24,12 @@ Name = Annotated[str, Meta(min_length=1, max_length=LENGTH)]
 Names = list[Name]
 Alpha = Annotated[float, Meta(gt=-1e30, lt=1e30)]
 Flag = bool | None  # peft takes null for false
+Number = int | float | None
+Text = str | None
+Nested = dict[str, Any] | None
+TaskType = Literal[
+  "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +39,13 @@ class Common:
   prefix: ClassVar[str] = "base_model.model."  # of the names of tensors
 
   peft_type: str
-  task_type: str | None = None
+  task_type: TaskType | None = None
   modules_to_save: Names | None = None
+  auto_mapping: Nested = None
+  base_model_name_or_path: Text = None
+  inference_mode: Flag = None
+  peft_version: Text = None
+  revision: Text = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +56,7 @@ class Targeted(Common):
   exclude_modules: Names | Name | None = None
   layers_to_transform: list[Count] | Count | None = None
   layers_pattern: Names | Name | None = None
+  fan_in_fan_out: Flag = None  # peft looks at the module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +72,16 @@ class Lora(Targeted):
   alpha_pattern: dict[str, Alpha] | None = None
   init_lora_weights: bool | str | None = True
   ensure_weight_tying: Flag = False
+  # Of initialisations, ...
+  corda_config: Nested = None
+  eva_config: Nested = None
+  loftq_config: Nested = None
+  lora_ga_config: Nested = None
+  # ... of what is not read, or at run time, and, to 0.2, whether evaluation merges.
+  megatron_core: Text = None
+  qalora_group_size: Number = None
+  runtime_config: Nested = None
+  merge_weights: Flag = None
 
   @property
   def dropout(self) -> float:
@@ -72,6 +95,14 @@ class AdaLora(Lora):
   init_r: Size = 12
   lora_alpha: Annotated[float, Meta(gt=0, lt=1e30)] = 8.0  # peft takes the rank for what is not
   rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
+  beta1: Number = None
+  beta2: Number = None
+  deltaT: Number = None
+  orth_reg_weight: Number = None
+  target_r: Number = None
+  tfinal: Number = None
+  tinit: Number = None
+  total_step: Number = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +110,7 @@ class Ia3(Targeted):
   """IA3: the inputs of `feedforward_modules` are scaled, of all others the outputs."""
 
   feedforward_modules: Names | Name | None = None
+  init_ia3_weights: Flag = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +120,9 @@ class Vera(Targeted):
   r: Size = 256
   vera_dropout: Rate = 0.0
   save_projection: Flag = True
+  d_initial: Number = None
+  init_weights: Flag = None
+  projection_prng_key: Number = None
 
   @property
   def dropout(self) -> float:
@@ -107,55 +142,58 @@ class Virtual(Common):
   num_transformer_submodules: Size | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix(Virtual):
+  """A prefix; its projection is only there in training: what is saved is what it gives."""
+
+  encoder_hidden_size: Number = None
+  init_weights: bool | str | None = None
+  prefix_projection: Flag = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt(Virtual):
+  """A prompt."""
+
+  prompt_tuning_init: Text = None
+  prompt_tuning_init_text: Text = None
+  tokenizer_kwargs: Nested = None
+  tokenizer_name_or_path: Text = None
+
+
 SCHEMAS: Mapping[str, type[Common]] = {
   "LORA": Lora,
   "ADALORA": AdaLora,
   "IA3": Ia3,
   "VERA": Vera,
-  "PREFIX_TUNING": Virtual,
-  "PROMPT_TUNING": Virtual,
+  "PREFIX_TUNING": Prefix,
+  "PROMPT_TUNING": Prompt,
 }
 
-# Fields that make an adapter more than its tensors say, unless they are null, false or empty.
-_VARIANTS = (
-  *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
-  *("megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices"),
-  *("use_bdlora", "use_qalora", "velora_config"),
-)
-PLAIN: Mapping[str, tuple[str, ...]] = {
-  "LORA": _VARIANTS,
-  "ADALORA": _VARIANTS,
-  "IA3": (),
-  "VERA": (),
-  "PREFIX_TUNING": (),
-  "PROMPT_TUNING": (),
+_LORA: Mapping[str, tuple[Any, ...]] = {
+  "alora_invocation_tokens": (None,),
+  "arrow_config": (None,),  # {} is one with its defaults
+  "bias": ("none",),
+  "enable_lora": (None,),  # to 0.2, a list for matrices of several projections
+  "kasa_config": (None,),
+  "layer_replication": (None, []),
+  "lora_bias": (None, False),
+  "megatron_config": (None,),
+  "monteclora_config": (None,),
+  "target_parameters": (None, []),
+  "trainable_token_indices": (None,),
+  "use_bdlora": (None,),
+  "use_qalora": (None, False),
+  "velora_config": (None,),
 }
-# `enable_lora` (to 0.2) was a list for matrices of several projections; null otherwise.
-OLD_PLAIN: Mapping[str, tuple[str, ...]] = {"LORA": ("enable_lora",)}
-
-# Fields that say how an adapter began, was trained or run, or where it is from.
-_ANY = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
-_LORA = (
-  *("corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_ga_config"),
-  *("megatron_core", "qalora_group_size", "runtime_config"),
-)
-_ADALORA = ("beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit")
-_HARMLESS: Mapping[str, tuple[str, ...]] = {
+PLAIN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
   "LORA": _LORA,
-  "ADALORA": (*_LORA, *_ADALORA, "total_step"),
-  "IA3": ("fan_in_fan_out", "init_ia3_weights"),
-  "VERA": ("d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key"),
-  # A projection of a prefix is only there in training: what is saved is what it gives.
-  "PREFIX_TUNING": ("encoder_hidden_size", "init_weights", "prefix_projection"),
-  "PROMPT_TUNING": (
-    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs"),
-    "tokenizer_name_or_path",
-  ),
+  "ADALORA": {field: values for field, values in _LORA.items() if field != "enable_lora"},
+  "VERA": {"bias": ("none",)},
 }
-# `merge_weights` (to 0.2) said whether evaluation merges.
-OLD: Mapping[str, tuple[str, ...]] = {"LORA": ("merge_weights",)}
-# What the shared schema of `Targeted` has, and these kinds have not.
+# What the shared schemas have, and these kinds have not.
 _LACKS: Mapping[str, tuple[str, ...]] = {
+  "ADALORA": ("merge_weights",),
   "IA3": ("layers_to_transform", "layers_pattern"),
   "VERA": ("exclude_modules",),
 }
@@ -164,16 +202,14 @@ _LACKS: Mapping[str, tuple[str, ...]] = {
 def known(kind: str) -> set[str]:
   """The fields that a config of this kind may have."""
   fields = {field.name for field in dataclasses.fields(SCHEMAS[kind])} - {*_LACKS.get(kind, ())}
-  bias = {"bias"} if kind in ("LORA", "ADALORA", "VERA") else set()
-  more = (PLAIN[kind], OLD_PLAIN.get(kind, ()), _ANY, _HARMLESS[kind], OLD.get(kind, ()))
-  return fields.union(bias, *more)
+  return fields | PLAIN.get(kind, {}).keys()
 
 
-def changes(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of `config` that make it more than its tensors say."""
-  empty = lambda x: x is None or x is False or x in ([], {}, "")
-  fields = (*PLAIN[kind], *OLD_PLAIN.get(kind, ()))
-  found = {field: config[field] for field in fields if not empty(config.get(field))}
-  if "bias" in known(kind) and config.get("bias", "none") != "none":
-    found["bias"] = config["bias"]
-  return found
+def changes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+  """The fields of `config` that make it more than its tensors say, and what they may be."""
+  same = lambda x, y: type(x) is type(y) and x == y
+  return {
+    field: allowed
+    for field, allowed in PLAIN.get(kind, {}).items()
+    if field in config and not any(same(config[field], x) for x in allowed)
+  }

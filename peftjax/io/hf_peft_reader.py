@@ -174,7 +174,8 @@ class Reader:
 
   def _factors(self, site: Site, n_in: int, n_out: int) -> tuple[Any, ...]:
     """A, B, λ of AdaLoRA, and the scale of one module; of rank 0 if it has no adapter."""
-    c, plan = self.config, self.plan
+    c: Any = self.config
+    plan = self.plan
     names: tuple[str, ...] = TRIPLETS if isinstance(c, AdaLora) else FACTORS[site.kind]
     if not plan.is_targeted(site):
       empty = ((0, n_in), (n_out, 0), (0, 1))[: len(names)]
@@ -190,7 +191,8 @@ class Reader:
     """IA3 of a kernel, or of the bias beside one; a layer without it has scales of 1."""
     plan = self.plan
     there = [site for site in sites if plan.is_targeted(site)]
-    sides = {plan.matcher.is_feedforward(self.config, plan.module(site)) for site in there}
+    config: Any = self.config
+    sides = {plan.matcher.is_feedforward(config, plan.module(site)) for site in there}
     if len(sides) > 1:
       raise ValueError(
         f"{plan.where}: feedforward_modules scales the inputs of some layers of {path} and the "
@@ -241,7 +243,8 @@ class Reader:
     """Raises `ValueError` if a head and a table that are saved as one differ."""
     plan = self.plan
     names = [plan.name(plan.sites[path][0]) for path in (plan.tied, f"{HEAD}/kernel")]
-    if not np.array_equal(*(self._read(name) for name in names)):
+    table, head = (self._read(name) for name in names)
+    if not np.array_equal(table, head):
       raise ValueError(
         f"{plan.file}: {names[0]} and {names[1]} differ, and ensure_weight_tying=True says that "
         "they are one. Save the adapter again."

@@ -204,9 +204,9 @@ def _in_layers(config: Targeted, module: str, matcher: Matcher) -> bool:
     found = next((x for x in tries if x), None)
   else:
     match = _ANY_LAYER.match(module)
-    found = match and match.groupdict()
-  index = found and found.get("idx")
-  return bool(index) and int(index) in ([layers] if isinstance(layers, int) else layers)
+    found = match.groupdict() if match else None
+  index = found["idx"] if found and found["idx"] else None
+  return index is not None and int(index) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _heads(config: Targeted, modules: Modules) -> frozenset[str]:

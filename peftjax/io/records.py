@@ -100,7 +100,10 @@ def convert(value: Mapping[str, Any], schema: type[T], where: str | Path) -> T:
   """
   try:
     return msgspec.convert(dict(value), schema, strict=True)
-  except (msgspec.ValidationError, TypeError, OverflowError, RecursionError) as error:
+  except (
+    *(msgspec.ValidationError, TypeError, OverflowError),
+    *(RecursionError, UnicodeError),  # half of a surrogate pair is JSON, and no text
+  ) as error:
     told, _, path = str(error).rpartition(" - at ")
     path = path.strip("`").removeprefix("$").removeprefix(".")
     if not told:  # the whole object lacks something
