@@ -30,8 +30,8 @@ def set_up(compilation_cache: str | None) -> None:
   from absl import flags, logging
 
   if not flags.FLAGS["verbosity"].present:
-    # Which accelerators are absent, and how Orbax reads its own options, is no news; what its threads
-    # fail at, it raises here too.
+    # Which accelerators are absent, and how Orbax reads its own options, is no news; what its
+    # threads fail at, it raises here too.
     logging.set_verbosity(logging.FATAL)
   keep_programs(compilation_cache)
 
@@ -156,7 +156,8 @@ def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:
     make = run(path).get("get_config")
     made = make(*arguments) if callable(make) else None
   except SyntaxError as error:
-    raise ValueError(f"{error.filename} line {error.lineno}: {error.msg}") from error
+    where = f"{error.filename} line {error.lineno}" if error.lineno else path
+    raise ValueError(f"{where}: {error.msg}") from error
   except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ValueError) and any(x.name == "get_config" for x in frames):
