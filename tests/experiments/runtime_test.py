@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import types
 
 import pytest
 from absl import app, flags
@@ -188,3 +189,17 @@ def test_nohup_stays(monkeypatch):
       assert not stop.asked and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
   finally:
     signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupt_is_not_lost_in_a_callback(monkeypatch):
+  """Python only reports what is raised while it collects garbage, and goes on."""
+  again = []
+  monkeypatch.setattr(runtime.threading, "Timer", lambda seconds, call: again.append(call) or quiet)
+  quiet = types.SimpleNamespace(start=lambda: None)
+  runtime._unraisable(types.SimpleNamespace(exc_type=KeyboardInterrupt))
+  assert again == [runtime._thread.interrupt_main]
+
+
+def test_an_interrupted_import_is_no_trace(capsys):
+  runtime._uncaught(KeyboardInterrupt, KeyboardInterrupt(), None)
+  assert capsys.readouterr().err == "stopped\n"
