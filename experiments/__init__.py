@@ -1,1 +1,5 @@
 """Commands: train, predict, quickstart, benchmarks."""
+
+from experiments import runtime  # first of all: from here on Ctrl-C is no trace
+
+__all__ = ["runtime"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import difflib
 import os
 import runpy
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +19,20 @@ from typing import Any
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
   """Ctrl-C while a command is still being imported is no trace either."""
   if issubclass(kind, KeyboardInterrupt) and not os.environ.get("PEFTJAX_TRACEBACK"):
-    print(error or "stopped", file=sys.stderr)
+    print(str(error) or "stopped", file=sys.stderr)
   else:
     sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _uncaught
+def _unraisable(swallowed: sys.UnraisableHookArgs) -> None:
+  """A Ctrl-C that came inside a callback, where it is lost, comes again a moment later."""
+  if issubclass(swallowed.exc_type, KeyboardInterrupt):
+    threading.Timer(0.1, _thread.interrupt_main).start()
+  else:
+    sys.__unraisablehook__(swallowed)
+
+
+sys.excepthook, sys.unraisablehook = _uncaught, _unraisable
 
 
 def set_up(compilation_cache: str | None) -> None:
@@ -156,7 +166,8 @@ def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:
     make = run(path).get("get_config")
     made = make(*arguments) if callable(make) else None
   except SyntaxError as error:
-    raise ValueError(f"{error.filename} line {error.lineno}: {error.msg}") from error
+    where = f"{error.filename} line {error.lineno}" if error.lineno else path
+    raise ValueError(f"{where}: {error.msg}") from error
   except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ValueError) and any(x.name == "get_config" for x in frames):

@@ -134,12 +134,7 @@ class Folder:
     return workdir.result(self.trial(name) / "result.json")
 
   def error(self, name: str) -> dict[str, Any] | None:
-    path = self.trial(name) / "error.json"
-    if not path.exists():
-      return None
-    found = records.read_object(path, _FORGET)
-    records.convert(found, _Failure, path)
-    return found
+    return workdir.record(self.trial(name) / "error.json", _Failure, _FORGET)
 
   def ended(self, name: str) -> bool:
     """Whether the trial is done or has failed."""

@@ -155,7 +155,7 @@ def _sum_of_arrays(nested: Any) -> str:
       return ""
     array = np.ascontiguousarray(jax.device_get(leaf))
     total.update(f"{path} {array.dtype} {array.shape}\n".encode())
-    total.update(array.reshape(-1).view(np.uint8))
+    total.update(array.reshape(-1).view(np.uint8).data)
   return total.hexdigest()
 
 

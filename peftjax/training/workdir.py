@@ -108,7 +108,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 def config(path: Path) -> dict[str, Any] | None:
   """What `config.json` holds; None if there is none."""
-  return _record(path, Config, _RESTORE)
+  return record(path, Config, _RESTORE)
 
 
 def settings(workdir: Path) -> Settings:
@@ -129,7 +129,7 @@ def settings(workdir: Path) -> Settings:
 
 def result(path: Path) -> dict[str, Any] | None:
   """What `result.json` holds; None if there is none."""
-  return _record(path, Result, _AGAIN)
+  return record(path, Result, _AGAIN)
 
 
 def lines(path: Path) -> list[str]:
@@ -257,7 +257,8 @@ def clear_events(folder: Path) -> None:
       path.unlink()
 
 
-def _record(path: Path, schema: type, advice: str) -> dict[str, Any] | None:
+def record(path: Path, schema: type, advice: str) -> dict[str, Any] | None:
+  """The JSON object of a file, as the dataclass `schema` has it; None if there is no file."""
   if not _there(path):
     return None
   value = records.read_object(path, advice)

@@ -90,6 +90,118 @@ def test_predict_from_a_bad_file(fails, tmp_path, content, named):
   )
 
 
+class Single:
+  """Stands for a predictor of a run on single texts."""
+
+  labels, columns = ["no", "yes"], ["text"]
+
+  def __init__(self, workdir):
+    pass
+
+  def logits(self, texts, pairs):
+    return np.array([[0.0, len(text)] for text in texts])
+
+
+class Pairs(Single):
+  """Stands for one of a run on pairs."""
+
+  columns = ["one", "two"]
+
+  def logits(self, texts, pairs):
+    return np.array([[0.0, len(a) - len(b)] for a, b in zip(texts, pairs, strict=True)])
+
+
+def test_predict_reads_the_columns_of_its_run(command, capsys, monkeypatch, tmp_path):
+  """Of a table no row is left out; of lines the empty ones are, which is said."""
+  monkeypatch.setattr("peftjax.training.predict.Predictor", Single)
+  given = dict(workdir="w", text=[], pair=[], output=None)
+  (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\n1,"the goal,\nthe cup"\n2,\n')
+  (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "the goal"}\n{"text": ""}\n')
+  (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe goal\r\n \r\nthe cup\rthe bank")
+  texts = {
+    "a.csv": ["the goal, the cup", ""],
+    "a.jsonl": ["the goal", ""],
+    "a.txt": ["the goal", "the cup", "the bank"],
+  }
+  for name, wanted in texts.items():
+    command("predict", **given, file=str(tmp_path / name))
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[2] for line in out.splitlines()] == wanted
+    assert err == (f"1 empty lines of {tmp_path / name} are left out\n" if name == "a.txt" else "")
+
+
+@pytest.mark.parametrize(
+  ("content", "named"),
+  [
+    ("body\nx\n", "no column 'text'"),
+    ("text,text\na,b\n", "'text' 2 times"),
+    ("text\n", "no exam"),
+  ],
+)
+def test_predict_from_a_bad_table(fails, monkeypatch, tmp_path, content, named):
+  monkeypatch.setattr("peftjax.training.predict.Predictor", Single)
+  (tmp_path / "a.csv").write_text(content)
+  given = dict(workdir="w", text=[], pair=[], output=None)
+  assert named in fails("predict", **given, file=str(tmp_path / "a.csv"))
+
+
+def test_predict_labels_pairs(command, capsys, monkeypatch, tmp_path):
+  """From flags and from the run's columns, both texts on a line."""
+  monkeypatch.setattr("peftjax.training.predict.Predictor", Pairs)
+  (tmp_path / "a.tsv").write_text("two\tone\nb\tlonger\n")
+  command(
+    "predict",
+    workdir="w",
+    text=["a"],
+    pair=["much"],
+    file=str(tmp_path / "a.tsv"),
+    output=str(tmp_path / "out.jsonl"),
+  )
+  lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+  assert [(x[0], *x[2:]) for x in lines] == [("no", "a", "much"), ("yes", "longer", "b")]
+  row = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])
+  assert (row["text"], row["pair"], row["label"]) == ("longer", "b", "yes")
+
+
+@pytest.mark.parametrize(
+  ("given", "named"),
+  [
+    (dict(text=["a"]), ["--pair=SECOND", "'one' and 'two'"]),
+    (dict(text=["a", "b"], pair=["c"]), ["2 --text and 1 --pair"]),
+    (dict(file="a.txt"), [".csv, .tsv or .jsonl", "'one' and 'two'"]),
+    (dict(file="a.csv"), ["no column 'two'"]),
+  ],
+)
+def test_a_run_on_pairs_takes_no_single_texts(fails, monkeypatch, tmp_path, given, named):
+  monkeypatch.setattr("peftjax.training.predict.Predictor", Pairs)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a.txt").write_text("a\n")
+  (tmp_path / "a.csv").write_text("one\na\n")
+  message = fails(
+    "predict", **{**dict(workdir="w", text=[], pair=[], file=None, output=None), **given}
+  )
+  assert all(part in message for part in named)
+
+
+def test_a_run_on_single_texts_takes_no_pairs(fails, trained):
+  given = dict(workdir=str(trained[0]), text=["a"], pair=["b"], file=None, output=None)
+  assert "leave --pair out" in fails("predict", **given)
+  with pytest.raises(ValueError, match="trained on single texts"):
+    Predictor(trained[0]).logits(["a"], ["b"])
+
+
+def test_predict_says_before_its_work_where_it_cannot_write(fails, tmp_path):
+  (tmp_path / "in.txt").write_text("a\n")
+  given = dict(workdir="w", text=[], pair=[], file=str(tmp_path / "in.txt"))
+  for output, named in (
+    (tmp_path, "cannot"),
+    (tmp_path / "no" / "x", "cannot"),
+    ("in.txt", "read"),
+  ):
+    assert named in fails("predict", **given, output=str(tmp_path / output))
+  assert (tmp_path / "in.txt").read_text() == "a\n"
+
+
 RESULT = {
   "trainable_params": 10,
   "total_params": 1000,

@@ -1,5 +1,6 @@
 """`experiments.sweep`: ids, claims, failures, stops, and what is left of it on disk."""
 
+import errno
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from experiments.sweeping import summary, trials
 from experiments.sweeping.folder import Folder
 from experiments.tables import rank_budget as table
 from experiments.tables.trials import SEEDS
+from peftjax.io import disk
 from peftjax.training import loop, process
 from tests.training import runs
 
@@ -140,6 +142,19 @@ def test_rank_budget_makes_the_runs_of_its_table(monkeypatch):
     (sweep_of(gird=dict(seed=(0,))), ["'gird'", "'grid'"]),
     (sweep_of(base="configs/nothing.py"), ["configs/nothing.py"]),
     (ConfigDict(dict(grid=dict(seed=(0,)))), ["no base"]),
+    (ConfigDict(), ["no base"]),
+    (sweep_of(together=0), ["together is 0", ">= 1"]),
+    (sweep_of(together="8"), ["together is '8'", "whole number"]),
+    (sweep_of(together=True), ["together is True", "whole number"]),
+    (sweep_of(together=None), ["together is None"]),
+    (sweep_of(base=3), ["base is 3"]),
+    (sweep_of(base=(BASE, 3)), ["base"]),
+    (sweep_of(grid=3), ["grid is 3"]),
+    (sweep_of(grid=("seed", 1)), ["grid is ('seed', 1)"]),
+    (sweep_of(grid=dict(seed="01")), ["seed is '01'", "tuple"]),
+    (sweep_of(trials=3), ["trials is 3"]),
+    (sweep_of(trials=dict(seed=1)), ["trials is"]),
+    (sweep_of(trials=(1, 2)), ["trials[0] is 1"]),
   ],
 )
 def test_a_sweep_that_makes_no_sense(fails, tmp_path, calls, config, named):
@@ -322,6 +337,44 @@ def test_a_trial_folder_with_another_config(sweep, fails, calls):
   message = fails("sweep", config=FOUR, workdir=str(workdir), dry_run=False, retry_failed=False)
   assert str(path.parent) in message and "method.rank: 3 there, 2 now" in message
   assert "remove that folder" in message
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"a": 1}', '{"a": {"overrides": {}}}', "{"])
+def test_a_damaged_listing_is_named(fails, tmp_path, calls, content):
+  """It is not taken for an empty one."""
+  workdir = tmp_path / "sweep"
+  workdir.mkdir()
+  (workdir / "sweep.json").write_text(content)
+  given = dict(workdir=str(workdir), dry_run=False, retry_failed=False)
+  message = fails("sweep", config=FOUR, **given)
+  assert "sweep.json" in message and "from a copy" in message and not calls[0]
+  assert (workdir / "sweep.json").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["result.json", "error.json"])
+@pytest.mark.parametrize("content", ["", "null", "{}", '{"type": 1}', "\ud800"])
+def test_a_damaged_record_of_a_trial_is_named(fails, tmp_path, calls, name, content):
+  """It is not taken for a finished or a failed trial."""
+  path = tmp_path / "sweep" / "trials" / ids()[0] / name
+  path.parent.mkdir(parents=True)
+  path.write_bytes(content.encode("utf-8", "surrogatepass"))
+  given = dict(workdir=str(tmp_path / "sweep"), dry_run=False, retry_failed=False)
+  message = fails("sweep", config=FOUR, **given)
+  assert name in message and "emove it" in message and not calls[0]
+
+
+def test_a_full_disk_ends_the_sweep(fails, tmp_path, calls):
+  """No other trial could write either; none is recorded as failed."""
+  order, made_by = calls
+
+  def full(config, workdir):
+    raise disk.refusal(OSError(errno.ENOSPC, "full"), workdir)
+
+  made_by[ids()[0]] = full
+  given = dict(workdir=str(tmp_path / "sweep"), dry_run=False, retry_failed=False)
+  message = fails("sweep", config=FOUR, **given)
+  assert "the disk is full" in message and order == ids()[:1]
+  assert not list((tmp_path / "sweep").rglob("error.json"))
 
 
 def real(made, model_dir, corpus):

@@ -1,5 +1,7 @@
 """Checkpoints: every array back as it was, whole or not at all."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
+from peftjax.io import disk
 from peftjax.training import checkpoint
 from peftjax.training.checkpoint import Checkpoints
 
@@ -117,6 +120,64 @@ def test_arrays_of_another_shape_are_refused(checkpoints):
   checkpoints.wait()
   with pytest.raises(ValueError, match=r"\(2, 3\)"):
     checkpoints.arrays("latest", {"x": jnp.ones((4, 3))})
+
+
+def damaged(path, how):
+  data = bytearray(path.read_bytes())
+  if how == "changed":
+    data[len(data) // 2] ^= 1
+  path.write_bytes(bytes(data[: len(data) // 2]) if how == "cut" else bytes(data))
+  if how == "gone":
+    path.unlink()
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+def test_damaged_arrays_are_not_other_parameters(checkpoints, tmp_path, how):
+  """Orbax's files carry no digest of an array's bytes: one bit would be another parameter."""
+  like = {"x": jnp.arange(5000, dtype=jnp.float32)}
+  checkpoints.save("latest", 1, like, {})
+  checkpoints.wait()
+  files = (tmp_path / "checkpoints" / "latest" / "1" / "arrays").rglob("d/*")
+  damaged(max(files, key=lambda path: path.stat().st_size), how)
+  with pytest.raises(ValueError, match="latest/1 cannot be read.*") as error:
+    checkpoints.arrays("latest", like)
+  assert len(str(error.value)) < 600 and "from a copy" in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+def test_a_damaged_record_is_not_another(checkpoints, tmp_path, how):
+  checkpoints.save("latest", 1, {"x": jnp.ones(3)}, {"value": 0.5, "steps": [1, 2]})
+  checkpoints.wait()
+  path = tmp_path / "checkpoints" / "latest" / "1" / "meta" / "metadata"
+  if how == "changed":
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+  else:
+    damaged(path, how)
+  with pytest.raises(ValueError, match="latest/1 cannot be read.*"):
+    checkpoints.meta("latest")
+
+
+def test_a_full_disk_is_a_sentence(checkpoints, tmp_path, monkeypatch):
+  """Also where a thread of Orbax's meets it."""
+  quoted = ValueError("RESOURCE_EXHAUSTED: Failed to write 212 bytes: No space left on device")
+
+  def full(self, *args, **kwargs):
+    raise quoted
+
+  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", full)
+  with pytest.raises(disk.DiskError, match="checkpoints/latest: the disk is full; [0-9,]+ bytes"):
+    checkpoints.wait()
+  monkeypatch.undo()
+
+
+def test_a_pipe_is_no_model(tmp_path):
+  """Reading it would never end."""
+  (tmp_path / "config.json").write_text("{}")
+  os.mkfifo(tmp_path / "x.safetensors")
+  with pytest.raises(ValueError, match="x.safetensors is not a regular file"):
+    checkpoint.digest(tmp_path)
+  with pytest.raises(ValueError, match="x.safetensors is not a regular file"):
+    checkpoint.digest(tmp_path / "x.safetensors")
 
 
 def test_digest_depends_on_config_and_weights(tmp_path):

@@ -124,6 +124,49 @@ def test_interrupted_while_scoring_the_test_split(finished, config, unfinished, 
   runs.assert_same(unfinished, finished[0])
 
 
+def in_place_of(path):
+  if path.is_dir():
+    shutil.rmtree(path)
+  path.write_text("x")
+
+
+def reworded(path, old, new):
+  path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+  ("harm", "named"),
+  [
+    (lambda w: in_place_of(w / "checkpoints"), "checkpoints is no folder"),
+    (lambda w: in_place_of(w / "checkpoints" / "latest"), "latest is no folder"),
+    (lambda w: in_place_of(w / "checkpoints" / "latest" / "8"), "latest/8 is no checkpoint"),
+    (lambda w: shutil.rmtree(w / "checkpoints" / "best"), "best has no checkpoint"),
+    (lambda w: (w / "config.json").unlink(), "config.json is not there"),
+    (lambda w: (w / "config.json").write_text("null"), "config.json must hold"),
+    (lambda w: (w / "config.json").write_text("{}"), "config.json: .*lacks"),
+    (lambda w: (w / "result.json").write_text("{}"), "result.json: .*lacks"),
+    (lambda w: (w / "metrics.jsonl").write_text(""), "0 rows instead of the 10"),
+    (lambda w: reworded(w / "metrics.jsonl", '"step": 4', '"step": 3'), "other rows than the 10"),
+    (lambda w: reworded(w / "metrics.jsonl", '"step": 4,', '"step": 4'), "metrics.jsonl line 4"),
+    (lambda w: (w / "checkpoints/latest/8").rename(w / "checkpoints/latest/6"), "holds step 8"),
+  ],
+)
+def test_a_damaged_workdir_is_named_and_stays(unfinished, config, run_once, harm, named):
+  """It is never taken for a short or a finished run, and nothing in it is changed."""
+  harm(unfinished)
+  before = runs.contents(unfinished)
+  with pytest.raises(ValueError, match=named):
+    run_once(config(), unfinished)
+  assert runs.contents(unfinished) == before
+
+
+def test_a_result_of_another_config_is_not_returned(finished, config, run_once, tmp_path):
+  """Also where config.json is gone."""
+  shutil.copy(finished[0] / "result.json", tmp_path)
+  with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+    run_once(config(seed=1), tmp_path)
+
+
 @pytest.mark.parametrize(
   "change",
   [
@@ -199,7 +242,7 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(
 
   with monkeypatch.context() as patch:
     patch.setattr(Run, "place", poison)
-    with pytest.raises(FloatingPointError, match=r"step 7: loss nan.*last good checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"step 7: loss nan.*last good .* step 6, is kept"):
       run_once(config(train__save_every=3), tmp_path / "run")
   step, arrays = runs.arrays(tmp_path / "run", "latest")
   assert step == 6 and all(np.isfinite(array).all() for array in arrays.values())
@@ -211,9 +254,9 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_checkpoint(
 def test_diverging_learning_rate_stops_the_run(config, run_once, tmp_path):
   """A learning rate of 1e30 ends in an error that names the step, not in a result."""
   settings = config(optimizer__learning_rate=1e30, optimizer__warmup=0.0)
-  with pytest.raises(FloatingPointError, match="step 2.*learning_rate") as told:
+  with pytest.raises(FloatingPointError, match="step 2.*learning_rate") as error:
     run_once(settings, tmp_path / "run")
-  assert "checkpoint is kept" not in str(told.value)  # there is none yet
+  assert "is kept" not in str(error.value)  # for none was saved
   assert not (tmp_path / "run" / "result.json").exists()
 
 
