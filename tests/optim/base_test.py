@@ -158,3 +158,29 @@ def test_freeze_passes_extra_arguments_on():
   tx = freeze(inner, {"a": True})
   tx.update({"a": jnp.ones(1)}, tx.init({"a": jnp.ones(1)}), {"a": jnp.ones(1)}, value=3)
   assert seen == [{"value": 3}]
+
+
+def test_batches_count_by_their_weight_or_alike():
+  """Means over 1, 0 and 3 tokens; fewer batches at the end; nothing but empty ones is a zero."""
+  params = {"x": jnp.zeros(2)}
+  tx = wrap(optax.sgd(1.0), clip_norm=None, accumulate=3, batches=8)
+  state, seen = tx.init(params), []
+  for gradient, weight in [(1, 1), (9, 0), (5, 3), (9, 0), (9, 0), (9, 0), (2, 4), (8, 12)]:
+    given = {"x": jnp.full(2, gradient, jnp.bfloat16)}
+    updates, state = jit(lambda g, s, w: tx.update(g, s, weight=w))(given, state, weight)
+    seen.append(float(updates["x"][0]))
+    assert updates["x"].dtype == jnp.bfloat16 and state.acc_grads["x"].dtype == jnp.float32
+  assert seen == [0, 0, -4.0, 0, 0, 0, 0, -6.5]
+  assert (int(state.gradient_step), int(state.mini_step), float(state.weight)) == (3, 0, 0.0)
+  np.testing.assert_allclose(state.norm, 6.5 * 2**0.5, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"weight is one number for the whole batch, not .* \(2,\)"):
+    tx.update(params, state, weight=jnp.ones(2))
+
+
+def test_without_accumulation_the_state_is_that_of_the_optimizer():
+  """So old checkpoints go on, and no gradient is kept; a weight changes nothing."""
+  params = {"x": jnp.ones(2)}
+  tx, inner = wrap(optax.adam(0.1), clip_norm=None, accumulate=1, batches=5), optax.adam(0.1)
+  chex.assert_trees_all_equal(tx.init(params), inner.init(params))
+  want = inner.update(params, inner.init(params))
+  chex.assert_trees_all_equal(tx.update(params, tx.init(params), weight=7.0), want)

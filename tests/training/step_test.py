@@ -179,3 +179,12 @@ def test_adalora_under_another_optimizer_raises(model, split):
   args = model, tx, CLASSES, state.init(tx, train), frozen, batch_of(2, 4), jax.random.key(2)
   with pytest.raises(ValueError, match=r"query/kernel is an AdaLoRA weight, which another"):
     step.train_step(*args)
+
+
+def test_accumulation_that_cannot_be_told_what_a_batch_counts_raises(model, split):
+  """optax.MultiSteps would make a mean of means."""
+  train, frozen = split
+  tx = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+  args = model, tx, CLASSES, state.init(tx, train), frozen, batch_of(2, 4), jax.random.key(2)
+  with pytest.raises(ValueError, match="weighs all batches alike; pass the inner optimizer and"):
+    jax.eval_shape(lambda s: step.train_step(*args[:3], s, *args[4:]), args[3])
