@@ -97,11 +97,11 @@ def gguf():
 
 def _measured(source, *how):
   """Bytes of a load in a process of its own: of the model, and the most there were at once."""
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  alone = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
   done = subprocess.run(
     [sys.executable, "-m", "tests.io.streaming_test", source.path, *how],
     cwd=ROOT,
-    env=env,
+    env={**os.environ, **alone},
     capture_output=True,
     text=True,
     check=False,
