@@ -12,7 +12,7 @@ import peftjax as pj
 from peftjax.core import paths
 from peftjax.core.layout import Site
 from peftjax.models.bert import BertClassifier
-from tests.core.programs import equations
+from tests.core.programs import equations, optimised
 from tests.models import tiny
 
 METHOD = pj.chain(pj.lora(3, 6, "body"), pj.train("head/.*"))
@@ -53,7 +53,7 @@ def two_trees(params, steps=10):
   train, frozen = pj.partition(params, METHOD.trainable(params))
   tx = optimizer()
 
-  @jax.jit
+  @optimised
   def step(train, frozen, state, x):
     loss, grads = jax.value_and_grad(lambda t: loss_fn(pj.combine(t, frozen), x))(train)
     updates, state = tx.update(grads, state, train)
@@ -70,7 +70,7 @@ def one_tree(params, steps=10):
   mask = METHOD.trainable(params)
   tx = pj.freeze(optimizer(), mask)
 
-  @jax.jit
+  @optimised
   def step(params, state, x):
     loss, grads = pj.value_and_grad(loss_fn, mask)(params, x)
     updates, state = tx.update(grads, state, params)

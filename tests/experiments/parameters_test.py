@@ -49,13 +49,18 @@ MISPRINTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rows():
-  return {row.cell: row.run() for row in ROWS}
+_ALL = pytest.mark.slow(reason="counts each of the 89 rows anew: 20 s")
 
 
-def test_every_row_has_a_cell_of_its_own(rows, tmp_path):
-  assert len(rows) == len(ROWS) == len({cell.name for cell in parameters.cells(tmp_path)})
+@pytest.fixture(scope="module", params=["known", pytest.param("all", marks=_ALL)])
+def rows(request):
+  return {row.cell: row.run() for row in ROWS if request.param == "all" or row.cell in KNOWN}
+
+
+def test_every_row_has_a_cell_of_its_own(tmp_path):
+  names = {row.cell for row in ROWS}
+  assert len(names) == len(ROWS) == len({cell.name for cell in parameters.cells(tmp_path)})
+  assert {*KNOWN, *MISPRINTS} <= names
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -70,7 +75,7 @@ def test_counts_are_those_of_the_formulas(rows):
 
 
 def test_misprints_are_flagged_and_no_others(rows):
-  assert {name for name, row in rows.items() if row["verdict"] == "misprint"} == MISPRINTS
+  assert {name for name, row in rows.items() if row["verdict"] == "misprint"} == MISPRINTS & {*rows}
 
 
 def test_agreeing_rows_print_the_paper_s_number(rows):

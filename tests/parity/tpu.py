@@ -24,6 +24,8 @@ needed = pytest.mark.skipif(
 # What the library would otherwise ask of the machine it believes to be on.
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
+  "JAX_ENABLE_COMPILATION_CACHE": "false",
+  "XLA_FLAGS": "",  # not the quick compilation of tests/conftest.py
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_WORKER_HOSTNAMES": "localhost",

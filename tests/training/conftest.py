@@ -1,10 +1,8 @@
-"""A tiny model and corpus, one device unless a mesh is asked for, and programs compiled once."""
+"""A tiny model and corpus, one device unless a mesh is asked for."""
 
 import shutil
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from peftjax.training import build, loop
 from tests import tiny
@@ -21,30 +19,14 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_once(tmp_path_factory):
-  """`train_and_evaluate` on one device, reusing what an earlier call of these tests compiled."""
-  programs = tmp_path_factory.mktemp("programs")
+def run_once():
+  """`train_and_evaluate` on one device, unless there is a mesh."""
   mesh_of = build.mesh_of
 
   def run(config, workdir, mesh=""):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(build, "mesh_of", lambda text: mesh_of(text) if text else None)
-    settings = {
-      "jax_compilation_cache_dir": str(programs),
-      "jax_persistent_cache_min_compile_time_secs": 0.1,
-      "jax_disable_most_optimizations": True,  # these runs are short: compiling is most of them
-    }
-    old = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(build, "mesh_of", lambda text: mesh_of(text) if text else None)
       return loop.train_and_evaluate(config, workdir, mesh=mesh)
-    finally:
-      for name, value in old.items():
-        jax.config.update(name, value)
-      compilation_cache.reset_cache()
-      patch.undo()
 
   return run
 

@@ -84,11 +84,14 @@ _SLOW = pytest.mark.slow(reason="the same laws for more settings; 10 to 20 s eac
   ("name", "chunk", "length", "accumulate"),
   [
     ("lora", 2, 32, 1),
-    ("dora", 1, 16, 1),
     ("adalora", 1, 16, 4),  # two updates of four batches and one of two
     *(
       pytest.param(*case, 1, marks=_SLOW)
-      for case in (("lora", 1, 32), ("lora", 3, 32), ("rslora", 1, 16), ("adalora", 2, 16))
+      for case in (
+        *(("lora", chunk, 32) for chunk in (1, 3)),
+        *((name, 1, 16) for name in ("rslora", "dora")),
+        ("adalora", 2, 16),
+      )
     ),
   ],
 )
