@@ -40,6 +40,9 @@ oldest: build/oldest/.installed ## Run the core tests on the oldest versions tha
 	build/oldest/bin/python -m pytest $(WORKERS) -m "not slow" tests/method_contract_test.py $(ARGS) \
 	  -k "lora-scanned or nf4-scanned or adalora-scanned or prefix-scanned"
 
+fuzz: .venv/.installed ## Damage 10,000 files, flags and folders and see what is made of them (ARGS=--seed=1)
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
 lint: .venv/.installed ## Run ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -124,4 +127,4 @@ build/oldest/.installed: pyproject.toml
 	echo "Installed in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart qlora install test test-all oldest lint format parity bench claims lock clean
+.PHONY: help quickstart qlora install test test-all oldest fuzz lint format parity bench claims lock clean

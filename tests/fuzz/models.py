@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,15 @@ class Model:
       save_file(tensors, path)
 
   def read(self, folder: Path) -> Any:
-    with warnings.catch_warnings(record=True) as told:
-      warnings.simplefilter("always")
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("peftjax").addHandler(listener)
+    try:
       model, params = pj.load_pretrained(folder)
-    return model, params, " ".join(str(w.message) for w in told)
+    finally:
+      logging.getLogger("peftjax").removeHandler(listener)
+    return model, params, " ".join(told)
 
   def check(self, folder: Path, got: Any) -> str:
     model, params, told = got
