@@ -51,14 +51,12 @@ class TokenizerConfig:
 
   Attributes:
     switches: None where the files say nothing.
-    ends: whether `add_bos_token` or `add_eos_token` is written down, be it null.
     roles: tokens by name, such as bos_token; None where a file says that there is none.
     extra: other special tokens; None if none are named.
     added: tokens by the id that a file gives them.
   """
 
   switches: Switches
-  ends: bool
   roles: Mapping[str, Token | None]
   extra: tuple[Token, ...] | None
   added: Mapping[int, AddedToken]
@@ -103,7 +101,6 @@ def read(folder: Path, vocabulary: Mapping[str, Any] | None) -> TokenizerConfig:
   by_content = {token.content: token for token in added.values()}
   return TokenizerConfig(
     switches,
-    bool({"add_bos_token", "add_eos_token"} & set(raw)),
     {key: by_content.get(str(token), token) for key, token in roles.items()},
     None if extra is None else tuple(_token(token, where, "a special token") for token in extra),
     added,

@@ -143,7 +143,7 @@ def _build(
       framed = kind.frame(ids)
     except KeyError as role:
       raise ValueError(f"{folder}: the files take away {role}, which goes around texts") from None
-  elif framed is None or config.ends:
+  elif framed is None:
     framed = _begin_and_end(config, ids)
   if name == "Qwen2Tokenizer":
     made.add_tokens([AddedToken(text, special=True) for text in added])

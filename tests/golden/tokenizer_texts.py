@@ -25,7 +25,7 @@ _CODE = (
 _SPECIAL = (
   "<s>", "</s>", "<unk>", "<pad>", "<mask>", "[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]", "[mask]",
   "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<think>",
-  "<ent>", "<0x0A>", "▁", "Ġ", "##s", "[INST]",
+  "<ent>", "<ENT>", "[Mask]", "<0x0A>", "▁", "Ġ", "##s", "[INST]",
 )  # fmt: skip
 _SPACES = (
   ""
