@@ -91,7 +91,7 @@ def settle(tensors: Any, words: Words, config: Any, where: str) -> tuple[Any, di
     return config, {}
   if words.table is None:
     return config, {config.table: words.head}
-  if _equal(tensors, *words):
+  if _equal(tensors, words.table, words.head):
     return config, {}
   warnings.warn(
     f"{where} says tie_word_embeddings, and {file_of(tensors, words.head)} has {words.head} other "
