@@ -47,7 +47,7 @@ def groups(pattern: str, text: str) -> dict[str, Any] | None:
   return found and found.groupdict()
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)  # a pattern for each matrix of a large model is usual
 def _compiled(pattern: str) -> Any:
   """Of `regex`, where it means what it does in Python's `re`.
 

@@ -8,6 +8,7 @@ wherever it begins ("norm" is "input_layernorm"), and to exclude targets it is a
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import warnings
@@ -43,8 +44,12 @@ class Matcher:
 
   def value(self, table: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first key that matches the end of a module's path."""
-    found = (x for key, x in (table or {}).items() if self.match(END.format(key), module))
-    return next(found, default)
+    return next((x for key, x in (table or {}).items() if self.ends(key, module)), default)
+
+  def ends(self, key: str, module: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means a module."""
+    exact = _exact(key)
+    return self.match(END.format(key), module) if exact is None else exact == module
 
   def is_feedforward(self, config: Ia3, module: str) -> bool:
     """Whether IA3 scales the inputs of a module."""
@@ -157,7 +162,7 @@ def tell_unused(config: Common, modules: Modules, found: frozenset[str], matcher
   if isinstance(config, Lora) and not isinstance(config, AdaLora):
     for field in ("rank_pattern", "alpha_pattern"):
       keys = getattr(config, field) or {}
-      unused[field] = [k for k in keys if not any(matcher.match(END.format(k), m) for m in found)]
+      unused[field] = [k for k in keys if not any(matcher.ends(k, m) for m in found)]
   for field, keys in unused.items():
     if keys:
       warnings.warn(
@@ -165,6 +170,12 @@ def tell_unused(config: Common, modules: Modules, found: frozenset[str], matcher
         "is left out, as peft does",
         stacklevel=5,
       )
+
+
+@functools.lru_cache(maxsize=4096)
+def _exact(key: str) -> str | None:
+  """The one path that an escaped key means, as `save` writes it for each matrix of a model."""
+  return re.sub(r"\\(\W)", r"\1", key[1:]) if re.fullmatch(r"\^(\w|\\\W)+", key) else None
 
 
 def listed(value: list[str] | str | None, lists_only: bool = False) -> list[str]:

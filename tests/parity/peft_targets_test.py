@@ -149,6 +149,7 @@ def test_of_patterns_the_same_key_wins():
   module, matcher = "model.layers.1.self_attn.q_proj", hf_peft_targets.Matcher("config")
   for keys in (
     *(["q_proj"], ["q_proj", "self_attn.q_proj"], ["proj"], [".*proj"], ["layers.1.*"]),
+    *([r"^model\.layers\.1\.self_attn\.q_proj"], [r"^self_attn\.q_proj"], ["(?:q|k)_proj$"]),
     *([r"^model.layers.1.self_attn.q_proj"], ["^layers"], ["layers.1", "q_proj|k_proj"], ["1.*"]),
   ):
     table = {key: i for i, key in enumerate(keys)}
