@@ -134,6 +134,12 @@ def reworded(path, old, new):
   path.write_text(path.read_text().replace(old, new))
 
 
+def renamed(workdir):
+  """As another step, where no rows of metrics could tell."""
+  (workdir / "checkpoints/latest/8").rename(workdir / "checkpoints/latest/6")
+  (workdir / "metrics.jsonl").unlink()
+
+
 @pytest.mark.parametrize(
   ("harm", "named"),
   [
@@ -148,7 +154,7 @@ def reworded(path, old, new):
     (lambda w: (w / "metrics.jsonl").write_text(""), "0 rows instead of the 10"),
     (lambda w: reworded(w / "metrics.jsonl", '"step": 4', '"step": 3'), "other rows than the 10"),
     (lambda w: reworded(w / "metrics.jsonl", '"step": 4,', '"step": 4'), "metrics.jsonl line 4"),
-    (lambda w: (w / "checkpoints/latest/8").rename(w / "checkpoints/latest/6"), "holds step 8"),
+    (renamed, "latest/6 holds step 8"),
   ],
 )
 def test_a_damaged_workdir_is_named_and_stays(unfinished, config, run_once, harm, named):
