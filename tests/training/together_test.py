@@ -85,7 +85,7 @@ def test_parameters_are_those_of_single_runs(name, chunk, more, files):
     after = jax.device_get(tree.combine(alone.state.train, alone.frozen))
     one, two = (tree.partition(p, alone.mask)[0] for p in (before, after))
     moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), one, two)
-    assert max(jax.tree.leaves(moved)) > 1e-2
+    assert max(jax.tree.leaves(moved)) > 5e-3
     if name == "adalora":
       assert pj.ranks(tree.combine(got, group._base)) == pj.ranks(tree.combine(want, group._base))
 
