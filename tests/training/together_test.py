@@ -111,7 +111,7 @@ def test_parameters_are_those_of_single_runs(name, chunk, length, accumulate, fi
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
-    assert moved > 1e-2
+    assert moved > 5e-3
     if name == "adalora":
       assert pj.ranks(tree.combine(got, group._base)) == pj.ranks(tree.combine(want, group._base))
 
