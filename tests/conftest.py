@@ -1,7 +1,7 @@
 """Eight CPU devices, no silent broadcasting, quick compilation, and the mark of slow tests.
 
-Compiling is most of what the tests do. XLA optimises little here (`tests.core.programs.optimised`
-is a program as users get it), and all processes of a session share a folder of the programs they
+Compiling is most of what the tests do. XLA optimises little here (`tests.core.programs` has what
+laws about memory and bits need), and all processes of a session share a folder of the programs they
 compiled, so that each is compiled once. The folder is new in every session and its keys are the
 programs themselves: it hides no change.
 """

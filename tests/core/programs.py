@@ -21,7 +21,9 @@ _DEFAULT = {
 
 # Most laws are about values: compiling fast is worth more than running fast.
 jit = functools.partial(jax.jit, compiler_options=_QUICK)
-# For laws about what XLA makes of a program: memory, and equality to the bit.
+# For laws about memory, which is settled before machine code is made: fused as users' programs are.
+fused = functools.partial(jax.jit, compiler_options={**_QUICK, "xla_cpu_use_fusion_emitters": True})
+# For laws about equality to the bit: all as users' programs are.
 optimised = functools.partial(jax.jit, compiler_options=_DEFAULT)
 
 

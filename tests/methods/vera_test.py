@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import peftjax as pj
 from peftjax.core import tree
 from peftjax.nn.linear import Linear
-from tests.core.programs import optimised, producers
+from tests.core.programs import fused, producers
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (2, 5, 12))
@@ -164,7 +164,7 @@ def test_layers_of_a_scan_share_one_pair(remat):
     params = method.attach(KEY, base, pj.linen.layout(model, x))
     loss = lambda train, frozen, x: pj.apply(model, pj.combine(train, frozen), x).sum()
     arguments = *pj.partition(params, method.trainable(params)), x
-    compiled = optimised(jax.value_and_grad(loss)).lower(*arguments).compile()
+    compiled = fused(jax.value_and_grad(loss)).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   pair = 4 * 2 * 1024 * 64

@@ -12,7 +12,7 @@ import pytest
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.nn.feed_forward import VARIANTS, FeedForward, feed_forward, gated_width
-from tests.core.programs import equations, jit, optimised
+from tests.core.programs import equations, fused, jit
 
 B, T, D, F = 2, 3, 5, 11
 
@@ -169,7 +169,7 @@ def test_a_scanned_layer_keeps_them_too(name):
     def temporaries(layers):
       stack = {k: jax.ShapeDtypeStruct((layers, *s), jnp.float32) for k, s in shapes.items()}
       run = lambda x, p: jax.lax.scan(lambda x, p: (x + fn(name, x, p), None), x, p)[0].sum()
-      grad = optimised(jax.grad(run, (0, 1))).lower(x, stack).compile()
+      grad = fused(jax.grad(run, (0, 1))).lower(x, stack).compile()
       return grad.memory_analysis().temp_size_in_bytes
 
     return (temporaries(10) - temporaries(2)) / 8
@@ -193,7 +193,7 @@ def test_an_unrolled_frozen_layer_keeps_its_preactivations():
         x = x + feed_forward(x, w1, None, w2, None)
       return x.sum()
 
-    grad = optimised(jax.grad(loss)).lower(x, [(w1, w2)] * layers).compile()
+    grad = fused(jax.grad(loss)).lower(x, [(w1, w2)] * layers).compile()
     return grad.memory_analysis().temp_size_in_bytes
 
   assert (temporaries(8) - temporaries(2)) / 6 < 1.5 * 4 * tokens * wide

@@ -12,7 +12,7 @@ import peftjax as pj
 from peftjax.core.einsum import einsum
 from peftjax.methods import dora_weight
 from peftjax.quant import product
-from tests.core.programs import optimised
+from tests.core.programs import fused
 
 D, RANK = 1024, 8
 DENSE = 4 * D * D  # bytes
@@ -99,7 +99,7 @@ def grows(name, sharding=None):
     made = layers(count, stacked, dora=name.startswith("DoRA"))
     arguments = made, jax.ShapeDtypeStruct((rows, D), jnp.float32)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    run = optimised(lambda q, x: program(q, x))  # a new function: nothing is cached
+    run = fused(lambda q, x: program(q, x))  # a new function: nothing is cached
     compiled = run.lower(*jax.tree.map(place, arguments)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -125,5 +125,5 @@ def test_many_adapters_on_one_base_decode_it_once():
   [(weight, *_)] = layers(1, False)
   x = jax.ShapeDtypeStruct((8, 4, D), jnp.float32)
   run = jax.vmap(lambda x, w: einsum("ti,io->to", x, w), in_axes=(0, None))
-  size = optimised(run).lower(x, weight).compile().memory_analysis().temp_size_in_bytes
+  size = fused(run).lower(x, weight).compile().memory_analysis().temp_size_in_bytes
   assert size < 2 * DENSE
