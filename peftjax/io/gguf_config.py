@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
+from peftjax.core.ranges import Count, Positive, Size
 from peftjax.io import records
 from peftjax.io.gguf_header import Header
-from peftjax.io.records import Count, Positive, Size, clip
+from peftjax.io.records import clip
 
 Share = Annotated[float, Meta(gt=0, lt=1)]
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from peftjax.core.patterns import LENGTH
-from peftjax.io.records import Count, Rate, Size
+from peftjax.core.ranges import Count, Fraction, Size
 
 PEFT = "0.21.2"  # whose fields these are
 
@@ -65,7 +65,7 @@ class Lora(Targeted):
 
   r: Size = 8
   lora_alpha: Alpha = 8.0
-  lora_dropout: Rate = 0.0
+  lora_dropout: Fraction = 0.0
   use_rslora: Flag = False
   use_dora: Flag = False
   rank_pattern: dict[str, Size] | None = None
@@ -118,7 +118,7 @@ class Vera(Targeted):
   """VeRA."""
 
   r: Size = 256
-  vera_dropout: Rate = 0.0
+  vera_dropout: Fraction = 0.0
   save_projection: Flag = True
   d_initial: Number = None
   init_weights: Flag = None

@@ -14,18 +14,11 @@ import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 T = TypeVar("T")
-
-# What files say of sizes fits 31 bits; the limit keeps arithmetic on them from running away.
-Count = Annotated[int, Meta(ge=0, lt=2**31)]
-Size = Annotated[int, Meta(ge=1, lt=2**31)]
-Rate = Annotated[float, Meta(ge=0, lt=1)]  # of dropout; NaN is in no range
-Positive = Annotated[float, Meta(gt=0, lt=1e30)]
 
 MAX_BYTES = 2**28  # of one JSON file; the largest tokenizers have some 2^25
 

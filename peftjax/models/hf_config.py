@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
+from peftjax.core.ranges import Count, Fraction, Positive, Size
 from peftjax.io import records
-from peftjax.io.records import Positive, Rate, Size, clip
+from peftjax.io.records import clip
 from peftjax.nn.ffn import ACTIVATIONS
 
 Eps = Annotated[float, Meta(gt=0, lt=1)]
@@ -66,13 +67,13 @@ class Bert(_Common):
   num_attention_heads: Size = 12
   intermediate_size: Size = 3072
   hidden_act: str = "gelu"
-  hidden_dropout_prob: Rate = 0.1
-  attention_probs_dropout_prob: Rate = 0.1
+  hidden_dropout_prob: Fraction = 0.1
+  attention_probs_dropout_prob: Fraction = 0.1
   max_position_embeddings: Size = 512
   type_vocab_size: Size = 2
   layer_norm_eps: Eps = 1e-12
   pad_token_id: int | None = 0
-  classifier_dropout: Rate | None = None
+  classifier_dropout: Fraction | None = None
   is_decoder: bool = False
   add_cross_attention: bool = False
   position_embedding_type: str | None = "absolute"  # of files before transformers 5
@@ -179,7 +180,7 @@ class Llama(_Common):
   hidden_act: str = "silu"
   max_position_embeddings: Size = 2048
   original_max_position_embeddings: Size | None = None
-  attention_dropout: Rate | None = 0.0
+  attention_dropout: Fraction | None = 0.0
   rms_norm_eps: Eps = 1e-6
   eos_token_id: Ids = 2
   tie_word_embeddings: bool = False
@@ -228,7 +229,7 @@ class Mistral(Llama):
 
   intermediate_size: Size = 14336
   num_key_value_heads: Size = 8
-  attention_dropout: Rate = 0.0
+  attention_dropout: Fraction = 0.0
   max_position_embeddings: Size = 4096 * 32
   sliding_window: Size | None = 4096
 
@@ -246,12 +247,12 @@ class Qwen2(Llama):
   vocab_size: Size = 151936
   intermediate_size: Size = 22016
   num_key_value_heads: Size | None = 32
-  attention_dropout: Rate = 0.0
+  attention_dropout: Fraction = 0.0
   max_position_embeddings: Size = 32768
   eos_token_id: Ids = None
   use_sliding_window: bool = False
   sliding_window: Size | None = 4096
-  max_window_layers: records.Count = 28
+  max_window_layers: Count = 28
   layer_types: list[str] | None = None
 
   free_heads: ClassVar[bool] = True
@@ -280,9 +281,9 @@ class GPT2(_Common):
   n_head: Size = 12
   n_inner: Size | None = None
   activation_function: str = "gelu_new"
-  resid_pdrop: Rate = 0.1
-  embd_pdrop: Rate = 0.1
-  attn_pdrop: Rate = 0.1
+  resid_pdrop: Fraction = 0.1
+  embd_pdrop: Fraction = 0.1
+  attn_pdrop: Fraction = 0.1
   layer_norm_epsilon: Eps = 1e-5
   scale_attn_weights: bool = True
   scale_attn_by_inverse_layer_idx: bool = False

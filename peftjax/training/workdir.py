@@ -13,8 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from peftjax.core.ranges import Count
 from peftjax.io import disk, records
-from peftjax.io.records import Count
 from peftjax.training.settings import Settings, from_config
 
 CHECKPOINTS = ("latest", "best")

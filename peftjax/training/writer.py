@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from peftjax import data
 from peftjax.core import tree
+from peftjax.core.ranges import Count
 from peftjax.data import chat
 from peftjax.io import records
 from peftjax.models import pretrained
@@ -119,7 +120,7 @@ class Writer:
 class _Generation:
   """Of `generation_config.json`."""
 
-  eos_token_id: records.Count | list[records.Count] | None = None
+  eos_token_id: Count | list[Count] | None = None
 
 
 def _stop_ids(path: Path) -> tuple[int, ...]:
