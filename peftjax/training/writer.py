@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from peftjax import data
 from peftjax.core import tree
@@ -20,8 +18,8 @@ from peftjax.io import records
 from peftjax.models import pretrained
 from peftjax.models.generate import generate
 from peftjax.training import build
+from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints, digest
-from peftjax.training.settings import from_config
 
 
 class Writer:
@@ -41,9 +39,10 @@ class Writer:
       f"{workdir} holds no evaluated run of a language model; train first:\n"
       f"  python -m experiments.train --config=configs/causal_lm.py --workdir={workdir}"
     )
+    workdirs.check_checkpoints(workdir / "checkpoints")
     if not (workdir / "checkpoints" / "best").is_dir():
       raise untrained
-    settings = from_config(ConfigDict(json.loads((workdir / "config.json").read_text())))
+    settings = workdirs.settings(workdir)
     if settings.task != "causal_lm":
       raise untrained
     self.path = settings.model.path()
@@ -52,7 +51,7 @@ class Writer:
       meta = checkpoints.meta("best")
       if meta is None:
         raise untrained
-      if meta["base"] != digest(self.path):
+      if workdirs.Meta.of(meta, workdir / "checkpoints" / "best").base != digest(self.path):
         raise ValueError(f"{self.path} is not the model {workdir} was trained on")
       made = build.adapted(settings, None)
       adapter, base = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
