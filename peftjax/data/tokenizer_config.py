@@ -98,6 +98,8 @@ def read(folder: Path, vocabulary: Mapping[str, Any] | None) -> TokenizerConfig:
     special = {str(token) for token in roles.values()} | {_content(token) for token in extra}
     added = _added_file(folder / "added_tokens.json", special) | _serialised(folder, vocabulary)
     extra = extra or said.get("additional_special_tokens")
+  if not extra and {"extra_special_tokens", "additional_special_tokens"} & set(raw):
+    extra = []  # an empty list takes those of a SentencePiece file away
   by_content = {token.content: token for token in added.values()}
   return TokenizerConfig(
     switches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,7 @@ def _build(
   found = {role: (text, made.token_to_id(text)) for role, text in texts.items()}
   ids = {role: (text, id) for role, (text, id) in found.items() if id is not None}
   if kind is not None and kind.frame is not None:
-    try:
-      framed = kind.frame(ids)
-    except KeyError as role:
-      raise ValueError(f"{folder}: the files take away {role}, which goes around texts") from None
+    framed = _own_frame(folder, kind.frame, ids)
   elif framed is None:
     framed = _begin_and_end(config, ids)
   if name == "Qwen2Tokenizer":
@@ -150,6 +147,13 @@ def _build(
   made.post_processor = _untrimmed(framed)
   made.encode_special_tokens = bool(config.switches.split_special_tokens)
   return made, ordered
+
+
+def _own_frame(folder: Path, frame: Callable[..., Any], ids: Mapping[str, Any]) -> Any:
+  try:
+    return frame(ids)
+  except KeyError as role:
+    raise ValueError(f"{folder}: the files take away {role}, which goes around texts") from None
 
 
 def _vocabulary(
