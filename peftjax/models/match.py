@@ -95,7 +95,7 @@ def match(
   """
   available = set(tensors.names())
   ignored = {n for n in available if skip_head and re.fullmatch(OTHER_HEADS, n)}
-  body = body_of(family, config)
+  usable, body = available - ignored, body_of(family, config)
   used: set[str] = set()
   missing: list[str] = []
   new: list[str] = []
@@ -105,13 +105,11 @@ def match(
     stack = stack_of(path, leaf)
     want_names = [family.hf_name(p) for p in paths.layer_paths(path, stack)]
     given = (others or {}).get(path)
-    found = [
-      n for name in want_names if (n := given or find(name, available - ignored, body)) is not None
-    ]
+    found = [n for name in want_names if (n := given or find(name, usable, body)) is not None]
     used.update(found)
     may_be_new = re.fullmatch(family.NEW, path) is not None
     if len(found) < len(want_names):
-      lacks = [n for n in want_names if find(n, available - ignored, body) is None]
+      lacks = [n for n in want_names if find(n, usable, body) is None]
       new.append(path) if may_be_new else missing.extend(lacks)
       continue
     shape = leaf.shape[len(stack) :]
@@ -122,7 +120,7 @@ def match(
   if missing:
     raise ValueError(_missing(tensors, missing, config, where))
   _check_whole(tensors, family, matched, new)
-  extra = sorted(n for n in available - used - ignored if not re.fullmatch(family.UNUSED, n))
+  extra = sorted(n for n in usable - used if not re.fullmatch(family.UNUSED, n))
   if extra:
     shown = "\n  ".join(extra[:10])
     told = quantization.hint(extra) or f"Is {where} the one the weights were saved with?"
