@@ -82,8 +82,8 @@ def float32(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bfloat16(tmp_path_factory):
   """0.4 GB."""
-  directory = _generated(tmp_path_factory.mktemp("bfloat16"), 4, 8192, ml_dtypes.bfloat16)
-  yield Source(directory, 192_956_416, 2 * 8192 * WIDTH, 0.13e9)
+  directory = _generated(tmp_path_factory.mktemp("bfloat16"), 4, 16384, ml_dtypes.bfloat16)
+  yield Source(directory, 209_733_632, 2 * 16384 * WIDTH, 0.165e9)
   shutil.rmtree(directory)
 
 
