@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +36,12 @@ class Rows:
 
   def take(self, count: int | None) -> Rows:
     """The first `count` rows, or all."""
+    return self.where(slice(count))
+
+  def where(self, rows: Any) -> Rows:
+    """Some of the rows: an index, a slice or a mask."""
     fields = ("tokens", "segments", "positions", "weights")
-    return dataclasses.replace(self, **{field: getattr(self, field)[:count] for field in fields})
+    return dataclasses.replace(self, **{field: getattr(self, field)[rows] for field in fields})
 
   def batch(self, index_B: np.ndarray) -> Batch:
     """The rows `index_B`; of an empty row, -1, nothing is to be predicted."""

@@ -33,10 +33,12 @@ class LanguageModelling:
   Attributes:
     name: of the corpus.
     rows: "train", "validation" and "test", and "other", held-out text of another domain.
+    idle: rows that training leaves out.
   """
 
   name: str
   rows: dict[str, Rows]
+  idle: int = 0
 
   kind = KIND
   outputs = None
@@ -67,8 +69,7 @@ class LanguageModelling:
     return {part: (rows.tokens,) for part, rows in self.rows.items()}
 
   def stream(self, batch_size: int, seed: int) -> Stream:
-    rows = _counting(self.rows["train"])
-    return RowStream(rows, batch_size, seed, jax.process_index(), jax.process_count())
+    return RowStream(self.rows["train"], batch_size, seed, jax.process_index(), jax.process_count())
 
   def evaluate(
     self, predict: Callable[[Any], Any], part: str, batch_size: int
@@ -92,9 +93,8 @@ class LanguageModelling:
     sizes = (
       f"{len(rows):,} {part} of {rows.documents:,} texts" for part, rows in self.rows.items()
     )
-    idle = len(self.rows["train"]) - len(_counting(self.rows["train"]))
-    left = f"; {idle:,} of train left out, with no token to predict" if idle else ""
-    return f"{self.name}: rows of {self.longest} tokens: {', '.join(sizes)}{left}"
+    told = f"; {self.idle:,} more of train are prompts alone, left out" if self.idle else ""
+    return f"{self.name}: rows of {self.longest} tokens: {', '.join(sizes)}{told}"
 
   def summary(self) -> dict[str, Any]:
     return {
@@ -111,15 +111,6 @@ class LanguageModelling:
       for array in (rows.tokens, rows.segments, rows.weights):
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
-
-
-def _counting(rows: Rows) -> Rows:
-  """Those with a token to predict: a batch of nothing else would be a step without a gradient."""
-  keep = rows.weights.any(1)
-  if keep.all():
-    return rows
-  fields = ("tokens", "segments", "positions", "weights")
-  return dataclasses.replace(rows, **{field: getattr(rows, field)[keep] for field in fields})
 
 
 def load(settings: Settings) -> LanguageModelling:
@@ -139,4 +130,9 @@ def load(settings: Settings) -> LanguageModelling:
     documents, prompts = data.documents(tokenizer, examples, ends, completions=completions)
     packed = pack(documents, wanted.max_length, prompts, settings.seed)
     rows[part] = packed if part == "train" else packed.take(wanted.eval_rows)
-  return LanguageModelling(corpus.name, rows)
+  idle = 0
+  if wanted.loss == "completions":  # rows of prompts alone could be a batch, without a gradient
+    counting = rows["train"].weights.any(1)
+    if counting.any():
+      idle, rows["train"] = int((~counting).sum()), rows["train"].where(counting)
+  return LanguageModelling(corpus.name, rows, idle)

@@ -1,6 +1,7 @@
 """Averages are of tokens: one batch equals any split of it into batches, devices and buckets."""
 
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -13,9 +14,11 @@ import peftjax as pj
 from peftjax import losses, sharding
 from peftjax.core import paths
 from peftjax.data.pack import Rows
-from peftjax.training import state, step
+from peftjax.training import build, state, step
 from peftjax.training.causal_lm import KIND, LanguageModelling
 from peftjax.training.classification import CLASSES, NUMBER
+from peftjax.training.settings import from_config
+from tests import tiny_lm
 from tests.core.programs import jit
 
 ROWS, LENGTH, VOCAB = 32, 6, 11
@@ -173,14 +176,16 @@ def test_perplexity_is_of_tokens_whatever_the_batches():
     np.testing.assert_allclose(scores["perplexity"], np.exp(want), rtol=1e-12)
 
 
-def test_rows_without_a_token_to_predict_are_no_training_batch():
+def test_rows_of_prompts_alone_are_no_training_batch(tmp_path):
   """A batch of nothing else would be a step without a gradient; a part of nothing else is none."""
-  rows = rows_with([[0, 0, 1], [0, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0]])
-  task = LanguageModelling("ours", {"train": rows, "test": rows})
-  stream = task.stream(1, seed=0)
-  assert stream.steps_per_epoch == 2
-  assert all(batch["weights"].any() for batch in stream.iterate(0, 6))
-  assert "3 of train left out, with no token to predict" in task.describe()
+  table = tmp_path / "long.jsonl"
+  rows = [{"prompt": " ".join("0123456789"[-i % 10 :] * 3), "answer": " 7 8"} for i in range(40)]
+  table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  model = tiny_lm.model_dir(tmp_path / "model")
+  task = build.task(from_config(tiny_lm.config(model, table, data__max_length=8)))
+  assert task.rows["train"].weights.any(1).all() and task.idle > 0
+  assert f"{task.idle} more of train are prompts alone, left out" in task.describe()
+  rows = rows_with([[0, 0, 1], [0, 1, 1]])
   for part in ("train", "test"):
     with pytest.raises(ValueError, match=f"{part}: none of the 2 texts has a token to predict"):
       LanguageModelling("ours", {"train": rows, "test": rows, part: rows_with([[0, 0], [0, 0]])})
