@@ -13,6 +13,9 @@ LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header
 
+# The oldest flax calls what the oldest jax deprecates.
+OLDEST = build/oldest/bin/python -m pytest $(WORKERS) -m "not slow" -W ignore::DeprecationWarning
+
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
@@ -36,8 +39,8 @@ test-all: .venv/.installed ## Run all tests (no torch needed)
 	$(BIN)/python -m pytest --doctest-modules peftjax
 
 oldest: build/oldest/.installed ## Run the core tests on the oldest versions that pyproject.toml allows
-	build/oldest/bin/python -m pytest $(WORKERS) -m "not slow" tests/core tests/methods tests/quant $(ARGS)
-	build/oldest/bin/python -m pytest $(WORKERS) -m "not slow" tests/method_contract_test.py $(ARGS) \
+	$(OLDEST) tests/core tests/methods tests/quant $(ARGS)
+	$(OLDEST) tests/method_contract_test.py $(ARGS) \
 	  -k "lora-scanned or nf4-scanned or adalora-scanned or prefix-scanned"
 
 fuzz: .venv/.installed ## Damage 10,000 files, flags and folders and see what is made of them (ARGS=--seed=1)

@@ -73,6 +73,8 @@ class _Ids:
 
   bos_token_id: Count | None = None
   eos_token_id: Count | None = None
+  eot_token_id: Count | None = None  # of a turn, and of a message: llama.cpp ends there too
+  eom_token_id: Count | None = None
   padding_token_id: Count | None = None
   unknown_token_id: Count | None = None
 
@@ -108,7 +110,9 @@ def config(path: Path, header: Header) -> dict[str, Any]:
     "tie_word_embeddings": "output.weight" not in header.tensors,
   }
   ids = token_ids(path, header.metadata)
-  for name in ("bos", "eos", "pad"):
+  ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
+  found["eos_token_id"] = ends if len(ends) > 1 else ids["eos"]
+  for name in ("bos", "pad"):
     found[f"{name}_token_id"] = ids[name]
   _match(path, header, found)
   if scaling := _scaling(path, header, said.rope, found):
@@ -136,7 +140,7 @@ def _kind(path: Path, header: Header) -> str:
 
 
 def token_ids(path: Path, metadata: Mapping[str, Any]) -> dict[str, int | None]:
-  """The ids called `bos`, `eos`, `pad` and `unk`, as far as the file or llama.cpp names them.
+  """The ids called `bos`, `eos`, `eot`, `eom`, `pad` and `unk`, as the file or llama.cpp has them.
 
   llama.cpp's defaults for a SentencePiece vocabulary are 1, 2, none and 0. Those for byte-level
   ones, 11, are Falcon's alone, and not taken.
@@ -150,6 +154,8 @@ def token_ids(path: Path, metadata: Mapping[str, Any]) -> dict[str, int | None]:
   ids = {
     "bos": said.bos_token_id,
     "eos": said.eos_token_id,
+    "eot": said.eot_token_id,
+    "eom": said.eom_token_id,
     "pad": said.padding_token_id,
     "unk": said.unknown_token_id,
   }

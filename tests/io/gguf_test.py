@@ -242,6 +242,9 @@ def test_a_file_that_changed_is_read_again(golden, tmp_path):
   assert GGUFFile(path).config["eos_token_id"] == 0
   gguf_files.model(path, golden / "llama_tiny", tokenizer__ggml__eos_token_id=7)
   assert GGUFFile(path).config["eos_token_id"] == 7
+  ends = dict(tokenizer__ggml__eos_token_id=7, tokenizer__ggml__eot_token_id=9)  # a chat's turn
+  gguf_files.model(path, golden / "llama_tiny", **ends)
+  assert GGUFFile(path).config["eos_token_id"] == [7, 9]
 
 
 BAD = {
