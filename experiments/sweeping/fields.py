@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peftjax.io.records import clip
 from peftjax.training import resume
 
 # What a sweep compares. Trials that differ in anything else answer different questions.
@@ -39,5 +40,8 @@ def question(config: Mapping[str, Any]) -> dict[str, Any]:
 def label(config: Mapping[str, Any], paths: Iterable[str]) -> str:
   """Some fields for people: `target_rank 4, gamma 0.1`; of a base its argument."""
   given = [(path.rpartition(".")[2], config[path]) for path in paths if path in config]
-  shown = (x.partition(":")[2] if name == "base" else f"{name} {x}" for name, x in given)
+  shown = (
+    x.partition(":")[2] if name == "base" else f"{name} {clip(x, 80, quote=False)}"
+    for name, x in given
+  )
   return ", ".join(filter(None, shown))

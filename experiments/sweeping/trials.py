@@ -130,7 +130,10 @@ def _trial(config: ConfigDict, overrides: Mapping[str, Any]) -> Trial:
     try:
       config.update_from_flattened_dict({path: value})
     except (TypeError, ValueError) as error:
-      raise ValueError(f"{base}: {path}={value!r} does not fit: {error}") from None
+      raise ValueError(
+        f"{base}: {path}={records.clip(value)} does not fit: "
+        f"{records.clip(str(error), quote=False)}"
+      ) from None
   try:
     from_config(config).build_method()
   except (ValueError, TypeError, AttributeError, KeyError) as error:

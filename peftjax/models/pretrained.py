@@ -196,8 +196,8 @@ def _read(
 def _check_finite(tensors: Tensors, name: str, array: np.ndarray) -> None:
   """Raises `ValueError` on a NaN or an infinity: it would be in every output, and in every loss."""
   flat = array.reshape(-1)
-  for start in range(0, flat.size, 2**22):  # a copy of some of it
-    if not np.isfinite(flat[start : start + 2**22].astype(np.float32, copy=False)).all():
+  for start in range(0, flat.size, 2**20):  # a copy of some of it
+    if not np.isfinite(flat[start : start + 2**20].astype(np.float32, copy=False)).all():
       raise ValueError(
         f"{file_of(tensors, name)}: tensor {name} has NaN or infinite entries, so all outputs "
         "would be NaN. Download or mend the checkpoint."

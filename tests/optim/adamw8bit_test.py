@@ -189,5 +189,5 @@ def test_sharded_equals_unsharded_and_lies_where_the_parameters_do():
 
 def test_rates_outside_their_range_raise():
   """Before anything is trained."""
-  with pytest.raises(ValueError, match=r"b2=1.0 is not in \[0, 1\)"):
+  with pytest.raises(ValueError, match=r"b2=1.0: write a number of at least 0 and below 1"):
     adamw8bit(_LR, b2=1.0)

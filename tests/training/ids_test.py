@@ -26,15 +26,14 @@ def test_a_tokenizer_of_another_model_is_found_before_the_first_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "base, kept, message",
+  "base, message",
   [
-    (np.ones(3), False, "nan not finite. Try a lower"),
-    (np.ones(3), True, "The last good checkpoint is kept. Try a lower"),
-    (np.array([1.0, np.nan]), True, "pretrained model's body/kernel, which is not trained"),
+    (np.ones(3), "nan not finite. Try a lower"),
+    (np.array([1.0, np.nan]), "pretrained model's body/kernel, which is not trained"),
   ],
 )
-def test_divergence_is_blamed_on_what_is_known(base, kept, message):
-  run = types.SimpleNamespace(frozen={"body": {"kernel": base}, "ids": np.arange(2)}, kept=kept)
+def test_divergence_is_blamed_on_what_is_known(base, message):
+  run = types.SimpleNamespace(frozen={"body": {"kernel": base}, "ids": np.arange(2)})
   told = Run._diverged(run, "step 1: loss nan")
   assert message in told
   assert ("learning_rate" in told) == ("not trained" not in told)

@@ -52,7 +52,7 @@ def test_of_many_starts_at_once_one_runs(tmp_path):
   for thread in threads:
     thread.join()
   assert len(counted) == 1 and len(held) == 7
-  assert not list(tmp_path.iterdir())
+  assert not list(tmp_path.rglob(lock.NAME))
 
 
 def test_a_folder_stays_only_if_something_was_kept(tmp_path):
