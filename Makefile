@@ -4,7 +4,7 @@
 PYTHON = python3
 ARGS =
 BIN = .venv/bin
-WORKERS = -n 2 --dist=loadgroup --no-loadscope-reorder
+WORKERS = -n 2 --dist=loadscope --no-loadscope-reorder
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 UV = uv==0.13.9
 TORCH = torch==2.13.0

@@ -7,11 +7,13 @@ programs themselves: it hides no change.
 """
 
 import os
+import re
 import shutil
 import tempfile
 
 import pytest
 
+CONTRACT = "method_contract_test.py"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist: its controller has set all this
 
 # Before jax is imported.
@@ -46,18 +48,29 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
-  """Workers take whole files, but of a file that names its groups one group after the other.
-
-  Those come last: they are small, so that all workers end together.
-  """
-  grouped = lambda item: item.get_closest_marker("xdist_group") is not None
-  items.sort(key=grouped)
+  """Slow tests say why; the contract comes last, as its groups are small: workers end together."""
+  items.sort(key=lambda item: item.path.name == CONTRACT)
   for item in items:
     for mark in item.iter_markers("slow"):
       if mark.args or set(mark.kwargs) != {"reason"} or not str(mark.kwargs["reason"]).strip():
         raise pytest.UsageError(f"{item.nodeid}: write pytest.mark.slow(reason='...')")
-    if not grouped(item):
-      item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Workers take whole files, but of the contract one subject after the other.
+
+  pytest-xdist's own loadgroup sets a private name that pytest 9.2 no longer reads.
+  """
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Groups(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      file, _, test = nodeid.partition("::")
+      subject = re.search(r"\[(.+?-(scanned|unrolled))", test) if file.endswith(CONTRACT) else None
+      return f"{file} {subject[1]}" if subject else file
+
+  return Groups(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

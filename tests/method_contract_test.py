@@ -333,7 +333,7 @@ def _subjects():
   for entry in ENTRIES:
     for layers in (*entry.layers, *entry.slow):
       name = f"{entry.name}-{layers}"
-      marks = [pytest.mark.xdist_group(name), *[slow] * (layers in entry.slow)]
+      marks = [slow] * (layers in entry.slow)
       yield pytest.param((entry, layers), id=name, marks=marks)
 
 
