@@ -1,4 +1,4 @@
-"""The reference libraries read local files only, and are compared with programs as users get them."""
+"""The reference libraries read local files only; ours are programs as users get them."""
 
 import os
 
