@@ -87,7 +87,10 @@ def sentencepiece_model(kind: str, **options) -> bytes:
     minloglevel=2,
     **options,
   )
-  return written.getvalue()
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.ParseFromString(written.getvalue())
+  proto.normalizer_spec.ClearField("normalization_rule_tsv")  # a path of this machine
+  return proto.SerializeToString()
 
 
 def llama_json(data: bytes) -> Tokenizer:
