@@ -101,8 +101,3 @@ def accumulated(
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _as(new: Any, old: Any) -> Any:
-  """`new` in the dtype that the state began with."""
-  return new if new.dtype == old.dtype else new.astype(old.dtype)
