@@ -6,6 +6,7 @@ from peftjax.data.pipeline import Batch, Stream, batches
 from peftjax.data.plan import Plan, batch_plan, buckets
 from peftjax.data.text_tokenizer import TextTokenizer
 from peftjax.data.tokenise import Tokens, documents, encode
+from peftjax.data.tokenizer_files import digest as tokenizer_digest
 from peftjax.data.tokenizer_files import load_tokenizer
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
   "encode",
   "load",
   "load_tokenizer",
+  "tokenizer_digest",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from peftjax.data.tokenizer_config import ROLES, Token, TokenizerConfig
 from peftjax.data.tokenizer_kinds import KINDS, Kind, Vocabulary
 from peftjax.io import gguf, records
 
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Characters that few vocabularies have: a tokenizer that cannot do without is found out at once.
 _PROBE = "a 0.\n\u0378\U0010fffd"
 
@@ -53,6 +55,28 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
     made.encode(_PROBE)
   special = {role: str(token) for role, token in roles.items() if token is not None}
   return TextTokenizer(made, str(folder), special, typed, side)
+
+
+def digest(directory: str | Path) -> str:
+  """SHA-256 of the files that say which ids a text has; chat templates in them do not count.
+
+  Of a GGUF file "": it is all one file.
+  """
+  folder, total = Path(directory), hashlib.sha256()
+  if folder.suffix == ".gguf":
+    return ""
+  for name in sorted({*_SETTINGS, "tokenizer.json", *(f for k in KINDS.values() for f in k.files)}):
+    path = folder / name
+    if path.exists():
+      data = records.read_bytes(path)
+      if name in _SETTINGS:
+        said = records.parse_object(data, path)
+        said.pop("chat_template", None)
+        if not said:
+          continue
+        data = json.dumps(said, sort_keys=True).encode()
+      total.update(name.encode() + hashlib.sha256(data).digest())
+  return total.hexdigest()
 
 
 def _kind(folder: Path, config: TokenizerConfig, data: bytes | None) -> tuple[str, Kind | None]:

@@ -16,7 +16,7 @@ from peftjax.data.corpora import text_columns
 from peftjax.models import limits, pretrained
 from peftjax.training import build, evaluate, step
 from peftjax.training import workdir as workdirs
-from peftjax.training.checkpoint import Checkpoints, digest
+from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.classification import CLASSES
 
 
@@ -56,8 +56,7 @@ class Predictor:
       if meta is None:
         raise untrained
       known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
-      if known.base != digest(self.settings.model.path()):
-        raise ValueError(f"{self.settings.model.path()} is not the model {workdir} was trained on")
+      workdirs.check_model(known, self.settings.model.path(), workdir)
       self.labels: list[str] = known.labels
       model = build.adapted(self.settings, len(self.labels) or 1)
       keep = tree.adapter_mask(model.params, model.mask)

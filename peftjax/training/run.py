@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peftjax import optim, sharding
+from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
 from peftjax.models import limits
 from peftjax.nn import virtual
@@ -155,6 +155,7 @@ class Run:
     """What a continuation or a prediction has to agree with: the base, the data, the labels."""
     return {
       "base": digest(self.settings.model.path()),
+      "tokenizer": data.tokenizer_digest(self.settings.model.path()),
       "data": self.task.digest(),
       "labels": self.task.summary().get("labels", []),
     }

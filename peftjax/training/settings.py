@@ -105,6 +105,11 @@ class Quant(Section):
       return None
     if self.name not in FORMATS:
       raise ValueError(f"quant.name {self.name!r} is not one of none, {', '.join(FORMATS)}")
+    if self.name == "int8" and self.double_quant:
+      raise ValueError(
+        "quant.name=int8 with double_quant: scales of eight bits would be coarser than the weights "
+        "they scale. Write --config.quant.double_quant=false"
+      )
     return Format(self.name, self.block_size, self.double_quant)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from peftjax import data
 from peftjax.core.ranges import Count
 from peftjax.io import disk, records
+from peftjax.training.checkpoint import digest
 from peftjax.training.settings import Settings, from_config
 
 CHECKPOINTS = ("latest", "best")
@@ -80,11 +82,12 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-  """What a checkpoint says of itself; all but the first three are of the latest one alone."""
+  """What a checkpoint says of itself; from `best` on, of the latest one alone."""
 
   base: str
   data: str
   labels: list[str]
+  tokenizer: str = ""  # "" if it is part of the base, or was not recorded yet
   best: Best | None = None
   before: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   seconds: float = 0.0
@@ -94,6 +97,17 @@ class Meta:
   def of(cls, value: Mapping[str, Any], where: Path) -> Meta:
     fields = {key: x for key, x in value.items() if x != {}}  # no best yet
     return _typed(fields, cls, where, _RESTORE)
+
+
+def check_model(meta: Meta, model: Path, folder: Path) -> None:
+  """ValueError if a run was trained on other weights than `model` has, or on other tokens."""
+  if meta.base != digest(model):
+    raise ValueError(f"{model} is not the model {folder} was trained on")
+  if meta.tokenizer and meta.tokenizer != data.tokenizer_digest(model):
+    raise ValueError(
+      f"{model} has another tokenizer than {folder} was trained with, so texts would become other "
+      "tokens. Put its files back."
+    )
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

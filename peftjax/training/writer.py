@@ -19,7 +19,7 @@ from peftjax.models import pretrained
 from peftjax.models.generate import generate
 from peftjax.training import build
 from peftjax.training import workdir as workdirs
-from peftjax.training.checkpoint import Checkpoints, digest
+from peftjax.training.checkpoint import Checkpoints
 
 
 class Writer:
@@ -51,8 +51,8 @@ class Writer:
       meta = checkpoints.meta("best")
       if meta is None:
         raise untrained
-      if workdirs.Meta.of(meta, workdir / "checkpoints" / "best").base != digest(self.path):
-        raise ValueError(f"{self.path} is not the model {workdir} was trained on")
+      known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
+      workdirs.check_model(known, self.path, workdir)
       made = build.adapted(settings, None)
       adapter, base = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
       if adapted:  # an adapter as `attach` makes it changes nothing

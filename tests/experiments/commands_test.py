@@ -8,6 +8,7 @@ import pytest
 
 from configs.classify import get_config
 from experiments.benchmarks import batch, report
+from peftjax.data import tokenizer_digest
 from peftjax.training.predict import Predictor
 from tests.experiments.conftest import load
 
@@ -47,9 +48,22 @@ def test_predict_labels_texts_of_flag_and_file(trained, command, capsys, tmp_pat
 
 def test_predict_refuses_another_base(trained, fails, model_dir, monkeypatch):
   """A run does not predict with weights it was not trained on."""
-  monkeypatch.setattr("peftjax.training.predict.digest", lambda directory: "another")
+  monkeypatch.setattr("peftjax.training.workdir.digest", lambda directory: "another")
   message = fails("predict", workdir=str(trained[0]), text=["a"], pair=[], file=None, output=None)
   assert str(model_dir) in message
+
+
+def test_predict_refuses_another_tokenizer(trained, fails, model_dir):
+  """The weights are the same, and texts would be other tokens; a chat template is none of it."""
+  path, before = model_dir / "tokenizer_config.json", tokenizer_digest(model_dir)
+  try:
+    path.write_text(json.dumps({"chat_template": "x"}))
+    assert tokenizer_digest(model_dir) == before
+    path.write_text(json.dumps({"do_lower_case": False, "tokenizer_class": "BertTokenizer"}))
+    message = fails("predict", workdir=str(trained[0]), text=["a"], pair=[], file=None, output=None)
+  finally:
+    path.unlink()
+  assert "another tokenizer" in message and str(model_dir) in message
 
 
 def test_predict_without_a_run(fails, tmp_path):

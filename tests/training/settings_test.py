@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+import peftjax as pj
 from configs.classify import get_config
 from peftjax.methods.base import Chain
 from peftjax.training import settings
@@ -166,6 +167,13 @@ def test_what_is_out_of_range_is_named_with_what_is_allowed(field):
     with pytest.raises(ValueError, match=flag + ".*: write (a|true)") as error:
       from_config(ConfigDict(fields)).build_method()
     assert len(str(error.value)) < 300
+
+
+def test_eight_bits_are_not_quantised_twice():
+  """Given as a flag too, which knows nothing of the config's own choice."""
+  with pytest.raises(ValueError, match="--config.quant.double_quant=false"):
+    settings.Quant(name="int8").format()
+  assert settings.Quant(name="int8", double_quant=False).format() == pj.int8()
 
 
 def test_what_is_in_range_is_taken():
