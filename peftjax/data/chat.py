@@ -33,10 +33,10 @@ def template(path: str | Path, name: str = "default") -> str:
   """
   path = Path(path)
   if path.suffix == ".gguf":
-    found: Any = gguf.metadata(path, "tokenizer.chat_template")
+    found: Any = gguf.chat_templates(path)
   else:
     found = _files(path) or _configured(path / "tokenizer_config.json")
-  if isinstance(found, Mapping):
+  if found and isinstance(found, Mapping):
     if name not in found:
       raise ValueError(
         f"{path} has the chat templates {', '.join(sorted(found))} and none named {name!r}. Put the"

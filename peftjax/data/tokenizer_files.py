@@ -33,7 +33,7 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
   """
   folder = Path(directory)
   if folder.suffix == ".gguf":
-    return TextTokenizer(gguf.tokenizer(folder), str(folder), _gguf_roles(folder))
+    return TextTokenizer(gguf.tokenizer(folder), str(folder), gguf.special_tokens(folder))
   path = folder / "tokenizer.json"
   data = records.read_bytes(path) if path.exists() else None
   parsed = None if data is None else records.parse_object(data, path)
@@ -259,14 +259,3 @@ def _begin_and_end(config: TokenizerConfig, ids: Mapping[str, tuple[str, int]]) 
   return processors.TemplateProcessing(
     single=single, pair=single + second, special_tokens=[token for token in (bos, eos) if token]
   )
-
-
-def _gguf_roles(path: Path) -> dict[str, str]:
-  """The special tokens that a GGUF file names by their ids."""
-  tokens = gguf.metadata(path, "tokenizer.ggml.tokens", ())
-  found = {}
-  for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-    id = gguf.metadata(path, f"tokenizer.ggml.{key}_token_id")
-    if id is not None and 0 <= id < len(tokens):
-      found[f"{role}_token"] = tokens[id]
-  return found

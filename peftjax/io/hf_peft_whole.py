@@ -49,25 +49,24 @@ def collect(
   """
   flat = paths.leaves(params)
   flags = {} if trained is None else paths.leaves(trained)
-  chosen: dict[str, dict[str, np.ndarray]] = {}
+  chosen: dict[str, dict[str, np.ndarray]] = {}  # filled below
   bases: dict[str, np.ndarray] = {}
   layers = {path: paths.layer_paths(path, stack_of(path, leaf)) for path, leaf in flat.items()}
   for path, leaf in flat.items():
     flag = flags.get(path)
     on = any(jax.tree.leaves(getattr(flag, "base", flag)))
-    units = {_unit(family, layer) for layer in layers[path]}
+    units = dict.fromkeys(_unit(family, layer) for layer in layers[path])
     if on and isinstance(leaf, Weight) and _is_table_or_head(path):
       array = np.asarray(leaf.base)  # type: ignore[attr-defined]
       bases[f"{_module(family, path)}.{BASES[0]}"] = array.T if turned(family, path) else array
-    elif on and (isinstance(leaf, Weight) or units & {*adapted}):
+    elif on and (isinstance(leaf, Weight) or units.keys() & {*adapted}):
       raise ValueError(
         f"{path} is trained, and a PEFT directory has no place for it: only for adapters and for "
         "modules that have none.\nSave the whole model instead, from pj.merge(params), or train "
         'with pj.chain(pj.lora(...), pj.train("head/.*")).'
       )
     elif on or ((trained is None or task_type == "SEQ_CLS") and path.startswith("head/")):
-      chosen.update(dict.fromkeys(units, {}))
-  chosen = {unit: {} for unit in chosen}
+      chosen.update({unit: {} for unit in units})
   for path, leaf in flat.items():
     for i, layer in enumerate(layers[path]):
       if (unit := _unit(family, layer)) in chosen:

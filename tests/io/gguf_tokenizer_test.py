@@ -6,6 +6,7 @@ import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from peftjax.data import chat
 from peftjax.io import gguf_tokenizer
 from peftjax.io.gguf import GGUFFile, chat_templates, special_tokens, tokenizer
 from peftjax.io.gguf_splits import SPLITS
@@ -322,6 +323,8 @@ def test_chat_templates_have_names(tmp_path):
   )
   gguf_files.finish(writer)
   assert chat_templates(tmp_path / "m.gguf") == {"default": "A", "tool_use": "B"}
+  assert chat.template(tmp_path / "m.gguf") == "A"
+  assert chat.template(tmp_path / "m.gguf", "tool_use") == "B"
   writer = gguf.GGUFWriter(tmp_path / "n.gguf", "llama")
   gguf_files.add(writer, {"tokenizer.chat_template": 5})
   gguf_files.finish(writer)
