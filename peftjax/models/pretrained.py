@@ -145,7 +145,13 @@ def load(
   formats = dict.fromkeys(chosen - set(new), quant) if quant else {}
   for path, fmt in formats.items():
     _check(path, paths.leaves(abstract)[path], names[path], tensors, fmt)
-  fresh = jax.jit(lambda key: {p: paths.leaves(init(key))[p] for p in new})(key) if new else {}
+
+  @jax.jit
+  def draw(key: jax.Array) -> dict[str, Any]:
+    leaves = paths.leaves(init(key))
+    return {path: leaves[path] for path in new}
+
+  fresh = draw(key) if new else {}
 
   def make(path: str, leaf: Any) -> Any:
     turn = turned(family, path)
