@@ -90,7 +90,7 @@ _SLOW = pytest.mark.slow(reason="the same laws for more settings; 10 to 20 s eac
       for case in (
         *(("lora", chunk, 32) for chunk in (1, 3)),
         *((name, 1, 16) for name in ("rslora", "dora")),
-        ("adalora", 2, 16),
+        *((name, 2, 16) for name in ("lora", "adalora")),
       )
     ),
   ],
@@ -111,7 +111,7 @@ def test_parameters_are_those_of_single_runs(name, chunk, length, accumulate, fi
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
-    assert moved > 5e-3
+    assert moved > 1e-2 / (1 if accumulate == 1 else 2)  # three updates instead of ten
     if name == "adalora":
       assert pj.ranks(tree.combine(got, group._base)) == pj.ranks(tree.combine(want, group._base))
 
