@@ -6,6 +6,7 @@ compiled, so that each is compiled once. The folder is new in every session and 
 programs themselves: it hides no change.
 """
 
+import gc
 import os
 import re
 import shutil
@@ -45,6 +46,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_unconfigure():
   if not IS_WORKER:
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_collection_finish():
+  """What was imported stays: no collection of garbage looks at it again."""
+  gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,8 +130,7 @@ def load(
     settings, others = heads.settle(tensors, words, settings, said)
   model = family.MODEL(settings)
   key = jax.random.key(0) if key is None else key
-  init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-  abstract = jax.eval_shape(init, key)
+  abstract = _abstract(model)
   chosen = set(paths.select(abstract, where, arrays=True)) if quant else set()
   names, new = match(
     tensors,
@@ -146,12 +146,7 @@ def load(
   for path, fmt in formats.items():
     _check(path, paths.leaves(abstract)[path], names[path], tensors, fmt)
 
-  @jax.jit
-  def draw(key: jax.Array) -> dict[str, Any]:
-    leaves = paths.leaves(init(key))
-    return {path: leaves[path] for path in new}
-
-  fresh = draw(key) if new else {}
+  fresh = _draw(model, tuple(new), key) if new else {}
 
   def make(path: str, leaf: Any) -> Any:
     turn = turned(family, path)
@@ -162,6 +157,23 @@ def load(
     return jax.device_put(made, mesh and sharding.shardings({path: made}, mesh)[path])
 
   return Pretrained(model, paths.map_leaves(make, abstract), tuple(new))
+
+
+def _init(model: nn.Module, key: jax.Array) -> Any:
+  return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.lru_cache(maxsize=16)  # a sweep loads one model many times
+def _abstract(model: nn.Module) -> Any:
+  """Shapes and dtypes of its parameters; only to be read."""
+  return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw(model: nn.Module, new: tuple[str, ...], key: jax.Array) -> dict[str, Any]:
+  """Initial values of the parameters `new`."""
+  leaves = paths.leaves(_init(model, key))
+  return {path: leaves[path] for path in new}
 
 
 def _check(path: str, leaf: Any, names: list[str], tensors: Tensors, fmt: Format) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from peftjax import linen, sharding
+from peftjax.core.layout import Layout
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
 from peftjax.training import causal_lm, classification
@@ -50,11 +52,17 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
     **model.options(),
   )
   method = settings.build_method()
-  layout = linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+  layout = _layout(module)
   params = method.attach(jax.random.fold_in(key, 1), params, layout)
   if mesh is not None:
     params = jax.device_put(params, sharding.shardings(params, mesh))
   return Adapted(module, params, method.trainable(params), method, new)
+
+
+@functools.lru_cache(maxsize=16)  # a sweep attaches to one model many times
+def _layout(module: nn.Module) -> Layout:
+  """Only to be read."""
+  return linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
 
 
 def dropout_key(settings: Settings) -> jax.Array:

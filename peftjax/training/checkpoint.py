@@ -114,12 +114,13 @@ class Checkpoints:
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None  # a reader of an array that did not come to its end
     try:
-      return read(manager, manager.latest_step())
-    except Exception as error:
-      refused = disk.cause(error)
-      told = disk.sentence(refused) if refused else f"{type(error).__name__}: {error}"
-    finally:
+      try:
+        return read(manager, manager.latest_step())
+      except Exception as error:
+        refused = disk.cause(error)
+        told = disk.sentence(refused) if refused else f"{type(error).__name__}: {error}"
       gc.collect()
+    finally:
       sys.unraisablehook = hook
     raise self._damaged(name, told)
 

@@ -110,9 +110,16 @@ def _measured(source, *how):
   return json.loads(done.stdout)
 
 
+_SLOW = pytest.mark.slow(reason="gigabytes in a process of its own; 10 s each")
+
+
 @pytest.mark.parametrize(
   ("name", "layers"),
-  [("float32", "unrolled"), ("bfloat16", "scanned"), ("gguf", "unrolled")],
+  [
+    pytest.param("float32", "unrolled", marks=_SLOW),
+    ("bfloat16", "scanned"),
+    pytest.param("gguf", "unrolled", marks=_SLOW),
+  ],
 )
 def test_a_quantised_load_holds_the_model_and_two_tensors(name, layers, request):
   """Anonymous memory above that after the imports, sampled every two milliseconds."""
@@ -122,7 +129,14 @@ def test_a_quantised_load_holds_the_model_and_two_tensors(name, layers, request)
   assert got["peak"] <= got["model"] + 2 * source.largest, got
 
 
-@pytest.mark.parametrize(("name", "times"), [("float32", 3), ("gguf", 1.4)])
+@pytest.mark.parametrize(
+  ("name", "times"),
+  [
+    ("bfloat16", 1.5),
+    pytest.param("float32", 3, marks=_SLOW),
+    pytest.param("gguf", 1.4, marks=_SLOW),
+  ],
+)
 def test_a_dense_load_breaks_that_bound(name, times, request):
   """The control: the measurement sees what is there."""
   source = request.getfixturevalue(name)

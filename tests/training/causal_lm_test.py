@@ -187,7 +187,10 @@ def test_bad_settings_are_refused_before_anything_is_written(
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize(
+  "name",
+  ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow(reason="as the other; 10 s"))],
+)
 def test_a_paged_run_is_the_run(name, run_once, lm_config, tmp_path, capsys):
   """Its state in host memory, decided by the program's size, changes no number."""
   short = dict(train__steps=4, optimizer__name=name)

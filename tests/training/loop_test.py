@@ -86,7 +86,10 @@ def test_second_run_returns_the_result_without_training(finished, config, run_on
   assert runs.contents(workdir) == before
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+_SLOW = pytest.mark.slow(reason="the same law at other steps")
+
+
+@pytest.mark.parametrize("at", [pytest.param(1, marks=_SLOW), 3, pytest.param(5, marks=_SLOW)])
 def test_interrupted_run_goes_on_to_the_same_bits(
   finished, config, run_once, monkeypatch, tmp_path, at
 ):
