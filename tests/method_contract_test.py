@@ -83,14 +83,19 @@ ENTRIES = [
   Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3), **_NONE),
   Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5), **_NONE),
   Entry(
-    "pissa", lambda: lora(4, 8, init="pissa"), _QV, lambda: lora(2, 3, init="pissa"), identity=5e-5
+    "pissa",
+    lambda: lora(4, 8, init="pissa"),
+    _QV,
+    lambda: lora(2, 3, init="pissa"),
+    identity=5e-5,
+    **_NONE,
   ),
   Entry(
     "patterns",
     lambda: lora(4, 8, _QK, **_patterns),
     r".*/(query|key)/kernel/[ab]",
     lambda: lora(2, 6, _QK, **_fewer),
-    **_ONE,
+    **_NONE,
   ),
   Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables)),
   Entry("dropout", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2)),
@@ -200,7 +205,7 @@ ENTRIES = [
   Entry("full", lambda: train(".*"), ".*"),
   Entry("head", lambda: train("head/.*"), "head/.*", **_NONE),
   Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*", **_NONE),
-  Entry("lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*"),
+  Entry("lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*", **_NONE),
   Entry(
     "query | value",
     lambda: chain(lora(4, 8, "query", dropout=0.1), lora(2, 3, "value", dropout=0.1)),

@@ -63,8 +63,9 @@ def test_documents_in_one_row_do_not_see_each_other(name):
   tokens = jnp.asarray(np.random.default_rng(0).integers(1, 96, (1, 12)), jnp.int32)
   segments = jnp.array([[1] * 5 + [2] * 7])
   positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None]
-  packed = pj.apply(model, params, tokens, None, positions, segments)
-  alone = [pj.apply(model, params, part) for part in (tokens[:, :5], tokens[:, 5:])]
+  forward = jit(lambda params, *given: pj.apply(model, params, *given))
+  packed = forward(params, tokens, None, positions, segments)
+  alone = [forward(params, part) for part in (tokens[:, :5], tokens[:, 5:])]
   np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
   mixed = pj.apply(model, params, tokens)
   assert np.abs(mixed[:, 5:] - packed[:, 5:]).max() > 0.1
