@@ -115,6 +115,7 @@ ENTRIES = [
     _LINEAR,
     lambda: lora(3, 9, "all-linear"),
     base=pj.fp4(32, double_quant=False),
+    **_NONE,
   ),
   Entry(
     "nf4 bf16", lambda: lora(4, 8), _QV, dtype=jnp.bfloat16, rounding=3e-2, base=pj.nf4(32), **_NONE

@@ -1,6 +1,6 @@
 """A run killed at any moment and started again ends in the same bits.
 
-PEFTJAX_KILLS says how often `kill -9` strikes in the slow test.
+PEFTJAX_KILLS says how often `kill -9` strikes.
 """
 
 import os
@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("PEFTJAX_KILLS", "7"))
 EPOCHS, STEPS = 4, 16  # of the run, and of an epoch
 
 
-_SLOW = pytest.mark.slow(reason="the same law again; some 5 s for each process")
+_SLOW = pytest.mark.slow(reason="some 5 s for each process")
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def moment(kind, workdir, rng, seconds):
   return lambda: f'"step": {epoch}, "epoch"' in metrics_text(workdir)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=_SLOW)])
-def test_killed_run_ends_in_the_same_bits(kills, command, whole, tmp_path):
+@_SLOW
+def test_killed_run_ends_in_the_same_bits(command, whole, tmp_path):
   """kill -9 at start, mid-epoch, while saving, while evaluating: the end is the same.
 
   Some kills come at moments drawn evenly over the time of a run, the others when the files show
@@ -129,11 +129,11 @@ def test_killed_run_ends_in_the_same_bits(kills, command, whole, tmp_path):
   kinds = ("saving", "evaluating", "any", "evaluated", "any", "saving", "any")
   struck: list[tuple[str, int, bool]] = []
   number = 0
-  while len(struck) < kills or (tmp_path / str(number)).exists():
+  while len(struck) < KILLS or (tmp_path / str(number)).exists():
     workdir, kind = tmp_path / str(number), kinds[len(struck) % len(kinds)]
     begun, process = time.time(), start(command(workdir))
     when = moment(kind, workdir, rng, whole[1])
-    if len(struck) < kills and wait_for(process, when):
+    if len(struck) < KILLS and wait_for(process, when):
       process.kill()
       process.communicate()
       struck.append((kind, last_step(workdir), saving(workdir, since=begun)))
