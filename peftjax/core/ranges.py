@@ -15,7 +15,7 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 import jax
@@ -57,8 +57,16 @@ def check_one(name: str, value: Any, allowed: Any) -> None:
   """Holds one value against an annotation; see `check`."""
   try:
     msgspec.convert(value.item() if isinstance(value, np.generic) else value, allowed, strict=True)
+  except UnicodeEncodeError:
+    raise ValueError(f"{name}={_shown(value)}: it has half a character (a surrogate)") from None
   except (msgspec.ValidationError, OverflowError) as error:
     raise ValueError(f"{name}={_shown(value)}: {_words(str(error), allowed)}") from None
+
+
+def one_of(name: str, value: Any, allowed: Collection[str]) -> None:
+  """ValueError unless `value` is one of some texts."""
+  if not isinstance(value, str) or value not in allowed:
+    raise ValueError(f"{name} {_shown(value)} is not one of {', '.join(allowed)}")
 
 
 def checked(function: F) -> F:

@@ -111,7 +111,7 @@ def check_columns(path: str, columns: Sequence[str], wanted: Collection[str] = (
       places = [str(i) for i, other in enumerate(names, 1) if other == name]
       raise ValueError(
         f"{path}: the first line names the column {records.clip(name)} {count} times, as columns"
-        f" {', '.join(places)}. Give each a name of its own."
+        f" {records.clip(', '.join(places), quote=False)}. Give each a name of its own."
       )
 
 

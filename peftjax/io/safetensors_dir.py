@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from peftjax.io import records
 from peftjax.io.records import clip
 
+MAX_NAME = 255  # characters of a file's name, as file systems have it
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 DTYPES = {
@@ -319,7 +320,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     raise ValueError(f'{index} must hold {{"weight_map": {{tensor name: shard file name}}}}.')
   for name, shard in weight_map.items():
     plain = isinstance(shard, str) and not set(shard) & set("/\\:\0") and shard.strip(". ")
-    if not plain:
+    if not plain or len(shard) > MAX_NAME:
       raise ValueError(
         f"{index} places the tensor {clip(name)} in {clip(shard)}: only the plain name of a file "
         "beside the index is allowed, such as 'model-00001-of-00002.safetensors'."

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peftjax.io.safetensors_dir import file_of
+from peftjax.models import hf_config
 
 # How classes are named that have the head which is loaded here, and that have none of a task.
 _ENCODERS = (
@@ -43,7 +44,7 @@ def of_another_task(fields: Any, where: str, *, new: bool) -> bool:
   if not fields.architectures:
     return False
   named = " and ".join(fields.architectures)
-  decoder = hasattr(fields, "tie_word_embeddings")
+  decoder = not isinstance(fields, hf_config.Bert)
   own, neutral = _DECODERS if decoder else _ENCODERS
   prefix = _NAMES[fields.model_type]
   kinds = [name for name in fields.architectures if name.lower().startswith(prefix.lower())]

@@ -22,7 +22,9 @@ Theta = Annotated[float, Meta(gt=1, lt=1e15)]
 MOST_OF_A_HEAD = 2**16  # features: their frequencies are computed before any tensor is looked at
 HeadSize = Annotated[int, Meta(ge=1, le=MOST_OF_A_HEAD)]
 Labels = Annotated[int, Meta(ge=1, le=2**20)]
-Ids = int | list[int] | None
+# Padding of -1 is none. Whether an id has a row in the table is seen where the table is.
+PadId = Annotated[int, Meta(ge=-1, lt=2**31)]
+Ids = Count | list[Count] | None
 # Pairs of a field and what is allowed in it.
 Faults = Iterator[tuple[str, str]]
 
@@ -34,8 +36,9 @@ class _Common:
   model_type: str = ""
   architectures: tuple[str, ...] | None = None
   vocab_size: Size
-  pad_token_id: int | None = None
+  pad_token_id: PadId | None = None
   eos_token_id: Ids = None
+  tie_word_embeddings: bool = True  # of decoders
 
   # Other names of the same fields, which some files use.
   aliases: ClassVar[Mapping[str, str]] = {}
@@ -72,7 +75,7 @@ class Bert(_Common):
   max_position_embeddings: Size = 512
   type_vocab_size: Size = 2
   layer_norm_eps: Eps = 1e-12
-  pad_token_id: int | None = 0
+  pad_token_id: PadId | None = 0
   classifier_dropout: Fraction | None = None
   is_decoder: bool = False
   add_cross_attention: bool = False
@@ -107,7 +110,7 @@ class Roberta(Bert):
   """`RobertaConfig`."""
 
   vocab_size: Size = 50265
-  pad_token_id: int | None = 1
+  pad_token_id: PadId | None = 1
   eos_token_id: Ids = 2
 
   def faults(self) -> Faults:
@@ -289,7 +292,6 @@ class GPT2(_Common):
   scale_attn_by_inverse_layer_idx: bool = False
   add_cross_attention: bool = False
   eos_token_id: Ids = 50256
-  tie_word_embeddings: bool = True
 
   aliases: ClassVar[Mapping[str, str]] = {
     "hidden_size": "n_embd",

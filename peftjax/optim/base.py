@@ -49,7 +49,7 @@ def schedule(
   elif kind == "constant":
     after = optax.constant_schedule(peak)
   else:
-    raise ValueError(f'schedule {kind!r} is not one of "linear", "cosine", "constant"')
+    raise ValueError(f'schedule {kind[:80]!r} is not one of "linear", "cosine", "constant"')
   if not warmup_steps:
     return after
   return optax.join_schedules(

@@ -17,6 +17,7 @@ from msgspec import Meta
 from peftjax import optim
 from peftjax.core import ranges
 from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, Size
+from peftjax.io.records import clip
 from peftjax.methods.adalora import adalora
 from peftjax.methods.adapters import adapters
 from peftjax.methods.base import Method, chain
@@ -80,8 +81,7 @@ class Model(Section):
 
   def options(self) -> dict[str, Any]:
     """For `pretrained.load`."""
-    if self.dtype not in ("float32", "bfloat16"):
-      raise ValueError(f'model.dtype {self.dtype!r} is not "float32" or "bfloat16"')
+    ranges.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
     options = dict(scan_layers=self.scan_layers, dtype=jnp.dtype(self.dtype))
     return {**options, "remat": True} if self.remat else options
 
@@ -103,8 +103,7 @@ class Quant(Section):
   def format(self) -> Format | None:
     if self.name == "none":
       return None
-    if self.name not in FORMATS:
-      raise ValueError(f"quant.name {self.name!r} is not one of none, {', '.join(FORMATS)}")
+    ranges.one_of("quant.name", self.name, ("none", *FORMATS))
     if self.name == "int8" and self.double_quant:
       raise ValueError(
         "quant.name=int8 with double_quant: scales of eight bits would be coarser than the weights "
@@ -159,8 +158,7 @@ class Text(Section):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.loss not in ("all", "completions"):
-      raise ValueError(f'data.loss {self.loss!r} is not "all" or "completions"')
+    ranges.one_of("data.loss", self.loss, ("all", "completions"))
 
   def corpus_arguments(self) -> dict[str, Any]:
     fields = dataclasses.asdict(self)
@@ -191,10 +189,8 @@ class Optimizer(Section):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.name not in OPTIMIZERS:
-      raise ValueError(f"optimizer.name {self.name!r} is not one of {', '.join(OPTIMIZERS)}")
-    if self.paged not in ("never", "always", "auto"):
-      raise ValueError(f"optimizer.paged {self.paged!r} is not one of never, always, auto")
+    ranges.one_of("optimizer.name", self.name, OPTIMIZERS)
+    ranges.one_of("optimizer.paged", self.paged, ("never", "always", "auto"))
 
   def updates(self, batches: int) -> int:
     """The last one may be of fewer batches than the others."""
@@ -266,8 +262,7 @@ class Settings:
     fields = dict(self.method)
     name, head = fields.pop("name", None), fields.pop("head", True)
     ranges.check_one("--config.method.head", head, bool)
-    if name not in METHODS:
-      raise ValueError(f"method.name {name!r} is not one of {', '.join(METHODS)}")
+    ranges.one_of("method.name", name, METHODS)
     for key in ("rank_pattern", "alpha_pattern"):
       if key in fields:
         fields[key] = _pattern(key, fields[key], int if key == "rank_pattern" else float)
@@ -286,9 +281,9 @@ def from_config(config: ConfigDict) -> Settings:
   """
   fields = config.to_dict()
   kinds: dict[str, Any] = {"classify": Data, "causal_lm": Text}
-  if fields.get("task", "classify") not in kinds:
-    raise ValueError(f"task {fields['task']!r} is not one of {', '.join(kinds)}")
-  data = kinds[fields.get("task", "classify")]
+  task = fields.get("task", "classify")
+  ranges.one_of("task", task, kinds)
+  data = kinds[task]
   sections = {"model": Model, "quant": Quant, "data": data, "optimizer": Optimizer, "train": Train}
   typed = {name: _build(cls, fields.pop(name, {}), name) for name, cls in sections.items()}
   fields.setdefault("compilation_cache", "")
@@ -297,6 +292,8 @@ def from_config(config: ConfigDict) -> Settings:
 
 def _build(cls: Callable[..., T], fields: Mapping[str, Any], where: str) -> T:
   allowed = _parameters(cls)
+  if not isinstance(fields, Mapping):
+    raise ValueError(f"config: {where} is {clip(fields)}; it has the keys {', '.join(allowed)}")
   for key in fields:
     if key not in allowed:
       near = difflib.get_close_matches(key, allowed, n=1)
@@ -307,13 +304,14 @@ def _build(cls: Callable[..., T], fields: Mapping[str, Any], where: str) -> T:
 
 def _pattern(name: str, rules: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:
   """`("query=4",)` to `{"query": 4}`: flags have no dicts with free keys."""
+  ranges.check_one(f"--config.method.{name}", rules, list[str])
   pattern = {}
   for rule in rules:
     key, _, value = rule.rpartition("=")
     try:
       pattern[key] = kind(value)
     except ValueError:
-      raise ValueError(f'method.{name}: {rule!r} is not "PATTERN=NUMBER"') from None
+      raise ValueError(f'method.{name}: {clip(rule)} is not "PATTERN=NUMBER"') from None
   return pattern
 
 
@@ -322,8 +320,7 @@ def _parameters(cls: Callable[..., Any]) -> list[str]:
 
 
 def _sample(name: str) -> Path:
-  if name not in SAMPLES:
-    raise ValueError(f"model.name {name!r} is not one of {', '.join(SAMPLES)}")
+  ranges.one_of("model.name", name, SAMPLES)
   package, inside, requirement = SAMPLES[name]
   spec = importlib.util.find_spec(package)  # not imported: only its files are read
   if spec is None or not spec.submodule_search_locations:

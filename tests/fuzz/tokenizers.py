@@ -56,6 +56,9 @@ class TokenizerFiles:
         if not isinstance(config.get(field, ""), str | dict | None):
           return f"{field}={config[field]!r} was accepted"
       reference = Tokenizer.from_str(text)
+      named = [config.get(field) for field in ("bos_token", "eos_token")]
+      named = [token["content"] if isinstance(token, dict) else token for token in named]
+      reference.add_special_tokens([token for token in named if token])  # as transformers does
       reference.no_truncation()
       reference.no_padding()
       want = [reference.encode(probe).ids for probe in PROBES]

@@ -173,7 +173,7 @@ def test_a_run_without_evaluation_or_of_another_task_is_no_language_model(
   [
     (dict(quant__name="nf5"), "quant.name 'nf5' is not one of none, nf4"),
     (dict(quant__block_size=48), "block_size 48 is not one of"),
-    (dict(data__loss="some"), 'data.loss .some. is not "all" or "completions"'),
+    (dict(data__loss="some"), "data.loss 'some' is not one of all, completions"),
     (dict(data__max_length=64), "32 positions"),
     (dict(model__directory="", model__name="gpt5"), "model.name 'gpt5' is not one of minilm"),
     (dict(quant__targets=("nothing",)), "matches no parameter"),
