@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +28,17 @@ class Checkpoints:
   A save is written in the background to a temporary folder and renamed when complete, so a kill
   at any moment leaves the previous one. Both carry their digests, which Orbax's files do not: a
   byte that has changed on the disk is an error and not another parameter.
+
+  Raises:
+    ValueError: there is a pipe or a device among the files, for which Orbax would wait.
   """
 
   def __init__(self, directory: Path, *, read_only: bool = False):
     self._directory = directory
+    for folder, _, names in os.walk(directory):
+      for path in (Path(folder, name) for name in names):
+        if path.exists() and not path.is_file():
+          records.regular(path)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=1,
       create=not read_only,

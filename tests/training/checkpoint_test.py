@@ -180,6 +180,18 @@ def test_a_pipe_is_no_model(tmp_path):
     checkpoint.digest(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "meta/metadata", "arrays/_METADATA"])
+def test_a_pipe_is_no_part_of_a_checkpoint(checkpoints, tmp_path, name):
+  """Orbax reads some of them before anybody asks."""
+  checkpoints.save("latest", 1, {"x": jnp.ones(3)}, {})
+  checkpoints.wait()
+  path = tmp_path / "checkpoints" / "latest" / "1" / name
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+    Checkpoints(tmp_path / "checkpoints", read_only=True)
+
+
 def test_digest_depends_on_config_and_weights(tmp_path):
   """The base is config.json and the safetensors files, by content and name, and nothing else."""
   (tmp_path / "config.json").write_text("{}")
