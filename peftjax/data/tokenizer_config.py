@@ -115,9 +115,9 @@ def _roles(
   """Every field that ends in _token; a None is kept where it takes a default away."""
   found: dict[str, Token | None] = {}
   for key, value in raw.items():
-    if not key.endswith("_token") or isinstance(value, bool):  # add_bos_token is a switch
+    if not key.endswith("_token"):
       continue
-    if value is None and key not in ROLES:
+    if (value is None or isinstance(value, bool)) and key not in ROLES:  # add_bos_token is a switch
       continue
     if special and isinstance(value, dict):
       value = value | {"special": True}

@@ -96,7 +96,7 @@ class Quant(Section):
   section = "quant"
 
   name: str = "none"  # or nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8
-  block_size: int = 64
+  block_size: Size = 64
   double_quant: bool = True
   targets: str | Sequence[str] = "all-linear"
 

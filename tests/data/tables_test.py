@@ -66,6 +66,11 @@ def test_jsonl_keeps_line_separators_inside_strings_and_types_of_labels(read):
     ("x.csv", "text,label,label\nok,a,b\n", ["x.csv", "'label' 2 times", "columns 2, 3"]),
     ("x.csv", b'\xef\xbb\xbf"text",text,label\na,b,c\n', ["x.csv", "'text' 2 times"]),
     ("x.tsv", "text\tlabel\tlabel \nok\ta\tb\n", ["x.tsv", "'label' 2 times"]),
+    (
+      "x.csv",
+      "text" + ",label" * 50_000 + "\n",
+      ["'label' 50000 times, as columns 2, 3, 4", "..."],
+    ),
     ("x.csv", "id,text,id,label\n1,ok,2,a\n", ["x.csv", "'id' 2 times", "columns 1, 3"]),
     (
       "x.jsonl",

@@ -71,6 +71,11 @@ DAMAGED = {
     {"tokenizer_config.json": {"bos_token": 7}},
     "bos_token is 7; it must be a text",
   ),
+  "no token": (
+    "gpt2",
+    {"tokenizer_config.json": {"eos_token": True}},
+    "eos_token is True; it must",
+  ),
   "no content": ("gpt2", {"tokenizer_config.json": {"bos_token": {}}}, "lacks the field content"),
   "side": ("gpt2", {"tokenizer_config.json": {"truncation_side": "up"}}, "truncation_side is 'up'"),
   "decoder": ("gpt2", {"tokenizer_config.json": {"added_tokens_decoder": []}}, "must be an object"),

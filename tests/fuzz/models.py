@@ -114,7 +114,8 @@ class Model:
         if _key(np.asarray(array)) not in known and not (new and path in told):
           return f"{path} has values of no tensor, and nothing was said"
     finite = all(np.isfinite(x).all() for x in tensors.values())
-    logits = pj.apply(model, params, jnp.ones((1, 4), jnp.int32))
+    tokens = jnp.ones((1, min(4, model.config.max_length)), jnp.int32)
+    logits = pj.apply(model, params, tokens)
     logits = logits[0] if isinstance(logits, tuple) else logits
     if finite and not math.isfinite(float(jnp.sum(logits))) and "eps" not in text:
       return "finite tensors give logits that are not"

@@ -80,6 +80,9 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
     ("bert_tiny", {"num_attention_heads": 5}, "num_attention_heads is 5; it must divide hidden_si"),
     ("bert_tiny", {"hidden_dropout_prob": 1.0}, "prob is 1.0; it must be a number < 1"),
     ("bert_tiny", {"id2label": 2}, "id2label is 2; it must be an object"),
+    ("bert_tiny", {"tie_word_embeddings": "no"}, "embeddings is 'no'; it must be true or false"),
+    ("bert_tiny", {"pad_token_id": -2}, "pad_token_id is -2; it must be a whole number >= -1"),
+    ("llama_tiny", {"eos_token_id": 10**60}, "eos_token_id is 10*; it must be a whole number <"),
     ("bert_tiny", {"id2label": {}}, "id2label is {}; it must give each output"),
     ("bert_tiny", {"id2label": {"x": "y"}}, "id2label is {'x': 'y'}; it must give each output"),
     ("bert_tiny", {"num_labels": 7}, "num_labels is 7; id2label names 3 outputs"),
@@ -178,10 +181,11 @@ def test_a_text_needs_an_end(tmp_path):
     ({}, "config.json names no eos_token_id"),
     ({"eos_token_id": None}, "names no eos_token_id"),
     (
-      {"eos_token_id": [5, 10**400]},
-      r"eos_token_id names 10*\.\.\., and the m",
+      {"eos_token_id": [5, 2**31 - 1]},
+      "eos_token_id names 2147483647, and the model has the tokens 0 to",
     ),
-    ({"eos_token_id": -1}, "eos_token_id names -1"),
+    ({"eos_token_id": [5, 10**400]}, "eos_token_id"),
+    ({"eos_token_id": -1}, "eos_token_id is -1; it must be a whole number >= 0"),
   ):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **fields}))
     with pytest.raises(ValueError, match=message):

@@ -144,7 +144,7 @@ OUT_OF_RANGE = {
   "data.split_seed": (-1, 0.5),
   "data.regression": ("false", 1),
   "model.scan_layers": ("no", 0),
-  "quant.block_size": (64.0, True),
+  "quant.block_size": (64.0, True, 0),
   "quant.double_quant": ("no",),
   "seed": (-1, 1.0, 2**31),
   "method.rank": WHOLE,
@@ -167,6 +167,34 @@ def test_what_is_out_of_range_is_named_with_what_is_allowed(field):
     with pytest.raises(ValueError, match=flag + ".*: write (a|true)") as error:
       from_config(ConfigDict(fields)).build_method()
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+  "field, value, told",
+  [
+    ("seed", "\ud800", "half a character"),
+    ("quant.name", "x" * 10**6, r"quant.name 'x+\.\.\. is not one of none, nf4"),
+    ("quant.name", ["nf4"], "quant.name"),
+    ("task", {}, "task {} is not one of classify"),
+    ("task", "y" * 10**6, "is not one of classify, causal_lm"),
+    ("method.name", [None], r"method.name \[None\] is not one of lora"),
+    ("method.rank_pattern", 0.5, "rank_pattern=0.5: write a list"),
+    ("method.rank_pattern", [7], "rank_pattern=.*write"),
+    ("method.rank_pattern", ["q" * 10**6], "is not .PATTERN=NUMBER"),
+    ("optimizer.paged", ["auto"], "optimizer.paged"),
+    ("optimizer", 7, "optimizer is 7; it has the keys name"),
+  ],
+)
+def test_what_is_no_name_is_refused_in_a_sentence(field, value, told):
+  """Whatever its type and length."""
+  fields = get_config("method=lora,data=bbc").to_dict()
+  *section, name = field.split(".")
+  (fields[section[0]] if section else fields)[name] = value
+  with pytest.raises(ValueError, match=told) as error:
+    made = from_config(ConfigDict(fields))
+    made.quant.format()
+    made.build_method()
+  assert type(error.value) is ValueError and len(str(error.value)) < 500
 
 
 def test_eight_bits_are_not_quantised_twice():
