@@ -93,7 +93,7 @@ def read(folder: Path, vocabulary: Mapping[str, Any] | None) -> TokenizerConfig:
   else:
     older = folder / "special_tokens_map.json"
     said = records.read_object(older) if older.exists() else {}
-    roles |= _roles(said, older, special=True)
+    roles |= _roles(said, older)
     extra = [*(extra or []), *(said.get("extra_special_tokens") or [])]
     special = {str(token) for token in roles.values()} | {_content(token) for token in extra}
     added = _added_file(folder / "added_tokens.json", special) | _serialised(folder, vocabulary)
@@ -109,9 +109,7 @@ def read(folder: Path, vocabulary: Mapping[str, Any] | None) -> TokenizerConfig:
   )
 
 
-def _roles(
-  raw: Mapping[str, Any], where: Path, *, special: bool = False
-) -> dict[str, Token | None]:
+def _roles(raw: Mapping[str, Any], where: Path) -> dict[str, Token | None]:
   """Every field that ends in _token; a None is kept where it takes a default away."""
   found: dict[str, Token | None] = {}
   for key, value in raw.items():
@@ -119,8 +117,6 @@ def _roles(
       continue
     if (value is None or isinstance(value, bool)) and key not in ROLES:  # add_bos_token is a switch
       continue
-    if special and isinstance(value, dict):
-      value = value | {"special": True}
     found[key] = None if value is None else _token(value, where, key)
   return found
 

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from peftjax import data
+from peftjax.data import sentencepiece_file
 from tests.golden import tokenizer_dirs
 from tests.golden.tokenizer_texts import texts
 
@@ -127,3 +128,34 @@ def test_a_pattern_that_never_ends_is_stopped(tmp_path):
   (folder / "tokenizer.json").write_text(json.dumps(text))
   with pytest.raises(ValueError, match="cannot encode a text: .*retry-limit"):
     data.load_tokenizer(folder).prompts(["a" * 26 + "b"])
+
+
+def test_merges_stand_by_their_piece_and_then_by_the_length_of_its_first_part():
+  """In an ambiguous text, "aba" in "ababa", the first of them is taken."""
+  made = sentencepiece_file.merges(["a", "b", "ab", "ba", "aba"])
+  assert made == [("a", "b"), ("b", "a"), ("a", "ba"), ("ab", "a")]
+
+
+@pytest.mark.parametrize(
+  "file, said",
+  [
+    ("special_tokens_map.json", {"mask_token": {"content": "<M>", "lstrip": True}}),
+    ("special_tokens_map.json", {"mask_token": {"content": "<M>", "special": False}}),
+    ("tokenizer_config.json", {"mask_token": "<M>"}),
+    (
+      "tokenizer_config.json",
+      {"mask_token": "<M>", "added_tokens_decoder": {"700": {"content": "<M>", "special": False}}},
+    ),
+  ],
+)
+def test_a_token_that_has_a_role_is_special(file, said, tmp_path):
+  """Whatever the files say of it, as in transformers.
+
+  It is left out of decoded text, and sought before the normalizer makes a text lower case.
+  """
+  folder = tokenizer_dirs.write("bert", tmp_path / "model")
+  (folder / file).write_text(json.dumps(said))
+  tokenizer = data.load_tokenizer(folder)
+  ids = tokenizer.encode("a<M>", add_special_tokens=False).ids
+  assert len(ids) == 2 and tokenizer.decode(ids) == "a"
+  assert tokenizer.encode("a<m>", add_special_tokens=False).ids != ids
