@@ -101,6 +101,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def put(arrays: Any, places: Any) -> Any:
+  """`arrays`, which every process has whole and equal, where `places` says.
+
+  Of several processes each takes the parts of its own devices and no other; nothing is sent.
+
+  Args:
+    arrays: a tree of arrays.
+    places: a sharding for each, or one for all of them.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(arrays, places)
+  if isinstance(places, jax.sharding.Sharding):
+    places = jax.tree.map(lambda _: places, arrays)
+
+  def one(x: Any, place: Any) -> jax.Array:
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+  return jax.tree.map(one, arrays, places)
+
+
 def _rule(path: str, rules: Sequence[tuple[str, Any]]) -> tuple[str | None, ...]:
   for pattern, names in rules:
     if re.fullmatch(pattern, path):

@@ -107,22 +107,19 @@ def pack(
 class RowStream:
   """The training batches of all epochs by global step, as `pipeline.Stream`, of packed rows."""
 
-  def __init__(
-    self, rows: Rows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-  ):
+  def __init__(self, rows: Rows, batch_size: int, seed: int):
     length = rows.tokens.shape[1]
     lengths = np.full(len(rows), length)
     self._plan = functools.lru_cache(maxsize=2)(
-      lambda epoch: batch_plan(lengths, (length,), batch_size, seed, epoch, process_count)
+      lambda epoch: batch_plan(lengths, (length,), batch_size, seed, epoch)
     )
-    self._rows, self._process = rows, (process_index, process_count)
+    self._rows = rows
     self.steps_per_epoch = len(self._plan(0))
 
   def batch(self, step: int) -> Batch:
-    """This process's rows of one batch."""
+    """One batch."""
     epoch, place = divmod(step, self.steps_per_epoch)
-    index, count = self._process
-    return self._rows.batch(np.split(self._plan(epoch).index[place], count)[index])
+    return self._rows.batch(self._plan(epoch).index[place])
 
   def iterate(self, start: int, stop: int) -> Iterator[Batch]:
     """The batches of steps `start` to `stop` - 1, read ahead by a thread."""

@@ -48,17 +48,17 @@ def batches(
   plan: Plan,
   *,
   pad_id: int,
-  process_index: int = 0,
-  process_count: int = 1,
   start: int = 0,
 ) -> Iterator[Batch]:
-  """This process's rows of the batches `start`, `start` + 1, ... of a plan; see `read_batch`."""
-  read = functools.partial(_read_step, tokens, labels, pad_id, process_index, process_count, plan)
+  """The batches `start`, `start` + 1, ... of a plan; see `read_batch`."""
+  read = functools.partial(_read_step, tokens, labels, pad_id, plan)
   return iterate(read, start, len(plan))
 
 
 class Stream:
   """The training batches of all epochs, one after the other, by global step from 0.
+
+  They are the same on every process: which rows it needs is for the sharding of a batch to say.
 
   Step s is batch s mod S of the plan of epoch ⌊s/S⌋, S being `steps_per_epoch`. Batches depend on
   the step and the arguments alone, so a run that stopped after consuming k batches goes on with
@@ -66,9 +66,8 @@ class Stream:
 
   Args:
     tokens, labels: N examples; labels int32 or float32 [N].
-    buckets, batch_size, seed: see `plan.batch_plan`; the batch size is over all processes.
+    buckets, batch_size, seed: see `plan.batch_plan`.
     pad_id: the token id of padding.
-    process_index, process_count: batches hold the rows of this process only.
 
   Attributes:
     steps_per_epoch: the number of batches of an epoch, the same for every one.
@@ -83,18 +82,16 @@ class Stream:
     seed: int,
     *,
     pad_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
   ):
     # Two plans are kept: at the end of an epoch the read-ahead is already in the next.
     self._plan = functools.lru_cache(maxsize=2)(
-      lambda epoch: batch_plan(tokens.lengths, buckets, batch_size, seed, epoch, process_count)
+      lambda epoch: batch_plan(tokens.lengths, buckets, batch_size, seed, epoch)
     )
-    self._read = functools.partial(_read_step, tokens, labels, pad_id, process_index, process_count)
+    self._read = functools.partial(_read_step, tokens, labels, pad_id)
     self.steps_per_epoch = len(self._plan(0))
 
   def batch(self, step: int) -> Batch:
-    """This process's rows of one batch; see `read_batch`."""
+    """One batch; see `read_batch`."""
     epoch, place = divmod(step, self.steps_per_epoch)
     return self._read(self._plan(epoch), place)
 
@@ -103,18 +100,9 @@ class Stream:
     return iterate(self.batch, start, stop)
 
 
-def _read_step(
-  tokens: Tokens,
-  labels: np.ndarray,
-  pad_id: int,
-  process_index: int,
-  process_count: int,
-  plan: Plan,
-  step: int,
-) -> Batch:
-  """One process's rows of one batch of a plan."""
-  index_B = np.split(plan.index[step], process_count)[process_index]
-  return read_batch(tokens, labels, index_B, int(plan.length[step]), pad_id)
+def _read_step(tokens: Tokens, labels: np.ndarray, pad_id: int, plan: Plan, step: int) -> Batch:
+  """One batch of a plan."""
+  return read_batch(tokens, labels, plan.index[step], int(plan.length[step]), pad_id)
 
 
 def iterate(read: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:

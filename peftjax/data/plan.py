@@ -79,7 +79,6 @@ def batch_plan(
   batch_size: int,
   seed: int,
   epoch: int,
-  process_count: int = 1,
   shuffle: bool = True,
 ) -> Plan:
   """The batches of one epoch: every example once, each batch within one bucket.
@@ -87,19 +86,14 @@ def batch_plan(
   A bucket's last batch is filled up with -1. The order of the examples in a bucket and the order of
   the batches are shuffled by `np.random.default_rng([seed, epoch])`; without `shuffle` buckets come
   in ascending order and examples in their own. The number of batches depends on neither seed nor
-  epoch, and nothing on `process_count`: process p of P reads rows [p B/P, (p+1) B/P) of each batch.
+  epoch.
 
   Raises:
-    ValueError: if an example is longer than the last bucket, or `process_count` does not divide
-      `batch_size`.
+    ValueError: if an example is longer than the last bucket, or the batch size below 1.
   """
   lengths = np.asarray(lengths)
-  if batch_size < 1 or batch_size % process_count:
-    nearest = max(1, -(-batch_size // process_count)) * process_count
-    raise ValueError(
-      f"batch_size {batch_size} cannot be divided among {process_count} processes. Allowed:"
-      f" positive multiples of {process_count}, such as {nearest}."
-    )
+  if batch_size < 1:
+    raise ValueError(f"batch_size {batch_size} is no number of rows; write 1 or more.")
   if lengths.max(initial=0) > buckets[-1]:
     raise ValueError(
       f"The longest example has {lengths.max()} tokens, the last bucket {buckets[-1]}. Make the"

@@ -55,7 +55,7 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
   layout = _layout(module)
   params = method.attach(jax.random.fold_in(key, 1), params, layout)
   if mesh is not None:
-    params = jax.device_put(params, sharding.shardings(params, mesh))
+    params = sharding.put(params, sharding.shardings(params, mesh))
   return Adapted(module, params, method.trainable(params), method, new)
 
 

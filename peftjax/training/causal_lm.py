@@ -69,7 +69,7 @@ class LanguageModelling:
     return {part: (rows.tokens,) for part, rows in self.rows.items()}
 
   def stream(self, batch_size: int, seed: int) -> Stream:
-    return RowStream(self.rows["train"], batch_size, seed, jax.process_index(), jax.process_count())
+    return RowStream(self.rows["train"], batch_size, seed)
 
   def evaluate(
     self, predict: Callable[[Any], Any], part: str, batch_size: int

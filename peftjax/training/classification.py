@@ -75,8 +75,6 @@ class Classification:
       batch_size,
       seed,
       pad_id=self.pad_id,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
 
   def evaluate(

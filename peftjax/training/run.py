@@ -74,7 +74,10 @@ class Run:
       )
       if paged:
         self._compile(model.method, train, paged=True)
-    self._predict = jax.jit(functools.partial(step.eval_step, self.module, self.task.kind))
+    self._predict = jax.jit(
+      functools.partial(step.eval_step, self.module, self.task.kind),
+      out_shardings=self._everywhere(),
+    )
     self.steps_done = 0
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
@@ -92,8 +95,12 @@ class Run:
     self._step = jax.jit(
       functools.partial(step.train_step, self.module, tx, self.task.kind),
       donate_argnums=0,
-      out_shardings=None if places is None else (places, None),
+      out_shardings=None if places is None else (places, self._everywhere()),
     )
+
+  def _everywhere(self) -> NamedSharding | None:
+    """Where results lie that the host reads: each process has all of them."""
+    return None if self.mesh is None else NamedSharding(self.mesh, P())
 
   def announce(self, bar: Bar) -> None:
     bar.print(self.task.describe())
@@ -135,10 +142,10 @@ class Run:
     return float(self.schedule((number - 1) // self.settings.optimizer.accumulate))
 
   def place(self, batch: Any) -> Any:
+    """A batch on the devices: its rows along the data axes."""
     if self.mesh is None:
       return batch
-    rows = sharding.batch_sharding(self.mesh)
-    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+    return sharding.put(dict(batch), sharding.batch_sharding(self.mesh))
 
   def evaluate(self, part: str, params: Any = None) -> dict[str, float]:
     """Metrics of a split, with the current parameters or others."""

@@ -57,7 +57,7 @@ class Task(Protocol):
     ...
 
   def stream(self, batch_size: int, seed: int) -> Stream:
-    """The training batches of this process."""
+    """The training batches, whole on every process."""
     ...
 
   def evaluate(

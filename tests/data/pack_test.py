@@ -72,16 +72,6 @@ def test_the_stream_has_every_row_each_epoch_and_resumes_anywhere():
       np.testing.assert_array_equal(batch[field], value)
 
 
-def test_two_processes_share_a_batch():
-  """Each has its own rows, together those of one process."""
-  rows = pack(documents(), 16)
-  whole = RowStream(rows, 4, seed=1).batch(2)
-  parts = [RowStream(rows, 4, 1, index, 2).batch(2) for index in range(2)]
-  for field in whole:
-    joined = np.concatenate([part[field] for part in parts])
-    np.testing.assert_array_equal(joined, whole[field])
-
-
 @pytest.fixture
 def tokenizer():
   """A token for every word."""

@@ -88,16 +88,6 @@ def test_evaluation_can_start_anywhere(tokens, labels):
   assert list(data.batches(tokens, labels, plan, pad_id=0, start=len(plan))) == []
 
 
-def test_processes_together_read_the_whole_batch(make_stream):
-  whole = make_stream().iterate(0, 20)
-  parts = [make_stream(process_index=i, process_count=4).iterate(0, 20) for i in range(4)]
-  joined = (
-    {name: np.concatenate([part[name] for part in row]) for name in row[0]}
-    for row in zip(*parts, strict=True)
-  )
-  assert_equal(joined, whole)
-
-
 def test_a_finished_stream_is_empty(make_stream):
   assert list(make_stream().iterate(7, 7)) == []
 

@@ -84,22 +84,14 @@ def test_seed_and_epoch_decide_and_the_number_of_batches_stays(lengths):
     assert (other.index != plan(3, 5).index).any() and (other.length != plan(3, 5).length).any()
 
 
-def test_the_number_of_processes_changes_nothing(lengths):
-  one, four = (
-    data.batch_plan(lengths, (16, 48, 128), 32, 0, 0, process_count=count) for count in (1, 4)
-  )
-  np.testing.assert_array_equal(one.index, four.index)
-  np.testing.assert_array_equal(one.length, four.length)
-
-
 def test_without_shuffle_the_order_is_the_examples_own():
   plan = data.batch_plan(np.array([9, 1, 2, 8, 3]), (4, 16), 2, 0, 7, shuffle=False)
   assert plan.index.tolist() == [[1, 2], [4, -1], [0, 3]] and plan.length.tolist() == [4, 4, 16]
 
 
-def test_a_batch_that_processes_cannot_share_raises():
-  with pytest.raises(ValueError, match="batch_size 30 .* 4 processes.* such as 32"):
-    data.batch_plan(np.array([1]), (4,), 30, 0, 0, process_count=4)
+def test_a_batch_of_no_rows_raises():
+  with pytest.raises(ValueError, match="batch_size 0 .* 1 or more"):
+    data.batch_plan(np.array([1]), (4,), 0, 0, 0)
 
 
 def test_an_example_longer_than_the_buckets_raises():

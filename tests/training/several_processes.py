@@ -1,0 +1,77 @@
+"""Runs in several processes at once, two CPU devices in each, that speak over gloo.
+
+  python -m tests.training.several_processes ADDRESS COUNT INDEX < CASES
+
+CASES is a list of [config, mesh] in JSON; process 0 prints what `numbers` of each is, in JSON.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEVICES = 2  # of each process
+
+
+def numbers(config, mesh):
+  """Loss and gradient norm of every step, and the scores of the validation part afterwards."""
+  from ml_collections import ConfigDict
+
+  from peftjax.training.run import Run
+  from peftjax.training.settings import from_config
+
+  run, rows = Run(from_config(ConfigDict(config)), mesh), []
+  for _ in run.steps():
+    rows += run.fetch(all_of_them=True)
+  return [rows, run.evaluate("validation")]
+
+
+def together(cases, count=2):
+  """`numbers` of each of some (config, mesh), by `count` processes."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES}")
+  command = [sys.executable, "-m", "tests.training.several_processes", address, str(count)]
+  processes = [
+    subprocess.Popen(
+      [*command, str(index)],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(count)
+  ]
+  given = json.dumps([[json.loads(config.to_json()), mesh] for config, mesh in cases])
+  try:
+    for process in processes:
+      process.stdin.write(given)
+      process.stdin.close()
+      process.stdin = None
+    ended = [process.communicate(timeout=300) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  for process, (_, errors) in zip(processes, ended, strict=True):
+    assert process.returncode == 0, errors
+  return json.loads(ended[0][0].splitlines()[-1])
+
+
+def main(address, count, index):
+  import jax
+
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(address, int(count), int(index))
+  found = [numbers(*case) for case in json.load(sys.stdin)]
+  if jax.process_index() == 0:
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
