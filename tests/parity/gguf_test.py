@@ -187,7 +187,7 @@ def test_logits(kind, tmp_path):
   model, params = pj.load_pretrained(path)
   got = pj.apply(model, params, tokens)
   assert np.isfinite(want).all() and want.std() > 0.1
-  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+  np.testing.assert_allclose(got, want, atol=3e-5 * np.abs(want).max())
   state, file = theirs.state_dict(), GGUFFile(path)
   for name in file.names():
     np.testing.assert_array_equal(file.read(name), state[name].numpy())
