@@ -163,7 +163,16 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
     private.folder(tmp_path / "file")
 
 
-def test_signals_that_ask(monkeypatch):
+@pytest.fixture
+def terminal():
+  """SIGHUP means what it does in a terminal, though the tests may run under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_signals_that_ask():
   """SIGHUP asks as SIGTERM does; a Ctrl-C after it interrupts; all is as before in the end."""
   kinds = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
   before = [signal.getsignal(kind) for kind in kinds]
@@ -180,7 +189,7 @@ def test_signals_that_ask(monkeypatch):
   assert [signal.getsignal(kind) for kind in kinds] == before
 
 
-def test_nohup_stays(monkeypatch):
+def test_nohup_stays():
   """A signal that is ignored at the start is ignored to the end."""
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
