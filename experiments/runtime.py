@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import difflib
 import os
+import re
 import runpy
 import sys
 import threading
@@ -44,6 +45,57 @@ def set_up(compilation_cache: str | None) -> None:
     # threads fail at, it raises here too.
     logging.set_verbosity(logging.FATAL)
   keep_programs(compilation_cache)
+
+
+def join(distributed: str) -> None:
+  """Makes this process one of several that share a run, before JAX does anything.
+
+  Args:
+    distributed: "off", "auto", or "ADDRESS,COUNT,ID": where process 0 listens (HOST:PORT), how many
+      processes there are, and which one this is.
+
+  Raises:
+    ValueError: it is none of these, no cluster is found, or the others do not come.
+  """
+  if distributed == "off":
+    return
+  import jax
+
+  match = re.fullmatch(r"([^,\s]+:\d{1,5}),(\d{1,6}),(\d{1,6})", distributed)
+  given: dict[str, Any] = {}
+  if match:
+    given = dict(
+      coordinator_address=match[1], num_processes=int(match[2]), process_id=int(match[3])
+    )
+    if not given["process_id"] < given["num_processes"]:
+      raise ValueError(
+        f"--distributed={distributed}: the {match[2]} processes are numbered from 0 to "
+        f"{int(match[2]) - 1}"
+      )
+  elif distributed != "auto":
+    raise ValueError(
+      f"--distributed={distributed} is not off, auto or ADDRESS,COUNT,ID, such as "
+      "--distributed=localhost:9876,2,0"
+    )
+  try:
+    jax.distributed.initialize(**given)
+  except ValueError as error:
+    raise ValueError(
+      f"--distributed={distributed} finds no cluster ({error}). Write --distributed=off, or "
+      "ADDRESS,COUNT,ID in each process."
+    ) from None
+  except RuntimeError as error:
+    told = (str(error).splitlines() or [""])[0][:300]
+    raise ValueError(
+      f"--distributed={distributed}: the other processes are not there: {told}"
+    ) from None
+
+
+def is_main() -> bool:
+  """Whether this process speaks for all that share a run."""
+  import jax
+
+  return jax.process_index() == 0
 
 
 def keep_programs(directory: str | None) -> None:

@@ -23,16 +23,25 @@ WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; made if it is not there.", required=True
 )
 MESH = flags.DEFINE_string("mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2".')
+DISTRIBUTED = flags.DEFINE_string(
+  "distributed",
+  "off",
+  "Processes that share the run: off, auto (as the cluster says: Cloud TPU, GKE, SLURM, Open MPI, "
+  "Kubernetes) or ADDRESS,COUNT,ID, the same command in each but for the last number.",
+)
 
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
+  runtime.join(DISTRIBUTED.value)
   runtime.set_up(CONFIG.value.get("compilation_cache"))
   from peftjax.training.loop import train_and_evaluate
 
   result = train_and_evaluate(CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED)
+  if not runtime.is_main():
+    return
   shown = ("method", "trainable_params", "total_params", "metrics", "best_step", "seconds")
   json.dump({key: result[key] for key in shown}, sys.stdout, indent=2)
   print(f"\n\nAll of it: {WORKDIR.value}/result.json")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -120,6 +121,13 @@ def put(arrays: Any, places: Any) -> Any:
     return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
   return jax.tree.map(one, arrays, places)
+
+
+def gathered(x: Any) -> np.ndarray:
+  """All of an array, on every process, each of which has to ask for it."""
+  if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)
 
 
 def _rule(path: str, rules: Sequence[tuple[str, Any]]) -> tuple[str | None, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from peftjax import sharding
 from peftjax.core import paths
 from peftjax.io import disk, records
 
@@ -33,7 +34,8 @@ class Checkpoints:
     ValueError: there is a pipe or a device among the files, for which Orbax would wait.
   """
 
-  def __init__(self, directory: Path, *, read_only: bool = False):
+  def __init__(self, directory: Path, *, read_only: bool = False, alone: bool = False):
+    """Where several processes share a run all of them make one, unless one reads `alone`."""
     self._directory = directory
     for folder, _, names in os.walk(directory):
       for path in (Path(folder, name) for name in names):
@@ -44,6 +46,7 @@ class Checkpoints:
       create=not read_only,
       read_only=read_only,
       cleanup_tmp_directories=not read_only,  # what a kill left half written
+      multiprocessing_options=_alone() if alone else ocp.options.MultiprocessingOptions(),
     )
     with disk.told(directory):
       self._managers = {
@@ -146,6 +149,11 @@ class Checkpoints:
         manager.close()
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
+
 def to_nested(arrays: Any) -> Any:
   """Plain nested dicts by path: files that name what they hold and need no class to be read."""
   flat, _ = jax.tree_util.tree_flatten_with_path(arrays)
@@ -157,12 +165,10 @@ def _sum_of_meta(meta: Mapping[str, Any]) -> str:
 
 
 def _sum_of_arrays(nested: Any) -> str:
-  """SHA-256 of all paths, dtypes, shapes and bytes; "" if this process does not have them all."""
+  """SHA-256 of all paths, dtypes, shapes and bytes."""
   total = hashlib.sha256()
   for path, leaf in sorted(traverse_util.flatten_dict(nested, sep="/").items()):
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      return ""
-    array = np.ascontiguousarray(jax.device_get(leaf))
+    array = np.ascontiguousarray(sharding.gathered(leaf))
     total.update(f"{path} {array.dtype} {array.shape}\n".encode())
     total.update(array.reshape(-1).view(np.uint8).data)
   return total.hexdigest()

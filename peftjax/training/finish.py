@@ -13,6 +13,7 @@ from peftjax.io import disk, hf_peft
 from peftjax.methods.adalora_ranks import ranks
 from peftjax.training import process
 from peftjax.training.logs import Bar, write_atomic
+from peftjax.training.peers import Peers
 from peftjax.training.run import Run
 
 
@@ -24,6 +25,7 @@ def finish(
   config: Mapping[str, Any],
   best: Mapping[str, Any],
   untrained: Mapping[str, Any],
+  peers: Peers,
   **measured: Any,
 ) -> dict[str, Any]:
   """Scores the best parameters, exports them and writes the result, which it returns.
@@ -36,11 +38,31 @@ def finish(
     config: as JSON.
     best: "step" and validation "metrics" of `params`.
     untrained: scores before training.
+    peers: of which the main process writes.
     **measured: seconds, and whatever else is to be written.
   """
   final = {part: run.evaluate(part, params) for part in run.task.final}
   for part, scores in final.items():
     bar.scores(part, scores)
+  if peers.count > 1:
+    params = run.on_host(params)
+  return peers.told(
+    lambda: _write(run, params, workdir, bar, config, best, untrained, final, measured)
+  )
+
+
+def _write(
+  run: Run,
+  params: Any,
+  workdir: Path,
+  bar: Bar,
+  config: Mapping[str, Any],
+  best: Mapping[str, Any],
+  untrained: Mapping[str, Any],
+  final: Mapping[str, Any],
+  measured: Mapping[str, Any],
+) -> dict[str, Any]:
+  """The files, by the main process alone."""
   _export(run, params, workdir, bar)
   left = ranks(params)
   result = {

@@ -78,6 +78,21 @@ class Logs:
       self._events.close()
 
 
+class Silent:
+  """The `Logs` of a process that does not write."""
+
+  dropped = 0
+
+  def write(self, row: dict[str, Any]) -> None:
+    pass
+
+  def mark(self) -> dict[str, Any]:
+    return {}
+
+  def close(self) -> None:
+    pass
+
+
 def write_atomic(path: Path, text: str) -> None:
   """Writes a whole file or, if killed or refused, nothing.
 
@@ -100,11 +115,13 @@ def write_atomic(path: Path, text: str) -> None:
 class Bar:
   """A progress bar with loss, examples/s and time left; plain lines where there is no terminal.
 
-  A terminal that is closed while the run goes on is no reason to lose the run.
+  A terminal that is closed while the run goes on is no reason to lose the run. Of several processes
+  that share a run one has it `shown`.
   """
 
-  def __init__(self, name: str, start: int, total: int):
-    self.console = rich.get_console()  # so that it nests in the live table of a sweep
+  def __init__(self, name: str, start: int, total: int, *, shown: bool = True):
+    # rich's own, so that it nests in the live table of a sweep.
+    self.console = rich.get_console() if shown else rich.console.Console(quiet=True)
     self._bar = Progress(
       TextColumn("{task.description}"),
       BarColumn(),

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from peftjax.io import disk
@@ -17,7 +16,8 @@ from peftjax.training import build, lock, process, resume
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
-from peftjax.training.logs import Bar, Logs, write_atomic
+from peftjax.training.logs import Bar, Logs, Silent, write_atomic
+from peftjax.training.peers import Peers
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
 from peftjax.training.settings import Settings, from_config
@@ -56,15 +56,16 @@ def train_and_evaluate(
   settings_json = workdirs.as_json(config)
   settings = from_config(config)
   workdir = build.resolve(workdir)
+  peers = Peers()
+  peers.agree(config=settings_json, workdir=str(workdir), mesh=mesh)
+  finished = lambda: resume.finished(workdir, settings_json)
   with _told(workdir):
-    if (result := resume.finished(workdir, settings_json)) is not None:
+    if (result := peers.told(finished)) is not None:
       return result
-    # Of several hosts that share a run, the first one speaks for all.
-    first = jax.process_index() == 0
-    with lock.hold(workdir) if first else contextlib.nullcontext(lock.Lock()) as held:
-      if (result := resume.finished(workdir, settings_json)) is not None:
+    with peers.hold(workdir) as held:
+      if (result := peers.told(finished)) is not None:
         return result  # another process has ended it since
-      return _train(settings, settings_json, workdir, mesh, clock, held)
+      return _train(settings, settings_json, workdir, mesh, clock, held, peers)
 
 
 def _train(
@@ -74,32 +75,29 @@ def _train(
   mesh: str,
   clock: Clock,
   held: lock.Lock,
+  peers: Peers,
 ) -> dict[str, Any]:
-  """`train_and_evaluate` in a workdir that is this process's."""
-  saved = resume.latest_meta(workdir)
-  if saved is None:
-    workdirs.metrics(workdir / "metrics.jsonl")
+  """`train_and_evaluate` in a workdir that is these processes'."""
+  found = peers.told(lambda: _saved(workdir))
+  saved = None if found is None else workdirs.Meta.of(found, workdir)
   run = Run(settings, mesh)
-  meta = run.identity()
+  meta = peers.told(run.identity)
   resume.check_inputs(workdir, saved, meta)
   if saved is not None:
     resume.restore(run, workdir)
 
   held.kept = True
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_atomic(workdir / "config.json", json.dumps(settings_json, indent=2, sort_keys=True) + "\n")
-  if saved is None:  # a best alone cannot be gone on from, and would stay where a step ties with it
-    workdirs.clear_checkpoints(workdir / "checkpoints")
+  peers.told(lambda: _prepare(workdir, settings_json, anew=saved is None))
   checkpoints = Checkpoints(workdir / "checkpoints")
   lost = saved and saved.log and saved.log.rows and not (workdir / "metrics.jsonl").exists()
-  logs = Logs(workdir, run.steps_done if saved else -1)
+  logs = Logs(workdir, run.steps_done if saved else -1) if peers.main else Silent()
   best = dataclasses.asdict(saved.best) if saved and saved.best else {}
   untrained: dict[str, Any] = saved.before if saved else {}
   before = saved.seconds if saved else 0.0
   every = settings.train
   try:
-    with Bar(settings.method["name"], run.steps_done, run.total) as bar:
-      with process.stop_signals() as stop:
+    with Bar(settings.method["name"], run.steps_done, run.total, shown=peers.main) as bar:
+      with process.stop_signals(alone=peers.count == 1) as stop:
         run.announce(bar)
         if lost:
           bar.print(f"metrics.jsonl is gone, and with it its rows up to step {run.steps_done}")
@@ -111,7 +109,8 @@ def _train(
             bar.scores(f"{part}, before", scores)
             logs.write({"step": 0, **{f"{part}_{key}": x for key, x in scores.items()}})
         for done in run.steps():
-          asked = stop.asked  # once: what is saved below has been fetched and checked
+          # Once: what is saved below has been fetched and checked.
+          asked = peers.asked(stop.asked, done)
           log = done % every.log_every == 0 or done == run.total
           evaluate = done % run.stream.steps_per_epoch == 0 or done == run.total
           save = evaluate or bool(every.save_every and done % every.save_every == 0)
@@ -152,12 +151,29 @@ def _train(
         settings_json,
         best,
         untrained,
+        peers,
         seconds_to_first_step=clock.first_step,
         seconds=before + clock.seconds(),
       )
   finally:
     logs.close()
     checkpoints.close()
+
+
+def _saved(workdir: Path) -> dict[str, Any] | None:
+  """What the latest checkpoint says of itself, for JSON; without one, that the rows can be read."""
+  saved = resume.latest_meta(workdir)
+  if saved is not None:
+    return dataclasses.asdict(saved)
+  workdirs.metrics(workdir / "metrics.jsonl")
+  return None
+
+
+def _prepare(workdir: Path, config: dict[str, Any], *, anew: bool) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_atomic(workdir / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+  if anew:  # a best alone cannot be gone on from, and would stay where a step ties with it
+    workdirs.clear_checkpoints(workdir / "checkpoints")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import resource
 import signal
 import socket
@@ -53,8 +54,12 @@ def _hang_up() -> list[signal.Signals]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-  """SIGTERM, SIGHUP and the first Ctrl-C only ask; a second Ctrl-C raises `Again` at once."""
+def stop_signals(*, alone: bool = True) -> Iterator[Stop]:
+  """SIGTERM, SIGHUP and the first Ctrl-C only ask; a second Ctrl-C raises `Again` at once.
+
+  Where several processes share a run, SIGTERM is JAX's, which tells the others; SIGHUP and the
+  first Ctrl-C become one.
+  """
   stop = Stop()
 
   def again(number: int, frame: Any) -> None:
@@ -63,8 +68,10 @@ def stop_signals() -> Iterator[Stop]:
   def ask(number: int, frame: Any) -> None:
     stop.asked = signal.Signals(number).name
     signal.signal(signal.SIGINT, again)
+    if not alone:
+      os.kill(os.getpid(), signal.SIGTERM)
 
-  asking = (signal.SIGTERM, signal.SIGINT, *_hang_up())
+  asking = (*([signal.SIGTERM] if alone else []), signal.SIGINT, *_hang_up())
   previous = {n: signal.signal(n, ask) for n in asking}
   try:
     yield stop

@@ -25,7 +25,7 @@ def latest_meta(folder: Path) -> Meta | None:
   workdir.check_checkpoints(folder / "checkpoints")
   if workdir.newest(folder / "checkpoints") is None:
     return None
-  checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+  checkpoints = Checkpoints(folder / "checkpoints", read_only=True, alone=True)
   try:
     found = checkpoints.meta("latest")
     step, best = (checkpoints.step(name) for name in workdir.CHECKPOINTS)

@@ -187,6 +187,11 @@ class Run:
     """The parameters of the best checkpoint."""
     return tree.combine(checkpoints.arrays("best", self.adapter())["adapter"], self.frozen)
 
+  def on_host(self, params: Any) -> Any:
+    """`params` with every array that is not of the pretrained files as NumPy's, whole."""
+    adapter, base = tree.partition(params, tree.adapter_mask(params, self.mask))
+    return tree.combine(jax.tree.map(sharding.gathered, adapter), base)
+
   def restore(self, checkpoints: Checkpoints) -> None:
     saved = checkpoints.arrays("latest", self.everything())
     params = tree.combine(saved["adapter"], self.frozen)

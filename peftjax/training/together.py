@@ -22,6 +22,7 @@ from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
 from peftjax.training.logs import Bar, Logs, write_atomic
+from peftjax.training.peers import Peers
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
@@ -197,6 +198,10 @@ def train_together(
   Raises:
     ValueError: configs that cannot be trained together, or a folder that another process has.
   """
+  if jax.process_count() > 1:
+    raise ValueError(
+      "runs are trained together in one process; give each of several its own trials"
+    )
   if len({group_of(json.loads(config.to_json())) for config in configs}) != 1:
     raise ValueError(f"configs trained together may differ in {', '.join(FREE)} alone")
   with contextlib.ExitStack() as stack:
@@ -272,7 +277,7 @@ def _train(
         together=len(runs), seconds=seconds / len(runs), seconds_of_all=seconds
       )
       params = tree.combine(jax.tree.map(jnp.asarray, adapter), group._base)
-      known = best[i], untrained[i]
+      known = best[i], untrained[i], Peers()
       try:
         results.append(finish(run, params, folders[i], bar, as_json[i], *known, **measured))
       except FloatingPointError as error:

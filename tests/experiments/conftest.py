@@ -46,6 +46,8 @@ def command():
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(build, "mesh_of", lambda text: mesh_of(text) if text else None)
       patch.setattr(runtime, "set_up", lambda cache: None)
+      if hasattr(main, "DISTRIBUTED"):
+        values.setdefault("distributed", "off")
       for name, value in values.items():
         patch.setattr(main, name.upper(), types.SimpleNamespace(value=value))
       return main.main([module])

@@ -212,3 +212,29 @@ def test_an_interrupt_is_not_lost_in_a_callback(monkeypatch):
 def test_an_interrupted_import_is_no_trace(capsys):
   runtime._uncaught(KeyboardInterrupt, KeyboardInterrupt(), None)
   assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+  "given, told",
+  [
+    ("on", "is not off, auto or ADDRESS,COUNT,ID"),
+    ("", "is not off, auto or"),
+    ("localhost,2,0", "is not off, auto or"),
+    ("localhost:9876,2", "is not off, auto or"),
+    ("localhost:9876,two,0", "is not off, auto or"),
+    ("localhost:9876,2,2", "the 2 processes are numbered from 0 to 1"),
+    ("localhost:9876,0,0", "numbered"),
+  ],
+)
+def test_processes_that_cannot_be_joined(given, told):
+  with pytest.raises(ValueError, match=told):
+    runtime.join(given)
+
+
+def test_no_cluster_is_a_sentence(monkeypatch):
+  def initialize(**given):
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr("jax.distributed.initialize", initialize)
+  with pytest.raises(ValueError, match="--distributed=auto finds no cluster .coordinator_address"):
+    runtime.join("auto")

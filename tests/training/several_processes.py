@@ -29,16 +29,15 @@ def numbers(config, mesh):
   return [rows, run.evaluate("validation")]
 
 
-def together(cases, count=2):
-  """`numbers` of each of some (config, mesh), by `count` processes."""
+def start(command, count=2):
+  """Starts `command(address, index)` of each of `count` processes."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES}")
-  command = [sys.executable, "-m", "tests.training.several_processes", address, str(count)]
-  processes = [
+  return [
     subprocess.Popen(
-      [*command, str(index)],
+      [sys.executable, "-m", *command(address, index)],
       cwd=ROOT,
       env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
       stdin=subprocess.PIPE,
@@ -48,19 +47,31 @@ def together(cases, count=2):
     )
     for index in range(count)
   ]
-  given = json.dumps([[json.loads(config.to_json()), mesh] for config, mesh in cases])
+
+
+def ended(processes, given=""):
+  """What each printed and complained of, once all have ended; and their exit codes."""
   try:
     for process in processes:
       process.stdin.write(given)
       process.stdin.close()
       process.stdin = None
-    ended = [process.communicate(timeout=300) for process in processes]
+    told = [process.communicate(timeout=300) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  for process, (_, errors) in zip(processes, ended, strict=True):
-    assert process.returncode == 0, errors
-  return json.loads(ended[0][0].splitlines()[-1])
+  return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+
+
+def together(cases, count=2):
+  """`numbers` of each of some (config, mesh), by `count` processes."""
+  name = "tests.training.several_processes"
+  processes = start(lambda address, index: [name, address, str(count), str(index)], count)
+  given = json.dumps([[json.loads(config.to_json()), mesh] for config, mesh in cases])
+  found = ended(processes, given)
+  for code, _, errors in found:
+    assert code == 0, errors
+  return json.loads(found[0][1].splitlines()[-1])
 
 
 def main(address, count, index):

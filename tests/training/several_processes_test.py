@@ -1,12 +1,16 @@
 """Several processes that share a run compute what one does."""
 
 import itertools
+import json
+import signal
+import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests import tiny, tiny_lm
-from tests.training import several_processes
+from tests.training import runs, several_processes
 
 MESHES = ("data:4", "fsdp:4", "tensor:4", "fsdp:2,tensor:2")
 
@@ -46,3 +50,112 @@ def test_two_processes_train_as_one(configs):
 @pytest.mark.slow(reason="every mesh with every kind of run and base")
 def test_two_processes_train_as_one_on_every_mesh(configs):
   check(configs, list(itertools.product(configs, MESHES)))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  """The arguments of `python -m` for a run of a classifier in a workdir."""
+  folder = tmp_path_factory.mktemp("command")
+  model, corpus = tiny.model_dir(folder / "model"), tiny.corpus(folder / "texts.csv", 80)
+  return lambda workdir, mesh, *more: [
+    "experiments.train",
+    f"--workdir={workdir}",
+    "--config=configs/classify.py:method=lora,data=files",
+    f"--config.model.directory={model}",
+    f"--config.data.train_file={corpus}",
+    "--config.data.max_length=16",
+    "--config.train.batch_size=8",
+    "--config.train.eval_batch_size=8",
+    "--config.train.epochs=4",
+    "--config.train.log_every=1",
+    "--config.compilation_cache=",
+    f"--mesh={mesh}",
+    *more,
+  ]
+
+
+def pair(command, workdir, mesh, *more):
+  """Two processes of that command."""
+  return several_processes.start(
+    lambda address, index: command(workdir, mesh, f"--distributed={address},2,{index}", *more)
+  )
+
+
+def check_same(workdir, other):
+  """But for rounding: each row of metrics once, the scores, the exported adapter."""
+  rows, wanted = runs.rows(workdir), runs.rows(other)
+  assert [row.keys() for row in rows] == [row.keys() for row in wanted]
+  for got, want in zip(rows, wanted, strict=True):
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
+  assert runs.result(workdir)["metrics"] == runs.result(other)["metrics"]
+  name = "peft/adapter_model.safetensors"
+  got, want = load_file(workdir / name), load_file(other / name)
+  assert got.keys() == want.keys()
+  for key in want:
+    np.testing.assert_allclose(got[key], want[key], atol=2e-4, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def alone(command, tmp_path_factory):
+  """The workdir of the run of one process."""
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  [(code, _, errors)] = several_processes.ended(
+    several_processes.start(lambda *_: command(workdir, "data:2"), 1)
+  )
+  assert code == 0, errors
+  return workdir
+
+
+@pytest.mark.slow(reason="starts six processes, which compile")
+@pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,tensor:2"])
+def test_a_run_of_two_processes_leaves_what_one_leaves(mesh, command, alone, tmp_path):
+  """One of them writes and prints; the same command again returns the result."""
+  (code, printed, errors), other = several_processes.ended(pair(command, tmp_path / "run", mesh))
+  assert code == 0, errors
+  assert other[0] == 0, other
+  assert all(line.startswith("[Gloo]") for line in other[1].splitlines()), other  # is the library's
+  assert "All of it" in printed
+  check_same(tmp_path / "run", alone)
+  again, other = several_processes.ended(pair(command, tmp_path / "run", mesh))
+  assert again[0] == other[0] == 0 and "epoch" not in again[1]
+
+
+@pytest.mark.slow(reason="starts five processes, which compile")
+@pytest.mark.parametrize("asked", [0, 1])
+def test_asked_to_stop_one_of_them_they_all_save_and_go_on_elsewhere(
+  asked, command, alone, tmp_path
+):
+  """At one step, with exit code 0; one process goes on with what two saved."""
+  workdir = tmp_path / "run"
+  processes = pair(command, workdir, "fsdp:2,tensor:2")
+  while processes[0].poll() is None and not _rows(workdir):
+    time.sleep(0.01)
+  processes[asked].send_signal(signal.SIGTERM)
+  found = several_processes.ended(processes)
+  assert [code for code, *_ in found] == [0, 0], found
+  assert "SIGTERM: saved step" in found[0][1] and not (workdir / "result.json").exists()
+  step, _ = runs.arrays(workdir, "latest")
+  assert step == json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+  [(code, _, errors)] = several_processes.ended(
+    several_processes.start(lambda *_: command(workdir, "data:2"), 1)
+  )
+  assert code == 0, errors
+  check_same(workdir, alone)
+
+
+def _rows(workdir):
+  path = workdir / "metrics.jsonl"
+  return path.exists() and path.read_text().count("\n") > 2
+
+
+@pytest.mark.slow(reason="starts two processes")
+def test_processes_that_disagree_are_refused(command, tmp_path):
+  """Before anything is written."""
+  processes = several_processes.start(
+    lambda address, index: command(
+      tmp_path / "run", "data:4", f"--distributed={address},2,{index}", f"--config.seed={index}"
+    )
+  )
+  for code, _, errors in several_processes.ended(processes):
+    assert code == 1 and "process 1 of 2 has another config than process 0" in errors, errors
+  assert not (tmp_path / "run").exists()
