@@ -8,13 +8,17 @@ import difflib
 import os
 import re
 import runpy
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+_PATIENCE = 300.0  # seconds for the processes of a run to find each other, as JAX has it
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -72,6 +76,8 @@ def join(distributed: str) -> None:
         f"--distributed={distributed}: the {match[2]} processes are numbered from 0 to "
         f"{int(match[2]) - 1}"
       )
+    if given["process_id"]:
+      _find(match[1])
   elif distributed != "auto":
     raise ValueError(
       f"--distributed={distributed} is not off, auto or ADDRESS,COUNT,ID, such as "
@@ -89,6 +95,27 @@ def join(distributed: str) -> None:
     raise ValueError(
       f"--distributed={distributed}: the other processes are not there: {told}"
     ) from None
+
+
+def _find(address: str) -> None:
+  """Waits until somebody listens at HOST:PORT; JAX would end this process without a word of ours.
+
+  Raises:
+    ValueError: nobody does in `_PATIENCE` seconds.
+  """
+  host, _, port = address.rpartition(":")
+  until = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      return
+    except (OSError, OverflowError) as error:
+      if time.monotonic() > until:
+        raise ValueError(
+          f"no process 0 listens at {address} ({error}), {_PATIENCE:.0f} s long. Start it, or name "
+          "where it is: --distributed=ADDRESS,COUNT,ID"
+        ) from None
+    time.sleep(0.2)
 
 
 def is_main() -> bool:

@@ -238,3 +238,9 @@ def test_no_cluster_is_a_sentence(monkeypatch):
   monkeypatch.setattr("jax.distributed.initialize", initialize)
   with pytest.raises(ValueError, match="--distributed=auto finds no cluster .coordinator_address"):
     runtime.join("auto")
+
+
+def test_nobody_listens(monkeypatch):
+  monkeypatch.setattr(runtime, "_PATIENCE", 0.0)
+  with pytest.raises(ValueError, match="no process 0 listens at localhost:1 .*refused"):
+    runtime.join("localhost:1,2,1")
