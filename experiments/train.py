@@ -22,7 +22,9 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGUM
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; made if it is not there.", required=True
 )
-MESH = flags.DEFINE_string("mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2".')
+MESH = flags.DEFINE_string(
+  "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; -1 for all that are left, as in "fsdp:-1".'
+)
 DISTRIBUTED = flags.DEFINE_string(
   "distributed",
   "off",

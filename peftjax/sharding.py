@@ -39,7 +39,7 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh from `"data:2,fsdp:2,tensor:2"`; axes left out have size 1.
+  """A mesh from `"data:2,fsdp:2,tensor:2"`; axes left out have size 1, one of -1 what is left.
 
   Raises:
     ValueError: on an unknown axis, a bad size, or a product that is not the number of devices.
@@ -47,13 +47,18 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   sizes = dict.fromkeys(AXES, 1)
   for part in filter(None, text.split(",")):
-    match = re.fullmatch(r"\s*(\w+):(\d+)\s*", part)
-    if not match or match[1] not in AXES or int(match[2]) < 1:
+    match = re.fullmatch(r"\s*(\w+):(-1|[1-9]\d{0,6})\s*", part)
+    if not match or match[1] not in AXES:
       raise ValueError(
         f"mesh {text!r}: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)}; "
-        'write e.g. "data:2,fsdp:2,tensor:2"'
+        'write e.g. "data:2,fsdp:2,tensor:2", or -1 for what is left'
       )
     sizes[match[1]] = int(match[2])
+  rest = [axis for axis, size in sizes.items() if size == -1]
+  if len(rest) > 1:
+    raise ValueError(f"mesh {text!r}: only one axis can be what is left, not {' and '.join(rest)}")
+  for axis in rest:
+    sizes[axis] = max(1, len(devices) // -math.prod(sizes.values()))
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(
       f"mesh {text!r} has {math.prod(sizes.values())} places for {len(devices)} devices. On a CPU, "

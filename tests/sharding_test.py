@@ -28,6 +28,18 @@ def test_a_mesh_that_is_not_written_so_raises(text):
     make_mesh(text)
 
 
+def test_one_axis_may_be_what_is_left():
+  assert dict(make_mesh("fsdp:-1").shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  assert dict(make_mesh("fsdp:-1,tensor:2").shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+  for text, told in (
+    ("data:-1,tensor:3", "has 6 places for 8 devices"),
+    ("data:-1,tensor:16", "has 16 places for 8 devices"),
+    ("data:-1,fsdp:-1", "only one axis can be what is left, not data and fsdp"),
+  ):
+    with pytest.raises(ValueError, match=told):
+      make_mesh(text)
+
+
 def test_a_mesh_of_another_size_than_the_devices_raises():
   with pytest.raises(ValueError, match="has 4 places for 8 devices"):
     make_mesh("data:2,tensor:2")
