@@ -169,7 +169,8 @@ def _end(error: BaseException) -> int | None:
 
   loop = sys.modules.get("peftjax.training.loop")
   if loop is not None and isinstance(error, loop.Stopped):
-    _say(str(error), sys.stdout)
+    if is_main():
+      _say(str(error), sys.stdout)
     return 0
   if isinstance(error, BrokenPipeError):  # whoever read has had enough; Python flushes once more
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

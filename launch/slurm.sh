@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=peftjax
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+# Trains on the nodes of a SLURM job, one process a task. Flags are those of experiments.train:
+#
+#   sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 launch/slurm.sh \
+#     --config=configs/causal_lm.py:quant=nf4,method=lora --workdir=/shared/run --mesh=fsdp:-1
+#
+# Two minutes before the time limit, on preemption, and on scancel --signal=TERM JOB the run saves, and
+# the job queues itself again and goes on from there; scancel JOB ends it. The workdir lies on a file
+# system that all nodes share. PYTHON names the interpreter (.venv/bin/python). With --dry_run as the
+# first flag it prints what it would run, and needs no SLURM.
+set -euo pipefail
+
+dry_run=false
+if [[ ${1-} == --dry_run ]]; then
+  dry_run=true
+  shift
+fi
+workdir=""
+for flag in "$@"; do
+  [[ $flag == --workdir=* ]] && workdir=${flag#--workdir=}
+done
+[[ $workdir ]] || { echo "slurm.sh: write --workdir=DIR, on a file system of all nodes" >&2; exit 2; }
+
+command=(srun "${PYTHON:-.venv/bin/python}" -m experiments.train --distributed=auto "$@")
+if $dry_run; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit
+fi
+"${command[@]}"
+if [[ ! -e $workdir/result.json ]]; then # it was asked to stop, and has saved
+  scontrol requeue "$SLURM_JOB_ID"
+fi
