@@ -79,6 +79,10 @@ def digest(directory: str | Path) -> str:
   return total.hexdigest()
 
 
+# Classes whose ids would be others than a tokenizer.json gives.
+_REBUILT = ("CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+
+
 def _kind(folder: Path, config: TokenizerConfig, data: bytes | None) -> tuple[str, Kind | None]:
   """The class by name; None is the one that takes its files as they are."""
   where = folder / "config.json"
@@ -92,6 +96,12 @@ def _kind(folder: Path, config: TokenizerConfig, data: bytes | None) -> tuple[st
       raise ValueError(f"{where}: {field} is {records.clip(value)}; it must be a text.")
   name = tokenizer_kinds.name_of(model_type, declared, data or b"")
   kind = KINDS.get(name)
+  if name in _REBUILT:
+    raise ValueError(
+      f"{folder} has a {name}, which transformers builds anew, whatever tokenizer.json says, and "
+      'this library does not. To have tokenizer.json as it is, write "tokenizer_class": '
+      '"PreTrainedTokenizerFast" into tokenizer_config.json.'
+    )
   if data is not None:
     return name, kind
   if name and kind is None:

@@ -66,6 +66,11 @@ DAMAGED = {
   "added": ("llama3", {"tokenizer.json": {"added_tokens": 7}}, "added_tokens is 7; .* a list"),
   "added id": ("llama3", {"tokenizer.json": {"added_tokens": [{"id": "x"}]}}, "'x' is no id of a"),
   "class": ("gpt2", {"tokenizer_config.json": {"tokenizer_class": 7}}, "tokenizer_class is 7"),
+  "rebuilt": (
+    "llama3",
+    {"tokenizer_config.json": {"tokenizer_class": "CodeLlamaTokenizerFast"}},
+    "has a CodeLlamaTokenizer, which transformers builds anew",
+  ),
   "switch": ("gpt2", {"tokenizer_config.json": {"add_bos_token": "false"}}, "true or false"),
   "role": (
     "gpt2",
