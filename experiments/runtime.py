@@ -76,6 +76,8 @@ def join(distributed: str) -> None:
         f"--distributed={distributed}: the {match[2]} processes are numbered from 0 to "
         f"{int(match[2]) - 1}"
       )
+    if int(match[1].rpartition(":")[2]) not in range(1, 2**16):
+      raise ValueError(f"--distributed={distributed}: ports are numbered from 1 to 65535")
     if given["process_id"]:
       _find(match[1])
   elif distributed != "auto":
@@ -109,7 +111,7 @@ def _find(address: str) -> None:
     try:
       socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
       return
-    except (OSError, OverflowError) as error:
+    except OSError as error:
       if time.monotonic() > until:
         raise ValueError(
           f"no process 0 listens at {address} ({error}), {_PATIENCE:.0f} s long. Start it, or name "

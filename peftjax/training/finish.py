@@ -46,44 +46,31 @@ def finish(
     bar.scores(part, scores)
   if peers.count > 1:
     params = run.on_host(params)
-  return peers.told(
-    lambda: _write(run, params, workdir, bar, config, best, untrained, final, measured)
-  )
 
+  def write() -> dict[str, Any]:
+    _export(run, params, workdir, bar)
+    left = ranks(params)
+    result = {
+      "config": dict(config),
+      "method": run.settings.method["name"],
+      "trainable_params": run.trainable,
+      "total_params": run.parameters,
+      "metrics": {"validation": best["metrics"], **final},
+      **({"before": dict(untrained)} if untrained else {}),
+      **({"ranks": left} if left else {}),
+      "best_step": best["step"],
+      "steps": run.total,
+      **run.task.summary(),
+      "seed": run.settings.seed,
+      "commit": process.commit(),
+      "device": jax.devices()[0].device_kind,
+      **measured,
+      "peak_memory_mb": process.peak_memory_mb(),
+    }
+    write_atomic(workdir / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+    return result
 
-def _write(
-  run: Run,
-  params: Any,
-  workdir: Path,
-  bar: Bar,
-  config: Mapping[str, Any],
-  best: Mapping[str, Any],
-  untrained: Mapping[str, Any],
-  final: Mapping[str, Any],
-  measured: Mapping[str, Any],
-) -> dict[str, Any]:
-  """The files, by the main process alone."""
-  _export(run, params, workdir, bar)
-  left = ranks(params)
-  result = {
-    "config": dict(config),
-    "method": run.settings.method["name"],
-    "trainable_params": run.trainable,
-    "total_params": run.parameters,
-    "metrics": {"validation": best["metrics"], **final},
-    **({"before": dict(untrained)} if untrained else {}),
-    **({"ranks": left} if left else {}),
-    "best_step": best["step"],
-    "steps": run.total,
-    **run.task.summary(),
-    "seed": run.settings.seed,
-    "commit": process.commit(),
-    "device": jax.devices()[0].device_kind,
-    **measured,
-    "peak_memory_mb": process.peak_memory_mb(),
-  }
-  write_atomic(workdir / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
-  return result
+  return peers.told(write)
 
 
 def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:

@@ -224,6 +224,7 @@ def test_an_interrupted_import_is_no_trace(capsys):
     ("localhost:9876,two,0", "is not off, auto or"),
     ("localhost:9876,2,2", "the 2 processes are numbered from 0 to 1"),
     ("localhost:9876,0,0", "numbered"),
+    ("localhost:99999,2,1", "ports are numbered from 1 to 65535"),
   ],
 )
 def test_processes_that_cannot_be_joined(given, told):
