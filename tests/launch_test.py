@@ -58,14 +58,7 @@ def test_a_job_of_two_tasks_saves_when_asked_and_goes_on_by_itself(slurm, tmp_pa
     job = shell(
       *("sbatch", "--parsable", "--ntasks=2", f"--output={workdir}.log", SLURM),
       f"--workdir={workdir}",
-      "--config=configs/classify.py:method=lora,data=files",
-      f"--config.model.directory={model}",
-      f"--config.data.train_file={corpus}",
-      "--config.data.max_length=16",
-      "--config.train.batch_size=8",
-      "--config.train.eval_batch_size=8",
-      "--config.train.log_every=1",
-      "--config.compilation_cache=",
+      *tiny.flags(model, corpus),
       "--mesh=fsdp:-1",
       env=slurm,
     )

@@ -109,3 +109,17 @@ def config(model: pathlib.Path, train_file: pathlib.Path, method: str = "lora", 
   for key, value in changes.items():
     made.update_from_flattened_dict({key.replace("__", "."): value})
   return made
+
+
+def flags(model: pathlib.Path, train_file: pathlib.Path) -> list[str]:
+  """Of `experiments.train`: LoRA on the tiny model and file, batches of eight, a row every step."""
+  return [
+    "--config=configs/classify.py:method=lora,data=files",
+    f"--config.model.directory={model}",
+    f"--config.data.train_file={train_file}",
+    "--config.data.max_length=16",
+    "--config.train.batch_size=8",
+    "--config.train.eval_batch_size=8",
+    "--config.train.log_every=1",
+    "--config.compilation_cache=",
+  ]

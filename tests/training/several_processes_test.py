@@ -60,15 +60,8 @@ def command(tmp_path_factory):
   return lambda workdir, mesh, *more: [
     "experiments.train",
     f"--workdir={workdir}",
-    "--config=configs/classify.py:method=lora,data=files",
-    f"--config.model.directory={model}",
-    f"--config.data.train_file={corpus}",
-    "--config.data.max_length=16",
-    "--config.train.batch_size=8",
-    "--config.train.eval_batch_size=8",
+    *tiny.flags(model, corpus),
     "--config.train.epochs=4",
-    "--config.train.log_every=1",
-    "--config.compilation_cache=",
     f"--mesh={mesh}",
     *more,
   ]
