@@ -32,6 +32,7 @@ for tool in slurmctld slurmd munged sinfo; do
   }
 done
 
+# A requeued job waits until its credential has expired, two minutes where cred_expire says nothing.
 mkdir -p "$dir/state" "$dir/spool"
 (umask 077; head -c 1024 /dev/urandom > "$dir/munge.key")
 node=$(hostname -s)
@@ -42,11 +43,12 @@ SlurmctldPort=$((20000 + RANDOM % 10000))
 SlurmdPort=$((30000 + RANDOM % 2000))
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge.socket
+AuthInfo=socket=$dir/munge.socket,cred_expire=10
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+SchedulerParameters=sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2

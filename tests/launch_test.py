@@ -49,6 +49,12 @@ def slurm(tmp_path):
   shell(ROOT / "launch" / "slurm_local.sh", "stop", folder)
 
 
+def state_of_the_cluster(slurm, folder):
+  shown = [shell("scontrol", "show", what, env=slurm).stdout for what in ("job", "node")]
+  logs = [*folder.glob("*.log"), *folder.glob("slurm/slurm*.log")]
+  return "\n".join([*shown, *(path.read_text()[-3000:] for path in logs)])
+
+
 @pytest.mark.slow(reason="a cluster; four processes that compile; a minute")
 def test_a_job_of_two_tasks_saves_when_asked_and_goes_on_by_itself(slurm, tmp_path):
   """scancel --signal=TERM; the job queues itself again, and ends as one that was let alone."""
@@ -65,23 +71,19 @@ def test_a_job_of_two_tasks_saves_when_asked_and_goes_on_by_itself(slurm, tmp_pa
     assert job.returncode == 0, job.stderr
     return job.stdout.strip()
 
-  def wait_for(condition, what, seconds=240):
+  def wait_for(condition, what, seconds=600):
     until = time.monotonic() + seconds
     while not condition():
-      logs = [path.read_text() for path in tmp_path.glob("*.log")]
-      assert time.monotonic() < until, (what, logs)
+      assert time.monotonic() < until, f"no {what}: {state_of_the_cluster(slurm, tmp_path)}"
       time.sleep(0.05)
 
   job, asked, alone = submit(tmp_path / "asked"), tmp_path / "asked", tmp_path / "alone"
   metrics = asked / "metrics.jsonl"
-  wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, "rows")
+  wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, "rows of metrics")
   assert shell("scancel", "--signal=TERM", job, env=slurm).returncode == 0
-  queued = lambda: "BeginTime" in shell("squeue", "--noheader", "--format=%r", env=slurm).stdout
-  wait_for(queued, "the job in the queue")  # for two minutes, if nobody asks for it
-  assert shell("scontrol", "update", f"JobId={job}", "StartTime=now", env=slurm).returncode == 0
-  wait_for(lambda: (asked / "result.json").exists(), "a result")
+  wait_for(lambda: (asked / "result.json").exists(), "result of the job that was asked to stop")
   log = (tmp_path / "asked.log").read_text()
   assert log.count("SIGTERM: saved step") == 1 and "going on after step" in log
   submit(alone)
-  wait_for(lambda: (alone / "result.json").exists(), "the other result")
+  wait_for(lambda: (alone / "result.json").exists(), "result of the job that was let alone")
   runs.assert_same(asked, alone)
