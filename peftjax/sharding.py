@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import paths
-from peftjax.core.weight import Weight
+from peftjax.core.mesh import DATA, SEQUENCE, divisible, group, ways
+from peftjax.core.weight import Weight, children
+from peftjax.quant.weight import Quantized
 
-AXES = ("data", "fsdp", "tensor")
+# The last vary fastest over the devices, so what talks most is nearest.
+AXES = (*DATA, SEQUENCE, "tensor")
 
 # Path pattern to the mesh axes of the *last* axes of the dense array; stacked layers before them
 # are not split. Megatron's pairing: what widens splits its outputs, what narrows its inputs.
@@ -71,7 +75,8 @@ def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> 
   """A `PartitionSpec` for every array of `params`.
 
   The first rule that matches a leaf's path gives the spec of its dense array; the children of a
-  `Weight` derive theirs from it. A mesh axis that does not divide an array's axis is dropped
+  `Weight` derive theirs from it, and what a method made is split over "tensor" and "fsdp" both:
+  a factor has one of the kernel's axes. A mesh axis that does not divide an array's axis is dropped
   there; one that would cut the blocks of a quantised matrix splits its other axis. An array that a
   model annotated (`nn.Partitioned`) keeps its own axes.
 
@@ -86,9 +91,8 @@ def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> 
         raise ValueError(f"rule for {path} names the axis {name!r}; the mesh has {mesh.axis_names}")
     spec = P(*[None] * (len(leaf.shape) - len(names)), *names)
     spec = _along_blocks(spec, leaf, mesh) if isinstance(leaf, Weight) else spec
-    tree = leaf.child_specs(spec) if isinstance(leaf, Weight) else spec
-    is_spec = lambda x: isinstance(x, P)
-    return jax.tree.map(lambda s, x: _divisible(s, x.shape, mesh), tree, leaf, is_leaf=is_spec)
+    tree = _spread(leaf.child_specs(spec), mesh) if isinstance(leaf, Weight) else spec
+    return jax.tree.map(lambda s, x: divisible(s, x.shape, mesh), tree, leaf, is_leaf=_is_spec)
 
   return paths.map_leaves(of, params)
 
@@ -102,9 +106,35 @@ def shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES)
   )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch are split over both data axes."""
-  return NamedSharding(mesh, P(("data", "fsdp")))
+def named(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+  """`params` in which each quantised matrix knows how `specs` splits it; arrays stay."""
+
+  def name(leaf: Any, spec: Any) -> Any:
+    return leaf.replace(names=tuple(spec.codes)[-2:]) if isinstance(leaf, Quantized) else leaf
+
+  whole = lambda leaf: isinstance(leaf, Quantized)
+  return jax.tree.map(name, params, specs(params, mesh, rules), is_leaf=whole)
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+  """Rows of a batch are split over both data axes, and its tokens over "sequence"."""
+  return jax.tree.map(lambda x: NamedSharding(mesh, P(*(DATA, SEQUENCE)[: np.ndim(x)])), batch)
+
+
+def on(mesh: Mesh | None, fn: Callable[..., Any]) -> Callable[..., Any]:
+  """`fn`, to be jitted, in which activations and quantised weights lie on the mesh as they should.
+
+  Without it, or `jax.set_mesh` around the call, XLA decides from the parameters alone.
+  """
+  if mesh is None:
+    return fn
+
+  @functools.wraps(fn)
+  def placed(*args: Any, **kwargs: Any) -> Any:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args, **kwargs)
+
+  return placed
 
 
 def put(arrays: Any, places: Any) -> Any:
@@ -135,6 +165,31 @@ def gathered(x: Any) -> np.ndarray:
   return np.asarray(x)
 
 
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, P)
+
+
+def _spread(weight: Weight, mesh: Mesh) -> Weight:
+  """Specs of a weight, in which the arrays of its method use the axes that its base uses too."""
+
+  def wider(spec: P) -> P:
+    free = {"tensor", "fsdp"} & set(mesh.axis_names)
+    free -= {name for names in spec for name in group(names)}
+    return P(*[_both(group(names), free, mesh) if names else None for names in spec])
+
+  own = {name: x for name, x in children(weight).items() if name not in weight.pretrained}
+  return weight.replace(**jax.tree.map(wider, own, is_leaf=_is_spec))
+
+
+def _both(names: Iterable[str], more: Iterable[str], mesh: Mesh) -> tuple[str, ...]:
+  """One entry of a spec, in one order for all arrays.
+
+  XLA of jaxlib 0.11 aborts where embeddings that are split over fsdp meet activations that are
+  split over fsdp first and then over another axis.
+  """
+  return tuple(sorted((*names, *more), key=mesh.axis_names.index, reverse=True))
+
+
 def _rule(path: str, rules: Sequence[tuple[str, Any]]) -> tuple[str | None, ...]:
   for pattern, names in rules:
     if re.fullmatch(pattern, path):
@@ -148,26 +203,8 @@ def _along_blocks(spec: P, weight: Weight, mesh: Mesh) -> P:
   if cuts == weight.shape:
     return spec
   for i, j in ((-2, -1), (-1, -2)):
-    if cuts[i] != weight.shape[i] and cuts[i] % _ways(names[i], mesh):
-      # In one order for all matrices. XLA of jaxlib 0.11 aborts where embeddings that are split
-      # over fsdp meet activations that are split over fsdp first and then over another axis.
-      both = (*_group(names[j]), *_group(names[i]))
-      both = tuple(sorted(both, key=mesh.axis_names.index, reverse=True))
+    if cuts[i] != weight.shape[i] and cuts[i] % ways(names[i], mesh):
+      both = _both(group(names[j]), group(names[i]), mesh)
       names[i] = None
-      names[j] = both if cuts[j] % _ways(both, mesh) == 0 else names[j]
+      names[j] = both if cuts[j] % ways(both, mesh) == 0 else names[j]
   return P(*names)
-
-
-def _divisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-  return P(
-    *[n if axis % _ways(n, mesh) == 0 else None for n, axis in zip(spec, shape, strict=False)]
-  )
-
-
-def _ways(names: Any, mesh: Mesh) -> int:
-  return math.prod(mesh.shape[name] for name in _group(names))
-
-
-def _group(names: Any) -> tuple[str, ...]:
-  """The mesh axes of one entry of a spec: None, a name or a tuple of them."""
-  return () if names is None else names if isinstance(names, tuple) else (names,)

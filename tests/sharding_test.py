@@ -9,28 +9,33 @@ from jax.sharding import PartitionSpec as P
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.core.layout import Axes
-from peftjax.sharding import batch_sharding, make_mesh, specs
+from peftjax.sharding import batch_shardings, make_mesh, specs
 from tests.models import tiny
 
 MESH = "data:2,fsdp:2,tensor:2"
 
 
+def sizes(text, devices=None):
+  return tuple(make_mesh(text, devices).shape.values())
+
+
 def test_a_mesh_from_text():
   mesh = make_mesh(MESH)
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-  assert dict(make_mesh(" tensor:4 ,fsdp:2").shape) == {"data": 1, "fsdp": 2, "tensor": 4}
-  assert dict(make_mesh("", jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+  assert sizes(" tensor:4 ,fsdp:2") == (1, 2, 1, 4)
+  assert sizes("sequence:4,data:2") == (2, 1, 4, 1)
+  assert sizes("", jax.devices()[:1]) == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("text", ["model:8", "data:0", "data", "data:2;fsdp:4", "data:-8", "8"])
 def test_a_mesh_that_is_not_written_so_raises(text):
-  with pytest.raises(ValueError, match="is not AXIS:SIZE with an axis of data, fsdp, tensor"):
+  with pytest.raises(ValueError, match="is not AXIS:SIZE with an axis of data, fsdp, sequence"):
     make_mesh(text)
 
 
 def test_one_axis_may_be_what_is_left():
-  assert dict(make_mesh("fsdp:-1").shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-  assert dict(make_mesh("fsdp:-1,tensor:2").shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+  assert sizes("fsdp:-1") == (1, 8, 1, 1)
+  assert sizes("fsdp:-1,tensor:2") == (1, 4, 1, 2)
   for text, told in (
     ("data:-1,tensor:3", "has 6 places for 8 devices"),
     ("data:-1,tensor:16", "has 16 places for 8 devices"),
@@ -89,14 +94,14 @@ def test_a_stack_of_layers_is_not_split():
 
 
 def test_children_derive_their_specs_from_the_kernels():
-  """A along the inputs, B along the outputs, the rank never; also nested and stacked."""
+  """A along the inputs, B along the outputs, over both axes; the rank never; also stacked."""
   tree = {"query": {"kernel": jnp.ones((3, 12, 8))}}
   method = pj.lora(4, targets="query")
   params = method.attach(jax.random.key(0), tree, {"query/kernel": Axes()})
   rules = [("query/kernel", ("fsdp", "tensor"))]
   got = specs(params, make_mesh(MESH), rules)["query"]["kernel"]
   assert got.base == P(None, "fsdp", "tensor")
-  assert got.a == P(None, None, "fsdp") and got.b == P(None, "tensor", None)
+  assert got.a == P(None, None, ("tensor", "fsdp")) and got.b == P(None, ("tensor", "fsdp"), None)
   assert got.scale == got.rank == P(None) and got.key is None
 
 
@@ -105,7 +110,8 @@ def test_a_flattened_group_of_axes_is_split_as_its_first():
   axes = {"heads/kernel": Axes((-3,), (-2, -1))}
   params = pj.lora(2, targets="heads").attach(jax.random.key(0), tree, axes)
   got = specs(params, make_mesh(MESH), [(".*", ("fsdp", "tensor", None))])["heads"]["kernel"]
-  assert (got.base, got.a, got.b) == (P("fsdp", "tensor", None), P(None, "fsdp"), P("tensor", None))
+  both = ("tensor", "fsdp")
+  assert (got.base, got.a, got.b) == (P("fsdp", "tensor", None), P(None, both), P(both, None))
 
 
 def test_a_mesh_axis_that_does_not_divide_is_dropped_there_only():
@@ -113,7 +119,7 @@ def test_a_mesh_axis_that_does_not_divide_is_dropped_there_only():
   got = specs(tree, make_mesh("fsdp:4,tensor:2"), [(".*", ("fsdp", "tensor"))])
   assert got == {"w": P(None, "tensor"), "v": P("fsdp", None)}
   rules = [(".*", (("fsdp", "tensor"), None))]  # one axis over two
-  for rows, want in ((4, None), (16, ("fsdp", "tensor"))):
+  for rows, want in ((4, "fsdp"), (5, None), (16, ("fsdp", "tensor"))):
     got = specs({"w": jnp.ones((rows, 6))}, make_mesh("fsdp:4,tensor:2"), rules)
     assert got == {"w": P(want, None)}
   for params in (tree, tiny.params()):  # nothing left to refuse
@@ -138,7 +144,11 @@ def test_blocks_of_a_quantised_matrix_stay_whole(mesh, shape, want):
   rules = [(".*", ("fsdp", "tensor"))]
   (got,) = paths.leaves(specs(params, mesh, rules)).values()
   assert got.base.codes == got.base.scales == P(*want)
-  assert (got.a, got.b) == (P(None, want[0]), P(want[1], None))
+  both = ("tensor", "fsdp")
+  assert (got.a, got.b) == (
+    P(None, want[0] and both),
+    P(both if shape[1] == 64 else "tensor", None),
+  )
   placed = jax.device_put(params, pj.shardings(params, mesh, rules))["query"]["kernel"].base
   ways = shape[0] * shape[1] // 2 // placed.codes.addressable_shards[0].data.size
   assert ways == (1 if want == (None, "tensor") else 8)
@@ -166,12 +176,15 @@ def test_parameters_can_be_born_sharded():
   assert jax.tree.map(lambda x: x.sharding, params) == shardings
   weight = params["block"]["query"]["kernel"]
   assert weight.base.addressable_shards[0].data.shape == (6, 4)
-  assert weight.a.addressable_shards[0].data.shape == (2, 6)
+  assert weight.a.addressable_shards[0].data.shape == (2, 3)
 
 
-def test_rows_of_a_batch_are_split_over_both_data_axes():
-  x = jax.device_put(jnp.ones((8, 3)), batch_sharding(make_mesh(MESH)))
-  assert x.addressable_shards[0].data.shape == (2, 3)
+def test_rows_of_a_batch_are_split_over_both_data_axes_and_tokens_over_their_own():
+  batch = {"tokens": jnp.ones((8, 6)), "labels": jnp.ones(8)}
+  for mesh, width in ((MESH, 6), ("data:2,fsdp:2,sequence:2", 3)):
+    x = jax.device_put(batch, batch_shardings(batch, make_mesh(mesh)))
+    assert x["tokens"].addressable_shards[0].data.shape == (2, width)
+    assert x["labels"].addressable_shards[0].data.shape == (2,)
 
 
 def test_what_blocks_keep_whole_splits_the_other_axis_in_one_order():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from peftjax.core import mesh
 from peftjax.core.weight import Weight
 
 
@@ -36,7 +37,10 @@ def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
 
 def take(w: jax.Array | Weight, ids: jax.Array) -> jax.Array:
   """Rows `W[ids]` of a `[V, D]` table, `[..., D]`; an id outside `[0, V)` gives NaN."""
-  return w.take(ids) if isinstance(w, Weight) else jnp.take(w, ids, axis=0)
+  if isinstance(w, Weight):
+    return w.take(ids)
+  # Looked up where its words are split, never where its width is: rows would be cut across.
+  return jnp.take(mesh.constrain(w, (mesh.ANYHOW, None)), ids, axis=0)
 
 
 def attend(w: jax.Array | Weight, x: jax.Array) -> jax.Array:

@@ -6,6 +6,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from peftjax.core import mesh
 
 T = TypeVar("T")
 
@@ -28,8 +33,26 @@ def zero(witness: jax.Array, dtype: Any) -> jax.Array:
 
   It is whether the first entry is one certain NaN, which no arithmetic yields.
   """
-  bits = jax.lax.bitcast_convert_type(witness.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
-  return (bits == jnp.uint32(0x7FC12345)).astype(dtype)
+  return (_first_bits(witness) == jnp.uint32(0x7FC12345)).astype(dtype)
+
+
+def _first_bits(x: jax.Array) -> jax.Array:
+  """Of an entry of x as float32; on a mesh each device reads one of its own, and none is sent."""
+  return _bits_of_shard(x) if mesh.ambient() else _bits(x)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
+
+
+# For XLA one number that is everywhere the same. It is not, and need not be: all that is made of it
+# is what any of the devices' numbers gives.
+_bits_of_shard = custom_partitioning(_bits)
+_bits_of_shard.def_partition(
+  partition=lambda mesh, args, result: (mesh, _bits, NamedSharding(mesh, P()), (args[0].sharding,)),
+  decode_shardings=False,  # XLA may split an axis that the devices do not divide
+  sharding_rule="... -> ",
+)
 
 
 @jax.custom_batching.custom_vmap
@@ -57,7 +80,6 @@ def computed_once(x: jax.Array) -> jax.Array:
   """
 
   def on_cpu(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
-    return jax.lax.cond((bits | jnp.uint32(1)) != 0, lambda v: v, jnp.zeros_like, x)
+    return jax.lax.cond((_first_bits(x) | jnp.uint32(1)) != 0, lambda v: v, jnp.zeros_like, x)
 
   return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda v: v)

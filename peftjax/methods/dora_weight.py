@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core import mesh
 from peftjax.core.einsum import einsum, free_letter, split_subscripts
 from peftjax.core.fence import tied
 from peftjax.core.weight import Weight, children, materialize
@@ -77,13 +78,13 @@ class DoRA(LoRA):
     The price is paid in a decoding loop of unrolled layers, which computes it for every token.
     """
     up = jax.lax.stop_gradient(self._up().astype(jnp.float32))  # s B
-    a = jax.lax.stop_gradient(self.a.astype(jnp.float32))
+    a = jax.lax.stop_gradient(mesh.whole(self.a).astype(jnp.float32))
     if self.quantised and x is not None:
       a = tied(a, jax.lax.stop_gradient(x))
     gram = a @ jnp.swapaxes(a, -1, -2)
     crossed = (up * self._projected(a)).sum(-1)
-    squares = self.square + 2.0 * crossed + ((up @ gram) * up).sum(-1)
-    return self.m.astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squares, 1e-30))
+    squares = mesh.whole(self.square) + 2.0 * crossed + ((up @ gram) * up).sum(-1)
+    return mesh.whole(self.m).astype(jnp.float32) * jax.lax.rsqrt(jnp.maximum(squares, 1e-30))
 
   def _projected(self, a: jax.Array) -> jax.Array:
     """A base, transposed: `[*stack, out, R]`."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core import mesh
 from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
@@ -45,7 +46,9 @@ class IA3(Adapted):
     ndim = len(self.axes.ins) + len(self.axes.outs)
     stack = w_s[: len(w_s) - ndim]
     letters = stack + "".join(w_s[axis] for axis in self._scaled)
-    scales = self.l.reshape(*(self.shape[w_s.index(c)] for c in letters)).astype(x.dtype)
+    scales = (
+      mesh.whole(self.l).reshape(*(self.shape[w_s.index(c)] for c in letters)).astype(x.dtype)
+    )
     if set(letters) <= set(x_s):
       return einsum(eqn, jnp.einsum(f"{x_s},{letters}->{x_s}", x, scales), self.base)
     if set(letters) <= set(out_s):
@@ -83,5 +86,5 @@ class IA3(Adapted):
       )
     others = [a for a in (*self.axes.ins, *self.axes.outs) if a not in self._scaled]
     stack = self.shape[: len(self.shape) - len(others) - len(self._scaled)]
-    scales = self.l.reshape(*stack, *(self.shape[a] for a in self._scaled))
+    scales = mesh.whole(self.l).reshape(*stack, *(self.shape[a] for a in self._scaled))
     return jnp.expand_dims(scales, tuple(a % len(self.shape) for a in others))

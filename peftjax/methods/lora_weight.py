@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import paths
+from peftjax.core import mesh, paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
@@ -68,7 +68,7 @@ class LoRA(Adapted):
   def delta(self) -> jax.Array:
     """ΔW = scale · (b a)ᵀ in the kernel's shape and the factors' dtype."""
     s = len(self.stack)
-    low = self._up() @ self.a
+    low = self._up() @ mesh.whole(self.a)
     low = low.reshape(*self.stack, *self._dims(self.axes.outs), *self._dims(self.axes.ins))
     order = [*range(s), *(self.ndim + i for i in (*self.axes.outs, *self.axes.ins))]
     return low.transpose([order.index(i) for i in range(self.ndim)])
@@ -94,7 +94,7 @@ class LoRA(Adapted):
     if branch is None:
       return super().einsum(eqn, x)
     down_eqn, up_eqn, transposed = branch
-    a = self.a.reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
+    a = mesh.whole(self.a).reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
     b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
     down, up = (b, a) if transposed else (a, b)
     low = jnp.einsum(down_eqn, self.dropped(x), down.astype(x.dtype))
@@ -106,7 +106,7 @@ class LoRA(Adapted):
 
   def take(self, ids: jax.Array) -> jax.Array:
     """base[ids] + s · A[:, ids]ᵀ Bᵀ: the branch's table is never built."""
-    rows = jnp.take(self.a.T, ids, axis=0)
+    rows = jnp.take(mesh.whole(self.a).T, ids, axis=0)
     return take(self.base, ids) + (rows @ self._up().T).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ class LoRA(Adapted):
 
   def _up(self) -> jax.Array:
     """B with all that multiplies its columns."""
-    return self.b * self.scale[..., None, None]
+    return mesh.whole(self.b) * self.scale[..., None, None]
 
   def dropped(self, x: jax.Array) -> jax.Array:
     if self.key is None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import paths
+from peftjax.core import mesh, paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
@@ -98,11 +98,12 @@ class VeRA(Adapted):
     low_s = split_subscripts(down)[2]
     stack, outs = w_s[: len(self.stack)], "".join(w_s[axis] for axis in self.axes.outs)
     ins, dims = ([self.shape[axis] for axis in axes] for axes in self.axes)
-    a, b_proj = tied.a.reshape(*self.d.shape, *ins), tied.b_proj.reshape(*self.stack, *dims, -1)
+    a = mesh.whole(tied.a).reshape(*self.d.shape, *ins)
+    b_proj = mesh.whole(tied.b_proj).reshape(*self.stack, *dims, -1)
     low = jnp.einsum(down, pair.dropped(x), a.astype(x.dtype))
     low = jnp.einsum(f"{low_s},{stack}{low_s[-1]}->{low_s}", low, self.d.astype(x.dtype))
     high = jnp.einsum(up, low, b_proj.astype(x.dtype))
-    b = self.b.reshape(*self.stack, *dims).astype(x.dtype)
+    b = mesh.whole(self.b).reshape(*self.stack, *dims).astype(x.dtype)
     return einsum(eqn, x, self.base) + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:

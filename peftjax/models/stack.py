@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peftjax.core import mesh
+
 
 def run_layers(
   layer: type[nn.Module],
@@ -30,6 +32,7 @@ def run_layers(
   Returns:
     x, and the y of every layer: a tuple, or stacked.
   """
+  x = mesh.rows(x)
   block = nn.remat(layer, prevent_cse=not config.scan_layers) if remat else layer
   if config.scan_layers:
     layers = nn.scan(

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax.core import mesh
 from peftjax.core.einsum import split_subscripts
 from peftjax.core.fence import tied
 from peftjax.quant.formats import Format
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def product(
-  eqn: str, fmt: Format, axis: int, x: jax.Array, codes: jax.Array, scales: Any
+  eqn: str, fmt: Format, axis: int, spec: tuple[Any, ...], x: jax.Array, codes: Any, scales: Any
 ) -> jax.Array:
   """einsum(eqn, x, W) with W = fmt.dequantize(codes, scales) in the dtype of x.
 
@@ -28,25 +29,38 @@ def product(
   Args:
     eqn: two operands; every axis of x is in W or in the result.
     fmt, axis: of the weight.
+    spec: the mesh axes that its last axes are split over; () if that is not known. What is split
+      over the data axes is gathered for the product as codes, a byte for two weights.
     x: activations. The gradient is with respect to them alone.
     codes, scales: of the frozen weight.
   """
-  return jnp.einsum(eqn, x, fmt.dequantize(tied(codes, x), scales, axis, x.dtype))
+  codes, scales = _gathered(spec, (tied(codes, x), scales))
+  return jnp.einsum(eqn, x, fmt.dequantize(codes, scales, axis, x.dtype))
 
 
-def _forward(eqn: str, fmt: Format, axis: int, x: Any, codes: Any, scales: Any) -> Any:
-  return product(eqn, fmt, axis, x, codes, scales), (codes, scales)
+def _forward(eqn: str, fmt: Format, axis: int, spec: Any, x: Any, codes: Any, scales: Any) -> Any:
+  return product(eqn, fmt, axis, spec, x, codes, scales), (codes, scales)
 
 
-def _backward(eqn: str, fmt: Format, axis: int, saved: Any, g: jax.Array) -> Any:
+def _backward(eqn: str, fmt: Format, axis: int, spec: Any, saved: Any, g: jax.Array) -> Any:
   codes, scales = saved
   x_s, w_s, out_s = split_subscripts(eqn)
-  dense = fmt.dequantize(tied(codes, g), scales, axis, g.dtype)
+  near_codes, near_scales = _gathered(spec, (tied(codes, g), scales))
+  dense = fmt.dequantize(near_codes, near_scales, axis, g.dtype)
   dx = jnp.einsum(f"{out_s},{w_s}->{x_s}", g, dense)
   return dx, _no_gradient(codes), jax.tree.map(_no_gradient, scales)
 
 
 product.defvjp(_forward, _backward)
+
+
+def _gathered(spec: tuple[Any, ...], arrays: Any) -> Any:
+  """Codes and scales, whole along what "data" and "fsdp" split; "tensor" goes on splitting them."""
+  if not spec:
+    return arrays
+  kept = [tuple(name for name in mesh.group(names) if name not in mesh.DATA) for names in spec]
+  near = lambda x: mesh.constrain(x, [None] * (x.ndim - len(kept)) + kept)
+  return jax.tree.map(lambda x: near(x) if x.ndim >= len(kept) else x, arrays)
 
 
 def _no_gradient(x: jax.Array) -> Any:

@@ -69,7 +69,7 @@ class Quantized(Weight):
     x_s, w_s, out_s = split_subscripts(eqn)
     if set(x_s) - set(w_s) - set(out_s):
       return super().einsum(eqn, x)
-    return product(eqn, self.fmt, self.axis, x, self.codes, self.scales)
+    return product(eqn, self.fmt, self.axis, self.names or (), x, self.codes, self.scales)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Rows of a table: only these are dequantised."""
@@ -83,7 +83,8 @@ class Quantized(Weight):
     """Wᵀ of a matrix, of the same codes: blocks and pairs run along the axis they ran along."""
     scales = self.scales
     turned = scales.replace(codes=scales.codes.T) if isinstance(scales, DoubleScales) else scales.T
-    return self.replace(codes=self.codes.T, scales=turned, axis=-3 - self.axis)
+    names = self.names and self.names[::-1]
+    return self.replace(codes=self.codes.T, scales=turned, axis=-3 - self.axis, names=names)
 
   def child_specs(self, spec: P) -> Quantized:
     """Codes and scales are split as the dense array is."""

@@ -56,6 +56,7 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
   params = method.attach(jax.random.fold_in(key, 1), params, layout)
   if mesh is not None:
     params = sharding.put(params, sharding.shardings(params, mesh))
+    params = sharding.named(params, mesh)
   return Adapted(module, params, method.trainable(params), method, new)
 
 

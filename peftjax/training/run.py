@@ -75,7 +75,7 @@ class Run:
       if paged:
         self._compile(model.method, train, paged=True)
     self._predict = jax.jit(
-      functools.partial(step.eval_step, self.module, self.task.kind),
+      sharding.on(self.mesh, functools.partial(step.eval_step, self.module, self.task.kind)),
       out_shardings=self._everywhere(),
     )
     self.steps_done = 0
@@ -93,7 +93,7 @@ class Run:
       places = _state_shardings(self.state, train, self.mesh)
       self.state = jax.device_put(self.state, places)
     self._step = jax.jit(
-      functools.partial(step.train_step, self.module, tx, self.task.kind),
+      sharding.on(self.mesh, functools.partial(step.train_step, self.module, tx, self.task.kind)),
       donate_argnums=0,
       out_shardings=None if places is None else (places, self._everywhere()),
     )
@@ -145,7 +145,8 @@ class Run:
     """A batch on the devices: its rows along the data axes."""
     if self.mesh is None:
       return batch
-    return sharding.put(dict(batch), sharding.batch_sharding(self.mesh))
+    batch = dict(batch)
+    return sharding.put(batch, sharding.batch_shardings(batch, self.mesh))
 
   def evaluate(self, part: str, params: Any = None) -> dict[str, float]:
     """Metrics of a split, with the current parameters or others."""

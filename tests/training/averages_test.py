@@ -111,7 +111,7 @@ def two_updates(name, sizes, mesh=None, loss=None):
   current, out = jit(functools.partial(state.init, tx))(train), []
   for batch in (b for seed in (1, 2) for b in cut(rows_of(name, seed), sizes)):
     if mesh is not None:
-      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+      batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
     current, metrics = run(current, batch)
     out.append(metrics)
   inner = current.opt_state.inner_opt_state if len(sizes) > 1 else current.opt_state
