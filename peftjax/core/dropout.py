@@ -54,8 +54,10 @@ def dropout(key: jax.Array | None, x: jax.Array, rate: float) -> jax.Array:
   """Inverted dropout (Srivastava et al. 2014): E[dropout(x)] = x.
 
   The rate is rounded to 1/256 and the kept values are scaled by the rounded rate, so the
-  expectation is exact. No key, or a rate of 0, is the identity.
+  expectation is exact. No key, or a rate of 0, is the identity. In the place of a key there may be
+  the bytes that were drawn with it, for who computes a part of x at a time.
   """
   if key is None or keep_level(rate) == 256:
     return x
-  return drop(x, random_bytes(key, x.shape), rate)
+  random = key if key.dtype == jnp.uint8 else random_bytes(key, x.shape)
+  return drop(x, random, rate)

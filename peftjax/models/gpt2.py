@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
+from peftjax.losses import Sums
 from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
@@ -186,9 +187,10 @@ class GPT2LMHeadModel(nn.Module):
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     *,
+    loss_weights: Float[Array, "B T"] | None = None,
     cache: Cache | None = None,
     train: bool = False,
-  ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
+  ) -> Float[Array, "B T V"] | Sums | tuple[Float[Array, "B T V"] | Sums, Cache]:
     """Logits of the next token at every place, float32; see `llama.LlamaForCausalLM`.
 
     Args:
@@ -198,9 +200,13 @@ class GPT2LMHeadModel(nn.Module):
     positions, bias, cache = context(self, tokens, mask, positions, segments, cache)
     key = self.make_rng("dropout") if train else None
     x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, bias, cache, key)
-    logits = Head(c.vocab, c.table if c.tied else "", name="lm_head")(x_BTD, table)
-    logits = logits.astype(jnp.float32)
-    return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
+    head = Head(c.vocab, c.table if c.tied else "", name="lm_head")
+    result: Any
+    if loss_weights is None:
+      result = head(x_BTD, table).astype(jnp.float32)
+    else:
+      result = head.sums(x_BTD, table, tokens, loss_weights)
+    return result if cache is None else (result, cache.after(pairs, positions.shape[1]))
 
 
 # What `pretrained` makes a model of this family with.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from peftjax.losses import Sums
 from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
@@ -201,9 +202,10 @@ class LlamaForCausalLM(nn.Module):
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     *,
+    loss_weights: Float[Array, "B T"] | None = None,
     cache: Cache | None = None,
     train: bool = False,
-  ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
+  ) -> Float[Array, "B T V"] | Sums | tuple[Float[Array, "B T V"] | Sums, Cache]:
     """Logits of the next token at every place, float32; with a cache, and the cache as it is then.
 
     Args:
@@ -211,15 +213,21 @@ class LlamaForCausalLM(nn.Module):
       mask: true on tokens, false on padding; by default all true.
       positions: of the tokens in their text, by default counted along the mask.
       segments: the document of each token, where several share a row: none sees another.
+      loss_weights: of the tokens, as what is to be predicted. With them the result is, in place
+        of logits, what `losses.next_token_sums` makes of these, which then never exist at once.
       cache: of the tokens before; these are appended.
       train: of no effect: this family has no dropout of its own.
     """
     c = self.config
     positions, bias, cache = context(self, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, bias, cache)
-    logits = Head(c.vocab, c.table if c.tied else "", name="lm_head")(x_BTD, table)
-    logits = logits.astype(jnp.float32)
-    return logits if cache is None else (logits, cache.after(pairs, positions.shape[1]))
+    head = Head(c.vocab, c.table if c.tied else "", name="lm_head")
+    result: Any
+    if loss_weights is None:
+      result = head(x_BTD, table).astype(jnp.float32)
+    else:
+      result = head.sums(x_BTD, table, tokens, loss_weights)
+    return result if cache is None else (result, cache.after(pairs, positions.shape[1]))
 
 
 # What `pretrained` makes a model of this family with.

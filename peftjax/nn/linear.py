@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from peftjax.core.einsum import attend, linear, take
 from peftjax.core.tied import Tied
+from peftjax.losses import Sums, next_token_sums
+from peftjax.nn.chunked_loss import chunk_length, chunked_sums
 
 normal = nn.initializers.normal(0.02)
 
@@ -65,8 +67,36 @@ class Head(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, table: Any) -> jax.Array:
-    if self.of and not self.is_initializing() and not self.has_variable("params", "kernel"):
+    if self._bare():
       return attend(table, x)
     init = (lambda *_: Tied(self.of)) if self.of else normal
     kernel = weight(self, "kernel", init, (x.shape[-1], self.vocab))
     return attend(table, x) if isinstance(kernel, Tied) else linear(x, kernel)
+
+  def sums(self, x_BTD: jax.Array, table: Any, tokens: jax.Array, weights: jax.Array) -> Sums:
+    """`losses.next_token_sums` of the logits, a chunk of which exists at a time.
+
+    Raises:
+      ValueError: there is not a weight for every token.
+    """
+    if weights.shape != tokens.shape:
+      raise ValueError(
+        f"loss_weights {weights.shape} for tokens {tokens.shape}; give every token a weight"
+      )
+    batch, length = tokens.shape
+    size = chunk_length(batch, length, self.vocab)
+    # A few logits take one product. An adapter beside the module needs them whole: it changes what
+    # the module's call returns.
+    if size >= length or self.is_initializing() or self.has_variable("params", "adapter"):
+      return next_token_sums(self(x_BTD, table), dict(tokens=tokens, weights=weights))
+    kernel = None if self._bare() else self.get_variable("params", "kernel")
+    if kernel is None or isinstance(kernel, Tied):
+      logits_of, head = (lambda w, x: attend(w, x)), table
+    else:
+      logits_of, head = (lambda w, x: linear(x, w)), kernel
+    return chunked_sums(logits_of, head, x_BTD, tokens, weights, size)
+
+  def _bare(self) -> bool:
+    """Whether the tree has nothing in the place of a kernel."""
+    has = self.is_initializing() or self.has_variable("params", "kernel")
+    return bool(self.of) and not has

@@ -23,7 +23,11 @@ def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   return batch["tokens"], segments > 0, batch["positions"], segments
 
 
-KIND = Kind(inputs, losses.next_token_sums, losses.next_token_sums)
+def summed(batch: Batch) -> dict[str, jax.Array]:
+  return {"loss_weights": batch["weights"]}
+
+
+KIND = Kind(inputs, losses.next_token_sums, losses.next_token_sums, summed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -48,8 +49,8 @@ def train_step(
 
   def objective(train: Any) -> tuple[jax.Array, jax.Array]:
     params = tree.combine(train, frozen)
-    logits = apply(model, params, *kind.inputs(batch), train=True, rngs=rngs)
-    total, count = kind.loss(logits, batch)
+    result, summed = _forward(model, kind, params, batch, train=True, rngs=rngs)
+    total, count = result if summed else kind.loss(result, batch)
     return losses.mean(total, count), count
 
   (value, count), grads = jax.value_and_grad(objective, has_aux=True)(state.train)
@@ -71,4 +72,15 @@ def eval_step(model: nn.Module, kind: Kind, train: Any, frozen: Any, batch: Batc
 
 def outputs(model: nn.Module, kind: Kind, params: Any, batch: Batch) -> Any:
   """`kind.output` of the logits, without dropout."""
-  return kind.output(apply(model, params, *kind.inputs(batch)), batch)
+  result, summed = _forward(model, kind, params, batch)
+  return result if summed else kind.output(result, batch)
+
+
+def _forward(
+  model: nn.Module, kind: Kind, params: Any, batch: Batch, **how: Any
+) -> tuple[Any, bool]:
+  """What the module gives, and whether that is the sums of the loss already, and no logits."""
+  more = kind.summed(batch) if kind.summed else {}
+  summed = bool(more) and more.keys() <= inspect.signature(type(model).__call__).parameters.keys()
+  how |= more if summed else {}
+  return apply(model, params, *kind.inputs(batch), **how), summed

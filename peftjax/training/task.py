@@ -18,11 +18,14 @@ class Kind(NamedTuple):
     loss: logits and a batch to a sum and what it counts: float32 scalars, of which a step makes
       the mean, and accumulation and devices the mean over all batches.
     output: logits and a batch to what evaluation needs of them.
+    summed: a batch to keyword arguments, or None. A module that takes all of them gives, in place
+      of logits, what `loss` makes of these: there `loss` and `output` are this result.
   """
 
   inputs: Callable[[Batch], tuple[Any, ...]]
   loss: Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
   output: Callable[[jax.Array, Batch], Any]
+  summed: Callable[[Batch], Mapping[str, jax.Array]] | None = None
 
 
 class Stream(Protocol):
