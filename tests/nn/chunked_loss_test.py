@@ -11,7 +11,7 @@ from peftjax import losses
 from peftjax.core import paths
 from peftjax.nn import chunked_loss
 from peftjax.nn.linear import Embedding, Head, Linear
-from tests.core.programs import jit
+from tests.core.programs import jit, producers
 
 BATCH, LENGTH, VOCAB, WIDTH = 2, 11, 96, 64
 KEY = jax.random.key(0)
@@ -128,6 +128,17 @@ def test_value_and_gradients_are_those_of_the_plain_loss(name):
   near(chunked, plain, 2e-6)
   near(losses.mean(*evaluated), plain[0])
   assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain[1])) or name == "tied lora"
+
+
+def test_a_frozen_head_has_no_gradient():
+  """Nothing of its shape is computed; of a trained one there is."""
+
+  def found(name):
+    model, *halves = made(name)
+    return producers(value_and_grad(ways(model)[1]), [(WIDTH, VOCAB)], *halves)
+
+  assert found("untied") == []
+  assert "add" in found("untied trained")
 
 
 def test_trials_together_are_single_ones():
