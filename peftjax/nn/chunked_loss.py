@@ -36,14 +36,12 @@ class Chunk(NamedTuple):
     random: uint8 `[M, D]`, of the head's dropout, or None.
     tokens: int `[M]`, to be predicted.
     weights: float32 `[M]`.
-    used: bool, whether any weight is not 0.
   """
 
   x: Any
   random: Any
   tokens: Any
   weights: Any
-  used: Any
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
@@ -81,11 +79,8 @@ def chunked_sums(
   random = None
   if (key := getattr(head, "key", None)) is not None:
     random, head = random_bytes(key, x_BTD.shape), head.replace(key=None)
-  cut = partial(_cut, size=size)
-  random = None if random is None else cut(random)
-  cut_weights = cut(wanted)
-  used = (cut_weights != 0).any(1)
-  chunks = Chunk(cut(x_BTD), random, cut(after(tokens)), cut_weights, used)
+  whole = Chunk(x_BTD, random, after(tokens), wanted)
+  chunks = jax.tree.map(partial(_cut, size=size), whole)
   return _total(logits_of, head, chunks), wanted.sum()
 
 
@@ -115,16 +110,29 @@ def _cut(values: jax.Array, size: int) -> jax.Array:
 def _total(logits_of: Logits, head: Any, chunks: Chunk) -> jax.Array:
   """Σ w · loss."""
 
-  def losses_of(chunk: Chunk) -> jax.Array:
+  def step(at: jax.Array, values: jax.Array, chunk: Chunk) -> jax.Array:
     logits = logits_of(_with(head, chunk.random), chunk.x).astype(jnp.float32)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, chunk.tokens)
+    found = optax.losses.softmax_cross_entropy_with_integer_labels(logits, chunk.tokens)
+    return values.at[at].set(found)
 
-  def step(_: Any, chunk: Chunk) -> Any:
-    nothing = lambda chunk: jnp.zeros_like(chunk.weights)
-    return None, jax.lax.cond(chunk.used, losses_of, nothing, chunk)
-
-  _, values = jax.lax.scan(step, None, chunks)
+  values = _over_used(step, jnp.zeros_like(chunks.weights), chunks)
   return (values * chunks.weights).sum()
+
+
+def _over_used(step: Callable[..., Any], start: Any, chunks: Chunk) -> Any:
+  """`start` after `step(number, it, chunk)` of every chunk that has a weight.
+
+  They are all that is looped over: out of a conditional in a loop over all chunks XLA moves
+  nothing, so a head that is split over devices would be gathered anew for each.
+  """
+  used = (chunks.weights != 0).any(1)
+  order = jnp.argsort(~used)
+
+  def body(i: jax.Array, carry: Any) -> Any:
+    at = order[i]
+    return step(at, carry, jax.tree.map(lambda values: values[at], chunks))
+
+  return jax.lax.fori_loop(0, used.sum(), body, start)
 
 
 def _forward(logits_of: Logits, head: Any, chunks: Chunk) -> Any:
@@ -137,25 +145,26 @@ def _forward(logits_of: Logits, head: Any, chunks: Chunk) -> Any:
   (head, chunks), (trained, moved) = value, perturbed
   own, frozen = tree.partition(head, trained)
 
-  def used(sums: Any, chunk: Chunk) -> Any:
-    x = (chunk.x,) if moved.x else ()
+  def step(at: jax.Array, carry: Any, chunk: Chunk) -> Any:
+    sums, values, dx = carry
 
     def logits(own: Any, *x: jax.Array) -> jax.Array:
       return logits_of(_with(tree.combine(own, frozen), chunk.random), *x or (chunk.x,))
 
-    z, back = jax.vjp(logits, own, *x)
-    values, dz = _cross_entropy(z, chunk)
-    found, *dx = back(dz)
-    sums = jax.tree.map(lambda total, d: total + d.astype(jnp.float32), sums, found)
-    return sums, (values, *dx)
+    z, back = jax.vjp(logits, own, *(chunk.x for _ in dx))
+    found, dz = _cross_entropy(z, chunk)
+    d_own, *d_x = back(dz)
+    sums = jax.tree.map(lambda total, d: total + d.astype(jnp.float32), sums, d_own)
+    return (
+      sums,
+      values.at[at].set(found),
+      [old.at[at].set(d) for old, d in zip(dx, d_x, strict=True)],
+    )
 
-  def skipped(sums: Any, chunk: Chunk) -> Any:
-    dx = (jnp.zeros_like(chunk.x),) if moved.x else ()
-    return sums, (jnp.zeros_like(chunk.weights), *dx)
-
-  step = lambda sums, chunk: jax.lax.cond(chunk.used, used, skipped, sums, chunk)
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), own)
-  sums, (values, *dx) = jax.lax.scan(step, zeros, chunks)
+  moving = [jnp.zeros_like(chunks.x)] if moved.x else []
+  start = (zeros, jnp.zeros_like(chunks.weights), moving)
+  sums, values, dx = _over_used(step, start, chunks)
   like = jax.tree.map(lambda p: jnp.zeros((), p.dtype), own)
   return (values * chunks.weights).sum(), (sums, like, dx, values)
 
@@ -164,7 +173,7 @@ def _backward(logits_of: Logits, saved: Any, g: jax.Array) -> Any:
   sums, like, dx, values = saved
   head = jax.tree.map(lambda d, p: (g * d).astype(p.dtype), sums, like)
   x = (g * dx[0].astype(jnp.float32)).astype(dx[0].dtype) if dx else None
-  return head, Chunk(x, None, None, g * values, None)
+  return head, Chunk(x, None, None, g * values)
 
 
 _total.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -97,16 +97,16 @@ def value_and_grad(sums):
   return jax.value_and_grad(lambda *given: losses.mean(*sums(*given)))
 
 
-def ways(model, key=KEY):
+def ways(model, key=KEY, weights=WEIGHTS):
   """The loss of the two halves, plain and in chunks."""
 
   def run(train, frozen, **how):
     rngs = {"dropout": key}
     return pj.apply(model, pj.combine(train, frozen), TOKENS, train=True, rngs=rngs, **how)
 
-  batch = dict(tokens=TOKENS, weights=WEIGHTS)
+  batch = dict(tokens=TOKENS, weights=weights)
   plain = lambda *halves: losses.next_token_sums(run(*halves), batch)
-  chunked = lambda *halves: run(*halves, loss_weights=WEIGHTS)
+  chunked = lambda *halves: run(*halves, loss_weights=weights)
   return plain, chunked
 
 
@@ -142,14 +142,18 @@ def test_a_frozen_head_has_no_gradient():
 
 
 def test_trials_together_are_single_ones():
-  """Mapped over factors and keys, as where several runs are trained at once."""
+  """Mapped over factors, keys and weights, as where several runs are trained at once."""
   model, train, frozen = made("lora")
   trains = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), train)
   keys = jnp.stack([KEY, jax.random.key(5)])
-  run = lambda way: lambda t, f, key: value_and_grad(ways(model, key)[way])(t, f)
+  weights = np.stack([WEIGHTS, np.roll(WEIGHTS, 4, 1) * (np.arange(LENGTH) > 4)])
+
+  def run(way):
+    return lambda t, f, *own: value_and_grad(ways(model, *own)[way])(t, f)
+
   mapped, plain = jit(
-    lambda t, f, keys: [jax.vmap(run(way), (0, None, 0))(t, f, keys) for way in (1, 0)]
-  )(trains, frozen, keys)
+    lambda *given: [jax.vmap(run(way), (0, None, 0, 0))(*given) for way in (1, 0)]
+  )(trains, frozen, keys, weights)
   near(mapped, plain, 2e-6)
   assert np.abs(plain[0][0] - plain[0][1]) > 1e-3
 
