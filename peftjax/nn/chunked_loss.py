@@ -21,7 +21,9 @@ from peftjax.quant.weight import Quantized
 
 Logits = Callable[[Any, jax.Array], jax.Array]  # of a head and rows [M, D]: [M, V]
 
-# Logits of a chunk, float32. Smaller ones read the head too often, larger ones fall out of caches.
+# Logits of a chunk, float32. Against all logits at once, on two cores at V = 49,152, D = 576 and
+# 512 tokens: 32 MiB take 1.07 of the time, as the head is read for each chunk, and 0.26 of the
+# temporaries; 40 MiB 1.00 and 0.35; 64 MiB 0.95 and 0.51.
 CHUNK_BYTES = 40 * 2**20
 # Of each row, however many there are: on a mesh one row may be all that a device has, and products
 # of fewer tokens leave it idle.
