@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -156,6 +157,41 @@ def put(arrays: Any, places: Any) -> Any:
     return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
   return jax.tree.map(one, arrays, places)
+
+
+def put_parts(
+  shape: tuple[int, ...], place: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+  """An array of which this process reads what its devices have, from the first to the last row."""
+  indices = place.addressable_devices_indices_map(shape).values()
+  bounds = [[part.indices(n)[:2] for part, n in zip(at, shape, strict=True)] for at in indices]
+  hull = [(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*bounds, strict=True)]
+  own = read(tuple(slice(*ends) for ends in hull))
+
+  def of_device(at: tuple[slice, ...]) -> np.ndarray:
+    ends = [part.indices(n)[:2] for part, n in zip(at, shape, strict=True)]
+    return own[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(ends, hull, strict=True))]
+
+  return jax.make_array_from_callback(shape, place, of_device)
+
+
+def born(fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+  """`fn(*args)`, each array of which is made where `shardings` says, and nowhere whole.
+
+  What `fn` gives back as it came stays the array that it was.
+  """
+  jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+  flat = jax.tree.leaves(args)
+  given = {id(var): x for var, x in zip(jaxpr.jaxpr.invars, flat, strict=True)}
+  kept = {i: given[id(var)] for i, var in enumerate(jaxpr.jaxpr.outvars) if id(var) in given}
+  places = jax.tree.leaves(shardings(shapes, mesh))
+  new = [i for i in range(len(places)) if i not in kept]
+  whole = jaxpr_as_fun(jaxpr)
+  run = jax.jit(
+    lambda *flat: [whole(*flat)[i] for i in new], out_shardings=[places[i] for i in new]
+  )
+  made = {**kept, **dict(zip(new, run(*flat), strict=True))}
+  return jax.tree.unflatten(jax.tree.structure(shapes), [made[i] for i in range(len(places))])
 
 
 def gathered(x: Any) -> np.ndarray:

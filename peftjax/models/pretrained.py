@@ -150,11 +150,17 @@ def load(
 
   def make(path: str, leaf: Any) -> Any:
     turn = turned(family, path)
+    if mesh is not None and path not in (*fresh, *formats) and type(tensors) is TensorDir:
+      place = sharding.shardings({path: leaf}, mesh)[path]
+      read = functools.partial(_read_part, tensors, names[path], bool(stack_of(path, leaf)), turn)
+      return sharding.put_parts(leaf.shape, place, read)
     if path in fresh:
       made = fresh[path]
     else:
       made = _read(tensors, path, names[path], bool(stack_of(path, leaf)), turn, formats.get(path))
-    return jax.device_put(made, mesh and sharding.shardings({path: made}, mesh)[path])
+    if mesh is None:
+      return jax.device_put(made)
+    return sharding.put(made, sharding.shardings({path: made}, mesh)[path])
 
   return Pretrained(model, paths.map_leaves(make, abstract), tuple(new))
 
@@ -209,6 +215,22 @@ def _read(
   layers = paths.layer_paths(path, (len(names),) if stacked else ())
   made = (one(layer, name) for layer, name in zip(layers, names, strict=True))
   return stream.stack(path, made, len(names)) if stacked else next(made)
+
+
+def _read_part(
+  tensors: TensorDir, names: list[str], stacked: bool, turned: bool, part: tuple[slice, ...]
+) -> np.ndarray:
+  """Some of one parameter; of a tensor the rows that it has a part of are read, and no others."""
+
+  def one(name: str, axes: tuple[slice, ...]) -> np.ndarray:
+    first, *others = axes[::-1] if turned else axes
+    array = tensors.read_rows(name, first.start, first.stop)[(slice(None), *others)]
+    _check_finite(tensors, name, array)
+    return array.T if turned else array
+
+  if not stacked:
+    return one(names[0], part)
+  return np.stack([one(name, part[1:]) for name in names[part[0]]])
 
 
 def _check_finite(tensors: Tensors, name: str, array: np.ndarray) -> None:

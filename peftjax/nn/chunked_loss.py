@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 from peftjax.core import tree
 from peftjax.core.adapted import Adapted
 from peftjax.core.dropout import random_bytes
-from peftjax.core.fence import tied
 from peftjax.core.weight import Weight
 from peftjax.losses import Sums
+from peftjax.quant.product import opened
 from peftjax.quant.weight import Quantized
 
 Logits = Callable[[Any, jax.Array], jax.Array]  # of a head and rows [M, D]: [M, V]
@@ -94,8 +94,8 @@ def _opened(head: Any, x: jax.Array) -> Any:
   if isinstance(head, Adapted):
     return head.replace(base=_opened(head.base, x))
   if isinstance(head, Quantized):
-    codes = tied(head.codes, jax.lax.stop_gradient(x))
-    return head.fmt.dequantize(codes, head.scales, head.axis, x.dtype)
+    x = jax.lax.stop_gradient(x)
+    return opened(head.fmt, head.axis, head.names or (), head.codes, head.scales, x)
   return head if isinstance(head, Weight) else head.astype(x.dtype)
 
 

@@ -34,8 +34,7 @@ def product(
     x: activations. The gradient is with respect to them alone.
     codes, scales: of the frozen weight.
   """
-  codes, scales = _gathered(spec, (tied(codes, x), scales))
-  return jnp.einsum(eqn, x, fmt.dequantize(codes, scales, axis, x.dtype))
+  return jnp.einsum(eqn, x, opened(fmt, axis, spec, codes, scales, x))
 
 
 def _forward(eqn: str, fmt: Format, axis: int, spec: Any, x: Any, codes: Any, scales: Any) -> Any:
@@ -45,13 +44,17 @@ def _forward(eqn: str, fmt: Format, axis: int, spec: Any, x: Any, codes: Any, sc
 def _backward(eqn: str, fmt: Format, axis: int, spec: Any, saved: Any, g: jax.Array) -> Any:
   codes, scales = saved
   x_s, w_s, out_s = split_subscripts(eqn)
-  near_codes, near_scales = _gathered(spec, (tied(codes, g), scales))
-  dense = fmt.dequantize(near_codes, near_scales, axis, g.dtype)
-  dx = jnp.einsum(f"{out_s},{w_s}->{x_s}", g, dense)
+  dx = jnp.einsum(f"{out_s},{w_s}->{x_s}", g, opened(fmt, axis, spec, codes, scales, g))
   return dx, _no_gradient(codes), jax.tree.map(_no_gradient, scales)
 
 
 product.defvjp(_forward, _backward)
+
+
+def opened(fmt: Format, axis: int, spec: Any, codes: Any, scales: Any, x: jax.Array) -> jax.Array:
+  """The dense W in the dtype of x, and not before x is there."""
+  codes, scales = _gathered(spec, (tied(codes, x), scales))
+  return fmt.dequantize(codes, scales, axis, x.dtype)
 
 
 def _gathered(spec: tuple[Any, ...], arrays: Any) -> Any:

@@ -40,7 +40,7 @@ def task(settings: Settings) -> Task:
 
 
 def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -> Adapted:
-  """Loads the model, attaches the method and, on a mesh, puts every array in its place."""
+  """Loads the model and attaches the method; on a mesh every array is made in its place."""
   key = jax.random.key(settings.seed)
   model = settings.model
   module, params, new = pretrained.load(
@@ -49,14 +49,17 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
     key=jax.random.fold_in(key, 0),
     quant=settings.quant.format(),
     where=settings.quant.targets,
+    mesh=mesh,
     **model.options(),
   )
   method = settings.build_method()
   layout = _layout(module)
-  params = method.attach(jax.random.fold_in(key, 1), params, layout)
-  if mesh is not None:
-    params = sharding.put(params, sharding.shardings(params, mesh))
-    params = sharding.named(params, mesh)
+  attach = lambda key, params: method.attach(key, params, layout)
+  key = jax.random.fold_in(key, 1)
+  if mesh is None:
+    params = attach(key, params)
+  else:
+    params = sharding.named(sharding.born(attach, mesh, key, params), mesh)
   return Adapted(module, params, method.trainable(params), method, new)
 
 

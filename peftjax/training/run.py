@@ -87,11 +87,15 @@ class Run:
       self.settings, method, self.total, paged=paged, rate_in_state=self.rate_in_state
     )
     self.tx = tx
-    self.state = jax.jit(functools.partial(state.init, tx))(train)
-    places = None
-    if self.mesh is not None:
+    init, places = functools.partial(state.init, tx), None
+    if self.mesh is None or paged:
+      self.state = jax.jit(init)(train)
+    if self.mesh is not None and paged:  # no shape alone tells what lies in host memory
       places = _state_shardings(self.state, train, self.mesh)
       self.state = jax.device_put(self.state, places)
+    elif self.mesh is not None:
+      places = _state_shardings(jax.eval_shape(init, train), train, self.mesh)
+      self.state = jax.jit(init, out_shardings=places)(train)
     self._step = jax.jit(
       sharding.on(self.mesh, functools.partial(step.train_step, self.module, tx, self.task.kind)),
       donate_argnums=0,
