@@ -66,8 +66,8 @@ class LanguageModelling:
     return tuple(part for part in ("test", "other") if part in self.rows)
 
   @property
-  def longest(self) -> int:
-    return self.rows["train"].tokens.shape[1]
+  def lengths(self) -> tuple[int, ...]:
+    return (self.rows["train"].tokens.shape[1],)
 
   def ids(self) -> dict[str, tuple[Any, ...]]:
     return {part: (rows.tokens,) for part, rows in self.rows.items()}
@@ -81,7 +81,7 @@ class LanguageModelling:
     """exp of the mean negative log-likelihood of the tokens to be predicted, and that mean."""
     rows = self.rows[part]
     plan = data.batch_plan(
-      np.full(len(rows), self.longest), (self.longest,), batch_size, seed=0, epoch=0, shuffle=False
+      np.full(len(rows), self.lengths[0]), self.lengths, batch_size, seed=0, epoch=0, shuffle=False
     )
     pending = [predict(rows.batch(index)) for index in plan.index]
     total, count = (sum(map(float, sums)) for sums in zip(*jax.device_get(pending), strict=True))
@@ -98,13 +98,13 @@ class LanguageModelling:
       f"{len(rows):,} {part} of {rows.documents:,} texts" for part, rows in self.rows.items()
     )
     told = f"; {self.idle:,} more of train are prompts alone, left out" if self.idle else ""
-    return f"{self.name}: rows of {self.longest} tokens: {', '.join(sizes)}{told}"
+    return f"{self.name}: rows of {self.lengths[0]} tokens: {', '.join(sizes)}{told}"
 
   def summary(self) -> dict[str, Any]:
     return {
       "rows": {part: len(rows) for part, rows in self.rows.items()},
       "predicted_tokens": {part: int(rows.weights.sum()) for part, rows in self.rows.items()},
-      "row_length": self.longest,
+      "row_length": self.lengths[0],
     }
 
   def digest(self) -> str:

@@ -61,8 +61,8 @@ class Classification:
     return len(self.corpus.label_names) or 1
 
   @property
-  def longest(self) -> int:
-    return self.buckets[-1]
+  def lengths(self) -> tuple[int, ...]:
+    return self.buckets
 
   def ids(self) -> dict[str, tuple[Any, ...]]:
     return {part: (t.ids, t.types) for part, t in self.tokens.items()}

@@ -46,9 +46,10 @@ class Run:
     self._check_batch("train.batch_size", settings.train.batch_size)
     self._check_batch("train.eval_batch_size", settings.train.eval_batch_size)
     self.task = build.task(settings)
+    self._check_lengths()
     model = build.adapted(settings, self.task.outputs, self.mesh)
     positions, extra = model.module.config.max_length, virtual.length(model.params)
-    if self.task.longest + extra > positions:
+    if self.task.lengths[-1] + extra > positions:
       room = f"{positions} positions" + (f", {extra} of them for virtual tokens" if extra else "")
       raise ValueError(f"data.max_length={settings.data.max_length}, but this model has {room}")
     for part, ids in self.task.ids().items():
@@ -211,6 +212,14 @@ class Run:
       if not all(bool(jnp.isfinite(x).all()) for x in floats):
         return _FROZEN.format(what, path)
     return _DIVERGED.format(what)
+
+  def _check_lengths(self) -> None:
+    ways = 1 if self.mesh is None else self.mesh.shape["sequence"]
+    if odd := [length for length in self.task.lengths if length % ways]:
+      raise ValueError(
+        f"rows of {odd[0]} tokens cannot be split {ways} ways (sequence of the mesh); choose a "
+        "divisor of it there, or another --config.data.max_length"
+      )
 
   def _check_batch(self, name: str, size: int) -> None:
     ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]

@@ -42,7 +42,7 @@ class Task(Protocol):
   Attributes:
     kind: the pure part.
     outputs: of a new head, or None.
-    longest: tokens of the longest row.
+    lengths: tokens of a row, ascending: each a program of its own.
     before: parts that are also scored before training.
     final: parts that are scored once, with the best parameters.
     peft_type: what Hugging Face PEFT calls the task.
@@ -50,7 +50,7 @@ class Task(Protocol):
 
   kind: Kind
   outputs: int | None
-  longest: int
+  lengths: tuple[int, ...]
   before: tuple[str, ...]
   final: tuple[str, ...]
   peft_type: str

@@ -98,7 +98,7 @@ class Together:
     self.states = _stack(states)
     self._keys = jnp.stack([run._key for run in self.runs])
     self._predict = first._predict
-    self._lengths = tuple(getattr(first.task, "buckets", (first.task.longest,)))
+    self._lengths = first.task.lengths
     if chunk is None:
       at_once = len(self._lengths) == 1 and jax.default_backend() != "cpu"
       chunk = len(configs) if at_once else 1
