@@ -163,14 +163,14 @@ def put_parts(
   shape: tuple[int, ...], place: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
   """An array of which this process reads what its devices have, from the first to the last row."""
-  indices = place.addressable_devices_indices_map(shape).values()
-  bounds = [[part.indices(n)[:2] for part, n in zip(at, shape, strict=True)] for at in indices]
+  ends_of = lambda at: [part.indices(n)[:2] for part, n in zip(at, shape, strict=True)]
+  bounds = [ends_of(at) for at in place.addressable_devices_indices_map(shape).values()]
   hull = [(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*bounds, strict=True)]
   own = read(tuple(slice(*ends) for ends in hull))
 
-  def of_device(at: tuple[slice, ...]) -> np.ndarray:
-    ends = [part.indices(n)[:2] for part, n in zip(at, shape, strict=True)]
-    return own[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(ends, hull, strict=True))]
+  def of_device(at: Any) -> np.ndarray:
+    ends = zip(ends_of(at), hull, strict=True)
+    return own[tuple(slice(start - low, stop - low) for (start, stop), (low, _) in ends)]
 
   return jax.make_array_from_callback(shape, place, of_device)
 
