@@ -26,10 +26,10 @@ from peftjax import data, losses, optim
 from peftjax.core import ranges
 from peftjax.core.einsum import attend
 from peftjax.core.ranges import Count, Length, Positive, Size
-from peftjax.models.cache import causal_bias
 from peftjax.nn.attention import attention
 from peftjax.nn.feed_forward import VARIANTS, FeedForward, gated_width
 from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import RMSNorm
 
 
@@ -69,11 +69,11 @@ class Decoder(nn.Module):
     embed = Embedding(256, self.width, name="bytes")
     places = Embedding(self.length, self.width, name="places")
     x = embed(bytes_BT) + places(jnp.arange(self.length)[None])
-    bias = causal_bias(jnp.ones((1, self.length), bool))
+    mask = AttentionMask.of_decoder(jnp.ones((1, self.length), bool))
     for i in range(self.layers):
       h = RMSNorm(1e-6, name=f"attention_norm_{i}")(x)
       q, k, v = (linear(name=f"{name}_{i}")(h) for name in ("q", "k", "v"))
-      x = x + linear(name=f"out_{i}")(attention(q, k, v, bias, self.heads))
+      x = x + linear(name=f"out_{i}")(attention(q, k, v, mask, self.heads))
       h = RMSNorm(1e-6, name=f"ffn_norm_{i}")(x)
       x = x + FeedForward(**self.feed_forward, name=f"ffn_{i}")(h)
     return attend(embed.table(), RMSNorm(1e-6, name="norm")(x))

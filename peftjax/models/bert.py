@@ -19,6 +19,7 @@ from peftjax.nn import virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import LayerNorm
 from peftjax.nn.residual import Residual
 
@@ -140,11 +141,11 @@ class SelfAttention(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, mask: AttentionMask, key: jax.Array | None) -> jax.Array:
     c = self.config
     q, k, v = (Linear(c.width, name=name)(x_BTD) for name in ("query", "key", "value"))
-    k, v, bias = virtual.with_prefix(self, k, v, bias)
-    return attention(q, k, v, bias, c.heads, key=key, rate=c.attention_dropout)
+    k, v, mask = virtual.with_prefix(self, k, v, mask)
+    return attention(q, k, v, mask, c.heads, key=key, rate=c.attention_dropout)
 
 
 class Output(nn.Module):
@@ -165,8 +166,8 @@ class Attention(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array, keys: Any) -> jax.Array:
-    y = SelfAttention(self.config, name="self")(x, bias, keys[0])
+  def __call__(self, x: jax.Array, mask: AttentionMask, keys: Any) -> jax.Array:
+    y = SelfAttention(self.config, name="self")(x, mask, keys[0])
     return Output(self.config, name="output")(y, x, keys[1])
 
 
@@ -186,9 +187,9 @@ class Layer(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, key: jax.Array | None, bias: jax.Array) -> Any:
+  def __call__(self, x: jax.Array, key: jax.Array | None, mask: AttentionMask) -> Any:
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    x = Attention(self.config, name="attention")(x, bias, keys[:2])
+    x = Attention(self.config, name="attention")(x, mask, keys[:2])
     y = Intermediate(self.config, name="intermediate")(x)
     return Output(self.config, name="output")(y, x, keys[2]), None
 
@@ -199,9 +200,9 @@ class Encoder(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array, key: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: AttentionMask, key: jax.Array | None) -> jax.Array:
     c = self.config
-    return run_layers(Layer, c, x, (layer_keys(key, c.layers),), (bias,))[0]
+    return run_layers(Layer, c, x, (layer_keys(key, c.layers),), (mask,))[0]
 
 
 class Body(nn.Module):
@@ -214,12 +215,10 @@ class Body(nn.Module):
     c = self.config
     keys = (None, None) if key is None else jax.random.split(key)
     prompt, length = virtual.prompt_of(self)
-    mask = virtual.before(True, mask, length)
-    # As in the reference implementation: a row without any token attends evenly, not to NaN.
-    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
+    visible = AttentionMask(virtual.before(True, mask, length))
     shift = virtual.prefix_length(self)
     x = Embeddings(c, name="embeddings")(tokens, types, keys[0], prompt, shift)
-    x_BTD = Encoder(c, name="encoder")(x, bias, keys[1])
+    x_BTD = Encoder(c, name="encoder")(x, visible, keys[1])
     # As in PEFT, the first token is a virtual one where there is a prompt.
     first = x_BTD[:, 0] if c.family == "roberta" else Pooler(c, name="pooler")(x_BTD)
     return x_BTD[:, length:], first

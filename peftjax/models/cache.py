@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.nn import virtual
+from peftjax.nn.mask import AttentionMask
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -55,8 +56,8 @@ def context(
   segments: jax.Array | None,
   cache: Cache | None,
   window: int | None = None,
-) -> tuple[jax.Array, jax.Array, Cache | None]:
-  """Positions, the bias of the scores, and the cache with these tokens marked, of a decoder's call.
+) -> tuple[jax.Array, AttentionMask, Cache | None]:
+  """Positions, who may attend to whom, and the cache with these tokens marked, of one call.
 
   The virtual tokens of a prompt come before the first tokens of a text, and are seen by all of its
   documents. Positions count them, and those of a prefix.
@@ -71,18 +72,19 @@ def context(
     segments = None if segments is None else virtual.before(-1, segments, prompt)
     if positions is not None:
       positions = virtual.before(jnp.arange(prompt), positions + prompt, prompt)
-  length = mask.shape[1]
   if cache is None:
     virtual.check_length(module, tokens.shape[1], module.config.max_length)
     before = jnp.int32(0)
-    bias = causal_bias(mask, segments, window=window, positions=positions, common=prompt)
+    visible = AttentionMask.of_decoder(
+      mask, segments, window=window, positions=positions, common=prompt
+    )
   else:
     before = cache.valid.sum(1, keepdims=True)
     cache = cache.advance(mask)
-    bias = causal_bias(cache.valid, first=cache.index, length=length, window=window)
+    visible = AttentionMask.of_decoder(cache.valid, first=cache.index, window=window)
   if positions is None:
     positions = jnp.maximum(before + jnp.cumsum(mask, 1) - 1, 0)
-  return positions + virtual.prefix_length(module), bias, cache
+  return positions + virtual.prefix_length(module), visible, cache
 
 
 def write(
@@ -92,43 +94,3 @@ def write(
   at = (jnp.int32(0), index, jnp.int32(0))
   one, two = (jax.lax.dynamic_update_slice(old, x, at) for old, x in zip(pair, new, strict=True))
   return one, two
-
-
-def causal_bias(
-  mask: jax.Array,
-  segments: jax.Array | None = None,
-  *,
-  first: jax.Array | int = 0,
-  length: int | None = None,
-  window: int | None = None,
-  positions: jax.Array | None = None,
-  common: int = 0,
-) -> jax.Array:
-  """What a decoder adds to its scores: 0 where token t may see token s, else very negative.
-
-  It may if s is a token, not after t, of the same segment, and less than `window` before t.
-
-  Args:
-    mask: bool `[B, S]`, true on tokens.
-    segments: int `[B, S]`, the document each token is of, where several share a row.
-    first: the column of the first query.
-    length: T, the number of queries, by default S.
-    window: of sliding attention.
-    positions: int `[B, S]`, where each token is in its text, by default counted along the mask:
-      what a window is measured in, so that it counts neither padding nor other documents.
-    common: the first columns, which later tokens of every segment may see.
-
-  Returns:
-    float32 `[B, 1, T, S]`.
-  """
-  source = mask.shape[1]
-  s = jnp.arange(source)[None, :]
-  t = first + jnp.arange(length or source)[:, None]
-  allowed = (s <= t)[None] & mask[:, None, :].astype(bool)
-  if window is not None:
-    at = jnp.cumsum(mask, 1) if positions is None else positions
-    of_queries = jax.lax.dynamic_slice_in_dim(at, first, length or source, 1)
-    allowed &= of_queries[:, :, None] - at[:, None, :] < window
-  if segments is not None:
-    allowed &= (segments[:, :, None] == segments[:, None, :]) | (s < common)[None]
-  return jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)[:, None]

@@ -21,6 +21,7 @@ from peftjax.nn import virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
 from peftjax.nn.linear import Embedding, Head, Linear
+from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import LayerNorm
 from peftjax.nn.residual import Residual
 
@@ -115,13 +116,15 @@ class SelfAttention(nn.Module):
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, bias: jax.Array, index: Any, cache: Any, keys: Any) -> Any:
+  def __call__(
+    self, x_BTD: jax.Array, mask: AttentionMask, index: Any, cache: Any, keys: Any
+  ) -> Any:
     c = self.config
     q, k, v = jnp.split(Linear(3 * c.width, name="c_attn")(x_BTD), 3, axis=-1)
     if cache is not None:
       k, v = cache = write(cache, (k, v), index)
-    k, v, bias = virtual.with_prefix(self, k, v, bias)
-    y = attention(q, k, v, bias, c.heads, key=keys[0], rate=c.attention_dropout)
+    k, v, mask = virtual.with_prefix(self, k, v, mask)
+    y = attention(q, k, v, mask, c.heads, key=keys[0], rate=c.attention_dropout)
     return dropout(keys[1], Linear(c.width, name="c_proj")(y), c.residual_dropout), cache
 
 
@@ -143,11 +146,11 @@ class Layer(nn.Module):
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x: jax.Array, cache: Any, key: Any, bias: jax.Array, index: Any) -> Any:
+  def __call__(self, x: jax.Array, cache: Any, key: Any, mask: AttentionMask, index: Any) -> Any:
     c = self.config
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     h = LayerNorm(c.eps, name="ln_1")(x)
-    y, cache = SelfAttention(c, name="attn")(h, bias, index, cache, keys[:2])
+    y, cache = SelfAttention(c, name="attn")(h, mask, index, cache, keys[:2])
     x = Residual(name="attn_residual")(y, x)
     y = Mlp(c, name="mlp")(LayerNorm(c.eps, name="ln_2")(x), keys[2])
     return Residual(name="mlp_residual")(y, x), cache
@@ -160,7 +163,7 @@ class Body(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: jax.Array, positions: jax.Array, bias: jax.Array, cache: Any, key: Any
+    self, tokens: jax.Array, positions: jax.Array, mask: AttentionMask, cache: Any, key: Any
   ) -> Any:
     c = self.config
     embed = Embedding(c.vocab, c.width, c.dtype, name="wte")
@@ -169,7 +172,7 @@ class Body(nn.Module):
     keys = layer_keys(key, c.layers)
     if key is not None:
       x = dropout(jax.random.fold_in(key, c.layers), x, c.dropout)
-    shared = (bias, cache and cache.index)
+    shared = (mask, cache and cache.index)
     x, pairs = run_layers(Layer, c, x, (cache and cache.layers, keys), shared, remat=c.remat)
     return LayerNorm(c.eps, name="ln_f")(x[:, -tokens.shape[1] :]), embed.table(), pairs
 
@@ -197,9 +200,9 @@ class GPT2LMHeadModel(nn.Module):
       train: applies dropout, from the `"dropout"` rng.
     """
     c = self.config
-    positions, bias, cache = context(self, tokens, mask, positions, segments, cache)
+    positions, visible, cache = context(self, tokens, mask, positions, segments, cache)
     key = self.make_rng("dropout") if train else None
-    x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, bias, cache, key)
+    x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, visible, cache, key)
     head = Head(c.vocab, c.table if c.tied else "", name="lm_head")
     result: Any
     if loss_weights is None:

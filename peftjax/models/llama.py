@@ -22,6 +22,7 @@ from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import swiglu
 from peftjax.nn.linear import Embedding, Head, Linear
+from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.residual import Residual
 
@@ -131,7 +132,9 @@ class SelfAttention(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, angles: Any, bias: jax.Array, index: Any, cache: Any) -> Any:
+  def __call__(
+    self, x_BTD: jax.Array, angles: Any, mask: AttentionMask, index: Any, cache: Any
+  ) -> Any:
     c = self.config
     q = Linear(c.heads * c.head_size, c.qkv_bias, name="q_proj")(x_BTD)
     k = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="k_proj")(x_BTD)
@@ -139,8 +142,8 @@ class SelfAttention(nn.Module):
     q, k = rope.rotate(q, angles, c.heads), rope.rotate(k, angles, c.kv_heads)
     if cache is not None:
       k, v = cache = write(cache, (k, v), index)
-    k, v, bias = virtual.with_prefix(self, k, v, bias)
-    y = attention(q, k, v, bias, c.heads, c.kv_heads)
+    k, v, mask = virtual.with_prefix(self, k, v, mask)
+    y = attention(q, k, v, mask, c.heads, c.kv_heads)
     return Linear(c.width, c.out_bias, name="o_proj")(y), cache
 
 
@@ -162,10 +165,10 @@ class Layer(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, cache: Any, angles: Any, bias: jax.Array, index: Any) -> Any:
+  def __call__(self, x: jax.Array, cache: Any, angles: Any, mask: AttentionMask, index: Any) -> Any:
     c = self.config
     h = RMSNorm(c.eps, name="input_layernorm")(x)
-    y, cache = SelfAttention(c, name="self_attn")(h, angles, bias, index, cache)
+    y, cache = SelfAttention(c, name="self_attn")(h, angles, mask, index, cache)
     x = Residual(name="self_attn_residual")(y, x)
     y = Mlp(c, name="mlp")(RMSNorm(c.eps, name="post_attention_layernorm")(x))
     return Residual(name="mlp_residual")(y, x), cache
@@ -178,13 +181,13 @@ class Body(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: jax.Array, positions: jax.Array, bias: jax.Array, cache: Cache | None
+    self, tokens: jax.Array, positions: jax.Array, mask: AttentionMask, cache: Cache | None
   ) -> Any:
     c = self.config
     embed = Embedding(c.vocab, c.width, c.dtype, name="embed_tokens")
     x = virtual.with_prompt(self, embed(tokens), positions)
     omega, factor = c.frequencies()
-    shared = (rope.angles(positions, omega, factor, c.dtype), bias, cache and cache.index)
+    shared = (rope.angles(positions, omega, factor, c.dtype), mask, cache and cache.index)
     x, pairs = run_layers(Layer, c, x, (cache and cache.layers,), shared, remat=c.remat)
     return RMSNorm(c.eps, name="norm")(x[:, -tokens.shape[1] :]), embed.table(), pairs
 
@@ -219,8 +222,8 @@ class LlamaForCausalLM(nn.Module):
       train: of no effect: this family has no dropout of its own.
     """
     c = self.config
-    positions, bias, cache = context(self, tokens, mask, positions, segments, cache, c.window)
-    x_BTD, table, pairs = Body(c, name="model")(tokens, positions, bias, cache)
+    positions, visible, cache = context(self, tokens, mask, positions, segments, cache, c.window)
+    x_BTD, table, pairs = Body(c, name="model")(tokens, positions, visible, cache)
     head = Head(c.vocab, c.table if c.tied else "", name="lm_head")
     result: Any
     if loss_weights is None:

@@ -1,100 +1,38 @@
-"""Multi-head attention with a backward pass that keeps the probabilities once."""
+"""Multi-head attention."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 
-from peftjax.core.dropout import drop, keep_level, random_bytes
-from peftjax.core.fence import fence
+from peftjax.core.dropout import keep_level
+from peftjax.nn.dense_attention import dense_attention
+from peftjax.nn.mask import AttentionMask
 
 
 def attention(
   q_BTD: jax.Array,
   k_BSD: jax.Array,
   v_BSD: jax.Array,
-  bias: jax.Array,
+  mask: AttentionMask,
   num_heads: int,
   num_kv_heads: int | None = None,
   *,
   key: jax.Array | None = None,
   rate: float = 0.0,
 ) -> jax.Array:
-  """dropout(softmax(q kᵀ/√H + bias)) v per head (Vaswani et al. 2017, eq. 1), `[B, T, D]`.
+  """dropout(softmax(q kᵀ/√H, where `mask` allows)) v per head, `[B, T, D]`.
 
-  Scores and softmax are float32; the result has the dtype of `q`. With a key, the probabilities
-  are dropped at `rate`.
+  Source: Vaswani et al. 2017, eq. 1. Scores and softmax are float32; the result has the dtype of
+  `q`. With a key, the probabilities are dropped at `rate`.
 
   Args:
     q_BTD: projection, D = N·H.
     k_BSD, v_BSD: projections, D = K·H.
-    bias: added to the scores, `[B or 1, 1, T or 1, S]`: 0 to attend, very negative not to.
+    mask: which keys each query may attend to.
     num_heads: N.
     num_kv_heads: K, a divisor of N, by default N: N/K heads in a row share keys and values
       (Ainslie et al. 2023, arXiv 2305.13245).
     key, rate: of the dropout.
   """
-  kv_heads = num_kv_heads or num_heads
-  batch, length, source = *q_BTD.shape[:2], k_BSD.shape[1]
-  random = None
-  if key is not None and keep_level(rate) < 256:
-    random = random_bytes(key, (batch, num_heads, length, source))
-    random = random.reshape(batch, kv_heads, -1, source)
-  if num_heads > kv_heads and bias.shape[2] > 1:  # the heads of a group are more rows of queries
-    bias = jnp.tile(bias, (1, 1, num_heads // kv_heads, 1))
-  return _attention(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, bias, random, num_heads, kv_heads, rate):
-  return _forward(q, k, v, bias, random, num_heads, kv_heads, rate)[0]
-
-
-def _heads(x_BTD: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
-  """`[B, T, N·H]` to `[B, K, N/K·T, H]`: every product then runs over one batch of matrices."""
-  batch, length, width = x_BTD.shape
-  if num_heads == kv_heads:
-    return x_BTD.reshape(batch, length, num_heads, width // num_heads).transpose(0, 2, 1, 3)
-  x = x_BTD.reshape(batch, length, kv_heads, num_heads // kv_heads, width // num_heads)
-  return x.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width // num_heads)
-
-
-def _join(x_BKTH: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
-  """Undoes `_heads`."""
-  batch, _, rows, size = x_BKTH.shape
-  group = num_heads // kv_heads
-  if group == 1:
-    return fence(x_BKTH.transpose(0, 2, 1, 3).reshape(batch, rows, num_heads * size))
-  x = x_BKTH.reshape(batch, kv_heads, group, rows // group, size).transpose(0, 3, 1, 2, 4)
-  return fence(x.reshape(batch, rows // group, num_heads * size))
-
-
-def _forward(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate) -> Any:
-  scale = (q_BTD.shape[-1] // num_heads) ** -0.5
-  q = _heads(q_BTD * scale, num_heads, kv_heads)
-  q, k, v = fence((q, _heads(k_BSD, kv_heads, kv_heads), _heads(v_BSD, kv_heads, kv_heads)))
-  scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) + bias
-  p = fence(jax.nn.softmax(scores).astype(q.dtype))
-  dropped = p if random is None else drop(p, random, rate)
-  out = _join(fence(jnp.einsum("bnts,bnsh->bnth", dropped, v)), num_heads, kv_heads)
-  return out, (q, k, v, p, random)
-
-
-def _backward(num_heads, kv_heads, rate, saved, g_BTD) -> Any:
-  q, k, v, p, random = saved
-  undrop = lambda x: x if random is None else drop(x, random, rate)
-  g = fence(_heads(fence(g_BTD), num_heads, kv_heads))
-  dv = jnp.einsum("bnts,bnth->bnsh", fence(undrop(p)), g)
-  dp = fence(undrop(jnp.einsum("bnth,bnsh->bnts", g, v)))
-  wide = dp.astype(jnp.float32)
-  ds = fence((p * (wide - (wide * p).sum(-1, keepdims=True))).astype(p.dtype))
-  dq = jnp.einsum("bnts,bnsh->bnth", ds, k) * (q.shape[-1] ** -0.5)
-  dk = jnp.einsum("bnts,bnth->bnsh", ds, q)
-  joined = (_join(x, kv_heads, kv_heads) for x in (dk, dv))
-  return _join(dq, num_heads, kv_heads), *joined, None, None
-
-
-_attention.defvjp(_forward, _backward)
+  key = None if keep_level(rate) == 256 else key
+  return dense_attention(q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)

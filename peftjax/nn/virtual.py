@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.attachment import Attachment, is_attachment
+from peftjax.nn.mask import AttentionMask
 
 # Paths of the nodes that were read so far in the call of a model that `all_read` surrounds.
 _read: ContextVar[set[str]] = ContextVar("_read")
@@ -82,17 +83,17 @@ def _own(module: nn.Module, name: str) -> Any:
 
 
 def with_prefix(
-  module: nn.Module, k_BSD: jax.Array, v_BSD: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Keys, values and bias with the module's prefix, if it has one, before them.
+  module: nn.Module, k_BSD: jax.Array, v_BSD: jax.Array, mask: AttentionMask
+) -> tuple[jax.Array, jax.Array, AttentionMask]:
+  """Keys, values and mask with the module's prefix, if it has one, before them.
 
   Every token of a text attends to it: of whatever document in a packed row, however far behind.
   """
   prefix = _own(module, "prefix")
   if not isinstance(prefix, Prefix):
-    return k_BSD, v_BSD, bias
-  columns = [(0, 0)] * (bias.ndim - 1) + [(prefix.keys.shape[0], 0)]
-  return _before(prefix.keys, k_BSD), _before(prefix.values, v_BSD), jnp.pad(bias, columns)
+    return k_BSD, v_BSD, mask
+  mask = mask.behind_prefix(prefix.keys.shape[0])
+  return _before(prefix.keys, k_BSD), _before(prefix.values, v_BSD), mask
 
 
 def prefix_length(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.models import match
-from peftjax.models.cache import Cache, causal_bias
+from peftjax.models.cache import Cache
 from tests.core.programs import jit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -91,19 +91,6 @@ def test_remat_and_scan_have_the_same_gradients(name):
   plain = gradients()
   for how in (dict(remat=True), dict(scan_layers=True), dict(scan_layers=True, remat=True)):
     chex.assert_trees_all_close(gradients(**how), plain, rtol=1e-4, atol=2e-4)
-
-
-def test_causal_bias():
-  """Earlier tokens of the same segment, within the window, and no padding."""
-  mask = jnp.array([[0, 1, 1, 1]], bool)
-  zero = causal_bias(mask, jnp.array([[1, 1, 1, 2]]), window=2)[0, 0] == 0
-  assert zero.tolist() == [
-    [False, False, False, False],
-    [False, True, False, False],
-    [False, True, True, False],
-    [False, False, False, True],
-  ]
-  assert (causal_bias(mask, first=2, length=1)[0, 0] == 0).tolist() == [[False, True, True, False]]
 
 
 def test_too_long_a_text_is_refused():

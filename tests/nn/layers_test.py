@@ -11,6 +11,7 @@ from peftjax.core.dropout import drop, keep_level, random_bytes
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS, gelu
 from peftjax.nn.linear import Embedding, Linear
+from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import LayerNorm, layer_norm
 from tests.core.programs import jit
 
@@ -49,9 +50,8 @@ def plain_attention(q, k, v, bias, keep=None):
   return jnp.einsum("bnts,bsnh->btnh", p, heads(v)).reshape(q.shape)
 
 
-def bias_of(*lengths):
-  mask = np.arange(S) < np.array(lengths)[:, None]
-  return jnp.where(mask, 0.0, np.finfo(np.float32).min)[:, None, None, :]
+def mask_of(*lengths):
+  return AttentionMask(jnp.asarray(np.arange(S) < np.array(lengths)[:, None]))
 
 
 @pytest.mark.parametrize("shape", [(D,), (B, D), (B, T, D)])
@@ -130,63 +130,63 @@ def test_activations_have_hugging_faces_names():
 def test_attention_and_its_derivative(rate):
   """In q, k and v, with padding and with the dropout of known bytes."""
   q, k, v, weights = draw(B, T, D), draw(B, S, D), draw(B, S, D), draw(B, T, D)
-  bias, key = bias_of(5, 2, 1), jax.random.key(3)
+  mask, key = mask_of(5, 2, 1), jax.random.key(3)
   keep = None
   if rate:
     keep = drop(jnp.ones((B, N, T, S)), random_bytes(key, (B, N, T, S)), rate)
     assert {0.0} < set(np.unique(keep))
   ours = value_and_gradients(
-    lambda q, k, v: attention(q, k, v, bias, N, key=key, rate=rate), weights, q, k, v
+    lambda q, k, v: attention(q, k, v, mask, N, key=key, rate=rate), weights, q, k, v
   )
   theirs = value_and_gradients(
-    lambda q, k, v: plain_attention(q, k, v, bias, keep), weights, q, k, v
+    lambda q, k, v: plain_attention(q, k, v, mask.bias(T), keep), weights, q, k, v
   )
   chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
 def test_attention_is_flaxs():
-  q, k, v, bias = draw(B, T, D), draw(B, S, D), draw(B, S, D), bias_of(5, 2, 1)
+  q, k, v, mask = draw(B, T, D), draw(B, S, D), draw(B, S, D), mask_of(5, 2, 1)
   heads = lambda x: x.reshape(*x.shape[:2], N, -1)
-  want = nn.dot_product_attention(heads(q), heads(k), heads(v), bias=bias).reshape(B, T, D)
-  np.testing.assert_allclose(attention(q, k, v, bias, N), want, rtol=2e-5, atol=2e-5)
+  want = nn.dot_product_attention(heads(q), heads(k), heads(v), bias=mask.bias(T)).reshape(B, T, D)
+  np.testing.assert_allclose(attention(q, k, v, mask, N), want, rtol=2e-5, atol=2e-5)
 
 
 def test_a_row_without_any_token_attends_evenly():
   """As in the reference implementation: not NaN."""
   q, k, v = draw(B, T, D), draw(B, S, D), draw(B, S, D)
-  y = attention(q, k, v, bias_of(0, 5, 5), N)
+  y = attention(q, k, v, mask_of(0, 5, 5), N)
   np.testing.assert_allclose(y[0, 0], v[0].mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_attention_without_a_key_or_a_rate_drops_nothing():
-  q, k, v, bias = draw(B, T, D), draw(B, S, D), draw(B, S, D), bias_of(5, 2, 1)
-  plain = attention(q, k, v, bias, N)
-  np.testing.assert_array_equal(attention(q, k, v, bias, N, rate=0.5), plain)
-  np.testing.assert_array_equal(attention(q, k, v, bias, N, key=jax.random.key(0)), plain)
-  one, two = (attention(q, k, v, bias, N, key=jax.random.key(i), rate=0.5) for i in (0, 1))
+  q, k, v, mask = draw(B, T, D), draw(B, S, D), draw(B, S, D), mask_of(5, 2, 1)
+  plain = attention(q, k, v, mask, N)
+  np.testing.assert_array_equal(attention(q, k, v, mask, N, rate=0.5), plain)
+  np.testing.assert_array_equal(attention(q, k, v, mask, N, key=jax.random.key(0)), plain)
+  one, two = (attention(q, k, v, mask, N, key=jax.random.key(i), rate=0.5) for i in (0, 1))
   assert np.abs(one - plain).max() > 0.05 and np.abs(one - two).max() > 0.05
 
 
 def test_the_mean_of_dropped_attention_is_the_undropped():
-  q, k, v, bias = draw(1, 2, D), draw(1, S, D), draw(1, S, D), bias_of(5)
-  fn = lambda key: attention(q, k, v, bias, N, key=key, rate=0.2)
+  q, k, v, mask = draw(1, 2, D), draw(1, S, D), draw(1, S, D), mask_of(5)
+  fn = lambda key: attention(q, k, v, mask, N, key=key, rate=0.2)
   many = jit(jax.vmap(fn))(jax.random.split(jax.random.key(0), 4000))
   error = many.std(0) / np.sqrt(4000)
-  assert (np.abs(many.mean(0) - attention(q, k, v, bias, N)) < 6 * error + 1e-6).all()
+  assert (np.abs(many.mean(0) - attention(q, k, v, mask, N)) < 6 * error + 1e-6).all()
   assert keep_level(0.2) == 205
 
 
 def test_bfloat16_attention_scores_in_float32():
   q, k, v = (draw(B, S, D, dtype=jnp.bfloat16) for _ in range(3))
-  y, grads = value_and_gradients(lambda *a: attention(*a, bias_of(5, 2, 1), N), q, q, k, v)
+  y, grads = value_and_gradients(lambda *a: attention(*a, mask_of(5, 2, 1), N), q, q, k, v)
   assert {x.dtype for x in (y, *grads)} == {jnp.dtype(jnp.bfloat16)}
-  want = plain_attention(*(x.astype(jnp.float32) for x in (q, k, v)), bias_of(5, 2, 1))
+  want = plain_attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask_of(5, 2, 1).bias(S))
   np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.03)
 
 
 def test_attention_under_vmap():
-  q, k, v, bias = draw(2, B, T, D), draw(2, B, S, D), draw(2, B, S, D), bias_of(5, 2, 1)
-  grad = jax.grad(lambda q, k, v: jnp.square(attention(q, k, v, bias, N)).sum(), (0, 1, 2))
+  q, k, v, mask = draw(2, B, T, D), draw(2, B, S, D), draw(2, B, S, D), mask_of(5, 2, 1)
+  grad = jax.grad(lambda q, k, v: jnp.square(attention(q, k, v, mask, N)).sum(), (0, 1, 2))
   together = jit(jax.vmap(grad))(q, k, v)
   alone = jit(grad)(q[1], k[1], v[1])
   chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], together), alone, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,87 @@
+"""Attention over whole rows, with a backward pass that keeps the probabilities once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core.dropout import drop, random_bytes
+from peftjax.core.fence import fence
+from peftjax.nn.mask import AttentionMask
+
+
+def dense_attention(
+  q_BTD: jax.Array,
+  k_BSD: jax.Array,
+  v_BSD: jax.Array,
+  mask: AttentionMask,
+  num_heads: int,
+  kv_heads: int,
+  key: jax.Array | None,
+  rate: float,
+) -> jax.Array:
+  """`attention`; a query that sees no key attends to all evenly, as in the reference."""
+  batch, length, source = *q_BTD.shape[:2], k_BSD.shape[1]
+  random = None
+  if key is not None:
+    random = random_bytes(key, (batch, num_heads, length, source))
+    random = random.reshape(batch, kv_heads, -1, source)
+  bias = mask.bias(length)
+  if num_heads > kv_heads and bias.shape[2] > 1:  # the heads of a group are more rows of queries
+    bias = jnp.tile(bias, (1, 1, num_heads // kv_heads, 1))
+  return _attention(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, bias, random, num_heads, kv_heads, rate):
+  return _forward(q, k, v, bias, random, num_heads, kv_heads, rate)[0]
+
+
+def _heads(x_BTD: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
+  """`[B, T, N·H]` to `[B, K, N/K·T, H]`: every product then runs over one batch of matrices."""
+  batch, length, width = x_BTD.shape
+  if num_heads == kv_heads:
+    return x_BTD.reshape(batch, length, num_heads, width // num_heads).transpose(0, 2, 1, 3)
+  x = x_BTD.reshape(batch, length, kv_heads, num_heads // kv_heads, width // num_heads)
+  return x.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width // num_heads)
+
+
+def _join(x_BKTH: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
+  """Undoes `_heads`."""
+  batch, _, rows, size = x_BKTH.shape
+  group = num_heads // kv_heads
+  if group == 1:
+    return fence(x_BKTH.transpose(0, 2, 1, 3).reshape(batch, rows, num_heads * size))
+  x = x_BKTH.reshape(batch, kv_heads, group, rows // group, size).transpose(0, 3, 1, 2, 4)
+  return fence(x.reshape(batch, rows // group, num_heads * size))
+
+
+def _forward(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate) -> Any:
+  scale = (q_BTD.shape[-1] // num_heads) ** -0.5
+  q = _heads(q_BTD * scale, num_heads, kv_heads)
+  q, k, v = fence((q, _heads(k_BSD, kv_heads, kv_heads), _heads(v_BSD, kv_heads, kv_heads)))
+  scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) + bias
+  p = fence(jax.nn.softmax(scores).astype(q.dtype))
+  dropped = p if random is None else drop(p, random, rate)
+  out = _join(fence(jnp.einsum("bnts,bnsh->bnth", dropped, v)), num_heads, kv_heads)
+  return out, (q, k, v, p, random)
+
+
+def _backward(num_heads, kv_heads, rate, saved, g_BTD) -> Any:
+  q, k, v, p, random = saved
+  undrop = lambda x: x if random is None else drop(x, random, rate)
+  g = fence(_heads(fence(g_BTD), num_heads, kv_heads))
+  dv = jnp.einsum("bnts,bnth->bnsh", fence(undrop(p)), g)
+  dp = fence(undrop(jnp.einsum("bnth,bnsh->bnts", g, v)))
+  wide = dp.astype(jnp.float32)
+  ds = fence((p * (wide - (wide * p).sum(-1, keepdims=True))).astype(p.dtype))
+  dq = jnp.einsum("bnts,bnsh->bnth", ds, k) * (q.shape[-1] ** -0.5)
+  dk = jnp.einsum("bnts,bnth->bnsh", ds, q)
+  joined = (_join(x, kv_heads, kv_heads) for x in (dk, dv))
+  return _join(dq, num_heads, kv_heads), *joined, None, None
+
+
+_attention.defvjp(_forward, _backward)
