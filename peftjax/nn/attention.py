@@ -5,8 +5,27 @@ from __future__ import annotations
 import jax
 
 from peftjax.core.dropout import keep_level
+from peftjax.nn.blockwise import blockwise_attention
 from peftjax.nn.dense_attention import dense_attention
 from peftjax.nn.mask import AttentionMask
+
+# From that many scores a head on blocks are faster than whole rows, on CPUs too, and take less
+# memory: experiments/benchmarks/attention.py.
+MANY_SCORES = 512 * 512
+
+KERNELS = {"dense": dense_attention, "blockwise": blockwise_attention}
+
+
+def kernel_name(length: int, source: int | None = None, *, cached: bool = False) -> str:
+  """The key in `KERNELS` of what `attention` computes with.
+
+  Args:
+    length: T, the queries.
+    source: S, the keys, by default T.
+    cached: the queries continue a cache.
+  """
+  many = length * (source or length) >= MANY_SCORES
+  return "blockwise" if many and not cached else "dense"
 
 
 def attention(
@@ -35,4 +54,5 @@ def attention(
     key, rate: of the dropout.
   """
   key = None if keep_level(rate) == 256 else key
-  return dense_attention(q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)
+  name = kernel_name(q_BTD.shape[1], k_BSD.shape[1], cached=mask.first is not None)
+  return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)

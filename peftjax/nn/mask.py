@@ -81,10 +81,11 @@ class AttentionMask(flax.struct.PyTreeNode):
     )
 
   def padded(self, columns: int) -> AttentionMask:
-    """With padding behind, up to that many columns."""
-    pad = lambda x: None if x is None else jnp.pad(x, [(0, 0), (0, columns - x.shape[1])])
-    valid, segments, positions = map(pad, (self.valid, self.segments, self.positions))
-    return self.replace(valid=valid, segments=segments, positions=positions)
+    """With padding behind, up to that many columns; as queries they see what the last one does."""
+    widths = [(0, 0), (0, columns - self.valid.shape[1])]
+    repeat = lambda x: None if x is None else jnp.pad(x, widths, mode="edge")
+    segments, positions = repeat(self.segments), repeat(self.positions)
+    return self.replace(valid=jnp.pad(self.valid, widths), segments=segments, positions=positions)
 
   def block(
     self, row: jax.Array | int, rows: int, column: jax.Array | int, columns: int
