@@ -49,7 +49,7 @@ def blockwise_attention(
   key: jax.Array | None = None,
   rate: float = 0.0,
   *,
-  rows: int = ROWS,
+  rows: int | None = None,
   columns: int | None = None,
 ) -> jax.Array:
   """`attention` with a running softmax over blocks of keys, and a backward pass that recomputes.
@@ -69,7 +69,7 @@ def blockwise_attention(
   """
   length, source = q_BTD.shape[1], k_BSD.shape[1]
   columns = columns or (CAUSAL_COLUMNS if mask.causal else COLUMNS)
-  sizes = _even(length, rows), _even(source, columns)
+  sizes = _even(length, rows or ROWS), _even(source, columns)
   layout = _Layout(num_heads, kv_heads, length, source, *sizes)
   more_rows = layout.row_blocks * layout.rows - length
   more_columns = layout.column_blocks * layout.columns - source

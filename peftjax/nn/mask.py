@@ -52,10 +52,11 @@ class AttentionMask(flax.struct.PyTreeNode):
     Positions are by default counted along `valid`: a window then counts neither padding nor, where
     they are given, other documents.
     """
-    if window is None:
-      positions = None
-    elif positions is None:
+    if positions is None and window is not None:
+      # Counted along the columns, no two tokens are further apart than there are columns.
+      window = window if window < valid.shape[1] else None
       positions = jnp.cumsum(valid, 1)
+    positions = None if window is None else positions
     return cls(valid, segments, positions, first, causal=True, window=window, common=common)
 
   @property
