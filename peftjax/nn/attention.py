@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from peftjax.core.dropout import keep_level
+from peftjax.nn import splash
 from peftjax.nn.blockwise import blockwise_attention
 from peftjax.nn.dense_attention import dense_attention
 from peftjax.nn.mask import AttentionMask
@@ -13,19 +16,33 @@ from peftjax.nn.mask import AttentionMask
 # memory: experiments/benchmarks/attention.py.
 MANY_SCORES = 512 * 512
 
-KERNELS = {"dense": dense_attention, "blockwise": blockwise_attention}
+KERNELS: dict[str, Any] = {
+  "dense": dense_attention,
+  "blockwise": blockwise_attention,
+  "splash": splash.splash_attention,
+}
 
 
-def kernel_name(length: int, source: int | None = None, *, cached: bool = False) -> str:
-  """The key in `KERNELS` of what `attention` computes with.
+def kernel_name(mask: AttentionMask, length: int, *, dropout: bool = False) -> str:
+  """What `attention` computes `length` queries with, a key of `KERNELS`.
 
-  Args:
-    length: T, the queries.
-    source: S, the keys, by default T.
-    cached: the queries continue a cache.
+  Few scores, and those behind a cache, take whole rows. Many take JAX's splash attention on a TPU,
+  if it can and knows the mesh (`jax.set_mesh`), or there is one device; else blocks.
+
+  >>> kernel_name(AttentionMask(jax.ShapeDtypeStruct((1, 128), bool), causal=True), 128)
+  'dense'
   """
-  many = length * (source or length) >= MANY_SCORES
-  return "blockwise" if many and not cached else "dense"
+  if mask.first is not None or length * mask.valid.shape[1] < MANY_SCORES:
+    return "dense"
+  return "splash" if _on_tpu() and splash.fits(mask, length, dropout=dropout) else "blockwise"
+
+
+def _on_tpu() -> bool:
+  """Whether this is traced for TPUs, as far as can be known before it is compiled."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.abstract_device is None:
+    return jax.default_backend() == "tpu" and jax.device_count() == 1
+  return mesh.abstract_device.platform == "tpu"
 
 
 def attention(
@@ -54,5 +71,5 @@ def attention(
     key, rate: of the dropout.
   """
   key = None if keep_level(rate) == 256 else key
-  name = kernel_name(q_BTD.shape[1], k_BSD.shape[1], cached=mask.first is not None)
+  name = kernel_name(mask, q_BTD.shape[1], dropout=key is not None)
   return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)

@@ -157,9 +157,8 @@ def _forward(q_BTD, k_BSD, v_BSD, mask, key, layout, rate) -> Any:
     row = jnp.zeros(q.shape[:-1], jnp.float32)
     start = row + _LOWEST, row, jnp.zeros(q.shape, jnp.float32)
     top, total, out = jax.lax.fori_loop(0, _last(mask, layout, i), visit, start)
-    seen = total > 0
-    out = (out / jnp.where(seen, total, 1.0)[..., None]).astype(q.dtype)
-    return out, jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), jnp.inf)
+    total = jnp.where(total > 0, total, 1.0)  # 0 where a query has seen no key
+    return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
   blocks = jnp.arange(layout.row_blocks)
   out, lse = jax.lax.map(lambda x: of_queries(*x), (blocks, q))
@@ -179,9 +178,8 @@ def _start(mask: AttentionMask, layout: _Layout, j: jax.Array) -> Any:
   """The first block of queries that may see key block j."""
   if not mask.causal:
     return 0
-  first = (j * layout.columns - mask.offset) // layout.rows
-  # The prefix is seen by all.
-  return jnp.where(j * layout.columns < mask.prefix, 0, jnp.clip(first, 0, layout.row_blocks))
+  # Of a prefix the first one: the queries begin behind it.
+  return jnp.clip((j * layout.columns - mask.offset) // layout.rows, 0, layout.row_blocks)
 
 
 def _backward(layout, rate, saved, g_BTD) -> Any:
