@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
 from peftjax.models import limits
 from peftjax.nn import virtual
-from peftjax.training import build, state, step
+from peftjax.training import build, state
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
-from peftjax.training.settings import OPTIMIZERS, Settings
+from peftjax.training.program import Program
+from peftjax.training.settings import Settings
 
 _DIVERGED = (
   "{} not finite. Try a lower --config.optimizer.learning_rate or a longer warm-up, in another "
@@ -65,7 +62,7 @@ class Run:
     self.settled = min(model.method.settled(updates) * every, self.total)
     self._key = build.dropout_key(settings)
     wanted = settings.optimizer.paged
-    self._compile(model.method, train, paged=wanted == "always")
+    self._use(model, train, paged=wanted == "always")
     self.paging = ""
     if wanted == "auto":
       batch = self.place(next(iter(self.stream.iterate(0, 1))))
@@ -74,38 +71,26 @@ class Run:
         compiled, jax.devices()[0], settings.optimizer.device_memory_bytes
       )
       if paged:
-        self._compile(model.method, train, paged=True)
-    self._predict = jax.jit(
-      sharding.on(self.mesh, functools.partial(step.eval_step, self.module, self.task.kind)),
-      out_shardings=self._everywhere(),
-    )
+        self._use(model, train, paged=True)
     self.steps_done = 0
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
-  def _compile(self, method: Any, train: Any, *, paged: bool) -> None:
-    """The initial state and the step."""
-    self.schedule, tx = _optimizer(
-      self.settings, method, self.total, paged=paged, rate_in_state=self.rate_in_state
+  def _use(self, model: build.Adapted, train: Any, *, paged: bool) -> None:
+    """The functions of the run, and its initial state."""
+    program = Program(
+      self.settings,
+      self.task.kind,
+      self.module,
+      model.method,
+      train,
+      self.total,
+      self.mesh,
+      paged=paged,
+      rate_in_state=self.rate_in_state,
     )
-    self.tx = tx
-    init, places = functools.partial(state.init, tx), None
-    if self.mesh is None or paged:
-      self.state = jax.jit(init)(train)
-    if self.mesh is not None and paged:  # no shape alone tells what lies in host memory
-      places = _state_shardings(self.state, train, self.mesh)
-      self.state = jax.device_put(self.state, places)
-    elif self.mesh is not None:
-      places = _state_shardings(jax.eval_shape(init, train), train, self.mesh)
-      self.state = jax.jit(init, out_shardings=places)(train)
-    self._step = jax.jit(
-      sharding.on(self.mesh, functools.partial(step.train_step, self.module, tx, self.task.kind)),
-      donate_argnums=0,
-      out_shardings=None if places is None else (places, self._everywhere()),
-    )
-
-  def _everywhere(self) -> NamedSharding | None:
-    """Where results lie that the host reads: each process has all of them."""
-    return None if self.mesh is None else NamedSharding(self.mesh, P())
+    self.schedule, self.tx = program.schedule, program.tx
+    self._step, self._predict = program.step, program.predict
+    self.state: Any = program.start(train)
 
   def announce(self, bar: Bar) -> None:
     bar.print(self.task.describe())
@@ -230,27 +215,3 @@ class Run:
 @jax.jit
 def _all_finite(arrays: Any) -> jax.Array:
   return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]).all()
-
-
-def _optimizer(
-  settings: Settings, method: Any, total: int, *, paged: bool, rate_in_state: bool
-) -> tuple[optax.Schedule, Any]:
-  o = settings.optimizer
-  updates = o.updates(total)
-  warmup = o.warmup_steps(updates)
-  schedule = optim.schedule(o.schedule, o.learning_rate, updates, warmup)
-  make = OPTIMIZERS[o.name]
-  used = optim.schedule(o.schedule, 1.0, updates, warmup) if rate_in_state else schedule
-  tx = make(used, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-  tx = optim.at_rate(tx, o.learning_rate) if rate_in_state else tx
-  tx = optim.paged(tx) if paged else tx
-  return schedule, method.optimizer(
-    tx, updates, clip_norm=o.clip_norm, accumulate=o.accumulate, batches=total
-  )
-
-
-def _state_shardings(current: state.TrainState, train: Any, mesh: Any) -> Any:
-  """Moments lie where their parameters do; counters everywhere."""
-  places = jax.tree.map(lambda x: x.sharding, train)
-  opt = optim.state_shardings(current.opt_state, train, mesh)
-  return state.TrainState(step=NamedSharding(mesh, P()), train=places, opt_state=opt)
