@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,6 +18,7 @@ from peftjax.optim.base import Epsilon, check_rate, decay_mask
 from peftjax.quant import blockwise, codebooks
 
 BLOCK = 256  # entries that share a scale
+LARGE = 2**22  # entries, of which each temporary is worth a loop
 
 
 class Moment(flax.struct.PyTreeNode):
@@ -126,11 +129,31 @@ def _scale_by_adam8bit(
       new = (m / correct1) / (jnp.sqrt(v) / jnp.sqrt(correct2) + eps)
       return new, store_m(m), store_v(v)
 
-    steps = jax.tree.map(step, updates, state.mu, state.nu)
+    steps = jax.tree.map(functools.partial(_by_layer, step), updates, state.mu, state.nu)
     part = lambda i: jax.tree.map(lambda _, three: three[i], updates, steps)
     return part(0), ScaleByAdam8bitState(count, part(1), part(2))
 
   return optax.GradientTransformation(init, update)
+
+
+def _by_layer(step: Callable[..., Any], g: jax.Array, mu: Any, nu: Any) -> Any:
+  """`step(g, mu, nu)`, of a large stack of layers one after the other, in the memory of `g`.
+
+  A step takes many temporaries, each of the size of what is stepped.
+  """
+  layers, entries = g.shape[0] if g.ndim > 2 else 1, g.size
+  if entries < LARGE or not isinstance(mu, Moment) or entries // layers % BLOCK:
+    return step(g, mu, nu)
+  split = lambda moment: moment.replace(absmax=moment.absmax.reshape(layers, -1))
+  join = lambda moment: moment.replace(absmax=moment.absmax.reshape(-1))
+
+  def body(i: jax.Array, carry: Any) -> Any:
+    stepped = step(*jax.tree.map(lambda x: x[i], carry))
+    return jax.tree.map(lambda whole, x: whole.at[i].set(x), carry, stepped)
+
+  start = (g.astype(jnp.float32), split(mu), split(nu))
+  new, mu, nu = jax.lax.fori_loop(0, layers, body, start)
+  return new, join(mu), join(nu)
 
 
 def _correction(b: float, count: jax.Array) -> jax.Array:

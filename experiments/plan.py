@@ -1,0 +1,90 @@
+"""Says what a training step takes of a device's memory and time, without the device or the weights.
+
+  python -m experiments.plan --config=configs/causal_lm.py:quant=nf4,method=lora \\
+    --model=llama-7b --topology=v5e:2x4 --mesh=fsdp:-1 --config.model.dtype=bfloat16
+
+Compiles the step that `experiments.train` would run, from shapes alone: by the TPU compiler for
+chips that are not there (pip install 'peftjax[tpu-aot]'), or with --topology=local for this
+machine. A program takes it some minutes. Any field of the config is a flag, as for training;
+--config.train.batch_size and --config.data.max_length are the shape of a batch.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import runtime
+from experiments.planning import chips
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/causal_lm.py[:ARGUMENT].")
+MODEL = flags.DEFINE_string(
+  "model", "", "llama-7b, llama-13b, llama-33b or llama-65b; by default the model of the config."
+)
+TOPOLOGY = flags.DEFINE_string(
+  "topology", "local", "Chips: v5e:2x4, v5p:2x2x1, v4:2x2x1, v6e:2x4, ...; or this machine's."
+)
+DEVICES = flags.DEFINE_integer("devices", None, "How many of them; by default all.")
+MESH = flags.DEFINE_string(
+  "mesh", "", 'As for training, e.g. "fsdp:-1"; by default all along data.'
+)
+BASE_DTYPE = flags.DEFINE_string(
+  "base_dtype", "bfloat16", "Of the pretrained arrays that are not quantised."
+)
+OUT = flags.DEFINE_string("out", None, "Append the plan to this file, as a line of JSON.")
+PICTURE = flags.DEFINE_string(
+  "picture", None, "Draw the bytes by class into this file (.png, .svg)."
+)
+
+
+@runtime.readable_errors()
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
+  chips.prepare(TOPOLOGY.value)
+  runtime.set_up(CONFIG.value.get("compilation_cache"))
+  from experiments.planning import costs, show
+  from experiments.planning.model import planned
+  from peftjax import sharding
+  from peftjax.training import process
+  from peftjax.training.settings import from_config
+
+  settings = from_config(CONFIG.value)
+  devices = chips.devices_of(TOPOLOGY.value, DEVICES.value)
+  mesh = sharding.make_mesh(MESH.value or "data:-1", devices)
+  rows, length = settings.train.batch_size, settings.data.max_length
+  step = planned(settings, MODEL.value, BASE_DTYPE.value, rows, length, mesh)
+  chip = None if TOPOLOGY.value == "local" else chips.chip_of(TOPOLOGY.value)
+  show.before(step, chip)
+  started = time.perf_counter()
+  with show.waiting():
+    compiled = step.compile()
+  found = costs.memory(step, compiled)
+  row = {
+    "command": " ".join(["python -m experiments.plan", *sys.argv[1:]]),
+    "commit": process.commit(),
+    "chip": chip.name if chip else devices[0].device_kind,
+    "devices": len(devices),
+    "rows": rows,
+    "length": length,
+    "bytes": found,
+    **costs.estimate(step, compiled, chip),
+    **(costs.fits(found, rows, chip) if chip else {}),
+    "compile_seconds": round(time.perf_counter() - started, 1),
+  }
+  show.after(row)
+  if OUT.value:
+    with Path(OUT.value).open("a", encoding="utf-8") as file:
+      file.write(json.dumps(row, sort_keys=True) + "\n")
+  if PICTURE.value:
+    show.picture([row], Path(PICTURE.value))
+  if chip and not row["fits"]:
+    raise ValueError(show.excess(row, chip))
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main, flags_parser=runtime.parse_flags)

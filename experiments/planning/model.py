@@ -1,0 +1,142 @@
+"""The model of a plan: shapes alone, of a named size or of a directory's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import peftjax as pj
+from peftjax import linen, sharding
+from peftjax.core import ranges, tree
+from peftjax.models import hf_config, pretrained
+from peftjax.training import causal_lm
+from peftjax.training.program import Program
+from peftjax.training.settings import Settings
+
+# Width, layers, heads, width of the feed-forward layer: Touvron et al. 2023, arXiv 2302.13971,
+# table 2 and its code.
+LLAMA: Mapping[str, tuple[int, int, int, int]] = {
+  "llama-7b": (4096, 32, 32, 11008),
+  "llama-13b": (5120, 40, 40, 13824),
+  "llama-33b": (6656, 60, 52, 17920),
+  "llama-65b": (8192, 80, 64, 22016),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """A training step of shapes.
+
+  Attributes:
+    module: of the model.
+    program: of the run.
+    state, frozen, batch, key: what the step takes: shapes, dtypes and, on a mesh, shardings.
+    mesh: of all of them.
+    layers: layers, for what is counted a layer.
+  """
+
+  module: Any
+  program: Program
+  state: Any
+  frozen: Any
+  batch: Any
+  key: Any
+  mesh: Mesh
+
+  def compile(self) -> Any:
+    return self.program.step.lower(self.state, self.frozen, self.batch, self.key).compile()
+
+
+def planned(
+  settings: Settings, name: str, base_dtype: str, rows: int, length: int, mesh: Mesh
+) -> Planned:
+  """The step of a language model that a run with these settings would compile.
+
+  Args:
+    settings: of a task "causal_lm"; its data is not read.
+    name: a key of `LLAMA`; "" for the model of the settings.
+    base_dtype: of the arrays of the base that are not quantised.
+    rows, length: of a batch.
+    mesh: of the devices.
+
+  Raises:
+    ValueError: another task, an unknown size, more tokens than positions, or a batch or a length
+      that the mesh does not divide.
+  """
+  if settings.task != "causal_lm":
+    raise ValueError(f"plans are made for task=causal_lm, not {settings.task}")
+  ranges.one_of("base_dtype", base_dtype, ("float32", "bfloat16", "float16"))
+  module = _module(settings, name, length)
+  for what, size, names in (("rows", rows, ("data", "fsdp")), ("tokens", length, ("sequence",))):
+    ways = sharding.ways(names, mesh)
+    if size % ways:
+      raise ValueError(f"{size} {what} cannot be split {ways} ways ({' x '.join(names)})")
+  params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, base_dtype), params)
+  layout = linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+  if (fmt := settings.quant.format()) is not None:
+    params = pj.quantize(params, fmt, settings.quant.targets, layout)
+  method = settings.build_method()
+  params = method.attach(jax.random.key(0), params, layout)
+  params = sharding.named(_placed(params, sharding.shardings(params, mesh)), mesh)
+  train, frozen = tree.partition(params, method.trainable(params))
+  batch = {
+    field: jax.ShapeDtypeStruct((rows, length), dtype)
+    for field, dtype in (
+      ("tokens", jnp.int32),
+      ("segments", jnp.int32),
+      ("positions", jnp.int32),
+      ("weights", jnp.float32),
+    )
+  }
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  program = Program(settings, causal_lm.KIND, module, method, train, 1000, mesh)
+  return Planned(
+    module,
+    program,
+    program.abstract(train),
+    frozen,
+    _placed(batch, sharding.batch_shardings(batch, mesh)),
+    _placed(key, NamedSharding(mesh, P())),
+    mesh,
+  )
+
+
+def _module(settings: Settings, name: str, length: int) -> Any:
+  if name and name not in LLAMA:
+    raise ValueError(f"--model={name} is none of {', '.join(LLAMA)}")
+  if name:
+    width, layers, heads, ffn = LLAMA[name]
+    where = f"--model={name}"
+    config: dict[str, Any] = dict(
+      model_type="llama",
+      vocab_size=32_000,
+      hidden_size=width,
+      num_hidden_layers=layers,
+      num_attention_heads=heads,
+      intermediate_size=ffn,
+      max_position_embeddings=max(2048, length),
+      tie_word_embeddings=False,
+    )
+  else:
+    path = settings.model.path()
+    config, where = pretrained.config_of(path), str(path)
+  fields = hf_config.read(config, where)
+  family = pretrained.FAMILIES[fields.model_type]
+  module = family.MODEL(family.CONFIG.from_hf(config, where, **settings.model.options()))
+  if length > module.config.max_length:
+    raise ValueError(f"{where} has {module.config.max_length} positions, fewer than {length}")
+  return module
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+  if isinstance(places, NamedSharding):
+    return jax.ShapeDtypeStruct(shapes.shape, shapes.dtype, sharding=places)
+  give = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(give, shapes, places)
