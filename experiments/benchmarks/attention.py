@@ -8,7 +8,7 @@ and not; float32, one row. For every length:
   time    milliseconds, compiled; the least of several turns, the kernels taking turns
   memory  MiB of the compiled program's temporaries
 
-The length from which `peftjax.nn.attention` takes the blocks comes from here. About six minutes on
+The length from which `peftjax.nn.attention` takes the blocks comes from here. About two minutes on
 two cores that nothing else uses.
 """
 
