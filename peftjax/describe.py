@@ -15,6 +15,7 @@ from rich.table import Table
 from peftjax.core import paths, tree
 from peftjax.core.weight import is_weight
 from peftjax.linen import apply
+from peftjax.nn.attention import kernels_used
 
 
 class Leaf(NamedTuple):
@@ -30,7 +31,14 @@ class Leaf(NamedTuple):
 
 
 class Description(tuple[Leaf, ...]):
-  """Rows of `Leaf`; prints as a table with totals."""
+  """Rows of `Leaf`; prints as a table with totals.
+
+  Attributes:
+    attention: the kernels that the traced model's attention computes with, keys of
+      `nn.attention.KERNELS`.
+  """
+
+  attention: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     table = Table(box=None, pad_edge=False)
@@ -42,7 +50,8 @@ class Description(tuple[Leaf, ...]):
     table.add_row("total", "", "", "", f"{totals[0]:,}", f"{totals[1]:,}", "", style="bold")
     text = io.StringIO()
     Console(file=text, width=160).print(table)
-    return text.getvalue()
+    kernels = f"attention: {', '.join(self.attention)}\n" if self.attention else ""
+    return text.getvalue() + kernels
 
 
 def describe(
@@ -58,12 +67,14 @@ def describe(
     params: a parameter tree, of arrays or `jax.ShapeDtypeStruct`.
     trainable: a mask, as `method.trainable(params)` gives it.
     model, example: a linen module and inputs for it. They are traced once, abstractly, to say of
-      every `Weight` whether the model computes with its factors or with the dense array.
+      every `Weight` whether the model computes with its factors or with the dense array, and of
+      attention which kernel rows of that length take.
   """
   flags = trainable if trainable is not None else jax.tree.map(lambda _: False, params)
   chosen = tree.restore_ranks(tree.partition(params, flags)[0], params)
   counts = {p: _count(leaf) for p, leaf in paths.leaves(chosen).items()}
-  computed = _trace(model, params, example) if model is not None else {}
+  with kernels_used() as kernels:
+    computed = _trace(model, params, example) if model is not None else {}
   flat = paths.leaves(params)
   heads = [
     Leaf(path, f"tied to {head.of}", tuple(table.shape[::-1]), str(table.dtype), 0, 0, "")
@@ -82,7 +93,9 @@ def describe(
     )
     for path, leaf in flat.items()
   ]
-  return Description((*rows, *heads))
+  description = Description((*rows, *heads))
+  description.attention = tuple(sorted(kernels))
+  return description
 
 
 def _count(leaf: Any) -> int:

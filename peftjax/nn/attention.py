@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -21,6 +24,19 @@ KERNELS: dict[str, Any] = {
   "blockwise": blockwise_attention,
   "splash": splash.splash_attention,
 }
+
+# What the calls that `kernels_used` surrounds computed with so far.
+_used: ContextVar[set[str]] = ContextVar("_used")
+
+
+@contextlib.contextmanager
+def kernels_used() -> Iterator[set[str]]:
+  """The keys of `KERNELS` that `attention` takes inside."""
+  token = _used.set(set())
+  try:
+    yield _used.get()
+  finally:
+    _used.reset(token)
 
 
 def kernel_name(mask: AttentionMask, length: int, *, dropout: bool = False) -> str:
@@ -72,4 +88,6 @@ def attention(
   """
   key = None if keep_level(rate) == 256 else key
   name = kernel_name(mask, q_BTD.shape[1], dropout=key is not None)
+  if (used := _used.get(None)) is not None:
+    used.add(name)
   return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)

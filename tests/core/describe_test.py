@@ -7,6 +7,8 @@ import pytest
 
 import peftjax as pj
 from peftjax.models.bert import BertClassifier
+from peftjax.nn.attention import attention
+from peftjax.nn.mask import AttentionMask
 from tests.models import tiny
 
 
@@ -74,3 +76,18 @@ def test_it_prints_as_a_table_with_totals(rows):
   assert lines[0].split() == ["path", "type", "shape", "dtype", "bytes", "trainable", "computed"]
   assert len(lines) == 1 + 5 + 1
   assert lines[-1].split() == ["total", "312", f"{pj.count(PARAMS)}"]
+
+
+def test_the_kernel_of_attention_is_that_of_the_examples_length():
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      q, k, v = (nn.Dense(4, name=name)(x) for name in "qkv")
+      return attention(q, k, v, AttentionMask(jnp.ones(x.shape[:2], bool)), 2)
+
+  text = lambda length: jax.ShapeDtypeStruct((1, length, 4), jnp.float32)
+  params = jax.eval_shape(Layer().init, jax.random.key(0), text(1))["params"]
+  found = [pj.describe(params, model=Layer(), example=[text(length)]) for length in (8, 4096)]
+  assert [f.attention for f in found] == [("dense",), ("blockwise",)]
+  assert str(found[1]).endswith("attention: blockwise\n")
+  assert pj.describe(params).attention == () and "attention:" not in str(pj.describe(params))

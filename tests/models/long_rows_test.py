@@ -12,8 +12,8 @@ from tests.core.programs import jit
 from tests.models import tiny
 from tests.models.decoder_test import load
 
+pytestmark = pytest.mark.slow(reason="the kernel and the models have fast laws of their own")
 T = 14
-RARE = pytest.mark.slow(reason="other families and methods")
 SEGMENTS = jnp.asarray([[1] * 5 + [2] * 9, [1] * 14])
 POSITIONS = jnp.concatenate([jnp.arange(5), jnp.arange(9)])[None].repeat(2, 0)
 
@@ -41,9 +41,9 @@ def in_blocks(monkeypatch):
   "family, method",
   [
     ("mistral_tiny", "prefix"),  # its window is 4
-    pytest.param("llama3_tiny", "prompt", marks=RARE),
-    pytest.param("gpt2_tiny", "prefix", marks=RARE),
-    pytest.param("gpt2_tiny", "prompt", marks=RARE),
+    ("llama3_tiny", "prompt"),
+    ("gpt2_tiny", "prefix"),
+    ("gpt2_tiny", "prompt"),
   ],
 )
 def test_packed_decoders_have_the_same_logits_and_gradients(family, method, in_blocks):
@@ -63,7 +63,6 @@ def test_packed_decoders_have_the_same_logits_and_gradients(family, method, in_b
   chex.assert_trees_all_close(*in_blocks(run), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow(reason="encoders take the same path")
 def test_encoders_have_the_same_hidden_states(in_blocks):
   model = pj.models.bert.BertClassifier(tiny.config())
   params = model.init(jax.random.key(0), tiny.TOKENS)["params"]

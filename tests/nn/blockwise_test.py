@@ -74,13 +74,17 @@ RARE = pytest.mark.slow(reason="more kinds of sight")
 
 @pytest.mark.parametrize(
   "name, length, mask",
-  [pytest.param(*case, id=case[0], marks=[RARE] if i > 2 else []) for i, case in enumerate(CASES)],
+  [
+    pytest.param(*case, id=case[0], marks=[RARE] if i not in (0, 2) else [])
+    for i, case in enumerate(CASES)
+  ],
 )
 def test_values_and_gradients_are_those_of_whole_rows(name, length, mask):
   ours, theirs = jit(both)(mask, *inputs(length, mask.valid.shape[1]))
   chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(reason="the same law in another dtype")
 def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
   mask = CASES[0][2]
   given = inputs(37, 37, jnp.bfloat16)
@@ -201,12 +205,11 @@ def test_under_vmap_with_keys_and_masks_of_their_own():
   )
 
 
-def temporaries(length, kernel=None):
+def temporaries(length):
   """Bytes that value and gradients of one layer's attention take, of what users compile."""
   q, k = (jax.ShapeDtypeStruct((1, length, n * 64), jnp.float32) for n in (9, 3))
   mask = AttentionMask.of_decoder(jnp.ones((1, length), bool))
-  call = kernel or (lambda *a: attention(*a))
-  fn = lambda *a: jnp.square(call(*a, mask, 9, 3)).sum()
+  fn = lambda *a: jnp.square(attention(*a, mask, 9, 3)).sum()
   program = fused(jax.value_and_grad(fn, (0, 1, 2))).lower(q, k, k).compile()
   return program.memory_analysis().temp_size_in_bytes
 
@@ -216,9 +219,6 @@ def test_memory_grows_linearly_with_length():
   assert long <= 4 * short, (short, long)
   scores = 9 * 4096 * 4096 * 4
   assert long < scores / 8
-  # The measure finds what grows faster.
-  dense = temporaries(1024, lambda *a: dense_attention(*a, None, 0.0))
-  assert dense > 4 * short
 
 
 def test_long_rows_are_computed_in_blocks_and_short_and_cached_ones_whole():

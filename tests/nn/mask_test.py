@@ -16,15 +16,20 @@ POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 0, 1, 2, 0]])
 
 def test_causal_is_earlier_tokens_of_a_segment_in_the_window_and_no_padding():
   valid = jnp.array([[0, 1, 1, 1]], bool)
-  mask = AttentionMask.of_decoder(valid, jnp.array([[1, 1, 1, 2]]), window=2)
-  assert (mask.bias(4)[0, 0] == 0).tolist() == [
+
+  @jit
+  def biases(segments, first):
+    packed = AttentionMask.of_decoder(valid, segments, window=2)
+    return packed.bias(4), AttentionMask.of_decoder(valid, first=first).bias(1)
+
+  packed, one = biases(np.array([[1, 1, 1, 2]]), np.int32(2))
+  assert (packed[0, 0] == 0).tolist() == [
     [False, False, False, False],
     [False, True, False, False],
     [False, True, True, False],
     [False, False, False, True],
   ]
-  one = AttentionMask.of_decoder(valid, first=jnp.int32(2)).bias(1)[0, 0] == 0
-  assert one.tolist() == [[False, True, True, False]]
+  assert (one[0, 0] == 0).tolist() == [[False, True, True, False]]
 
 
 def defined(prefix, first=0, length=S, segments=None, positions=None, window=None, common=0):
