@@ -1,11 +1,15 @@
 """Attention block by block: equal to that over whole rows, and linear in memory."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from peftjax import sharding
 from peftjax.nn.attention import MANY_SCORES, attention, kernel_name
 from peftjax.nn.blockwise import blockwise_attention
 from peftjax.nn.dense_attention import dense_attention
@@ -228,3 +232,19 @@ def test_long_rows_are_computed_in_blocks_and_short_and_cached_ones_whole():
   assert used == ["dense", "dense", "blockwise", "blockwise"]
   assert kernel_name(mask(edge).behind_prefix(2), edge - 1) == "blockwise"
   assert kernel_name(mask(8 * edge, first=jnp.int32(0)), 8 * edge) == "dense"
+
+
+@pytest.mark.slow(reason="compiles for eight devices")
+def test_on_a_mesh_rows_and_heads_stay_where_they_are():
+  """The same gradients, and nothing is sent."""
+  mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+  rows = sharding.batch_sharding(mesh)
+  args = [draw(4, 40, n * H) for n in (4, 2, 2, 4)]
+  mask = AttentionMask.of_decoder(jnp.ones((4, 40), bool))
+  run = lambda *a: blockwise_attention(*a, 4, 2, **SMALL)
+  grads = jax.grad(lambda q, k, v, g, mask: (run(q, k, v, mask) * g).sum(), (0, 1, 2))
+  heads = NamedSharding(mesh, PartitionSpec(*rows.spec, None, "tensor"))
+  split = *(jax.device_put(x, heads) for x in args), jax.device_put(mask, rows)
+  program = jit(grads).lower(*split).compile()
+  chex.assert_trees_all_close(program(*split), jit(grads)(*args, mask), rtol=1e-5, atol=1e-5)
+  assert not re.search(r"all-|collective-|reduce-scatter", program.as_text())
