@@ -9,6 +9,7 @@ PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 UV = uv==0.13.9
 TORCH = torch==2.13.0
 LIBTPU = libtpu==0.0.42.*
+PLAN = $(BIN)/python -m experiments.plan --config.model.dtype=bfloat16 --config=configs/causal_lm.py
 LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header
@@ -64,6 +65,13 @@ bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=F
 	$(BIN)/python -m experiments.benchmarks.qlora_step $(ARGS)
 	$(BIN)/python -m experiments.benchmarks.whole_run $(ARGS)
 
+plan: .venv/.tpu ## Say what steps take of TPUs that are not there (65B on one chip, 7B on eight)
+	$(PLAN):quant=nf4,method=lora --model=llama-65b --topology=v5p:2x2x1 --devices=1 \
+	  --config.optimizer.name=adamw8bit --config.method.rank=64 \
+	  --config.train.batch_size=1 --config.data.max_length=512 $(ARGS)
+	$(PLAN):quant=none,method=lora --model=llama-7b --topology=v5e:2x4 --mesh=fsdp:-1 \
+	  --config.method.rank=64 --config.train.batch_size=8 --config.data.max_length=4096 $(ARGS)
+
 claims: .venv/.installed ## Measure what the text this project started from says (ARGS=--only=lora)
 	$(BIN)/python -m experiments.claims $(ARGS)
 
@@ -105,15 +113,19 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 
 # torch goes first and by its exact name, so that pip's own settings (find-links, index) choose the
 # build: the default one on Linux brings gigabytes of CUDA. The constraints hold the locked versions.
-# The TPU compiler, in the version that the locked jax asks for, lies apart: jax warns where it sees it.
-.venv/.parity: .venv/.installed
+.venv/.parity: .venv/.tpu
 	@echo "Adding torch, transformers, peft and bitsandbytes to .venv ..."
 	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > .venv/constraints.txt
 	@set -e; t0=$$(date +%s); \
 	$(PIP) install -c .venv/constraints.txt $(TORCH); \
 	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[parity]'; \
-	$(PIP) install --no-deps --upgrade --target .venv/tpu '$(LIBTPU)'; \
 	echo "Added in $$(($$(date +%s) - t0)) s."
+	@touch $@
+
+# The TPU compiler, in the version that the locked jax asks for, lies apart: jax warns where it sees it.
+.venv/.tpu: .venv/.installed
+	@echo "Adding the TPU compiler to .venv/tpu ..."
+	@$(PIP) install --no-deps --upgrade --target .venv/tpu '$(LIBTPU)'
 	@touch $@
 
 # Each direct dependency at its lower bound, what they need at its newest.
@@ -130,4 +142,4 @@ build/oldest/.installed: pyproject.toml
 	echo "Installed in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart qlora install test test-all oldest fuzz lint format parity bench claims lock clean
+.PHONY: help quickstart qlora install test test-all oldest fuzz lint format parity bench plan claims lock clean

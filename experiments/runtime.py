@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import runpy
+import shlex
 import socket
 import sys
 import threading
@@ -85,6 +86,8 @@ def join(distributed: str) -> None:
       f"--distributed={distributed} is not off, auto or ADDRESS,COUNT,ID, such as "
       "--distributed=localhost:9876,2,0"
     )
+  # Without it JAX aborts where a peer is gone; so its collectives fail, and `watch` sees the rest.
+  jax.config.update("jax_enable_recoverability", True)
   try:
     jax.distributed.initialize(**given)
   except ValueError as error:
@@ -97,6 +100,24 @@ def join(distributed: str) -> None:
     raise ValueError(
       f"--distributed={distributed}: the other processes are not there: {told}"
     ) from None
+  from peftjax.training import peers
+
+  peers.watch(_end_alone)
+
+
+def _end_alone() -> None:
+  """Ends this process where a peer is gone: at once, as JAX would wait for it in the end."""
+  _say(
+    "error: a process that shares this run is gone, and without it this one ends. Run the same "
+    f"command in every process again to go on from the last checkpoint: {_command()}"
+  )
+  os._exit(1)
+
+
+def _command() -> str:
+  module = getattr(sys.modules.get("__main__"), "__spec__", None)
+  named = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
+  return shlex.join([*named, *sys.argv[1:]])
 
 
 def _find(address: str) -> None:
@@ -107,6 +128,7 @@ def _find(address: str) -> None:
   """
   host, _, port = address.rpartition(":")
   until = time.monotonic() + _PATIENCE
+  told = False
   while True:
     try:
       socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -117,6 +139,9 @@ def _find(address: str) -> None:
           f"no process 0 listens at {address} ({error}), {_PATIENCE:.0f} s long. Start it, or name "
           "where it is: --distributed=ADDRESS,COUNT,ID"
         ) from None
+    if not told and time.monotonic() > until - _PATIENCE + 5:
+      _say(f"waiting for process 0 at {address}, at most {_PATIENCE:.0f} s ...")
+      told = True
     time.sleep(0.2)
 
 
@@ -125,6 +150,20 @@ def is_main() -> bool:
   import jax
 
   return jax.process_index() == 0
+
+
+def shared() -> bool:
+  """Whether several processes share this run."""
+  import jax
+
+  return jax.distributed.is_initialized()
+
+
+def _leave() -> None:
+  if "jax" in sys.modules and shared():
+    from peftjax.training import peers
+
+    peers.leave()
 
 
 def keep_programs(directory: str | None) -> None:
@@ -154,6 +193,7 @@ def readable_errors() -> Iterator[None]:
   try:
     yield
     sys.stdout.flush()
+    _leave()
   except BaseException as error:
     if os.environ.get("PEFTJAX_TRACEBACK"):
       raise
@@ -173,6 +213,7 @@ def _end(error: BaseException) -> int | None:
   if loop is not None and isinstance(error, loop.Stopped):
     if is_main():
       _say(str(error), sys.stdout)
+    _leave()
     return 0
   if isinstance(error, BrokenPipeError):  # whoever read has had enough; Python flushes once more
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -188,6 +229,8 @@ def _end(error: BaseException) -> int | None:
     _say(f"error: {disk.sentence(error)}")
   elif isinstance(error, ValueError | FloatingPointError):
     _say(f"error: {error}")
+  elif type(error).__name__ == "JaxRuntimeError" and shared():
+    _end_alone()
   elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
     told = (str(error).splitlines() or [""])[0][:300]
     _say(f"error: out of memory. Try a smaller batch or model. {told}".rstrip())

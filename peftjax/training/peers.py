@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from peftjax.io import disk
@@ -22,6 +28,51 @@ _TOLD: Mapping[str, Callable[[str], Exception]] = {
   "DiskError": disk.DiskError,
   "FloatingPointError": FloatingPointError,
 }
+
+
+# Seconds between signs of life, and without one until a process counts as gone.
+_SIGN, _GONE = 5.0, 60.0
+
+
+def watch(gone: Callable[[], None]) -> None:
+  """Calls `gone`, in a thread, where one of the processes gives no sign of life for a minute.
+
+  A collective may wait for it for ever. Each process counts up a number that all can read.
+  """
+  client, me = _client(), jax.process_index()
+  others = [i for i in range(jax.process_count()) if i != me]
+
+  def look() -> None:
+    seen = dict.fromkeys(others, ("", time.monotonic()))
+    for beat in itertools.count():
+      try:
+        client.key_value_set(f"peftjax/alive/{me}", str(beat), allow_overwrite=True)
+        found = dict(client.key_value_dir_get("peftjax/alive/"))
+      except Exception:  # process 0, which keeps the numbers, is gone, or this run has ended
+        found = {}
+      now = time.monotonic()
+      for i in others:
+        said = found.get(f"peftjax/alive/{i}", "")
+        if said and said != seen[i][0]:
+          seen[i] = said, now
+        if now - seen[i][1] > _GONE:
+          return gone()
+      time.sleep(_SIGN)
+
+  threading.Thread(target=look, name="peers", daemon=True).start()
+
+
+def leave() -> None:
+  """Waits until all are about to end: process 0 keeps what the others ask, and ends last."""
+  _client().wait_at_barrier("peftjax/end", int(_GONE * 1000))
+  if jax.process_index():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _client() -> Any:
+  return distributed.global_state.client
 
 
 class Peers:
