@@ -14,25 +14,16 @@
 # system that all nodes share. PYTHON names the interpreter (.venv/bin/python). With --dry_run as the
 # first flag it prints what it would run, and needs no SLURM.
 set -euo pipefail
+source launch/flags.sh # not beside this file: SLURM runs a copy of it, in the folder of sbatch
+read_dry_run "$@"
+read_flags "${rest[@]}"
 
-dry_run=false
-if [[ ${1-} == --dry_run ]]; then
-  dry_run=true
-  shift
-fi
-workdir=""
-for flag in "$@"; do
-  [[ $flag == --workdir=* ]] && workdir=${flag#--workdir=}
-done
-[[ $workdir ]] || { echo "slurm.sh: write --workdir=DIR, on a file system of all nodes" >&2; exit 2; }
-
-command=(srun "${PYTHON:-.venv/bin/python}" -m experiments.train --distributed=auto "$@")
+command=(srun "$python" -m experiments.train --distributed=auto "${flags[@]}")
 if $dry_run; then
-  printf '%q ' "${command[@]}"
-  echo
+  quoted "${command[@]}"
   exit
 fi
 "${command[@]}"
-if [[ ! -e $workdir/result.json ]]; then # it was asked to stop, and has saved
+if ! finished; then # it was asked to stop, and has saved
   scontrol requeue "$SLURM_JOB_ID"
 fi

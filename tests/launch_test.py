@@ -1,39 +1,166 @@
-"""Scripts that start runs elsewhere: what they would run, and a real SLURM of one node."""
+"""Scripts that start runs: what they would run, and a real SLURM of one node."""
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
+import yaml
 
 from tests import tiny
 from tests.training import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
-SLURM = ROOT / "launch" / "slurm.sh"
+LAUNCH = ROOT / "launch"
+SLURM = LAUNCH / "slurm.sh"
+# Of what they take: a workdir, and a value that a shell would split.
+FLAGS = ["--config=a.py", "--workdir=/s/run", "--config.data.name=c d"]
+# And what they make of it.
+GIVEN = "--config=a.py --workdir=/s/run --config.data.name=c\\ d"
+CACHE = "--config.compilation_cache=/s/run.programs"
+TRAIN = ".venv/bin/python -m experiments.train"
+TPU = dict(TPU_NAME="pod", TPU_PROJECT="p", TPU_ZONE="z", TPU_TYPE="v5litepod-16", TPU_RUNTIME="r")
 
 
 def shell(*command, env=None):
+  inherited = {key: value for key, value in os.environ.items() if key != "PYTHON"}
   return subprocess.run(
     [*map(str, command)],
     cwd=ROOT,
-    env={**os.environ, **(env or {})},
+    env={**inherited, **(env or {})},
     capture_output=True,
     text=True,
   )
 
 
-def test_what_slurm_would_run():
-  """The flags go to experiments.train as they are."""
-  told = shell(SLURM, "--dry_run", "--config=a.py", "--workdir=/b", "--config.data.name=c d")
-  assert told.returncode == 0 and told.stdout == (
-    "srun .venv/bin/python -m experiments.train --distributed=auto --config=a.py --workdir=/b "
-    "--config.data.name=c\\ d \n"
+def would_run(script, *flags, env=None):
+  """The lines that it prints."""
+  told = shell(LAUNCH / script, "--dry_run", *flags, env=env)
+  assert (told.returncode, told.stderr) == (0, "")
+  return told.stdout.splitlines()
+
+
+def test_what_scripts_that_need_nothing_else_would_run():
+  """Flags go to experiments.train as they are, and programs are kept beside the workdir."""
+  assert would_run("slurm.sh", *FLAGS) == [f"srun {TRAIN} --distributed=auto {GIVEN} {CACHE}"]
+  assert would_run("local.sh", 2, *FLAGS) == [
+    f"{TRAIN} --distributed=localhost:PORT\\,2\\,{index} {GIVEN} {CACHE}" for index in range(2)
+  ]
+  assert would_run("container.sh", "--distributed=auto", *FLAGS, env={"PYTHON": "python"}) == [
+    f"python -m experiments.train --distributed=auto {GIVEN} {CACHE}"
+  ]
+
+
+@pytest.mark.parametrize(
+  "flags", [["--workdir=gs://b/run"], [FLAGS[1], "--config.compilation_cache="]]
+)
+def test_where_programs_are_kept_is_left_to_who_says_it_and_to_the_config_in_a_bucket(flags):
+  assert would_run("slurm.sh", *flags) == [" ".join([f"srun {TRAIN} --distributed=auto", *flags])]
+
+
+def tpus(*words):
+  """A line of `gcloud compute tpus`, as a shell reads it."""
+  return ["gcloud", "compute", "tpus", *words[:2], "--project=p", "--zone=z", *words[2:]]
+
+
+def test_what_the_script_of_cloud_tpus_would_run():
+  asked = tpus(
+    *("queued-resources", "create", "pod", "--node-id=pod"),
+    "--accelerator-type=v5litepod-16",
+    "--runtime-version=r",
+    "--spot",
+    "--async",
   )
-  told = shell(SLURM, "--dry_run", "--config=a.py", env={"PYTHON": "python3"})
-  assert told.returncode == 2 and "write --workdir=DIR" in told.stderr
+  brought = tpus("tpu-vm", "scp", "peftjax.bundle", "pod:peftjax.bundle", "--worker=all")
+  set_up = tpus(
+    *("tpu-vm", "ssh", "pod", "--worker=all"),
+    "--command=git init -q peftjax && cd peftjax && git fetch -q ../peftjax.bundle HEAD && "
+    "git checkout -q --detach FETCH_HEAD && launch/tpu_worker.sh install",
+  )
+
+  def on(worker, words):
+    command = f"--command=cd peftjax && launch/tpu_worker.sh {words}"
+    return tpus("tpu-vm", "ssh", "pod", f"--worker={worker}", command)
+
+  start, follow = on("all", f"start {GIVEN}"), on(0, "follow")
+  finished = on(0, f"finished {GIVEN}")
+  wanted = {
+    ("create",): [asked],
+    ("setup",): [brought, set_up],
+    ("run", *FLAGS): [start, follow],
+    ("logs",): [follow],
+    ("logs", "3"): [on(3, "follow")],
+    ("resume", *FLAGS): [asked, brought, set_up, start, follow, finished],
+    ("delete",): [tpus("queued-resources", "delete", "pod", "--force", "--quiet")],
+  }
+  for words, lines in wanted.items():
+    told = would_run("tpu_vm.sh", *words, env={**TPU, "TPU_SPOT": "true"})
+    assert [shlex.split(line) for line in told] == lines
+  assert "--spot" not in would_run("tpu_vm.sh", "create", env=TPU)[0]
+
+
+def test_what_the_job_of_ray_would_run():
+  """Without Ray."""
+  told = shell(sys.executable, LAUNCH / "ray_job.py", "--dry_run", 2, "GPU:8", *FLAGS)
+  assert told.returncode == 0, told.stderr
+  assert [shlex.split(line) for line in told.stdout.splitlines()] == [
+    ["GPU:8:", "bash", "launch/container.sh", f"--distributed=HOST:PORT,2,{index}", *FLAGS]
+    for index in range(2)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("command", "told"),
+  [
+    (["slurm.sh", "--config=a.py"], "slurm.sh: write --workdir=DIR"),
+    (["local.sh", "2", "--config=a.py"], "local.sh: write --workdir=DIR"),
+    (["local.sh", *FLAGS], "write how many processes first"),
+    (["container.sh"], "write --workdir=DIR"),
+    (["tpu_vm.sh", "start"], "tpu_vm.sh create "),
+    (["tpu_vm.sh", "create"], "TPU_NAME is not set"),
+    (["tpu_worker.sh"], "tpu_worker.sh install "),
+    (["ray_job.py", "GPU:8", "2", *FLAGS], "write how many nodes and what each gives"),
+    (["ray_job.py", "2", "GPU:8"], "write --workdir=DIR"),
+  ],
+)
+def test_what_is_missing_is_told(command, told):
+  python = [sys.executable] if command[0].endswith(".py") else []
+  found = shell(*python, LAUNCH / command[0], *command[1:], env={"TPU_NAME": ""})
+  assert found.returncode != 0 and told in found.stderr and found.stdout == ""
+
+
+def test_the_manifest_starts_what_the_image_does():
+  """Its fields have the names of JobSet and Job; its flags are those of experiments.train."""
+  manifest = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+  assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+  assert set(manifest["spec"]) == {"failurePolicy", "replicatedJobs"}
+  [jobs] = manifest["spec"]["replicatedJobs"]
+  assert set(jobs) == {"name", "replicas", "template"}
+  job = jobs["template"]["spec"]
+  assert job["parallelism"] == job["completions"] and job["backoffLimit"] == 0
+  pod = job["template"]["spec"]
+  [container] = pod["containers"]
+  assert pod["restartPolicy"] == "Never"
+  [_, code] = job["podFailurePolicy"]["rules"]
+  assert code["onExitCodes"]["containerName"] == container["name"]
+  [saved] = code["onExitCodes"]["values"]
+  assert f"exit {saved}\n" in (LAUNCH / "container.sh").read_text()
+  [mount], [volume] = container["volumeMounts"], pod["volumes"]
+  assert mount["name"] == volume["name"]
+  [workdir] = [x for x in container["args"] if x.startswith(f"--workdir={mount['mountPath']}/")]
+  # On GPUs the nodes name process 0 themselves, by the name that JobSet gives its node.
+  head = f"{manifest['metadata']['name']}-{jobs['name']}-0-0.{manifest['metadata']['name']}"
+  assert (
+    f"--distributed={head}:8476,{job['completions']},$(JOB_COMPLETION_INDEX)"
+    in (LAUNCH / "jobset.yaml").read_text()
+  )
+  assert "command" not in container
+  assert '\nENTRYPOINT ["launch/container.sh"]\n' in (LAUNCH / "Dockerfile").read_text()
+  assert would_run("container.sh", *container["args"])[0].startswith(f"{TRAIN} --distributed=auto")
 
 
 @pytest.fixture

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Trains in several processes of this machine. The first argument says how many, the flags are those of
+# experiments.train:
+#
+#   launch/local.sh 2 --config=configs/classify.py:method=lora,data=bbc --workdir=runs/two --mesh=data:-1
+#
+# Process 0 prints; what another one complains of has its number before it. SIGTERM and Ctrl-C reach
+# each process once: they save and end with 0. If one dies, the others are ended. The same command goes
+# on. The exit code is the largest of theirs. PYTHON names the interpreter (.venv/bin/python). With
+# --dry_run as the first flag it prints what it would run.
+set -euo pipefail
+source launch/flags.sh
+read_dry_run "$@"
+count=${rest[0]-}
+[[ $count =~ ^[1-9][0-9]*$ ]] || {
+  echo "local.sh: write how many processes first: launch/local.sh 2 --config=... --workdir=..." >&2
+  exit 2
+}
+read_flags "${rest[@]:1}"
+
+port=PORT
+$dry_run || port=$("$python" -c 'import socket
+free = socket.create_server(("localhost", 0))
+print(free.getsockname()[1])')
+
+# Of process $1.
+set_command() {
+  command=("$python" -m experiments.train "--distributed=localhost:$port,$count,$1" "${flags[@]}")
+}
+
+if $dry_run; then
+  for ((i = 0; i < count; i++)); do
+    set_command "$i"
+    quoted "${command[@]}"
+  done
+  exit
+fi
+
+patience=15      # seconds for the others to tell what they died of
+declare -A alive # number of a process by its id
+pass() { kill "-$1" "${!alive[@]}" 2> /dev/null || true; }
+
+set -m # each process is a group of its own: Ctrl-C in a terminal reaches this script alone
+trap 'pass INT' INT
+trap 'pass TERM' TERM HUP
+for ((i = 0; i < count; i++)); do
+  set_command "$i"
+  if ((i)); then
+    "${command[@]}" < /dev/null 2> >(trap '' INT TERM HUP; exec sed -u "s/^/$i: /" >&2) &
+  else
+    "${command[@]}" < /dev/null &
+  fi
+  alive[$!]=$i
+done
+
+worst=0 reaper=""
+while ((${#alive[@]})); do
+  id="" code=0
+  wait -n -p id "${!alive[@]}" 2> /dev/null || code=$?
+  [[ $id ]] || continue # it was a signal to this script
+  number=${alive[$id]}
+  unset "alive[$id]"
+  ((code > worst)) && worst=$code
+  if ((code && ${#alive[@]})) && [[ ! $reaper ]]; then
+    echo "local.sh: process $number ended with $code; the others end now, and the same command goes on" >&2
+    { sleep "$patience"; pass KILL; } &
+    reaper=$!
+  fi
+done
+[[ ! $reaper ]] || kill -- "-$reaper" 2> /dev/null || true
+exit "$worst"
