@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from experiments.sweeping import fields
 
 Row = Mapping[str, Any]
-_DOWN = ("loss", "perplexity")  # metrics of which less is better
+DOWN = ("loss", "perplexity")  # metrics of which less is better
 
 
 class Point(NamedTuple):
@@ -76,7 +76,7 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         _, sizes, means, stds = zip(*own, strict=True)
         look = dict(fmt="os^v"[number // 10 % 4], color=f"C{number % 10}")  # ten colours there are
         axis.errorbar(sizes, means, stds, capsize=3, label=method, **look)
-    edge = front(found, name in _DOWN)
+    edge = front(found, name in DOWN)
     axis.plot(
       [*(p.parameters for p in edge), max(p.parameters for p in found)],
       [*(p.mean for p in edge), edge[-1].mean],

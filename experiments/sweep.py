@@ -6,11 +6,19 @@ A sweep's file gives `base`, one `configs/NAME.py:ARGUMENT` or several, and what
 `grid`, values by field, all combined, and `trials`, a list of fields set together (with a base of
 their own, if need be). A grid's field is a flag too: --config.grid.seed="(0,1)".
 
+`optuna` in its place lets Optuna propose trials one after the other, by what validation said of
+those before: how many, and the values of each field (see `experiments.sweeping.search.Section`).
+
 Each trial has an id from its config and runs in DIR/trials/ID as experiments.train would. Run the
 same command again to go on after an interruption, which repeats no finished trial, and run it in
 another terminal, or on another machine that shares DIR, for a second worker. A trial that fails
 leaves DIR/trials/ID/error.json, and the rest go on; --retry_failed runs such ones again. More
 values in the same DIR add trials.
+
+--executor=ray and --executor=slurm start --workers=N such workers on a cluster, each with its
+--resources, replace those that die, and show here what becomes of the trials. Ray's cluster is that
+of RAY_ADDRESS, or this machine; SLURM's jobs obey sbatch's variables (SBATCH_PARTITION and others).
+DIR has to lie on a file system that all of them share.
 
 Writes DIR/summary.jsonl, a line a trial that is done, and draws pareto.png and, of AdaLoRA,
 ranks.png.
@@ -18,6 +26,7 @@ ranks.png.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,9 +36,9 @@ from ml_collections import config_flags
 from experiments import runtime
 
 if TYPE_CHECKING:
+  from experiments.sweeping.executor import Executor
   from experiments.sweeping.folder import Folder
-  from experiments.sweeping.summary import Listed
-  from experiments.sweeping.trials import Trial
+  from experiments.sweeping.plan import Plan
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/sweeps/NAME.py[:ARGUMENT].")
 WORKDIR = flags.DEFINE_string(
@@ -37,68 +46,85 @@ WORKDIR = flags.DEFINE_string(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the trials that are left, and run none.")
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run trials again that had failed.")
+EXECUTOR = flags.DEFINE_enum(
+  "executor",
+  "local",
+  ["local", "ray", "slurm"],
+  "Where workers run: local is this process; ray and slurm start --workers on a cluster.",
+)
+WORKERS = flags.DEFINE_integer("workers", 1, "How many workers ray or slurm start.", lower_bound=1)
+RESOURCES = flags.DEFINE_string(
+  "resources", "", "What each worker of ray or slurm gets: cpu, gpu and tpu, as in cpu:4,gpu:1."
+)
 
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
-  from experiments.sweeping import folder as folders
-  from experiments.sweeping import summary, trials
+  from experiments.sweeping import executor, plan, summary
+  from experiments.sweeping.folder import Folder
+  from experiments.sweeping.remote import Job
   from peftjax.training import build
 
-  todo = trials.expand(CONFIG.value)
-  folder = folders.Folder(build.resolve(WORKDIR.value))
-  runtime.set_up(todo[0].config.get("compilation_cache"))
+  folder = Folder(build.resolve(WORKDIR.value))
+  todo = plan.of(CONFIG.value, folder)
+  runtime.set_up(todo.config.get("compilation_cache"))
   if DRY_RUN.value:
-    show_left(folder, todo)
+    show_left(todo)
     return
-  listed = folder.add(todo)
+  job = Job(CONFIG.value.to_dict(), str(folder.root), os.getcwd())
+  workers = executor.make(EXECUTOR.value, job, WORKERS.value, RESOURCES.value)
+  folder.add(todo.trials())
   if RETRY_FAILED.value:
-    folder.forget_failures(todo)
-  work(folder, todo, listed)
-  written = summary.write(folder)
-  report(folder, listed, written)
+    folder.forget_failures(todo.trials())
+  work(todo, workers)
+  report(folder, summary.write(folder))
 
 
-def show_left(folder: Folder, todo: list[Trial]) -> None:
+def show_left(plan: Plan) -> None:
   """Prints the trials that are not done."""
   from experiments.sweeping import fields, summary
 
-  listed = folder.check(todo)
-  states = summary.states(folder, {trial.id: listed[trial.id] for trial in todo})
+  todo = plan.trials()
+  listed = plan.folder.check(todo)
+  states = summary.states(plan.folder, {trial.id: listed[trial.id] for trial in todo})
   apart = fields.varying(trial.overrides for trial in todo)
   for trial in todo:
     if (status := states[trial.id]["status"]) != "done":
       print(f"  {trial.id}  {status}  {fields.label(trial.overrides, apart)}")
-  print(f"{len(todo)} trials: {summary.counts(states)}")
+  print(f"{len(todo)} trials: {summary.counts(states)}{plan.more}")
 
 
-def work(folder: Folder, todo: list[Trial], listed: Listed) -> None:
-  """Runs what is left, with a table of it; stopped, it says how to go on."""
-  from experiments.sweeping import summary, view, worker
+def work(plan: Plan, workers: Executor | None) -> None:
+  """Runs what is left, here or by workers elsewhere; stopped, it says how to go on."""
+  from experiments.sweeping import executor, summary, view
   from peftjax.training.loop import Stopped
   from peftjax.training.process import Again
 
   try:
-    with view.View(folder, listed) as watcher:
-      worker.work(todo, folder, watcher, together=CONFIG.value.get("together", 1))
+    with view.View(plan.folder) as watcher:
+      if workers is None:
+        plan.work(watcher)
+      else:
+        executor.drive(workers, WORKERS.value, plan, watcher)
   except Again:
     raise
   except (Stopped, KeyboardInterrupt) as stopped:
-    states = summary.states(folder, listed)
+    states = summary.states(plan.folder, plan.folder.listed())
     what = str(stopped) or "stopped"
     raise Stopped(
       f"{what}\n{len(states)} trials: {summary.counts(states)}; run the same command to go on"
     ) from None
 
 
-def report(folder: Folder, listed: Listed, written: list[str]) -> None:
+def report(folder: Folder, written: list[str]) -> None:
   """Prints the table of all trials; exit code 1 if one had failed."""
   import rich
 
   from experiments.sweeping import summary
 
+  listed = folder.listed()
   states = summary.states(folder, listed)
   rich.get_console().print(summary.table(listed, states))
   print(f"Written: {', '.join(str(folder.root / name) for name in written)}")

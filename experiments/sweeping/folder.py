@@ -81,7 +81,7 @@ class Folder:
     """
     before = self.listed()
     new = {x.id: json.loads(json.dumps(_entry(x))) for x in trials}
-    if before:
+    if before and new:
       there, now = (_shared([x["config"] for x in part.values()]) for part in (before, new))
       differ = [k for k in there.keys() & now.keys() if there[k] != now[k]]
       if differ:
@@ -139,6 +139,10 @@ class Folder:
   def ended(self, name: str) -> bool:
     """Whether the trial is done or has failed."""
     return self.result(name) is not None or self.error(name) is not None
+
+  def waits(self, name: str) -> bool:
+    """Whether the trial has not ended, and nobody runs it."""
+    return not self.ended(name) and not self.running(name)
 
   def fail(self, name: str, error: Exception) -> None:
     """Records what ended the trial; its checkpoints stay."""

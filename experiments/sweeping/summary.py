@@ -83,7 +83,8 @@ def table(
   names = list(states)
   shown = names
   if height is not None and len(names) > height:
-    at = next((i for i, n in enumerate(names) if states[n]["status"] == "running"), 0)
+    kinds = ("running", "running elsewhere")
+    at = next((i for x in kinds for i, n in enumerate(names) if states[n]["status"] == x), 0)
     first = min(max(at - height // 2, 0), len(names) - height)
     shown = names[first : first + height]
   flat = {

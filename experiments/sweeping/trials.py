@@ -21,7 +21,7 @@ from peftjax.io import records
 from peftjax.training import resume
 from peftjax.training.settings import from_config
 
-_KEYS = ("base", "grid", "trials", "together")
+_KEYS = ("base", "grid", "trials", "together", "optuna")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Sections:
   grid: dict[str, Any] = dataclasses.field(default_factory=dict)
   trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   together: Annotated[int, Meta(ge=1, le=4096)] = 1
+  optuna: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +61,18 @@ def expand(sweep: ConfigDict) -> list[Trial]:
   """
   given = check(sweep)
   run_path = functools.cache(runpy.run_path)
-  made = (_trial(_load(entry["base"], run_path), entry) for entry in _product(given))
+  made = (make(entry, run_path) for entry in _product(given))
   trials = {trial.id: trial for trial in made}
   if not trials:
     raise ValueError("the sweep has no trial: give every field of its grid a value, and a base")
   return list(trials.values())
+
+
+def make(
+  overrides: Mapping[str, Any], run_path: Callable[[str], dict[str, Any]] = runpy.run_path
+) -> Trial:
+  """The trial of a base and values of its fields; raises ValueError as `expand` does."""
+  return _trial(_load(overrides["base"], run_path), overrides)
 
 
 def check(sweep: ConfigDict) -> dict[str, Any]:

@@ -25,12 +25,13 @@ class View:
   nests live displays.
   """
 
-  def __init__(self, folder: Folder, listed: summary.Listed):
-    self._folder, self._listed = folder, listed
+  def __init__(self, folder: Folder):
+    self._folder = folder
     self._console = rich.get_console()
     self._mine: set[str] = set()
     self._read = -1.0  # when the folder was read last
     self._states: Mapping[str, Mapping[str, Any]] = {}
+    self._told: set[str] | None = None  # of whom it is said how they ended
     self._table = Table()
     self._live = Live(
       get_renderable=self._show,
@@ -44,27 +45,39 @@ class View:
   def begins(self, trials: Sequence[Trial]) -> None:
     self._mine, self._read = {trial.id for trial in trials}, -1.0
     counts = summary.counts(self._look())
-    self._say(f"\n{', '.join(trial.id for trial in trials)}: running ({counts})")
+    self.says(f"\n{', '.join(trial.id for trial in trials)}: running ({counts})")
 
   def apart(self, trials: Sequence[Trial], error: Exception) -> None:
     """They could not be trained together."""
-    self._say(f"one by one, for together: {type(error).__name__}: {error}")
+    self.says(f"one by one, for together: {type(error).__name__}: {error}")
 
   def ends(self, trials: Sequence[Trial]) -> None:
     self._mine, self._read = set(), -1.0
-    for name in (trial.id for trial in trials):
-      state = self._look()[name]
-      self._say(f"{name}: {state['status']}, {state.get('metric', '')} {state.get('value', '')}")
+    for trial in trials:
+      self._end(trial.id)
 
-  def _say(self, text: str) -> None:
+  def follows(self) -> None:
+    """For who only looks on: a line for every trial that has ended since the last time."""
+    self._read = -1.0
+    ended = {name for name, x in self._look().items() if x["status"] in ("done", "failed")}
+    for name in sorted(ended - (ended if self._told is None else self._told)):
+      self._end(name)
+    self._told = ended
+
+  def _end(self, name: str) -> None:
+    state = self._look()[name]
+    self.says(f"{name}: {state['status']}, {state.get('metric', '')} {state.get('value', '')}")
+
+  def says(self, text: str) -> None:
     self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   def _look(self) -> Mapping[str, Mapping[str, Any]]:
     """How the trials stand, at most a second ago: a bar asks ten times as often."""
     if time.monotonic() - self._read > 1:
-      self._states = summary.states(self._folder, self._listed, self._mine)
+      listed = self._folder.listed()
+      self._states = summary.states(self._folder, listed, self._mine)
       height = max(self._console.size.height - _AROUND, 3)
-      self._table = summary.table(self._listed, self._states, height)
+      self._table = summary.table(listed, self._states, height)
       self._read = time.monotonic()
     return self._states
 
