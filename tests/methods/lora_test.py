@@ -351,7 +351,7 @@ def test_attach_opens_a_box_and_keeps_its_names():
   mesh = pj.make_mesh("data:2,fsdp:2,tensor:2")
   sharding = nn.get_sharding({"kernel": weight}, mesh)["kernel"]
   assert sharding.a.spec == P(None, "fsdp") and sharding.base.mesh == mesh
-  assert pj.sharding.specs({"kernel": weight}, mesh)["kernel"].b == P("tensor", None)
+  assert pj.sharding.specs({"kernel": weight}, mesh)["kernel"].b == P(("tensor", "fsdp"), None)
 
 
 def test_unbox_merges():
