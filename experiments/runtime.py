@@ -159,11 +159,12 @@ def shared() -> bool:
   return jax.distributed.is_initialized()
 
 
-def _leave() -> None:
+def _leave(code: int) -> None:
+  """Before a command ends with this exit code."""
   if "jax" in sys.modules and shared():
     from peftjax.training import peers
 
-    peers.leave()
+    peers.leave(code)
 
 
 def keep_programs(directory: str | None) -> None:
@@ -193,7 +194,7 @@ def readable_errors() -> Iterator[None]:
   try:
     yield
     sys.stdout.flush()
-    _leave()
+    _leave(0)
   except BaseException as error:
     if os.environ.get("PEFTJAX_TRACEBACK"):
       raise
@@ -202,6 +203,7 @@ def readable_errors() -> Iterator[None]:
       raise
     with contextlib.suppress(OSError):
       sys.stderr.flush()
+    _leave(code)
     sys.exit(code)
 
 
@@ -213,7 +215,6 @@ def _end(error: BaseException) -> int | None:
   if loop is not None and isinstance(error, loop.Stopped):
     if is_main():
       _say(str(error), sys.stdout)
-    _leave()
     return 0
   if isinstance(error, BrokenPipeError):  # whoever read has had enough; Python flushes once more
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

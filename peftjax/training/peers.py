@@ -62,13 +62,17 @@ def watch(gone: Callable[[], None]) -> None:
   threading.Thread(target=look, name="peers", daemon=True).start()
 
 
-def leave() -> None:
-  """Waits until all are about to end: process 0 keeps what the others ask, and ends last."""
-  _client().wait_at_barrier("peftjax/end", int(_GONE * 1000))
+def leave(code: int) -> None:
+  """Ends all processes but process 0, which JAX in the others asks to the last, and goes on alone.
+
+  One that fails while the others do not waits for them a few seconds.
+  """
+  with contextlib.suppress(Exception):
+    _client().wait_at_barrier("peftjax/end", int(1000 * (_SIGN if code else _GONE)))
   if jax.process_index():
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _client() -> Any:
