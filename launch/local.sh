@@ -55,17 +55,21 @@ done
 
 worst=0 reaper=""
 while ((${#alive[@]})); do
-  id="" code=0
-  wait -n -p id "${!alive[@]}" 2> /dev/null || code=$?
-  [[ $id ]] || continue # it was a signal to this script
-  number=${alive[$id]}
-  unset "alive[$id]"
-  ((code > worst)) && worst=$code
-  if ((code && ${#alive[@]})) && [[ ! $reaper ]]; then
-    echo "local.sh: process $number ended with $code; the others end now, and the same command goes on" >&2
-    { sleep "$patience"; pass KILL; } &
-    reaper=$!
-  fi
+  sleep 0.2 & # in place of wait -n, which forgets one that ends between two calls
+  wait $! || true
+  for id in "${!alive[@]}"; do
+    ! kill -0 "$id" 2> /dev/null || continue
+    code=0
+    wait "$id" 2> /dev/null || code=$?
+    number=${alive[$id]}
+    unset "alive[$id]"
+    ((code > worst)) && worst=$code
+    if ((code && ${#alive[@]})) && [[ ! $reaper ]]; then
+      echo "local.sh: process $number ended with $code; the others end now, and the same command goes on" >&2
+      { sleep "$patience"; pass KILL; } &
+      reaper=$!
+    fi
+  done
 done
 [[ ! $reaper ]] || kill -- "-$reaper" 2> /dev/null || true
 exit "$worst"
