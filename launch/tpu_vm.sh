@@ -89,7 +89,7 @@ setup() {
     bundle=$(mktemp -d)/peftjax.bundle
     git bundle create -q "$bundle" HEAD
   fi
-  again gcloud_tpus tpu-vm scp "$bundle" "$TPU_NAME:peftjax.bundle" --worker=all
+  again gcloud_tpus tpu-vm scp "$bundle" "$TPU_NAME:peftjax.bundle" --worker=all || return
   again gcloud_tpus tpu-vm ssh "$TPU_NAME" --worker=all --command="git init -q peftjax && cd peftjax && \
 git fetch -q ../peftjax.bundle HEAD && git checkout -q --detach FETCH_HEAD && $(worker_script install)"
 }
@@ -101,10 +101,8 @@ resume() {
   local code failures=0
   while true; do
     create
-    setup
-    start "$@"
     code=0
-    follow || code=$?
+    { setup && start "$@" && follow; } || code=$?
     while ((code == 255)) && [[ $(state) == ACTIVE ]]; do # only the connection is gone
       pause
       code=0
