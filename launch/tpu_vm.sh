@@ -3,6 +3,7 @@
 #
 #   export TPU_NAME=pod TPU_PROJECT=... TPU_ZONE=us-west4-a
 #   export TPU_TYPE=v5litepod-16 TPU_RUNTIME=v2-alpha-tpuv5-lite TPU_SPOT=true
+#   export TPU_STARTUP=mount.sh     # what each worker runs as root when it starts, if anything
 #   launch/tpu_vm.sh create         asks for the TPU, and waits until it is there
 #   launch/tpu_vm.sh setup          brings the commit that is checked out here, and its packages
 #   launch/tpu_vm.sh run FLAGS      starts, or starts again, and shows what worker 0 prints
@@ -17,7 +18,7 @@ source launch/flags.sh
 read_dry_run "$@"
 verb=${rest[0]-}
 
-usage() { sed -n '4,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '4,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [[ $verb =~ ^(create|setup|run|logs|resume|delete)$ ]] || usage
 for name in TPU_NAME TPU_PROJECT TPU_ZONE TPU_TYPE TPU_RUNTIME; do
   [[ ${!name-} ]] || { echo "tpu_vm.sh: $name is not set" >&2; usage; }
@@ -55,7 +56,8 @@ state() {
 }
 ask_for_it() {
   gcloud_tpus queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME" \
-    "--accelerator-type=$TPU_TYPE" "--runtime-version=$TPU_RUNTIME" ${TPU_SPOT:+--spot} --async
+    "--accelerator-type=$TPU_TYPE" "--runtime-version=$TPU_RUNTIME" ${TPU_SPOT:+--spot} \
+    ${TPU_STARTUP:+"--metadata-from-file=startup-script=$TPU_STARTUP"} --async
 }
 delete() { gcloud_tpus queued-resources delete "$TPU_NAME" --force --quiet; }
 

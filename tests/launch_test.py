@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -100,7 +101,13 @@ def test_what_the_script_of_cloud_tpus_would_run():
   for words, lines in wanted.items():
     told = would_run("tpu_vm.sh", *words, env={**TPU, "TPU_SPOT": "true"})
     assert [shlex.split(line) for line in told] == lines
-  assert "--spot" not in would_run("tpu_vm.sh", "create", env=TPU)[0]
+  plain, mounts = (
+    would_run("tpu_vm.sh", "create", env={**TPU, **more})
+    for more in ({}, {"TPU_STARTUP": "a b.sh"})
+  )
+  spot = asked.index("--spot")
+  assert shlex.split(plain[0]) == asked[:spot] + asked[spot + 1 :]
+  assert "--metadata-from-file=startup-script=a b.sh" in shlex.split(mounts[0])
 
 
 def test_what_the_job_of_ray_would_run():
@@ -111,6 +118,22 @@ def test_what_the_job_of_ray_would_run():
     ["GPU:8:", "bash", "launch/container.sh", f"--distributed=HOST:PORT,2,{index}", *FLAGS]
     for index in range(2)
   ]
+
+
+def test_the_commands_of_the_page_are_there():
+  """Each line of docs/launch.md that starts a script prints what it would run."""
+  page = (ROOT / "docs" / "launch.md").read_text()
+  blocks = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+  lines = "".join(blocks).replace("\\\n", " ").splitlines()
+  scripts = [re.search(r"launch/([\w.]+(?:sh|py)) (.*)", line) for line in lines]
+  found = {match[1]: shlex.split(match[2]) for match in scripts if match}
+  assert set(found) == {"local.sh", "slurm.sh", "tpu_vm.sh", "ray_job.py"}
+  for script, words in found.items():
+    python = [sys.executable] if script.endswith(".py") else []
+    told = shell(*python, LAUNCH / script, "--dry_run", *words, env=TPU)
+    assert told.returncode == 0 and "--workdir=" in told.stdout, told.stderr
+  for file in re.findall(r"launch/[\w.]+", page):
+    assert (ROOT / file.rstrip(".")).exists(), file
 
 
 @pytest.mark.parametrize(
