@@ -63,7 +63,7 @@ def drive(executor: Executor, count: int, plan: Plan, follower: Follower) -> Non
           again = plan.left() and deaths < count + _SPARE
           if again:
             workers.append(executor.start())
-          if died or again:
+          if said:
             follows = "; another one takes its place" if again else ""
             follower.says(f"a worker has {'died' if died else 'stopped'}: {said}{follows}")
         follower.follows()
