@@ -46,14 +46,16 @@ def drive(executor: Executor, count: int, plan: Plan, follower: Follower) -> Non
   """Keeps `count` workers while anything is left for one that ends; returns when all have ended.
 
   Raises:
-    ValueError: they die one after the other, and no trial ends.
+    ValueError: they die one after the other, and no trial ends; or the cluster takes no worker.
     KeyboardInterrupt: after SIGTERM, SIGHUP or Ctrl-C; the workers were asked to save and to stop.
   """
   deaths, done, last = 0, _ended(plan), ""
   follower.follows()
   with process.interrupts():
-    workers = [executor.start() for _ in range(count)]
+    workers: list[Any] = []
     try:
+      while len(workers) < count:
+        workers.append(executor.start())
       while workers:
         for worker, (said, died) in executor.ended(workers).items():
           workers.remove(worker)
@@ -67,9 +69,10 @@ def drive(executor: Executor, count: int, plan: Plan, follower: Follower) -> Non
             follows = "; another one takes its place" if again else ""
             follower.says(f"a worker has {'died' if died else 'stopped'}: {said}{follows}")
         follower.follows()
-    except KeyboardInterrupt:
-      follower.says(f"asking {len(workers)} workers to save and to stop")
-      executor.stop(workers)
+    except BaseException:
+      if workers:
+        follower.says(f"workers are asked to save and to stop: {len(workers)}")
+        executor.stop(workers)
       raise
   if plan.left():
     raise ValueError(

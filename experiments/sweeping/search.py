@@ -2,6 +2,9 @@
 
 The study lies in the sweep's folder. A trial is listed there before it runs, as those of a grid
 are; what Optuna holds for running, and nobody runs, was its worker's who is gone: it runs again.
+
+  optuna=dict(trials=20, fields=dict(
+    optimizer=dict(learning_rate=("log", 1e-4, 1e-2)), method=dict(rank=("choice", 2, 4, 8)))),
 """
 
 from __future__ import annotations

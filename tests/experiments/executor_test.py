@@ -118,6 +118,22 @@ def test_a_signal_stops_workers_elsewhere(four):
   assert fake.stopped == [2, 3] and len(order) == 2
 
 
+def test_no_worker_is_left_alone(four):
+  """Where the cluster takes fewer than asked for, those that it took are stopped."""
+  made, _ = four
+  fake = Fake(made, None)
+
+  def start(take=fake.start):
+    if fake.started == 2:
+      raise ValueError("sbatch does not take a worker's job")
+    return take()
+
+  fake.start = start
+  with pytest.raises(ValueError, match="sbatch does not take"):
+    executor.drive(fake, 3, made, Told())
+  assert fake.stopped == [1, 2]
+
+
 def test_a_worker_elsewhere_is_one_that_was_started_here(four, monkeypatch, capsys):
   """It takes what is waiting; what stops it is its result."""
   made, order = four

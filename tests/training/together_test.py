@@ -166,3 +166,11 @@ def test_what_depends_on_the_rank_is_apart(files, change):
   if "method.target_rank" not in change:
     two.update_from_flattened_dict(change)
   assert group(one) != group(two)
+
+
+def test_several_processes_are_refused(monkeypatch, tmp_path):
+  """In a sentence, before a folder is made."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="trained together in one process; give each of several"):
+    train_together([], [tmp_path / "a"])
+  assert not list(tmp_path.iterdir())
