@@ -9,7 +9,8 @@ PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 UV = uv==0.13.9
 TORCH = torch==2.13.0
 LIBTPU = libtpu==0.0.42.*
-PLAN = $(BIN)/python -m experiments.plan --config.model.dtype=bfloat16 --config=configs/causal_lm.py
+PLAN = $(BIN)/python -m experiments.plan --config=configs/causal_lm.py
+BFLOAT16 = --config.model.dtype=bfloat16
 LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header
@@ -66,10 +67,10 @@ bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=F
 	$(BIN)/python -m experiments.benchmarks.whole_run $(ARGS)
 
 plan: .venv/.tpu ## Say what steps take of TPUs that are not there (65B on one chip, 7B on eight)
-	$(PLAN):quant=nf4,method=lora --model=llama-65b --topology=v5p:2x2x1 --devices=1 \
+	$(PLAN):quant=nf4,method=lora --model=llama-65b --topology=v5p:2x2x1 --devices=1 $(BFLOAT16) \
 	  --config.optimizer.name=adamw8bit --config.method.rank=64 \
 	  --config.train.batch_size=1 --config.data.max_length=512 $(ARGS)
-	$(PLAN):quant=none,method=lora --model=llama-7b --topology=v5e:2x4 --mesh=fsdp:-1 \
+	$(PLAN):quant=none,method=lora --model=llama-7b --topology=v5e:2x4 --mesh=fsdp:-1 $(BFLOAT16) \
 	  --config.method.rank=64 --config.train.batch_size=8 --config.data.max_length=4096 $(ARGS)
 
 claims: .venv/.installed ## Measure what the text this project started from says (ARGS=--only=lora)
