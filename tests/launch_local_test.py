@@ -46,7 +46,7 @@ def start(tmp_path):
   )
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
   until = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < until
@@ -74,7 +74,7 @@ def test_a_signal_reaches_each_process_once_and_what_they_say_has_their_number(
   wait_for(lambda: all(path.exists() for path in signals))
   for number in range(2):
     end(tmp_path, number, 0)
-  _, errors = script.communicate(timeout=60)
+  _, errors = script.communicate(timeout=300)
   assert script.returncode == 0 and [path.read_text() for path in signals] == ["TERM\n"] * 2
   assert sorted(errors.splitlines()) == ["1: complaint of 1", "complaint of 0"]
 
@@ -83,7 +83,7 @@ def test_if_one_dies_the_others_are_ended_and_the_worst_code_is_the_script_s(sta
   script = start("local.sh", "3")
   started(tmp_path, 3)
   end(tmp_path, 1, 3)
-  _, errors = script.communicate(timeout=60)
+  _, errors = script.communicate(timeout=300)
   assert script.returncode == 128 + signal.SIGKILL
   assert "process 1 ended with 3; the others end now, and the same command goes on" in errors
 
@@ -94,7 +94,7 @@ def test_one_that_dies_of_itself_is_not_awaited(start, tmp_path):
   started(tmp_path, 2)
   end(tmp_path, 0, 1)
   end(tmp_path, 1, 2)
-  script.communicate(timeout=60)
+  script.communicate(timeout=300)
   assert script.returncode == 2
 
 
@@ -107,7 +107,7 @@ def test_a_container_fails_until_its_run_has_a_result(ended, result, code, start
   if result:
     (tmp_path / "result.json").touch()
   end(tmp_path, 0, ended)
-  script.communicate(timeout=60)
+  script.communicate(timeout=300)
   assert script.returncode == code
 
 
@@ -131,7 +131,7 @@ def test_two_processes_interrupted_end_in_the_same_bits(name, tmp_path):
 
   def start(workdir):
     return subprocess.Popen(
-      ["launch/local.sh", "2", *flags, "--config.train.epochs=4", "--mesh=fsdp:-1",
+      ["launch/local.sh", "2", *flags, "--config.train.epochs=16", "--mesh=fsdp:-1",
        "--config.train.save_every=3", f"--workdir={workdir}"],
       cwd=ROOT,
       env={**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": devices},
@@ -153,7 +153,8 @@ def test_two_processes_interrupted_end_in_the_same_bits(name, tmp_path):
   if name == "SIGKILL of one":
     os.kill(processes(script)[1], signal.SIGKILL)
     output, _ = script.communicate(timeout=300)
-    assert script.returncode >= 128 and "process 1 ended with 137; the others end now" in output
+    # The other one may tell that it is alone, and end, before it is noticed here.
+    assert script.returncode >= 128 and "; the others end now" in output
   else:
     os.killpg(script.pid, signal.SIGINT)  # as a terminal does: to the script's group alone
     assert "SIGTERM: saved step" in finish(script)

@@ -238,7 +238,7 @@ def test_long_rows_are_computed_in_blocks_and_short_and_cached_ones_whole():
 def test_on_a_mesh_rows_and_heads_stay_where_they_are():
   """The same gradients, and nothing is sent."""
   mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
-  rows = sharding.batch_sharding(mesh)
+  rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
   args = [draw(4, 40, n * H) for n in (4, 2, 2, 4)]
   mask = AttentionMask.of_decoder(jnp.ones((4, 40), bool))
   run = lambda *a: blockwise_attention(*a, 4, 2, **SMALL)

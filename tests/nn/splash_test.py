@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import sharding
 from peftjax.nn import splash
@@ -48,7 +49,7 @@ def test_on_a_mesh_every_device_has_its_rows_and_heads():
   args, mask = given(), AttentionMask.of_decoder(jnp.asarray(VALID), jnp.asarray(SEGMENTS))
   mesh = sharding.make_mesh("data:2,fsdp:1,tensor:2", jax.devices()[:4])
   with jax.set_mesh(mesh):
-    rows = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in args]
+    rows = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) for x in args]
     ours = jit(lambda *a: both(mask, *a)[0])(*rows)
   assert ours[0].addressable_shards[0].data.shape == (B // 2, T, N * H // 2)
   chex.assert_trees_all_close(

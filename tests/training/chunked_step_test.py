@@ -82,7 +82,7 @@ def two_batches(model, method, kind, mesh=None):
   for seed in (1, 2):
     batch = batch_of(seed)
     if mesh is not None:
-      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+      batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
     current, metrics = run(current, frozen, batch, jax.random.key(3))
     out.append(metrics)
   scores = jit(functools.partial(step.eval_step, model, kind))(current.train, frozen, batch_of(3))
