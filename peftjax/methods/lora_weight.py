@@ -15,6 +15,7 @@ from peftjax.core import mesh, paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
+from peftjax.core.fence import cast
 from peftjax.core.layout import Axes
 from peftjax.core.weight import materialize
 
@@ -97,8 +98,8 @@ class LoRA(Adapted):
     a = mesh.whole(self.a).reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
     b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
     down, up = (b, a) if transposed else (a, b)
-    low = jnp.einsum(down_eqn, self.dropped(x), down.astype(x.dtype))
-    return einsum(eqn, x, self.base) + jnp.einsum(up_eqn, low, up.astype(x.dtype))
+    low = jnp.einsum(down_eqn, self.dropped(x), cast(down, x))
+    return einsum(eqn, x, self.base) + jnp.einsum(up_eqn, low, cast(up, x))
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
     """The base that this adapter was merged into: `materialize` the other way round."""

@@ -47,6 +47,11 @@ class Format:
     absmax = absmax_of(scales, axis)
     return blockwise.dequantize(codes, absmax, self.name, self.block_size, axis, dtype)
 
+  def halves(self, codes: jax.Array, scales: Any, axis: int, dtype: Any) -> jax.Array:
+    """See `blockwise.halves`."""
+    absmax = absmax_of(scales, axis)
+    return blockwise.halves(codes, absmax, self.name, self.block_size, axis, dtype)
+
 
 def absmax_of(scales: Any, axis: int) -> jax.Array:
   """The float32 scales, dequantised if they have to be: once, and not again for every weight."""
