@@ -123,7 +123,13 @@ def get_config(arg: str = "") -> ConfigDict:
     dict(
       seed=0,
       task="causal_lm",
-      model=dict(name=given["model"], directory="", scan_layers=True, remat=True, dtype="float32"),
+      model=dict(
+        name=given["model"],
+        directory="",
+        scan_layers=True,
+        remat="layer",  # kept for the backward pass; or none, products (too), offload (to the host)
+        dtype="float32",
+      ),
       quant=dict(
         name=given["quant"],
         block_size=64,
