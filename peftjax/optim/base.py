@@ -77,11 +77,28 @@ def adamw(
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor scales.
 
+  Moments, arithmetic and updates are float32 whatever the parameters are. Parameters of 16 bits
+  still lose what an update is below half a unit of their last place.
+
   Raises:
     ValueError: on a number out of range.
   """
   check_rate(learning_rate)
-  return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+  tx = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+  return _in_float32(tx)
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx`, which gets what has 16 bits as float32.
+
+  In bfloat16 0.999 ν + 0.001 g² would be ν again: the second moment would never fall.
+  """
+  short = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32) if short(x) else x, tree)
+  return optax.GradientTransformation(
+    lambda params: tx.init(wide(params)),
+    lambda grads, state, params=None: tx.update(wide(grads), state, wide(params)),
+  )
 
 
 class Rate(NamedTuple):

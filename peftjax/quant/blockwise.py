@@ -50,7 +50,7 @@ def dequantize(
 def halves(
   codes: jax.Array, absmax: jax.Array, fmt: str, block_size: int, axis: int, dtype: Any
 ) -> jax.Array:
-  """Of a four-bit format `dequantize`'s even entries along `axis`, and the odd: `[2, ..., n/2, ...]`.
+  """Of a four-bit format, `dequantize` by even and odd entries along `axis`: `[2, ..., n/2, ...]`.
 
   No entry moves away from its byte, which on TPUs takes copies of the whole array.
   """

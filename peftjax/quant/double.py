@@ -38,8 +38,8 @@ class DoubleScales(flax.struct.PyTreeNode):
 
   def dequantize(self, axis: int) -> jax.Array:
     """The scales, float32; `axis` is that of the blocks."""
-    # The group of each is brought to where it lies: to bring 8-bit codes to the groups' order, XLA:TPU
-    # would turn the codes of all layers before a scan over them.
+    # The group of each is brought to where it lies: to bring the codes into the groups' order,
+    # XLA:TPU would turn those of all layers before a scan over them.
     group = jnp.repeat(self.group, GROUP, axis=-1)[..., : math.prod(self.codes.shape[-2:])]
     values = jnp.asarray(codebooks.dynamic_map())[self.codes]
     scaled = _rounded(values * _unflatten(group, self.codes.shape, axis), self.group)

@@ -93,15 +93,16 @@ def opened(fmt: Format, axis: int, spec: Any, codes: Any, scales: Any, x: jax.Ar
   return fmt.dequantize(*_closed(spec, codes, scales, x), axis, x.dtype)
 
 
-def _closed(spec: tuple[Any, ...], codes: Any, scales: Any, x: jax.Array) -> Any:
+def _closed(spec: tuple[Any, ...], codes: Any, scales: Any, x: jax.Array) -> tuple[Any, Any]:
   """Codes and scales, not before x is there; whole along what "data" and "fsdp" split."""
-  arrays = tied((codes, scales), x)
+  arrays: tuple[Any, Any] = tied((codes, scales), x)
   if not spec:
     return arrays
   # "tensor" goes on splitting them.
   kept = [tuple(name for name in mesh.group(names) if name not in mesh.DATA) for names in spec]
   near = lambda x: mesh.constrain(x, [None] * (x.ndim - len(kept)) + kept)
-  return jax.tree.map(lambda x: near(x) if x.ndim >= len(kept) else x, arrays)
+  arrays = jax.tree.map(lambda x: near(x) if x.ndim >= len(kept) else x, arrays)
+  return arrays
 
 
 def _no_gradient(x: jax.Array) -> Any:

@@ -271,6 +271,9 @@ class Settings:
     for key in ("rank_pattern", "alpha_pattern"):
       if key in fields:
         fields[key] = _pattern(key, fields[key], int if key == "rank_pattern" else float)
+    if "dtype" in fields:
+      ranges.one_of("method.dtype", fields["dtype"], ("float32", "bfloat16"))
+      fields["dtype"] = jnp.dtype(fields["dtype"])
     if name == "adalora":
       fields["seed"] = self.seed  # of triplets that are drawn anew
     ranges.check(METHODS[name], fields, "--config.method.")
