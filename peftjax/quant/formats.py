@@ -42,6 +42,7 @@ class Format:
     codes, absmax = blockwise.quantize(w, self.name, self.block_size, axis)
     return codes, double.quantize(absmax, axis) if self.double_quant else absmax
 
+  @jax.named_scope("dequantise")
   def dequantize(self, codes: jax.Array, scales: Any, axis: int, dtype: Any) -> jax.Array:
     """The dense array, in `dtype`."""
     absmax = absmax_of(scales, axis)
