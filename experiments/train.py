@@ -32,6 +32,14 @@ DISTRIBUTED = flags.DEFINE_string(
   "Kubernetes) or ADDRESS,COUNT,ID, the same command in each but for the last number.",
 )
 
+PROFILE = flags.DEFINE_integer(
+  "profile",
+  0,
+  "Trace so many steps, once the program is compiled and warm, into WORKDIR/profile, which "
+  "TensorBoard's profile plugin (xprof) and Perfetto open. It changes no number of the run.",
+  lower_bound=0,
+)
+
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
@@ -41,7 +49,9 @@ def main(argv: list[str]) -> None:
   runtime.set_up(CONFIG.value.get("compilation_cache"))
   from peftjax.training.loop import train_and_evaluate
 
-  result = train_and_evaluate(CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED)
+  result = train_and_evaluate(
+    CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED, traced=PROFILE.value
+  )
   if not runtime.is_main():
     return
   shown = ("method", "trainable_params", "total_params", "metrics", "best_step", "seconds")
