@@ -23,7 +23,7 @@ WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; made if it is not there.", required=True
 )
 MESH = flags.DEFINE_string(
-  "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; -1 for all that are left, as in "fsdp:-1".'
+  "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; one may be -1, what is left.'
 )
 DISTRIBUTED = flags.DEFINE_string(
   "distributed",
@@ -33,11 +33,7 @@ DISTRIBUTED = flags.DEFINE_string(
 )
 
 PROFILE = flags.DEFINE_integer(
-  "profile",
-  0,
-  "Trace so many steps, once the program is compiled and warm, into WORKDIR/profile, which "
-  "TensorBoard's profile plugin (xprof) and Perfetto open. It changes no number of the run.",
-  lower_bound=0,
+  "profile", 0, "Trace so many warm steps into WORKDIR/profile (xprof, Perfetto)."
 )
 
 

@@ -32,6 +32,8 @@ class Clock:
   def rates(self, done: Mapping[str, float], peak: float | None = None) -> dict[str, float]:
     """`NAME_per_second` since the last call, of what this process has done in all by name.
 
+    The first are since it started, compilation included.
+
     Args:
       done: numbers that grow, such as "tokens".
       peak: FLOP/s of all devices; of it `done["flops"]` a second are the "share_of_peak".
