@@ -157,11 +157,16 @@ def wrap(
     raise ValueError(_MULTI_STEPS)
   tx = _once_a_call(tx)
   if outer is not None:
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    clip = optax.identity() if clip_norm is None else _clip(clip_norm)
     tx = outer(clip, tx)
   elif clip_norm is not None:
-    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    tx = optax.chain(_clip(clip_norm), tx)
   return accumulated(_at_own_rates(_checked(tx)), accumulate, batches)
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+  init, update = optax.clip_by_global_norm(norm)
+  return optax.GradientTransformation(init, jax.named_scope("clip")(update))
 
 
 def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -174,7 +179,7 @@ def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformati
       raise ValueError(_MULTI_STEPS)
     return state
 
-  return optax.GradientTransformationExtraArgs(init, tx.update)
+  return optax.GradientTransformationExtraArgs(init, jax.named_scope("update")(tx.update))
 
 
 def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

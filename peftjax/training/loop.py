@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from peftjax.io import disk
-from peftjax.training import build, lock, process, resume
+from peftjax.training import build, lock, process, profile, resume
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
@@ -28,7 +28,12 @@ class Stopped(Exception):
 
 
 def train_and_evaluate(
-  config: ConfigDict, workdir: str | Path, *, mesh: str = "", started: float | None = None
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  mesh: str = "",
+  started: float | None = None,
+  traced: int = 0,
 ) -> dict[str, Any]:
   """Fine-tunes as `config` says and returns what `workdir/result.json` holds.
 
@@ -40,9 +45,10 @@ def train_and_evaluate(
   Args:
     config: see `configs/classify.py`.
     workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-      `result.json` and, for LoRA, `peft/` in the Hugging Face layout.
+      `result.json` and, for LoRA, `peft/` in the Hugging Face layout; `profile/`, if `traced`.
     mesh: e.g. `"data:2,fsdp:2,tensor:2"`; by default all devices along data.
     started: `time.perf_counter()` at the start of the process, for "seconds to first step".
+    traced: how many steps of this process to profile, once it is warm; see `profile.Trace`.
 
   Raises:
     ValueError: anything wrong with the config, the data, the model or what is in `workdir`;
@@ -57,7 +63,7 @@ def train_and_evaluate(
   settings = from_config(config)
   workdir = build.resolve(workdir)
   peers = Peers()
-  peers.agree(config=settings_json, workdir=str(workdir), mesh=mesh)
+  peers.agree(config=settings_json, workdir=str(workdir), mesh=mesh, profile=traced)
   finished = lambda: resume.finished(workdir, settings_json)
   with _told(workdir):
     if (result := peers.told(finished)) is not None:
@@ -65,7 +71,7 @@ def train_and_evaluate(
     with peers.hold(workdir) as held:
       if (result := peers.told(finished)) is not None:
         return result  # another process has ended it since
-      return _train(settings, settings_json, workdir, mesh, clock, held, peers)
+      return _train(settings, settings_json, workdir, mesh, clock, held, peers, traced)
 
 
 def _train(
@@ -76,11 +82,13 @@ def _train(
   clock: Clock,
   held: lock.Lock,
   peers: Peers,
+  traced: int,
 ) -> dict[str, Any]:
   """`train_and_evaluate` in a workdir that is these processes'."""
   found = peers.told(lambda: _saved(workdir))
   saved = None if found is None else workdirs.Meta.of(found, workdir)
   run = Run(settings, mesh)
+  profile.check(traced, run.total)
   meta = peers.told(run.identity)
   resume.check_inputs(workdir, saved, meta)
   if saved is not None:
@@ -97,7 +105,10 @@ def _train(
   every = settings.train
   try:
     with Bar(settings.method["name"], run.steps_done, run.total, shown=peers.main) as bar:
-      with process.stop_signals(alone=peers.count == 1) as stop:
+      with (
+        process.stop_signals(alone=peers.count == 1) as stop,
+        profile.Trace(run, traced, workdir / "profile", bar.print) as trace,
+      ):
         run.announce(bar)
         if lost:
           bar.print(f"metrics.jsonl is gone, and with it its rows up to step {run.steps_done}")
@@ -108,7 +119,7 @@ def _train(
           for part, scores in untrained.items():
             bar.scores(f"{part}, before", scores)
             logs.write({"step": 0, **{f"{part}_{key}": x for key, x in scores.items()}})
-        for done in run.steps():
+        for done in trace.steps():
           # Once: what is saved below has been fetched and checked.
           asked = peers.asked(stop.asked, done)
           log = done % every.log_every == 0 or done == run.total
@@ -117,11 +128,11 @@ def _train(
           rows = run.fetch(all_of_them=log or save or bool(asked))
           if rows:
             row = rows[-1]
-            rate = clock.rate(row["step"], every.batch_size)
-            bar.update(row["step"], row["loss"], rate)
+            rates = clock.rates(run.done, run.peak)
+            bar.update(row["step"], row["loss"], rates["examples_per_second"])
           if log:
             row["learning_rate"] = run.learning_rate(done)
-            logs.write({**row, "examples_per_second": rate})
+            logs.write({**row, **rates, **process.memory_in_use()})
           if evaluate:
             scores = run.evaluate("validation")
             epoch = done / run.stream.steps_per_epoch
@@ -141,6 +152,8 @@ def _train(
           if asked and done < run.total:
             checkpoints.wait()
             raise Stopped(f"{asked}: saved step {done} of {run.total}; run again to go on")
+          if save:
+            clock.rest()
       checkpoints.wait()
       params = run.best(checkpoints)
       return finish(
