@@ -77,7 +77,7 @@ def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, An
   }
   if chip is None:
     return told
-  passes = 3 if planned.module.config.remat else 2
+  passes = 2 if planned.module.config.remat in (False, "products") else 3
   peak = flops.PEAKS[chip.name]
   base = sum(held(planned)[name] for name in ("codes", "scales", "dense base"))
   seconds = {

@@ -32,7 +32,7 @@ _LESS = {
   "adapters": "a lower rank, or more devices (--mesh=fsdp:-1)",
   "optimizer": "--config.optimizer.name=adamw8bit, a lower rank, or more devices (--mesh=fsdp:-1)",
   "gradients": "a lower rank, or more devices (--mesh=fsdp:-1)",
-  "temporaries": "fewer or shorter rows, or --config.model.remat=true",
+  "temporaries": "fewer or shorter rows, or --config.model.remat=layer",
   "batch": "fewer or shorter rows",
   "code": "--config.model.scan_layers=true",
 }

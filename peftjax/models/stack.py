@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.core import mesh, ranges
+from peftjax.nn.linear import PRODUCT
 
 _INPUT = "layer_input"
 _policies = jax.checkpoint_policies
@@ -19,7 +20,7 @@ _policies = jax.checkpoint_policies
 # results of its products with weights; its input, in host memory.
 REMAT: Mapping[str, Callable[..., Any] | None] = {
   "layer": None,
-  "products": _policies.dots_with_no_batch_dims_saveable,
+  "products": _policies.save_only_these_names(PRODUCT),
   "offload": _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=[_INPUT],

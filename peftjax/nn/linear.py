@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.core.einsum import attend, linear, take
 from peftjax.core.tied import Tied
@@ -14,6 +15,8 @@ from peftjax.losses import Sums, next_token_sums
 from peftjax.nn.chunked_loss import chunk_length, chunked_sums
 
 normal = nn.initializers.normal(0.02)
+
+PRODUCT = "product"  # what policies of rematerialisation know the result of a `Linear` by
 
 
 def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
@@ -32,10 +35,10 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = weight(self, "kernel", normal, (x.shape[-1], self.features))
+    y = checkpoint_name(linear(x, kernel), PRODUCT)
     if not self.use_bias:
-      return linear(x, kernel)
+      return y
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    y = linear(x, kernel)
     return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 

@@ -106,7 +106,8 @@ def step_work(config: Any, train: Any, frozen: Any, rows: int, length: int) -> W
   backward = sum(map(gradients, (body, *heads)))
   if _trains_body(train):
     backward += 2 * attention + sum(map(products, (body, *heads)))
-  again = attention + products(body) if getattr(c, "remat", False) else 0
+  remat = getattr(c, "remat", False)
+  again = (attention if remat else 0) + (products(body) if remat not in (False, "products") else 0)
   return Work(forward + backward, forward + backward + again)
 
 
