@@ -19,6 +19,10 @@ _CALLED = re.compile(
   r"|branch_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BELOW = re.compile(r"ROOT .* compare\([^)]*%([\w.\-]+)\), direction=LT")
+# A collective that XLA:TPU spreads over several fusions is written down in each of them.
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _DTYPES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 
 
@@ -31,6 +35,7 @@ class Collective(NamedTuple):
     shapes: of it, on one device.
     bytes: of it.
     times: how often it is done: the trips of the loops around it, 1 for a loop of unknown length.
+      A loop of JAX counts from 0 to a number that its condition compares with.
   """
 
   kind: str
@@ -48,11 +53,12 @@ def collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
   # XLA prints callees before callers.
   for name in reversed(bodies):
     for line in bodies[name]:
-      trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
+      trips = _trips(line, bodies)
       for one, several in _CALLED.findall(line):
         for called in (one, *re.findall(r"[\w.\-]+", several)):
           times[called] += times[name] * trips
-  return [made for name, lines in bodies.items() for made in _read(lines, times[name])]
+  chains = set[tuple[str, ...]]()
+  return [made for name, lines in bodies.items() for made in _read(lines, times[name], chains)]
 
 
 def sent(found: list[Collective]) -> dict[str, int]:
@@ -77,11 +83,29 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _read(lines: list[str], times: int) -> list[Collective]:
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+  """Of the loop in a line, 1 if there is none."""
+  if found := _TRIPS.search(line):
+    return int(found[1])
+  condition = _CONDITION.search(line)
+  lines = bodies.get(condition[1], []) if condition else []
+  for root in filter(None, map(_BELOW.search, lines)):
+    constant = re.compile(rf"%{re.escape(root[1])} = s32\[\]\S* constant\((\d+)\)")
+    if found := constant.search("\n".join(lines)):
+      return int(found[1])
+  return 1
+
+
+def _read(lines: list[str], times: int, chains: set[tuple[str, ...]]) -> list[Collective]:
+  """Those in some lines, but for what is of a chain that was found before."""
   found = []
   for line in lines:
     if not (match := _RESULT.search(line)):
       continue
+    if chain := _CHAIN.search(line):
+      if chain.groups() in chains:
+        continue
+      chains.add(chain.groups())
     arrays = [
       (dtype, tuple(map(int, filter(None, axes.split(",")))))
       for dtype, axes in _ARRAY.findall(match[1])

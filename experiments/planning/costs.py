@@ -77,12 +77,11 @@ def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, An
   }
   if chip is None:
     return told
-  passes = 2 if planned.module.config.remat in (False, "products") else 3
   peak = flops.PEAKS[chip.name]
   base = sum(held(planned)[name] for name in ("codes", "scales", "dense base"))
   seconds = {
     "compute": done.done / devices / peak,
-    "memory": passes * base / chip.bandwidth,
+    "memory": passes(planned.module.config) * base / chip.bandwidth,
     "links": sum(found.values()) / chip.links,
   }
   step = max(seconds.values())
@@ -95,6 +94,11 @@ def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, An
     "tokens_per_second": tokens / step,
     "share_of_peak": done.model / devices / peak / step,
   }
+
+
+def passes(config: Any) -> int:
+  """How often a step reads the base: forward, backward, and where it is computed again."""
+  return 2 if config.remat in (False, "products") else 3
 
 
 def fits(bytes_by_class: dict[str, int], rows: int, chip: Chip) -> dict[str, Any]:

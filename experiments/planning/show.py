@@ -13,6 +13,7 @@ from rich.table import Table
 from experiments.planning import costs
 from experiments.planning.chips import GIB, Chip
 from experiments.planning.model import Planned
+from experiments.planning.search import Tried
 
 CLASSES = (
   "codes",
@@ -38,11 +39,15 @@ _LESS = {
 }
 
 
+class TooMuch(ValueError):
+  """What a step takes is more than the memory of a chip, whatever is computed."""
+
+
 def before(planned: Planned, chip: Chip | None) -> None:
   """What is about to be compiled; what does not fit whatever the compiler does is refused.
 
   Raises:
-    ValueError: the arrays that the step takes are more than the chip's memory.
+    TooMuch: the arrays that the step takes are more than the chip's memory.
   """
   sizes = {name: size for name, size in planned.mesh.shape.items() if size > 1}
   spread = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "one device"
@@ -54,7 +59,7 @@ def before(planned: Planned, chip: Chip | None) -> None:
   classes = costs.held(planned)
   usable = int(chip.memory * (1 - costs.RESERVE))
   if (total := sum(classes.values())) > usable:
-    raise ValueError(_too_much(classes, total, usable, chip))
+    raise TooMuch(_too_much(classes, total, usable, chip))
 
 
 @contextlib.contextmanager
@@ -86,6 +91,22 @@ def after(row: Mapping[str, Any]) -> None:
       f"{row['tokens_per_second']:,.0f} tokens/s, {100 * row['share_of_peak']:.0f} % of peak"
     )
     print(f"rows of {row['length']} tokens that fit: about {row['rows_that_fit']}")
+
+
+def tried(found: Sequence[Tried]) -> None:
+  """A table of what was compiled in search of the fastest."""
+  table = Table(title="tried")
+  for name in ("mesh", "kept of a layer", "rows", "batches of an update"):
+    table.add_column(name)
+  for name in ("GiB at the peak", "fits", "tokens/s at best"):
+    table.add_column(name, justify="right")
+  for c, row in found:
+    told = ("", "no", "")
+    if row is not None:
+      rate = f"{row['tokens_per_second']:,.0f}"
+      told = (f"{row['bytes']['peak'] / GIB:.2f}", "yes" if row["fits"] else "no", rate)
+    table.add_row(c.mesh, c.kept, str(c.rows), str(c.accumulate), *told)
+  rich.get_console().print(table)
 
 
 def excess(row: Mapping[str, Any], chip: Chip) -> str:

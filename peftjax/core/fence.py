@@ -37,8 +37,13 @@ def zero(witness: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _first_bits(x: jax.Array) -> jax.Array:
-  """Of an entry of x as float32; on a mesh each device reads one of its own, and none is sent."""
-  return _bits_of_shard(x) if mesh.ambient() else _bits(x)
+  """Of an entry of x as float32; on a mesh each device reads one of its own, and none is sent.
+
+  A TPU's compiler has no partitioning of ours; there x is small, and is everywhere.
+  """
+  if not mesh.ambient():
+    return _bits(x)
+  return jax.lax.platform_dependent(x, tpu=_bits, default=_bits_of_shard)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -61,13 +66,22 @@ def tied(arrays: Any, witness: jax.Array) -> Any:
 
   Mapped over many witnesses, they stay unmapped: any one of them will do.
   """
-  return jax.tree.map(lambda x: x + zero(witness, x.dtype), arrays)
+  return _after(arrays, witness)
 
 
 @tied.def_vmap
 def _tied_vmap(axis_size: int, in_batched: Any, arrays: Any, witness: jax.Array) -> Any:
   batched, witness_batched = in_batched
   return tied(arrays, witness[0] if witness_batched else witness), batched
+
+
+def _after(arrays: Any, witness: jax.Array) -> Any:
+  plus_zero = lambda arrays, witness: jax.tree.map(lambda x: x + zero(witness, x.dtype), arrays)
+  if not mesh.ambient():
+    return plus_zero(arrays, witness)
+  # XLA:TPU keeps barriers while it moves computations, if not while it schedules them.
+  behind = lambda arrays, witness: jax.lax.optimization_barrier((arrays, witness))[0]
+  return jax.lax.platform_dependent(arrays, witness, tpu=behind, default=plus_zero)
 
 
 def cast(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -77,7 +91,7 @@ def cast(w: jax.Array, x: jax.Array) -> jax.Array:
   """
   if w.dtype == x.dtype:
     return w
-  return (w + zero(jax.lax.stop_gradient(x), w.dtype)).astype(x.dtype)
+  return _after(w, jax.lax.stop_gradient(x)).astype(x.dtype)
 
 
 def computed_once(x: jax.Array) -> jax.Array:

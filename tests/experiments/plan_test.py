@@ -5,10 +5,11 @@ import json
 import jax
 import pytest
 
-from experiments.planning import chips, costs, show
+from experiments.planning import cache, chips, costs, search, show
 from experiments.planning.model import planned
 from peftjax import sharding
 from peftjax.quant.weight import Quantized
+from peftjax.training import process
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
 from tests import tiny_lm
@@ -21,7 +22,7 @@ def make(tmp_path_factory):
   """A config with changes."""
   folder = tmp_path_factory.mktemp("plan")
   model, rows = tiny_lm.model_dir(folder / "model"), tiny_lm.corpus(folder / "rows.jsonl")
-  return lambda **fields: tiny_lm.config(model, rows, "quant=nf4", **FEW, **fields)
+  return lambda **fields: tiny_lm.config(model, rows, "quant=nf4", **{**FEW, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_a_plan_counts_what_the_run_holds(settings):
 @pytest.mark.slow(reason="compiles unrolled layers as users do")
 def test_operations_are_those_of_the_compiled_program(settings):
   """Of unrolled layers, which XLA counts once each; it counts the masked half of attention too."""
-  given = settings(model__scan_layers=False, model__remat=False)
+  given = settings(model__scan_layers=False, model__remat="none")
   step = planned(given, "", "float32", 8, 24, sharding.make_mesh("", jax.devices()[:1]))
   compiled = step.compile()
   done = costs.work(step)
@@ -78,7 +79,9 @@ def test_operations_are_those_of_the_compiled_program(settings):
 def test_a_plan_by_the_command(make, command, capsys, tmp_path):
   """JSON, a picture, a table."""
   out, drawn = tmp_path / "plan.jsonl", tmp_path / "plan.svg"
-  given = dict(model="", topology="local", base_dtype="float32", devices=2, mesh="fsdp:2")
+  given = dict(
+    model="", suggest=0, topology="local", base_dtype="float32", devices=2, mesh="fsdp:2"
+  )
   command("plan", config=make(data__max_length=24), out=str(out), picture=str(drawn), **given)
   row = json.loads(out.read_text())
   assert row["devices"] == 2 and row["sent_bytes"]["all-gather"] > 0
@@ -96,6 +99,61 @@ def test_what_cannot_fit_is_refused_before_it_is_compiled(settings):
     "fits": False,
     "rows_that_fit": 6,
   }
+
+
+def test_candidates_make_the_same_updates(settings):
+  """Every mesh that the rows can be split over, every split of the rows, all that can be kept."""
+  given = settings(train__batch_size=4, optimizer__accumulate=2)
+  found = search.candidates(given, 4)
+  assert len(found) == len(set(found))
+  assert {c.rows * c.accumulate for c in found} == {8}
+  for c in found:
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:4])
+    assert c.rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    made = c.of(given)
+    assert (made.train.batch_size, made.optimizer.accumulate) == (c.rows, c.accumulate)
+  assert {(c.fsdp, c.tensor) for c in found} == {(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)}
+
+
+def test_the_search_ends_with_the_best_that_fits(settings):
+  """It compiles no program that could not be better, and none that needs what did not fit."""
+  given = settings(train__batch_size=8)
+  one = sharding.make_mesh("", jax.devices()[:1])
+  whole = planned(given, "", "float32", 8, 24, one)
+  ordered = search.best_first(search.candidates(given, 4), whole, chips.CHIPS["v5e"])
+  bounds = [bound for bound, _ in ordered]
+  assert bounds == sorted(bounds, reverse=True)
+  real = {c: bound * (0.5 if c.tensor > 1 else 0.9) for bound, c in ordered}
+  fits = {c: c.rows <= 4 and c.kept != "none" for _, c in ordered}
+  compiled = []
+
+  def plan(c):
+    compiled.append(c)
+    return {"fits": fits[c], "rows_that_fit": 5, "tokens_per_second": real[c], "bytes": {"peak": 1}}
+
+  found = list(search.search(ordered, plan, 1000))
+  best = max(row["tokens_per_second"] for _, row in found if row["fits"])
+  assert best == max(real[c] for c in real if fits[c])
+  assert len(compiled) == len(found) < len(ordered) / 2
+  for i, c in enumerate(compiled):
+    for other in compiled[:i]:
+      same = c.mesh == other.mesh and c.kept == other.kept
+      assert fits[other] or not same or c.rows < other.rows
+  assert len(list(search.search(ordered, plan, 3))) == 3
+
+
+def test_a_plan_is_computed_once_for_a_commit(monkeypatch, tmp_path):
+  """Of code that no commit has, every time; a file that is not whole is written again."""
+  made = []
+  compute = lambda: made.append(len(made)) or {"peak": len(made)}
+  ask = lambda folder=tmp_path, **asked: cache.cached(folder, asked, compute)
+  monkeypatch.setattr(process, "commit", lambda: "1234567890ab")
+  assert [ask(mesh="a"), ask(mesh="a"), ask(mesh="b")] == [{"peak": 1}, {"peak": 1}, {"peak": 2}]
+  for path in tmp_path.iterdir():
+    path.write_text(path.read_text()[:5])
+  assert [ask(mesh="a"), ask(mesh="a"), ask(None, mesh="a")] == [{"peak": i} for i in (3, 3, 4)]
+  monkeypatch.setattr(process, "commit", lambda: "1234567890ab-dirty")
+  assert ask(mesh="a") == {"peak": 5}
 
 
 @pytest.mark.parametrize(
