@@ -1,12 +1,19 @@
 """A bucket in memory where gs:// leads, by the same way that a real one is reached: epath, fsspec.
 
 It counts what it is asked, and can end the process at any of these, or refuse.
+
+  python -m tests.buckets FOLDER INDEX FLAGS
+
+trains with the flags of `experiments.train`, and a bucket that lies in a folder.
 """
 
 import contextlib
+import runpy
+import sys
 
 import pytest
 from etils.epath import backend, gpath
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -71,7 +78,43 @@ class Fake(MemoryFileSystem):
 def made():
   """The bucket that every gs:// leads to."""
   fake = Fake()
+  with leads_to(lambda: fake):
+    yield fake
+
+
+@contextlib.contextmanager
+def leads_to(find):
+  """gs:// leads to the file system that `find()` returns."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(gpath, "_is_tf_installed", lambda: False)
-    patch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: fake)
-    yield fake
+    patch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: find())
+    yield
+
+
+def on_disk(folder):
+  """A bucket whose objects are files below `folder`, which outlives its process."""
+
+  class Disk(LocalFileSystem):
+    cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return super()._strip_protocol(path.replace("gs:/", str(folder)))
+
+  return Disk(auto_mkdir=True)
+
+
+def main(folder, index, *flags):
+  """`experiments.train` where gs:// is below `folder`, and only process 0 has it."""
+
+  def refuse():
+    raise AssertionError("this process has no way to the bucket")
+
+  disk = on_disk(folder)
+  sys.argv = ["train", *flags]
+  with leads_to(refuse if int(index) else lambda: disk):
+    runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

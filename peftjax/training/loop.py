@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from peftjax.io import disk
 from peftjax.training import lock, mirror, process, resume
 from peftjax.training import workdir as workdirs
-from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
 from peftjax.training.logs import Bar, Logs, Silent, write_atomic
 from peftjax.training.mirror import Here
@@ -89,11 +88,11 @@ def _train(
   meta = peers.told(run.identity)
   resume.check_inputs(workdir, saved, meta)
   if saved is not None:
-    resume.restore(run, workdir)
+    resume.restore(run, place)
 
   held.kept = True
   peers.told(lambda: _prepare(place, settings_json, anew=saved is None))
-  checkpoints = Checkpoints(workdir / "checkpoints")
+  checkpoints = place.checkpoints()
   lost = saved and saved.log and saved.log.rows and not (workdir / "metrics.jsonl").exists()
   logs = Logs(workdir, run.steps_done if saved else -1) if peers.main else Silent()
   best = dataclasses.asdict(saved.best) if saved and saved.best else {}

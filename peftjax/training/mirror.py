@@ -33,7 +33,9 @@ from peftjax.io import bucket, disk, records
 from peftjax.io.bucket import Bucket
 from peftjax.training import build, lock
 from peftjax.training import workdir as workdirs
+from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.peers import Peers
+from peftjax.training.relay import Relayed
 
 RECORD = "contents.json"
 _LAST = "result.json"  # tells launchers that all else is there
@@ -73,6 +75,10 @@ class Here:
   def keep(self, wait: Callable[[], None]) -> None:
     """After a checkpoint has begun to be saved: it may go on being."""
 
+  def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
+    """Those of the run, by whom they are written and read."""
+    return Checkpoints(self.folder / "checkpoints", read_only=read_only)
+
   def newest(self) -> int | None:
     """The step of the checkpoint that a run would go on from."""
     return workdirs.newest(self.folder / "checkpoints")
@@ -81,23 +87,38 @@ class Here:
 class Mirror(Here):
   """A workdir in a bucket, with a copy of it in `folder`, which is empty at first.
 
+  Of several processes all make one, and the main one alone has the copy and asks the bucket: their
+  machines may have no file system in common.
+
   Raises:
     ValueError: what the bucket holds is damaged, or of something else.
     disk.DiskError: in all methods: the bucket cannot be read or written.
   """
 
-  def __init__(self, address: str, folder: Path):
+  def __init__(self, address: str, folder: Path, peers: Peers):
     super().__init__(folder)
-    self._bucket = Bucket(address)
-    self._there = self._read()
+    self._peers, self._bucket = peers, Bucket(address)
+    self._there: Contents | None = None
     self._claimed: Contents | None = None
+    self._kept: dict[str, tuple[int, ...]] = {}
+    peers.told(self._bring)
+
+  def _bring(self) -> None:
+    self._there = self._read()
     for name in self._there.files if self._there else ():
-      if not self._bucket.download(name, folder / name) and name.startswith(_CHECKPOINTS):
-        raise ValueError(f"{address}/{name} is gone, which {RECORD} names. {_ELSEWHERE}")
+      if not self._bucket.download(name, self.folder / name) and name.startswith(_CHECKPOINTS):
+        raise ValueError(
+          f"{self._bucket.address}/{name} is gone, which {RECORD} names. {_ELSEWHERE}"
+        )
     self._kept = self._stamps()
 
+  def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
+    if self._peers.count == 1:
+      return super().checkpoints(read_only=read_only)
+    return Relayed(self.folder / "checkpoints", self._peers, read_only=read_only)
+
   def claim(self) -> None:
-    """Makes this process the one that writes.
+    """Makes this process the one that writes; for the main one.
 
     Raises:
       lock.Held: another one has begun to since the bucket was read.
@@ -120,7 +141,7 @@ class Mirror(Here):
       lock.Held: another process has claimed the workdir.
     """
     wait()
-    self.put()
+    self._peers.told(self.put)
 
   def put(self) -> None:
     """`keep`, of what is whole already; nothing if nothing was claimed."""
@@ -212,12 +233,7 @@ def opened(place: Path | str, peers: Peers) -> Iterator[Here]:
   if isinstance(place, Path):
     yield Here(place)
     return
-  if peers.count > 1:
-    raise ValueError(
-      f"{place}: several processes cannot share a run in a bucket. Give a --workdir on a file "
-      "system that all of them share."
-    )
-  with _copied(place) as mirror:
+  with _copied(place, peers) as mirror:
     try:
       yield mirror
     except (lock.Held, disk.DiskError):
@@ -239,16 +255,16 @@ def read(workdir: str | Path) -> Iterator[Path]:
   if isinstance(place, Path):
     yield place
     return
-  with _copied(place) as mirror:
+  with _copied(place, Peers()) as mirror:
     yield mirror.folder
 
 
 @contextlib.contextmanager
-def _copied(address: str) -> Iterator[Mirror]:
+def _copied(address: str, peers: Peers) -> Iterator[Mirror]:
   """A mirror that leaves no folder here; what is refused in it names the bucket."""
   with tempfile.TemporaryDirectory(prefix="peftjax-", ignore_cleanup_errors=True) as folder:
     try:
-      yield Mirror(address, Path(folder))
+      yield Mirror(address, Path(folder), peers)
     except (ValueError, FloatingPointError) as error:
       if folder not in str(error):
         raise

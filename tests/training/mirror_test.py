@@ -9,7 +9,9 @@ import pytest
 
 from peftjax.io import bucket, disk
 from peftjax.training import build, lock, loop, mirror
+from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.mirror import Mirror
+from peftjax.training.peers import Peers
 from peftjax.training.predict import Predictor
 from peftjax.training.run import Run
 from tests import buckets
@@ -80,7 +82,7 @@ def states(folder):
 def trained(folder):
   """Goes through all states, each kept; returns what `Mirror` pulls before, and of each."""
   folder.mkdir()
-  place = Mirror(URL, folder)
+  place = Mirror(URL, folder, Peers())
   place.claim()
   for _ in states(folder):
     place.keep(lambda: None)
@@ -89,7 +91,7 @@ def trained(folder):
 def pulled(folder):
   """What a start would find, without rows after its checkpoint; nothing may be loose for good."""
   folder.mkdir()
-  place = Mirror(URL, folder)
+  place = Mirror(URL, folder, Peers())
   found = runs.contents(folder)
   step = place.newest() or 0
   rows = found.pop("metrics.jsonl", b"").decode().splitlines()
@@ -158,6 +160,27 @@ def test_a_killed_run_goes_on_to_the_same_bits(
   assert {*held} - {mirror.RECORD} == {*json.loads(held[mirror.RECORD])["files"]}
 
 
+@pytest.mark.slow(reason="a law of killed runs, for a failure of another kind")
+def test_a_run_that_failed_between_best_and_latest_begins_anew(
+  fake, finished, config, run_once, monkeypatch, tmp_path
+):
+  """Its best, which is there without a latest, is none to go on from."""
+  save = Checkpoints.save
+
+  def broken(self, name, step, arrays, meta):
+    if name == "latest":
+      raise RuntimeError
+    save(self, name, step, arrays, meta)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", broken)
+    with pytest.raises(RuntimeError):
+      run_once(config(), URL)
+  assert any(name.startswith("checkpoints/best/4/") for name in fake.objects(URL))
+  run_once(config(), URL)
+  runs.assert_same(fake.copy_to(URL, tmp_path / "copy"), finished[0])
+
+
 def test_rows_of_a_run_that_fails_are_kept(fake, config, run_once, monkeypatch, no_folder_stays):
   """With the name of the bucket, and what is left there, in its message."""
   place = Run.place
@@ -178,11 +201,11 @@ def test_the_one_that_was_started_last_goes_on(fake, tmp_path):
   """The other one ends at its next save, and changes nothing; so does one that starts too late."""
   (tmp_path / "a").mkdir()
   (tmp_path / "b").mkdir()
-  first, late = Mirror(URL, tmp_path / "a"), Mirror(URL, tmp_path / "b")
+  first, late = Mirror(URL, tmp_path / "a", Peers()), Mirror(URL, tmp_path / "b", Peers())
   first.claim()
   with pytest.raises(lock.Held, match=r"has changed since.*: process \d+ on .* Start it again"):
     late.claim()
-  second = Mirror(URL, tmp_path / "b")
+  second = Mirror(URL, tmp_path / "b", Peers())
   second.claim()
   (tmp_path / "a" / "metrics.jsonl").write_text("{}\n")
   before = fake.objects(URL)
