@@ -60,9 +60,9 @@ def restore(run: Run, place: Here) -> None:
   finally:
     checkpoints.close()
   if run.steps_done != step:
+    where = place.folder / "checkpoints" / "latest" / str(step)
     raise ValueError(
-      f"{place.folder / 'checkpoints' / 'latest' / str(step)} holds step {run.steps_done}. Give it its"
-      " own name again, or give another --workdir."
+      f"{where} holds step {run.steps_done}. Give it its own name again, or give another --workdir."
     )
 
 

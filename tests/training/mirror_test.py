@@ -129,6 +129,7 @@ def test_killed_at_any_call_it_leaves_the_state_before_or_after(fake, tmp_path):
     if held:
       contents = json.loads(held.pop(mirror.RECORD))
       assert {*held} <= {*contents["files"], *contents["loose"]}, at
+      assert "result.json" not in held or held.keys() == {*contents["files"]}  # it comes last
     reached.append((step, result is not None))
   assert reached == sorted(reached) and {*reached} == {(s, False) for s in wanted} | {(12, True)}
 
