@@ -33,6 +33,7 @@ METHODS = {
     b_rate=1.0,  # LoRA+: 16.0
     rank_pattern=(),  # e.g. (r".*/layers_0/.*=4", "q_proj=16"),
     alpha_pattern=(),
+    dtype="float32",  # of what is trained; or bfloat16
     head=False,
   ),
   "dora": dict(
@@ -45,6 +46,7 @@ METHODS = {
     from_quantised=True,
     rank_pattern=(),
     alpha_pattern=(),
+    dtype="float32",
     head=False,
   ),
   "adalora": dict(
@@ -66,9 +68,16 @@ METHODS = {
     dropout=0.0,
     rank_pattern=(),
     alpha_pattern=(),
+    dtype="float32",
     head=False,
   ),
-  "ia3": dict(name="ia3", outputs=("k_proj", "v_proj"), inputs=("down_proj",), head=False),
+  "ia3": dict(
+    name="ia3",
+    outputs=("k_proj", "v_proj"),
+    inputs=("down_proj",),
+    dtype="float32",
+    head=False,
+  ),
   "adapters": dict(
     name="adapters",
     size=64,
@@ -78,6 +87,7 @@ METHODS = {
     init=placeholder(str),
     scale=placeholder(float),
     norms=placeholder(bool),
+    dtype="float32",
     head=False,
   ),
   "vera": dict(
@@ -87,10 +97,17 @@ METHODS = {
     d_initial=0.1,
     dropout=0.0,
     projection_seed=0,
+    dtype="float32",
     head=False,
   ),
-  "prefix": dict(name="prefix", length=20, deviation=0.02, head=False),
-  "prompt": dict(name="prompt", length=20, init="vocabulary", head=False),  # or normal
+  "prefix": dict(name="prefix", length=20, deviation=0.02, dtype="float32", head=False),
+  "prompt": dict(
+    name="prompt",
+    length=20,
+    init="vocabulary",  # or normal
+    dtype="float32",
+    head=False,
+  ),
   "full": dict(name="train", targets=(".*",), head=False),
 }
 
@@ -123,7 +140,13 @@ def get_config(arg: str = "") -> ConfigDict:
     dict(
       seed=0,
       task="causal_lm",
-      model=dict(name=given["model"], directory="", scan_layers=True, remat=True, dtype="float32"),
+      model=dict(
+        name=given["model"],
+        directory="",
+        scan_layers=True,
+        remat="layer",  # kept for the backward pass; or none, products (too), offload (to the host)
+        dtype="float32",
+      ),
       quant=dict(
         name=given["quant"],
         block_size=64,

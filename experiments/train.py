@@ -27,13 +27,17 @@ WORKDIR = flags.DEFINE_string(
   required=True,
 )
 MESH = flags.DEFINE_string(
-  "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; -1 for all that are left, as in "fsdp:-1".'
+  "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; one may be -1, what is left.'
 )
 DISTRIBUTED = flags.DEFINE_string(
   "distributed",
   "off",
   "Processes that share the run: off, auto (as the cluster says: Cloud TPU, GKE, SLURM, Open MPI, "
   "Kubernetes) or ADDRESS,COUNT,ID, the same command in each but for the last number.",
+)
+
+PROFILE = flags.DEFINE_integer(
+  "profile", 0, "Trace so many warm steps into WORKDIR/profile (xprof, Perfetto)."
 )
 
 
@@ -45,7 +49,9 @@ def main(argv: list[str]) -> None:
   runtime.set_up(CONFIG.value.get("compilation_cache"))
   from peftjax.training.loop import train_and_evaluate
 
-  result = train_and_evaluate(CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED)
+  result = train_and_evaluate(
+    CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED, traced=PROFILE.value
+  )
   if not runtime.is_main():
     return
   shown = ("method", "trainable_params", "total_params", "metrics", "best_step", "seconds")

@@ -21,6 +21,7 @@ def mean(total: jax.Array, count: jax.Array) -> jax.Array:
   return total / jnp.where(count > 0, count, 1.0)
 
 
+@jax.named_scope("loss")
 def classification_sums(
   logits: Float[Array, "B K"], labels: Int[Array, " B"], weights: Float[Array, " B"]
 ) -> Sums:
@@ -29,6 +30,7 @@ def classification_sums(
   return _sums(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), weights)
 
 
+@jax.named_scope("loss")
 def regression_sums(
   logits: Float[Array, "B 1"], labels: Float[Array, " B"], weights: Float[Array, " B"]
 ) -> Sums:
@@ -36,6 +38,7 @@ def regression_sums(
   return _sums(jnp.square(logits[:, 0].astype(jnp.float32) - labels), weights)
 
 
+@jax.named_scope("loss")
 def next_token_sums(logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.Array]) -> Sums:
   """Numerator and denominator of `next_token`: the sum of −log p, and of the weights."""
   values = optax.losses.softmax_cross_entropy_with_integer_labels(

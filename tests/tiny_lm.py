@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from configs.causal_lm import get_config
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "llama3_tiny"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 WORDS = ["<unk>", "<s>", "</s>", *map(str, range(10)), "then", "comes", "row", "of"]
 
 
-def model_dir(folder: pathlib.Path) -> pathlib.Path:
+def model_dir(folder: pathlib.Path, golden: str = "llama3_tiny") -> pathlib.Path:
   """Makes `folder` a model directory whose tokenizer knows digits and a few words."""
-  shutil.copytree(GOLDEN, folder)
+  shutil.copytree(GOLDEN / golden, folder)
   tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
   tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
   tokenizer.save(str(folder / "tokenizer.json"))
@@ -63,7 +63,7 @@ def config(
     compilation_cache="",
   )
   for key, value in {**base, **changes}.items():
-    if key == "method__rank" and "method=full" in argument:
+    if key == "method__rank" and "rank" not in made.method:
       continue
     made.update_from_flattened_dict({key.replace("__", "."): value})
   return made

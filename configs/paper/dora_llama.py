@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
   given = parse("dora_llama.py", arg, CHOICES)
   config = causal_lm.get_config("data=files,quant=none,method=dora")
   rank = int(given["rank"])
-  config.model.update(scan_layers=True, remat=True, dtype="bfloat16")
+  config.model.update(scan_layers=True, remat="layer", dtype="bfloat16")
   config.method.update(
     rank=rank,
     alpha=2.0 * rank,

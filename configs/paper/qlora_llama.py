@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
   batch, rate, steps = SIZES[given["size"]][given["data"]]
   source, target = LENGTHS[given["data"]]
   dropout = 0.1 if given["size"] in ("7b", "13b") else 0.05
-  config.model.update(scan_layers=True, remat=True, dtype="bfloat16")
+  config.model.update(scan_layers=True, remat="layer", dtype="bfloat16")
   config.quant.update(block_size=64, double_quant=True, targets=("all-linear",))
   config.method.update(rank=64, alpha=16.0, targets=("all-linear",), dropout=dropout)
   config.data.update(max_length=source + target, other="")

@@ -17,6 +17,7 @@ from absl import app, flags
 
 from experiments import runtime
 from experiments.benchmarks import report, shapes, turns
+from peftjax.training import flops
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 MODEL = flags.DEFINE_list(
@@ -51,7 +52,7 @@ def compare(model: str, batch: int, length: int) -> list[report.Row]:
   seconds = turns.medians(workers, TURNS.value, STEPS.value)
   memory = [worker.close() for worker in workers]
   speed = f"{batch * length / seconds[0]:,.0f} tokens/s"
-  if peak := shapes.peak_flops(gpu):
+  if peak := flops.peak(gpu):
     done = shapes.step_flops(shapes.config(model), batch, length) / seconds[0]
     speed += f", {done / peak:.0%} of peak"
   suffix = f"_{model}" if model in shapes.RANDOM else ""

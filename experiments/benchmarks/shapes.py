@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,23 +32,10 @@ RANDOM: Mapping[str, Mapping[str, Any]] = {
 }
 MODELS = ("smollm2", *RANDOM)
 
-# FLOP/s of dense bfloat16 products, by the name of the GPU.
-_PEAKS = {
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA A100*": 312e12,
-  "NVIDIA L4": 121e12,
-}
-
 
 def config(model: str) -> Mapping[str, Any]:
   """The Hugging Face configuration of one of `MODELS`."""
   return RANDOM.get(model) or pretrained.config_of(Model(name=model).path())
-
-
-def peak_flops(gpu: str | None) -> float | None:
-  """The most FLOP/s that a GPU's tensor cores do in bfloat16; None if unknown."""
-  return next((peak for name, peak in _PEAKS.items() if fnmatch.fnmatch(gpu or "", name)), None)
 
 
 def step_flops(config: Mapping[str, Any], batch: int, length: int) -> float:

@@ -1,4 +1,4 @@
-"""Accelerators that need not be there: their memory and speed, and the devices of a topology."""
+"""Accelerators that need not be there: their memory and links, and the devices of a topology."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ class Chip(NamedTuple):
   """One chip, as its maker describes it.
 
   Attributes:
-    name: of people.
+    name: of people, and in `peftjax.training.flops.PEAKS`, where its speed is.
     memory: bytes of HBM.
-    flops: bfloat16 operations a second.
     bandwidth: bytes a second from HBM.
     links: bytes a second to other chips, over all links.
     accelerator: what the TPU library calls a slice of them, without the number.
@@ -24,7 +23,6 @@ class Chip(NamedTuple):
 
   name: str
   memory: int
-  flops: float
   bandwidth: float
   links: float
   accelerator: str
@@ -34,10 +32,10 @@ GIB = 2**30
 
 # Cloud TPU's documentation of system architectures; links in one direction.
 CHIPS: dict[str, Chip] = {
-  "v4": Chip("TPU v4", 32 * GIB, 275e12, 1228e9, 300e9, "v4"),
-  "v5e": Chip("TPU v5e", 16 * GIB, 197e12, 819e9, 200e9, "v5litepod"),
-  "v5p": Chip("TPU v5p", 95 * GIB, 459e12, 2765e9, 600e9, "v5p"),
-  "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 1640e9, 448e9, "v6e"),
+  "v4": Chip("TPU v4", 32 * GIB, 1228e9, 300e9, "v4"),
+  "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 200e9, "v5litepod"),
+  "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 600e9, "v5p"),
+  "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 448e9, "v6e"),
 }
 
 

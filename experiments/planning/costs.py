@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from experiments.planning.chips import Chip
 from experiments.planning.model import Planned
 from peftjax.collectives import collectives, sent
-from peftjax.core import paths
 from peftjax.quant.weight import Quantized
+from peftjax.training import flops
 
 # Of a chip's memory, for what a program does not count: the runtime, other programs, fragments.
 RESERVE = 0.06
-
-
-class Work(NamedTuple):
-  """Floating-point operations of a step on all devices.
-
-  Attributes:
-    model: of the forward and the backward pass: what a share of peak is measured by.
-    done: with what is computed again, under rematerialisation.
-  """
-
-  model: float
-  done: float
 
 
 def held(planned: Planned) -> dict[str, int]:
@@ -73,34 +61,9 @@ def memory(planned: Planned, compiled: Any) -> dict[str, int]:
   return {**classes, "gradients": gradients, "temporaries": rest, "code": code, "peak": peak + code}
 
 
-def work(planned: Planned) -> Work:
-  """Products with matrices and of attention; what scans repeat is counted as often.
-
-  XLA's own count (`cost_analysis`) takes the body of a scan once.
-  """
-  c = planned.module.config
+def work(planned: Planned) -> flops.Work:
   rows, length = planned.batch["tokens"].shape
-  tokens = rows * length
-  frozen = sum(_matrix(path, x) for path, x in paths.leaves(planned.frozen).items())
-  trained = sum(x.size for x in jax.tree.leaves(planned.state.train) if x.ndim >= 2)
-  frozen += 0 if _has_head(planned) else c.vocab * c.width
-  # Scores and sums of values, forward; half of them, since a causal mask hides the others.
-  seen = min(length, c.window or length) if hasattr(c, "window") else length
-  attention = 2 * 2 * tokens * seen * c.heads * c.head_size * c.layers / 2
-  once = 2 * tokens * (frozen + trained) + attention
-  model = once + 2 * tokens * (frozen + 2 * trained) + 2 * attention
-  return Work(model, model + (once if c.remat else 0))
-
-
-def _matrix(path: str, leaf: Any) -> int:
-  """Entries of a kernel that activations are multiplied with; tables are looked up."""
-  base = getattr(leaf, "base", leaf)
-  shape = getattr(base, "shape", ())
-  return math.prod(shape) if len(shape) >= 2 and path.endswith("kernel") else 0
-
-
-def _has_head(planned: Planned) -> bool:
-  return any("lm_head" in path for path in paths.leaves(planned.frozen))
+  return flops.step_work(planned.module.config, planned.state.train, planned.frozen, rows, length)
 
 
 def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, Any]:
@@ -115,9 +78,10 @@ def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, An
   if chip is None:
     return told
   passes = 3 if planned.module.config.remat else 2
+  peak = flops.PEAKS[chip.name]
   base = sum(held(planned)[name] for name in ("codes", "scales", "dense base"))
   seconds = {
-    "compute": done.done / devices / chip.flops,
+    "compute": done.done / devices / peak,
     "memory": passes * base / chip.bandwidth,
     "links": sum(found.values()) / chip.links,
   }
@@ -129,7 +93,7 @@ def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, An
     "step_seconds": step,
     "bound_by": max(seconds, key=lambda name: seconds[name]),
     "tokens_per_second": tokens / step,
-    "share_of_peak": done.model / devices / chip.flops / step,
+    "share_of_peak": done.model / devices / peak / step,
   }
 
 

@@ -56,18 +56,28 @@ _bits_of_shard.def_partition(
 
 
 @jax.custom_batching.custom_vmap
-def tied(x: jax.Array, witness: jax.Array) -> jax.Array:
-  """x, for a compiler a function of `witness`: what is made of it cannot be before that is there.
+def tied(arrays: Any, witness: jax.Array) -> Any:
+  """The arrays, for a compiler functions of `witness`: none is used before that is there.
 
-  Mapped over many witnesses, x stays unmapped: any one of them will do.
+  Mapped over many witnesses, they stay unmapped: any one of them will do.
   """
-  return x + zero(witness, x.dtype)
+  return jax.tree.map(lambda x: x + zero(witness, x.dtype), arrays)
 
 
 @tied.def_vmap
-def _tied_vmap(axis_size: int, in_batched: Any, x: jax.Array, witness: jax.Array) -> Any:
-  x_batched, witness_batched = in_batched
-  return tied(x, witness[0] if witness_batched else witness), x_batched
+def _tied_vmap(axis_size: int, in_batched: Any, arrays: Any, witness: jax.Array) -> Any:
+  batched, witness_batched = in_batched
+  return tied(arrays, witness[0] if witness_batched else witness), batched
+
+
+def cast(w: jax.Array, x: jax.Array) -> jax.Array:
+  """w in the dtype of x; where that is another one, not before x is there.
+
+  XLA:TPU would else cast what a scan takes of all layers at once, and hold it for the whole step.
+  """
+  if w.dtype == x.dtype:
+    return w
+  return (w + zero(jax.lax.stop_gradient(x), w.dtype)).astype(x.dtype)
 
 
 def computed_once(x: jax.Array) -> jax.Array:

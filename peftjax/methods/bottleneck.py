@@ -35,6 +35,7 @@ class Bottleneck(Attachment):
   reads: int | None = flax.struct.field(pytree_node=False, default=None)
   again: bool = flax.struct.field(pytree_node=False, default=False)
 
+  @jax.named_scope("adapter")
   def __call__(self, u: jax.Array) -> jax.Array:
     """f(u), `[..., D_in]` to `[..., D]`, in the dtype of u."""
     row = lambda bias: bias.astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))

@@ -71,6 +71,7 @@ class DoRA(LoRA):
     lies = P(*made.b[:-1])
     return self.replace(**{**children(made), "m": lies, "square": lies})
 
+  @jax.named_scope("adapter")
   def _factor(self, x: jax.Array | None = None) -> jax.Array:
     """m / ‖base + ΔW‖, `[*stack, out]` float32; of a quantised base not before x is there.
 

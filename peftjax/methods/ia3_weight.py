@@ -49,10 +49,11 @@ class IA3(Adapted):
     scales = (
       mesh.whole(self.l).reshape(*(self.shape[w_s.index(c)] for c in letters)).astype(x.dtype)
     )
+    scaled = jax.named_scope("adapter")(jnp.einsum)
     if set(letters) <= set(x_s):
-      return einsum(eqn, jnp.einsum(f"{x_s},{letters}->{x_s}", x, scales), self.base)
+      return einsum(eqn, scaled(f"{x_s},{letters}->{x_s}", x, scales), self.base)
     if set(letters) <= set(out_s):
-      return jnp.einsum(f"{out_s},{letters}->{out_s}", einsum(eqn, x, self.base), scales)
+      return scaled(f"{out_s},{letters}->{out_s}", einsum(eqn, x, self.base), scales)
     return super().einsum(eqn, x)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from peftjax.core import mesh, paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
+from peftjax.core.fence import cast
 from peftjax.core.layout import Axes
 from peftjax.core.weight import materialize
 
@@ -94,11 +95,14 @@ class LoRA(Adapted):
     if branch is None:
       return super().einsum(eqn, x)
     down_eqn, up_eqn, transposed = branch
-    a = mesh.whole(self.a).reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
-    b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
-    down, up = (b, a) if transposed else (a, b)
-    low = jnp.einsum(down_eqn, self.dropped(x), down.astype(x.dtype))
-    return einsum(eqn, x, self.base) + jnp.einsum(up_eqn, low, up.astype(x.dtype))
+    with jax.named_scope("adapter"):
+      a = mesh.whole(self.a).reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
+      b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
+      down, up = (b, a) if transposed else (a, b)
+      low = jnp.einsum(down_eqn, self.dropped(x), cast(down, x))
+    y = einsum(eqn, x, self.base)
+    with jax.named_scope("adapter"):
+      return y + jnp.einsum(up_eqn, low, cast(up, x))
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
     """The base that this adapter was merged into: `materialize` the other way round."""
@@ -106,8 +110,11 @@ class LoRA(Adapted):
 
   def take(self, ids: jax.Array) -> jax.Array:
     """base[ids] + s · A[:, ids]ᵀ Bᵀ: the branch's table is never built."""
-    rows = jnp.take(mesh.whole(self.a).T, ids, axis=0)
-    return take(self.base, ids) + (rows @ self._up().T).astype(self.dtype)
+    with jax.named_scope("adapter"):
+      rows = jnp.take(mesh.whole(self.a).T, ids, axis=0)
+    y = take(self.base, ids)
+    with jax.named_scope("adapter"):
+      return y + (rows @ self._up().T).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits of the *base* table: an adapter on a tied table changes the lookup only (as PEFT)."""

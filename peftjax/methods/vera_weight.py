@@ -100,11 +100,14 @@ class VeRA(Adapted):
     ins, dims = ([self.shape[axis] for axis in axes] for axes in self.axes)
     a = mesh.whole(tied.a).reshape(*self.d.shape, *ins)
     b_proj = mesh.whole(tied.b_proj).reshape(*self.stack, *dims, -1)
-    low = jnp.einsum(down, pair.dropped(x), a.astype(x.dtype))
-    low = jnp.einsum(f"{low_s},{stack}{low_s[-1]}->{low_s}", low, self.d.astype(x.dtype))
-    high = jnp.einsum(up, low, b_proj.astype(x.dtype))
-    b = mesh.whole(self.b).reshape(*self.stack, *dims).astype(x.dtype)
-    return einsum(eqn, x, self.base) + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
+    with jax.named_scope("adapter"):
+      low = jnp.einsum(down, pair.dropped(x), a.astype(x.dtype))
+      low = jnp.einsum(f"{low_s},{stack}{low_s[-1]}->{low_s}", low, self.d.astype(x.dtype))
+      high = jnp.einsum(up, low, b_proj.astype(x.dtype))
+      b = mesh.whole(self.b).reshape(*self.stack, *dims).astype(x.dtype)
+    y = einsum(eqn, x, self.base)
+    with jax.named_scope("adapter"):
+      return y + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
     """The base that this adapter was merged into: `materialize` the other way round."""

@@ -16,7 +16,7 @@ from peftjax.losses import Sums
 from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
-from peftjax.models.stack import layer_keys, run_layers
+from peftjax.models.stack import layer_input, layer_keys, run_layers
 from peftjax.nn import virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import ACTIVATIONS
@@ -63,7 +63,7 @@ class GPT2Config:
   residual_dropout: float
   tied: bool = True  # whether `init` makes a head that is tied; of a model, its parameters tell
   scan_layers: bool = False
-  remat: bool = False  # compute each layer's activations again in the backward pass
+  remat: bool | str = False  # compute layers again in the backward pass: see `stack.REMAT`
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
 
   @classmethod
@@ -149,6 +149,7 @@ class Layer(nn.Module):
   def __call__(self, x: jax.Array, cache: Any, key: Any, mask: AttentionMask, index: Any) -> Any:
     c = self.config
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    x = layer_input(x)
     h = LayerNorm(c.eps, name="ln_1")(x)
     y, cache = SelfAttention(c, name="attn")(h, mask, index, cache, keys[:2])
     x = Residual(name="attn_residual")(y, x)

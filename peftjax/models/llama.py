@@ -17,7 +17,7 @@ from peftjax.losses import Sums
 from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
-from peftjax.models.stack import run_layers
+from peftjax.models.stack import layer_input, run_layers
 from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
 from peftjax.nn.ffn import swiglu
@@ -68,7 +68,7 @@ class LlamaConfig:
   ffn_bias: bool
   tied: bool  # whether `init` makes a head that is tied; of a model, its parameters tell
   scan_layers: bool = False
-  remat: bool = False  # compute each layer's activations again in the backward pass
+  remat: bool | str = False  # compute layers again in the backward pass: see `stack.REMAT`
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
 
   @classmethod
@@ -167,6 +167,7 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, cache: Any, angles: Any, mask: AttentionMask, index: Any) -> Any:
     c = self.config
+    x = layer_input(x)
     h = RMSNorm(c.eps, name="input_layernorm")(x)
     y, cache = SelfAttention(c, name="self_attn")(h, angles, mask, index, cache)
     x = Residual(name="self_attn_residual")(y, x)

@@ -57,7 +57,7 @@ def load_pretrained(
   *,
   num_labels: int | None = None,
   scan_layers: bool = False,
-  remat: bool = False,
+  remat: bool | str = False,
   dtype: Any = jnp.float32,
   quant: Format | None = None,
   where: str | Sequence[str] = "all-linear",
@@ -73,7 +73,8 @@ def load_pretrained(
       A head of this size in the checkpoint is loaded, otherwise a new one is drawn.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
     remat: of a decoder: keep only each layer's input for the backward pass and compute the rest
-      again ("gradient checkpointing").
+      again ("gradient checkpointing"); True or "layer". "products" keeps what products with weights
+      yield as well: more memory, less time. "offload" keeps the input in host memory.
     dtype: of activations; parameters keep the checkpoint's.
     quant: quantise the matrices that `where` selects as they are read: besides what is loaded, no
       more than two of the checkpoint's tensors are in memory. See `peftjax.quantize`.

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from peftjax.core import mesh
+from peftjax.core import mesh, ranges
+
+_INPUT = "layer_input"
+_policies = jax.checkpoint_policies
+
+# What is kept of a layer for the backward pass, which computes the rest again: its input; also the
+# results of its products with weights; its input, in host memory.
+REMAT: Mapping[str, Callable[..., Any] | None] = {
+  "layer": None,
+  "products": _policies.dots_with_no_batch_dims_saveable,
+  "offload": _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+}
 
 
 def run_layers(
@@ -19,21 +36,30 @@ def run_layers(
   own: Sequence[Any],
   shared: Sequence[Any],
   *,
-  remat: bool = False,
+  remat: bool | str = False,
 ) -> tuple[jax.Array, Any]:
   """x through `config.layers` layers, submodules `layers_0`, `layers_1`, ... or, scanned, `layers`.
 
   Args:
-    layer: made with the config; `(x, *own, *shared)` to `(x, y)`.
+    layer: made with the config; `(x, *own, *shared)` to `(x, y)`. What it calls x first is
+      `layer_input(x)`.
     own: what each layer has for itself, indexed or stacked by layer, or None.
     shared: what all have in common.
-    remat: compute each layer's activations again in the backward pass.
+    remat: compute each layer's activations again in the backward pass, but for what the policy of
+      this name keeps; True is "layer".
 
   Returns:
     x, and the y of every layer: a tuple, or stacked.
+
+  Raises:
+    ValueError: no policy has that name.
   """
   x = mesh.rows(x)
-  block = nn.remat(layer, prevent_cse=not config.scan_layers) if remat else layer
+  block = layer
+  if remat:
+    name = "layer" if remat is True else remat
+    ranges.one_of("remat", name, REMAT)
+    block = nn.remat(layer, prevent_cse=not config.scan_layers, policy=REMAT[name])
   if config.scan_layers:
     layers = nn.scan(
       block,
@@ -49,6 +75,11 @@ def run_layers(
     x, y = block(config, name=f"layers_{i}")(x, *mine, *shared)
     made.append(y)
   return x, tuple(made)
+
+
+def layer_input(x: jax.Array) -> jax.Array:
+  """The identity, which says what of a layer a policy of `REMAT` may move elsewhere."""
+  return checkpoint_name(x, _INPUT)
 
 
 def layer_keys(key: jax.Array | None, layers: int) -> jax.Array | None:

@@ -114,7 +114,8 @@ def _total(logits_of: Logits, head: Any, chunks: Chunk) -> jax.Array:
 
   def step(at: jax.Array, values: jax.Array, chunk: Chunk) -> jax.Array:
     logits = logits_of(_with(head, chunk.random), chunk.x).astype(jnp.float32)
-    found = optax.losses.softmax_cross_entropy_with_integer_labels(logits, chunk.tokens)
+    with jax.named_scope("loss"):
+      found = optax.losses.softmax_cross_entropy_with_integer_labels(logits, chunk.tokens)
     return values.at[at].set(found)
 
   values = _over_used(step, jnp.zeros_like(chunks.weights), chunks)
@@ -181,6 +182,7 @@ def _backward(logits_of: Logits, saved: Any, g: jax.Array) -> Any:
 _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@jax.named_scope("loss")
 def _cross_entropy(logits: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
   """−log softmax(z)[token] of each row, and w · (softmax(z) − onehot(token)) in the dtype of z."""
   z, tokens = logits.astype(jnp.float32), chunk.tokens[:, None]

@@ -149,6 +149,7 @@ def _longest(params: Any, kind: type[Prefix] | type[Prompt]) -> int:
   return max((node.length for node in found if isinstance(node, kind)), default=0)
 
 
+@jax.named_scope("adapter")
 def _before(own: jax.Array, x: jax.Array) -> jax.Array:
   """`[P, D]` before each row of `[B, S, D]`, in its dtype."""
   rows = jnp.broadcast_to(own.astype(x.dtype)[None], (x.shape[0], *own.shape))

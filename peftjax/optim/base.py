@@ -77,11 +77,28 @@ def adamw(
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor scales.
 
+  Moments, arithmetic and updates are float32 whatever the parameters are. Parameters of 16 bits
+  still lose what an update is below half a unit of their last place.
+
   Raises:
     ValueError: on a number out of range.
   """
   check_rate(learning_rate)
-  return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+  tx = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+  return _in_float32(tx)
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx`, which gets what has 16 bits as float32.
+
+  In bfloat16 0.999 ν + 0.001 g² would be ν again: the second moment would never fall.
+  """
+  short = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32) if short(x) else x, tree)
+  return optax.GradientTransformation(
+    lambda params: tx.init(wide(params)),
+    lambda grads, state, params=None: tx.update(wide(grads), state, wide(params)),
+  )
 
 
 class Rate(NamedTuple):
@@ -140,11 +157,16 @@ def wrap(
     raise ValueError(_MULTI_STEPS)
   tx = _once_a_call(tx)
   if outer is not None:
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    clip = optax.identity() if clip_norm is None else _clip(clip_norm)
     tx = outer(clip, tx)
   elif clip_norm is not None:
-    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    tx = optax.chain(_clip(clip_norm), tx)
   return accumulated(_at_own_rates(_checked(tx)), accumulate, batches)
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+  init, update = optax.clip_by_global_norm(norm)
+  return optax.GradientTransformation(init, jax.named_scope("clip")(update))
 
 
 def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -157,7 +179,7 @@ def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformati
       raise ValueError(_MULTI_STEPS)
     return state
 
-  return optax.GradientTransformationExtraArgs(init, tx.update)
+  return optax.GradientTransformationExtraArgs(init, jax.named_scope("update")(tx.update))
 
 
 def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

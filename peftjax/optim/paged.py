@@ -20,7 +20,8 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
   The numbers are those of `tx`, and so is the structure of the state; its arrays, scalars
   excepted, are in `pinned_host`. Inside jit the state visits the device leaf by leaf, and every
   update moves it there and back. Of the eight bytes a trained parameter that AdamW keeps, a step of
-  SmolLM2-135M then needs five less on a TPU, whose compiler holds copies of the largest leaves. That pays for full fine-tuning; the state of LoRA itself is too small to matter.
+  SmolLM2-135M then needs five less on a TPU, whose compiler holds copies of the largest leaves.
+  That pays for full fine-tuning; the state of LoRA itself is too small to matter.
   (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3, pages between GPU and CPU on demand;
   XLA plans memory ahead, so here the visits are part of the program.)
 

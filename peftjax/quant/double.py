@@ -38,12 +38,12 @@ class DoubleScales(flax.struct.PyTreeNode):
 
   def dequantize(self, axis: int) -> jax.Array:
     """The scales, float32; `axis` is that of the blocks."""
-    flat = _flatten(self.codes, axis)
-    n = flat.shape[-1]
-    values = jnp.asarray(codebooks.dynamic_map())[_grouped(flat)]
-    scaled = _rounded(values * self.group[..., None], self.group)
-    scaled = scaled.reshape(*flat.shape[:-1], -1)[..., :n]
-    return _unflatten(scaled + self.offset[..., None], self.codes.shape, axis)
+    # The group of each is brought to where it lies: to bring the codes into the groups' order,
+    # XLA:TPU would turn those of all layers before a scan over them.
+    group = jnp.repeat(self.group, GROUP, axis=-1)[..., : math.prod(self.codes.shape[-2:])]
+    values = jnp.asarray(codebooks.dynamic_map())[self.codes]
+    scaled = _rounded(values * _unflatten(group, self.codes.shape, axis), self.group)
+    return scaled + self.offset[..., None, None]
 
   def specs(self, spec: P) -> DoubleScales:
     """The small arrays are everywhere: 0.002 bits a weight."""

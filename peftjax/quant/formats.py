@@ -42,10 +42,17 @@ class Format:
     codes, absmax = blockwise.quantize(w, self.name, self.block_size, axis)
     return codes, double.quantize(absmax, axis) if self.double_quant else absmax
 
+  @jax.named_scope("dequantise")
   def dequantize(self, codes: jax.Array, scales: Any, axis: int, dtype: Any) -> jax.Array:
     """The dense array, in `dtype`."""
     absmax = absmax_of(scales, axis)
     return blockwise.dequantize(codes, absmax, self.name, self.block_size, axis, dtype)
+
+  @jax.named_scope("dequantise")
+  def halves(self, codes: jax.Array, scales: Any, axis: int, dtype: Any) -> jax.Array:
+    """See `blockwise.halves`."""
+    absmax = absmax_of(scales, axis)
+    return blockwise.halves(codes, absmax, self.name, self.block_size, axis, dtype)
 
 
 def absmax_of(scales: Any, axis: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core import mesh
-from peftjax.core.einsum import split_subscripts
+from peftjax.core.einsum import free_letter, split_subscripts
 from peftjax.core.fence import tied
 from peftjax.quant.formats import Format
 
@@ -34,7 +34,7 @@ def product(
     x: activations. The gradient is with respect to them alone.
     codes, scales: of the frozen weight.
   """
-  return jnp.einsum(eqn, x, opened(fmt, axis, spec, codes, scales, x))
+  return _product(eqn, fmt, axis, spec, x, codes, scales)
 
 
 def _forward(eqn: str, fmt: Format, axis: int, spec: Any, x: Any, codes: Any, scales: Any) -> Any:
@@ -44,26 +44,65 @@ def _forward(eqn: str, fmt: Format, axis: int, spec: Any, x: Any, codes: Any, sc
 def _backward(eqn: str, fmt: Format, axis: int, spec: Any, saved: Any, g: jax.Array) -> Any:
   codes, scales = saved
   x_s, w_s, out_s = split_subscripts(eqn)
-  dx = jnp.einsum(f"{out_s},{w_s}->{x_s}", g, opened(fmt, axis, spec, codes, scales, g))
+  dx = _product(f"{out_s},{w_s}->{x_s}", fmt, axis, spec, g, codes, scales)
   return dx, _no_gradient(codes), jax.tree.map(_no_gradient, scales)
 
 
 product.defvjp(_forward, _backward)
 
 
+def _product(
+  eqn: str, fmt: Format, axis: int, spec: Any, x: jax.Array, codes: Any, scales: Any
+) -> jax.Array:
+  codes, scales = _closed(spec, codes, scales, x)
+
+  def whole(x: jax.Array, codes: Any, scales: Any) -> jax.Array:
+    return jnp.einsum(eqn, x, fmt.dequantize(codes, scales, axis, x.dtype))
+
+  def by_halves(x: jax.Array, codes: Any, scales: Any) -> jax.Array:
+    return _einsum_of_pairs(eqn, x, fmt.halves(codes, scales, axis, x.dtype), axis)
+
+  if fmt.bits == 8:
+    return whole(x, codes, scales)
+  return jax.lax.platform_dependent(x, codes, scales, tpu=by_halves, default=whole)
+
+
+def _einsum_of_pairs(eqn: str, x: jax.Array, halves: jax.Array, axis: int) -> jax.Array:
+  """einsum(eqn, x, W), where entry 2i+j of W along `axis` is entry i of `halves[j]`."""
+  x_s, w_s, out_s = split_subscripts(eqn)
+  i, j = w_s[axis], free_letter(eqn)
+  if i in x_s:
+    at = _place(i, x_s, x.ndim)
+    x = x.reshape(*x.shape[:at], -1, 2, *x.shape[at + 1 :])
+  pair = lambda subscripts: subscripts.replace(i, i + j)
+  y = jnp.einsum(f"{pair(x_s)},{j}{w_s}->{pair(out_s)}", x, halves)
+  if i in out_s:
+    at = _place(i, out_s, y.ndim - 1)
+    y = y.reshape(*y.shape[:at], -1, *y.shape[at + 2 :])
+  return y
+
+
+def _place(letter: str, subscripts: str, ndim: int) -> int:
+  """Which axis of `ndim` a letter names; an ellipsis may stand for some."""
+  before, _, after = subscripts.partition(letter)
+  return ndim - 1 - len(after) if "." in before else len(before)
+
+
 def opened(fmt: Format, axis: int, spec: Any, codes: Any, scales: Any, x: jax.Array) -> jax.Array:
   """The dense W in the dtype of x, and not before x is there."""
-  codes, scales = _gathered(spec, (tied(codes, x), scales))
-  return fmt.dequantize(codes, scales, axis, x.dtype)
+  return fmt.dequantize(*_closed(spec, codes, scales, x), axis, x.dtype)
 
 
-def _gathered(spec: tuple[Any, ...], arrays: Any) -> Any:
-  """Codes and scales, whole along what "data" and "fsdp" split; "tensor" goes on splitting them."""
+def _closed(spec: tuple[Any, ...], codes: Any, scales: Any, x: jax.Array) -> tuple[Any, Any]:
+  """Codes and scales, not before x is there; whole along what "data" and "fsdp" split."""
+  arrays: tuple[Any, Any] = tied((codes, scales), x)
   if not spec:
     return arrays
+  # "tensor" goes on splitting them.
   kept = [tuple(name for name in mesh.group(names) if name not in mesh.DATA) for names in spec]
   near = lambda x: mesh.constrain(x, [None] * (x.ndim - len(kept)) + kept)
-  return jax.tree.map(lambda x: near(x) if x.ndim >= len(kept) else x, arrays)
+  arrays = jax.tree.map(lambda x: near(x) if x.ndim >= len(kept) else x, arrays)
+  return arrays
 
 
 def _no_gradient(x: jax.Array) -> Any:

@@ -18,8 +18,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from peftjax.io import disk
 from peftjax.training import workdir as workdirs
 
-# Fields that depend on the clock and so differ between equal runs.
-TIME_FIELDS = ("examples_per_second", "seconds")
+# Fields that depend on the clock or the allocator and so differ between equal runs.
+TIME_FIELDS = (
+  *("examples_per_second", "tokens_per_second", "flops_per_second", "share_of_peak"),
+  *("bytes_in_use", "peak_bytes_in_use", "seconds"),
+)
 
 
 class Logs:

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from peftjax.io import disk
-from peftjax.training import lock, mirror, process, resume
+from peftjax.training import lock, mirror, process, profile, resume
 from peftjax.training import workdir as workdirs
 from peftjax.training.finish import finish
 from peftjax.training.logs import Bar, Logs, Silent, write_atomic
@@ -28,7 +28,12 @@ class Stopped(Exception):
 
 
 def train_and_evaluate(
-  config: ConfigDict, workdir: str | Path, *, mesh: str = "", started: float | None = None
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  mesh: str = "",
+  started: float | None = None,
+  traced: int = 0,
 ) -> dict[str, Any]:
   """Fine-tunes as `config` says and returns what `workdir/result.json` holds.
 
@@ -40,10 +45,12 @@ def train_and_evaluate(
   Args:
     config: see `configs/classify.py`.
     workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-      `result.json` and, for LoRA, `peft/` in the Hugging Face layout. May be in a bucket
-      (`gs://`, `s3://`), which gets them whenever a checkpoint is saved (see `mirror`).
+      `result.json` and, for LoRA, `peft/` in the Hugging Face layout; `profile/`, if `traced`. May
+      be in a bucket (`gs://`, `s3://`), which gets them whenever a checkpoint is saved (see
+      `mirror`).
     mesh: e.g. `"data:2,fsdp:2,tensor:2"`; by default all devices along data.
     started: `time.perf_counter()` at the start of the process, for "seconds to first step".
+    traced: how many steps of this process to profile, once it is warm; see `profile.Trace`.
 
   Raises:
     ValueError: anything wrong with the config, the data, the model or what is in `workdir`;
@@ -58,7 +65,7 @@ def train_and_evaluate(
   settings = from_config(config)
   where = mirror.where(workdir)
   peers = Peers()
-  peers.agree(config=settings_json, workdir=str(where), mesh=mesh)
+  peers.agree(config=settings_json, workdir=str(where), mesh=mesh, profile=traced)
   with mirror.opened(where, peers) as place, _told(place):
     finished = lambda: resume.finished(place.folder, settings_json)
     if (result := peers.told(finished)) is not None:
@@ -66,7 +73,7 @@ def train_and_evaluate(
     with peers.hold(place.folder) as held:
       if (result := peers.told(finished)) is not None:
         return result  # another process has ended it since
-      result = _train(settings, settings_json, place, mesh, clock, held, peers)
+      result = _train(settings, settings_json, place, mesh, clock, held, peers, traced)
       place.keep(lambda: None)
       return result
 
@@ -79,12 +86,14 @@ def _train(
   clock: Clock,
   held: lock.Lock,
   peers: Peers,
+  traced: int,
 ) -> dict[str, Any]:
   """`train_and_evaluate` in a workdir that is these processes'."""
   workdir = place.folder
   found = peers.told(lambda: _saved(workdir))
   saved = None if found is None else workdirs.Meta.of(found, workdir)
   run = Run(settings, mesh)
+  profile.check(traced, run.total)
   meta = peers.told(run.identity)
   resume.check_inputs(workdir, saved, meta)
   if saved is not None:
@@ -101,7 +110,11 @@ def _train(
   every = settings.train
   try:
     with Bar(settings.method["name"], run.steps_done, run.total, shown=peers.main) as bar:
-      with process.stop_signals(alone=peers.count == 1) as stop:
+      told = lambda text: bar.print(place.named(text))
+      with (
+        process.stop_signals(alone=peers.count == 1) as stop,
+        profile.Trace(run, traced, workdir / "profile", told) as trace,
+      ):
         run.announce(bar)
         if lost:
           bar.print(f"metrics.jsonl is gone, and with it its rows up to step {run.steps_done}")
@@ -112,7 +125,7 @@ def _train(
           for part, scores in untrained.items():
             bar.scores(f"{part}, before", scores)
             logs.write({"step": 0, **{f"{part}_{key}": x for key, x in scores.items()}})
-        for done in run.steps():
+        for done in trace.steps():
           # Once: what is saved below has been fetched and checked.
           asked = peers.asked(stop.asked, done)
           log = done % every.log_every == 0 or done == run.total
@@ -121,11 +134,11 @@ def _train(
           rows = run.fetch(all_of_them=log or save or bool(asked))
           if rows:
             row = rows[-1]
-            rate = clock.rate(row["step"], every.batch_size)
-            bar.update(row["step"], row["loss"], rate)
+            rates = clock.rates(run.done, run.peak)
+            bar.update(row["step"], row["loss"], rates["examples_per_second"])
           if log:
             row["learning_rate"] = run.learning_rate(done)
-            logs.write({**row, "examples_per_second": rate})
+            logs.write({**row, **rates, **process.memory_in_use()})
           if evaluate:
             scores = run.evaluate("validation")
             epoch = done / run.stream.steps_per_epoch
@@ -146,6 +159,8 @@ def _train(
           if asked and done < run.total:
             checkpoints.wait()
             raise Stopped(f"{asked}: saved step {done} of {run.total}; run again to go on")
+          if save:
+            clock.rest()
       checkpoints.wait()
       params = run.best(checkpoints)
       return finish(

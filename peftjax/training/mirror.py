@@ -79,6 +79,10 @@ class Here:
     """Those of the run, by whom they are written and read."""
     return Checkpoints(self.folder / "checkpoints", read_only=read_only)
 
+  def named(self, text: str) -> str:
+    """What is said of the folder, of the workdir as the user gave it."""
+    return text
+
   def newest(self) -> int | None:
     """The step of the checkpoint that a run would go on from."""
     return workdirs.newest(self.folder / "checkpoints")
@@ -116,6 +120,9 @@ class Mirror(Here):
     if self._peers.count == 1:
       return super().checkpoints(read_only=read_only)
     return Relayed(self.folder / "checkpoints", self._peers, read_only=read_only)
+
+  def named(self, text: str) -> str:
+    return text.replace(str(self.folder), self._bucket.address)
 
   def claim(self) -> None:
     """Makes this process the one that writes; for the main one.

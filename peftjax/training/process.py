@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,33 @@ class Clock:
 
   def __init__(self, started: float | None):
     self._started = self._last = time.perf_counter() if started is None else started
-    self._step: int | None = None
+    self._done: Mapping[str, float] = {}
     self.first_step: float | None = None  # seconds until the first step of this process was done
 
   def seconds(self) -> float:
     return time.perf_counter() - self._started
 
-  def rate(self, step: int, batch_size: int) -> float:
-    """Examples a second since the last call, told that `step` is done."""
+  def rates(self, done: Mapping[str, float], peak: float | None = None) -> dict[str, float]:
+    """`NAME_per_second` since the last call, of what this process has done in all by name.
+
+    The first are since it started, compilation included.
+
+    Args:
+      done: numbers that grow, such as "tokens".
+      peak: FLOP/s of all devices; of it `done["flops"]` a second are the "share_of_peak".
+    """
     now = time.perf_counter()
-    steps = 1 if self._step is None else step - self._step
-    rate = steps * batch_size / max(now - self._last, 1e-9)
+    seconds = max(now - self._last, 1e-9)
+    rates = {f"{x}_per_second": (done[x] - self._done.get(x, 0)) / seconds for x in done}
+    if peak:
+      rates["share_of_peak"] = rates["flops_per_second"] / peak
     self.first_step = self.first_step or now - self._started
-    self._last, self._step = now, step
-    return rate
+    self._last, self._done = now, dict(done)
+    return rates
+
+  def rest(self) -> None:
+    """Leaves out of the next rates what came since the last: scores, checkpoints."""
+    self._last = time.perf_counter()
 
 
 class Stop:
@@ -122,6 +135,12 @@ def commit() -> str | None:
   except (OSError, subprocess.CalledProcessError):
     return None
   return f"{found}-dirty" if changed else found
+
+
+def memory_in_use() -> dict[str, int]:
+  """Bytes of the first device here, now and at most so far; empty where it does not count them."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use") if name in stats}
 
 
 def peak_memory_mb() -> float:

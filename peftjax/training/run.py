@@ -13,7 +13,7 @@ from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
 from peftjax.models import limits
 from peftjax.nn import virtual
-from peftjax.training import build, state
+from peftjax.training import build, flops, state
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
 from peftjax.training.program import Program
@@ -73,7 +73,10 @@ class Run:
       if paged:
         self._use(model, train, paged=True)
     self.steps_done = 0
-    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+    # What this process has done: of the batches' rows, their tokens, and the operations with them.
+    self.done = {"examples": 0.0, "tokens": 0.0, "flops": 0.0}
+    self._shapes: dict[tuple[int, int], flops.Work] = {}
+    self._pending: list[tuple[int, tuple[int, int], dict[str, jax.Array]]] = []
 
   def _use(self, model: build.Adapted, train: Any, *, paged: bool) -> None:
     """The functions of the run, and its initial state."""
@@ -108,7 +111,7 @@ class Run:
     for batch in self.stream.iterate(self.steps_done, self.total):
       self.state, out = self._step(self.state, self.frozen, self.place(batch), self._key)
       self.steps_done += 1
-      self._pending.append((self.steps_done, out))
+      self._pending.append((self.steps_done, batch["tokens"].shape, out))
       yield self.steps_done
 
   def fetch(self, *, all_of_them: bool) -> list[dict[str, Any]]:
@@ -119,13 +122,30 @@ class Run:
     """
     rows = []
     while len(self._pending) > (0 if all_of_them else 1):
-      number, out = self._pending.pop(0)
+      number, shape, out = self._pending.pop(0)
       values = {name: float(value) for name, value in jax.device_get(out).items()}
       if not all(map(math.isfinite, values.values())):
         shown = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
         raise FloatingPointError(self._diverged(f"step {number}: {shown}"))
       rows.append({"step": number, **values})
+      self._count(*shape)
     return rows
+
+  def _count(self, rows: int, length: int) -> None:
+    """Adds a batch to `done`: all of its tokens, padding included, as devices compute them."""
+    if (rows, length) not in self._shapes:
+      config, train = self.module.config, self.state.train
+      self._shapes[rows, length] = flops.step_work(config, train, self.frozen, rows, length)
+    self.done["examples"] += rows
+    self.done["tokens"] += rows * length
+    self.done["flops"] += self._shapes[rows, length].model
+
+  @property
+  def peak(self) -> float | None:
+    """FLOP/s in bfloat16 of all devices, if they are known."""
+    devices = jax.devices()[:1] if self.mesh is None else self.mesh.devices.flatten()
+    one = flops.peak(devices[0].device_kind)
+    return one and one * len(devices)
 
   def learning_rate(self, number: int) -> float:
     """Of a step, counted from 1."""

@@ -28,6 +28,7 @@ from peftjax.methods.masks import train
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
 from peftjax.methods.vera import vera
+from peftjax.models import stack
 from peftjax.quant.formats import FORMATS, Format
 
 T = TypeVar("T")
@@ -76,14 +77,18 @@ class Model(Section):
   name: str = "minilm"  # a sample model: minilm or smollm2
   directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
   scan_layers: bool = False
-  remat: bool = False  # gradient checkpointing, of decoders
+  # Gradient checkpointing, of decoders: none, or what is kept of each layer (`models.stack.REMAT`).
+  remat: bool | str = False
   dtype: str = "float32"  # of activations: float32 or bfloat16
 
   def options(self) -> dict[str, Any]:
     """For `pretrained.load`."""
     ranges.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
     options = dict(scan_layers=self.scan_layers, dtype=jnp.dtype(self.dtype))
-    return {**options, "remat": True} if self.remat else options
+    # A flag's text: before there were names, it was true or false.
+    remat = {"true": "layer", "false": "none"}.get(str(self.remat).lower(), self.remat)
+    ranges.one_of("model.remat", remat, ("none", *stack.REMAT))
+    return options if remat == "none" else {**options, "remat": remat}
 
   def path(self) -> Path:
     return Path(self.directory).expanduser() if self.directory else _sample(self.name)
@@ -266,6 +271,9 @@ class Settings:
     for key in ("rank_pattern", "alpha_pattern"):
       if key in fields:
         fields[key] = _pattern(key, fields[key], int if key == "rank_pattern" else float)
+    if "dtype" in fields:
+      ranges.one_of("method.dtype", fields["dtype"], ("float32", "bfloat16"))
+      fields["dtype"] = jnp.dtype(fields["dtype"])
     if name == "adalora":
       fields["seed"] = self.seed  # of triplets that are drawn anew
     ranges.check(METHODS[name], fields, "--config.method.")

@@ -55,8 +55,9 @@ def train_step(
 
   (value, count), grads = jax.value_and_grad(objective, has_aux=True)(state.train)
   update = optax.with_extra_args_support(tx).update
-  updates, opt_state = update(grads, state.opt_state, state.train, weight=count)
-  train = optax.apply_updates(state.train, updates)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = update(grads, state.opt_state, state.train, weight=count)
+    train = optax.apply_updates(state.train, updates)
   collected = optim.accumulator_state(opt_state)
   norm = optax.tree.norm(grads) if collected is None else collected.norm
   metrics = {"loss": value, "grad_norm": norm}

@@ -238,7 +238,8 @@ def _train(
       if not (evaluate or number % every.log_every == 0):
         continue
       values = {name: np.asarray(x, np.float64) for name, x in jax.device_get(out).items()}
-      bar.update(number, float(np.nanmean(values["loss"])), clock.rate(number, every.batch_size))
+      rate = clock.rates({"examples": number * every.batch_size})["examples_per_second"]
+      bar.update(number, float(np.nanmean(values["loss"])), rate)
       for i, run in enumerate(runs):
         if i in failed:
           continue

@@ -233,3 +233,8 @@ def test_trace_on_demand(command, config, workdir, monkeypatch):
   monkeypatch.setenv("PEFTJAX_TRACEBACK", "1")
   with pytest.raises(ValueError, match="rank 17"):
     command("train", config=config(method__rank=17), workdir=str(workdir), mesh="")
+
+
+def test_more_steps_to_trace_than_the_run_has(fails, config, workdir):
+  message = fails("train", config=config(), workdir=str(workdir), mesh="", profile=1)
+  assert "--profile=1: the run has 2 steps" in message and not workdir.exists()

@@ -48,6 +48,8 @@ def command():
       patch.setattr(runtime, "set_up", lambda cache: None)
       if hasattr(main, "DISTRIBUTED"):
         values.setdefault("distributed", "off")
+      if hasattr(main, "PROFILE"):
+        values.setdefault("profile", 0)
       if hasattr(main, "EXECUTOR"):
         values = {"executor": "local", "workers": 1, "resources": "", **values}
       for name, value in values.items():

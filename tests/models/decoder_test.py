@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.models import match
+from peftjax.models import match, stack
 from peftjax.models.cache import Cache
 from tests.core.programs import jit
 
@@ -89,7 +89,8 @@ def test_remat_and_scan_have_the_same_gradients(name):
     return found
 
   plain = gradients()
-  for how in (dict(remat=True), dict(scan_layers=True), dict(scan_layers=True, remat=True)):
+  scanned = dict(scan_layers=True)
+  for how in (dict(remat=True), scanned, *(scanned | dict(remat=x) for x in (True, *stack.REMAT))):
     chex.assert_trees_all_close(gradients(**how), plain, rtol=1e-4, atol=2e-4)
 
 

@@ -1,5 +1,6 @@
 """AdamW with 8-bit moments, against files that bitsandbytes wrote."""
 
+import sys
 from pathlib import Path
 
 import chex
@@ -129,6 +130,26 @@ def test_small_arrays_are_those_of_optax():
     other, second = theirs.update(grads, states[1], params)
     states = first, second
     chex.assert_trees_all_close(mine, other, rtol=1e-4, atol=1e-8)  # its 1 - 0.999 is rounded
+
+
+def test_a_large_stack_steps_as_its_layers_do(monkeypatch):
+  """One layer after the other and all at once, also where a layer is no whole number of blocks."""
+  params = {"stack": jnp.ones((3, 8, 128)), "crooked": jnp.ones((3, 5, 77))}
+  tx = adamw8bit(_LR, weight_decay=_DECAY, min_8bit_size=0)
+
+  def steps():
+    state, seen = tx.init(params), []
+    for i in range(3):
+      grads = jax.tree.map(lambda p, i=i: jax.random.normal(jax.random.key(i), p.shape), params)
+      updates, state = jit(lambda *given: tx.update(*given))(grads, state, params)
+      seen.append(updates)
+    return seen, state
+
+  whole = steps()
+  monkeypatch.setattr(sys.modules["peftjax.optim.adamw8bit"], "LARGE", 1024)
+  program = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+  assert program.count("length=3") == 1  # over layers; others are of a search
+  chex.assert_trees_all_close(steps(), whole, rtol=1e-6, atol=1e-9)
 
 
 def test_zero_stays_zero():

@@ -79,6 +79,23 @@ def test_adamw_decays_kernels_and_not_biases():
   assert not np.any(updates["bias"]) and not np.any(updates["scale"])
 
 
+def test_moments_of_bfloat16_parameters_are_float32():
+  """The steps are those of float32 copies; in bfloat16 the second moment would never fall."""
+  params = {"kernel": jnp.ones((2, 2), jnp.bfloat16), "norm": jnp.ones(2)}
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  tx = adamw(0.1, weight_decay=0.5)
+  state, wide_state = tx.init(params), tx.init(wide)
+  for grad in (1.0, *[0.0] * 30):
+    grads = jax.tree.map(lambda x, grad=grad: jnp.full_like(x, grad), params)
+    wide_grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+    updates, state = tx.update(grads, state, params)
+    wanted, wide_state = tx.update(wide_grads, wide_state, wide)
+    chex.assert_trees_all_equal(updates, wanted)
+  assert updates["kernel"].dtype == jnp.float32
+  np.testing.assert_allclose(state[0].nu["kernel"], 1e-3 * 0.999**30, rtol=1e-5)
+  assert optax.apply_updates(params, updates)["kernel"].dtype == jnp.bfloat16
+
+
 def test_accumulating_small_batches_equals_one_large_batch():
   """The mean gradient of four calls moves the parameters, and is clipped, as one of four rows."""
   rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.flax import load_file
 
 from peftjax.core import paths, tree
 from peftjax.training import build, loop
@@ -50,7 +51,7 @@ def test_perplexity_falls_and_is_compared_with_before(finished):
   for scores in (before, after):
     assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
   first = runs.rows(workdir)[0]
-  assert first["step"] == 0 and first["test_perplexity"] == before["perplexity"]
+  assert first["step"] == 0 and first["perplexity"] == before["perplexity"]
   assert result["rows"]["train"] > result["rows"]["test"] > 0
   assert (workdir / "peft" / "adapter_config.json").exists()
   config = json.loads((workdir / "peft" / "adapter_config.json").read_text())
@@ -116,6 +117,16 @@ def test_loss_on_completions_counts_only_these(lm_config):
     assert task.rows[part].weights.sum() == 6 * n
     pieces = sum(int(row.max()) for row in everything.rows[part].segments)
     assert everything.rows[part].weights.sum() == 11 * n - (pieces if pieces > n else n)
+
+
+def test_factors_of_bfloat16_learn_too(run_once, lm_config, finished, tmp_path):
+  """With products kept, and written as they are for Hugging Face."""
+  how = dict(method__dtype="bfloat16", model__remat="products")
+  result = run_once(lm_config(**how), tmp_path / "run")
+  got, wanted = (r["metrics"]["test"]["perplexity"] for r in (result, finished[1]))
+  assert got == pytest.approx(wanted, rel=0.1) and got != wanted
+  tensors = load_file(tmp_path / "run" / "peft" / "adapter_model.safetensors")
+  assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
 
 
 def test_full_fine_tuning_of_a_dense_base_and_not_of_four_bits(run_once, lm_config, tmp_path):

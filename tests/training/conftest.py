@@ -23,10 +23,10 @@ def run_once():
   """`train_and_evaluate` on one device, unless there is a mesh."""
   mesh_of = build.mesh_of
 
-  def run(config, workdir, mesh=""):
+  def run(config, workdir, mesh="", **more):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(build, "mesh_of", lambda text: mesh_of(text) if text else None)
-      return loop.train_and_evaluate(config, workdir, mesh=mesh)
+      return loop.train_and_evaluate(config, workdir, mesh=mesh, **more)
 
   return run
 

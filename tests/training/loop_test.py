@@ -72,8 +72,11 @@ def test_metrics_have_a_row_a_step_and_one_an_epoch(finished):
   assert [row["step"] for row in steps] == list(range(1, 9))
   assert [(row["step"], row["epoch"]) for row in epochs] == [(4, 1.0), (8, 2.0)]
   for row in steps:
-    assert set(row) == {"step", "loss", "grad_norm", "learning_rate", "examples_per_second"}
-    assert np.isfinite(list(row.values())).all() and row["examples_per_second"] > 0
+    rates = {f"{what}_per_second" for what in ("examples", "tokens", "flops")}
+    assert set(row) == {"step", "loss", "grad_norm", "learning_rate", *rates}
+    assert np.isfinite(list(row.values())).all() and all(row[rate] > 0 for rate in rates)
+    # Of a CPU neither the peak nor the bytes are known. Rows have 16 tokens.
+    assert row["tokens_per_second"] == pytest.approx(16 * row["examples_per_second"])
   for row in epochs:
     assert set(row) == {"step", "epoch", "validation_accuracy", "validation_macro_f1"}
 

@@ -36,17 +36,19 @@ def no_folder_stays(tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_in_a_bucket_what_one_leaves_here(
-  fake, finished, config, run_once, tmp_path, no_folder_stays
+  fake, finished, config, run_once, tmp_path, no_folder_stays, capsys
 ):
   """To the bit, named in its contents; again it returns the result, and it labels as it did."""
-  result = run_once(config(), URL)
+  result = run_once(config(), URL, traced=3)
+  assert f"traced steps 3 to 5: {URL}/profile for" in capsys.readouterr().out
   held = fake.objects(URL)
   assert json.loads(held["result.json"]) == result
   contents = json.loads(held.pop(mirror.RECORD))
   assert contents["files"] == sorted(held) and not {*contents["loose"]} & {*held}
   assert fake.asked[-1] == ("write", "/bucket/some/run/result.json")
   runs.assert_same(fake.copy_to(URL, tmp_path / "copy"), finished[0])
-  assert len(list((tmp_path / "copy" / "tensorboard").iterdir())) == 1
+  for name in ("tensorboard", "profile/plugins/profile"):
+    assert len(list((tmp_path / "copy" / name).iterdir())) == 1
   asked = len(fake.asked)
   assert run_once(config(), URL + "/") == result
   texts = ["the match was won", "shares of the bank"]

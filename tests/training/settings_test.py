@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import peftjax as pj
+from configs.causal_lm import get_config as lm_config
 from configs.classify import get_config
 from peftjax.methods.base import Chain
 from peftjax.training import settings
@@ -92,6 +93,24 @@ def test_compute_dtype_is_one_of_two():
   assert settings.Model(dtype="bfloat16").options()["dtype"] == jnp.bfloat16
   with pytest.raises(ValueError, match="float16"):
     settings.Model(dtype="float16").options()
+
+
+def test_remat_is_named_or_as_it_was_before_there_were_names():
+  given = lambda remat: settings.Model(remat=remat).options().get("remat")
+  assert [given(x) for x in ("none", False, "false")] == [None] * 3
+  assert [given(x) for x in ("layer", True, "true", "products")] == ["layer"] * 3 + ["products"]
+  with pytest.raises(ValueError, match=r"model\.remat 'all' is not one of none, layer, products"):
+    given("all")
+
+
+def test_the_dtype_of_what_is_trained_is_one_of_two():
+  config = lm_config("method=lora")
+  with config.unlocked():
+    config.method.dtype = "bfloat16"
+  assert from_config(config).build_method().dtype == jnp.bfloat16
+  config.method.dtype = "float16"
+  with pytest.raises(ValueError, match=r"method\.dtype 'float16' is not one of float32, bfloat16"):
+    from_config(config).build_method()
 
 
 def test_steps_go_before_epochs_and_none_is_an_error():

@@ -1,8 +1,9 @@
 """Runs in several processes at once, two CPU devices in each, that speak over gloo.
 
-  python -m tests.training.several_processes ADDRESS COUNT INDEX < CASES
+  python -m tests.training.several_processes ADDRESS COUNT INDEX WHAT < CASES
 
-CASES is a list of [config, mesh] in JSON; process 0 prints what `numbers` of each is, in JSON.
+CASES is a list of [config, mesh] in JSON; process 0 prints, in JSON, what the function WHAT of this
+module is of each.
 """
 
 import json
@@ -18,6 +19,16 @@ DEVICES = 2  # of each process
 
 def numbers(config, mesh):
   """Loss and gradient norm of every step, and the scores of the validation part afterwards."""
+  run, rows = _trained(config, mesh)
+  return [rows, run.evaluate("validation")]
+
+
+def steps(config, mesh):
+  """Loss and gradient norm of every step."""
+  return _trained(config, mesh)[1]
+
+
+def _trained(config, mesh):
   from ml_collections import ConfigDict
 
   from peftjax.training.run import Run
@@ -26,7 +37,7 @@ def numbers(config, mesh):
   run, rows = Run(from_config(ConfigDict(config)), mesh), []
   for _ in run.steps():
     rows += run.fetch(all_of_them=True)
-  return [rows, run.evaluate("validation")]
+  return run, rows
 
 
 def start(command, count=2):
@@ -63,10 +74,10 @@ def ended(processes, given=""):
   return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
 
 
-def together(cases, count=2):
-  """`numbers` of each of some (config, mesh), by `count` processes."""
+def together(cases, count=2, what="numbers"):
+  """`numbers` or `steps` of each of some (config, mesh), by `count` processes."""
   name = "tests.training.several_processes"
-  processes = start(lambda address, index: [name, address, str(count), str(index)], count)
+  processes = start(lambda address, index: [name, address, str(count), str(index), what], count)
   given = json.dumps([[json.loads(config.to_json()), mesh] for config, mesh in cases])
   found = ended(processes, given)
   for code, _, errors in found:
@@ -74,12 +85,12 @@ def together(cases, count=2):
   return json.loads(found[0][1].splitlines()[-1])
 
 
-def main(address, count, index):
+def main(address, count, index, what):
   import jax
 
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(address, int(count), int(index))
-  found = [numbers(*case) for case in json.load(sys.stdin)]
+  found = [globals()[what](*case) for case in json.load(sys.stdin)]
   if jax.process_index() == 0:
     print(json.dumps(found))
 

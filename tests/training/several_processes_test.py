@@ -109,13 +109,17 @@ def alone(command, tmp_path_factory):
 @pytest.mark.slow(reason="starts six processes, which compile")
 @pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,tensor:2"])
 def test_a_run_of_two_processes_leaves_what_one_leaves(mesh, command, alone, tmp_path):
-  """One of them writes and prints; the same command again returns the result."""
-  (code, printed, errors), other = several_processes.ended(pair(command, tmp_path / "run", mesh))
+  """One of them writes and prints, each its trace; the same command again returns the result."""
+  (code, printed, errors), other = several_processes.ended(
+    pair(command, tmp_path / "run", mesh, "--profile=2")
+  )
   assert code == 0, errors
   assert other[0] == 0, other
   assert all(line.startswith("[Gloo]") for line in other[1].splitlines()), other  # is the library's
   assert "All of it" in printed
   check_same(tmp_path / "run", alone)
+  traces = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
+  assert sorted(path.parts[-5] for path in traces) == ["process_0", "process_1"]
   again, other = several_processes.ended(pair(command, tmp_path / "run", mesh))
   assert again[0] == other[0] == 0 and "epoch" not in again[1]
 
