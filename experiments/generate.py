@@ -12,7 +12,10 @@ from absl import app, flags
 from experiments import runtime
 
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of a run of experiments.train with configs/causal_lm.py.", required=True
+  "workdir",
+  None,
+  "Folder of a run of experiments.train with configs/causal_lm.py, here or in a bucket.",
+  required=True,
 )
 PROMPT = flags.DEFINE_multi_string(
   "prompt", None, "A prompt; may be given several times.", required=True

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
   from peftjax.training.predict import Predictor
 
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of a run of experiments.train.", required=True
+  "workdir", None, "Folder of a run of experiments.train, here or in a bucket.", required=True
 )
 TEXT = flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
 PAIR = flags.DEFINE_multi_string("pair", [], "The second text of each --text, for a run on pairs.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import difflib
+import logging as stdlib_logging
 import os
 import re
 import runpy
@@ -47,8 +48,9 @@ def set_up(compilation_cache: str | None) -> None:
 
   if not flags.FLAGS["verbosity"].present:
     # Which accelerators are absent, and how Orbax reads its own options, is no news; what its
-    # threads fail at, it raises here too.
+    # threads fail at, and gcsfs in the end, is raised here too.
     logging.set_verbosity(logging.FATAL)
+    stdlib_logging.getLogger("gcsfs").setLevel(stdlib_logging.CRITICAL)
   keep_programs(compilation_cache)
 
 

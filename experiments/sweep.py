@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/sweeps/NAME.py[:ARGUMENT].")
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the sweep; made if it is not there.", required=True
+  "workdir", None, "Local folder of the sweep; made if it is not there.", required=True
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the trials that are left, and run none.")
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run trials again that had failed.")

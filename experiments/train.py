@@ -20,7 +20,11 @@ from experiments import runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGUMENT].")
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; made if it is not there.", required=True
+  "workdir",
+  None,
+  "Folder of the run, here or in a bucket (gs://BUCKET/RUN, s3://BUCKET/RUN); made if it is not "
+  "there.",
+  required=True,
 )
 MESH = flags.DEFINE_string(
   "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; one may be -1, what is left.'

@@ -26,7 +26,7 @@ read_flags() {
     esac
   done
   [[ $workdir ]] || {
-    echo "${0##*/}: write --workdir=DIR; where there are several machines, on a file system of all" >&2
+    echo "${0##*/}: write --workdir=DIR; where there are several machines, on a file system of all, or gs://" >&2
     exit 2
   }
   flags=("$@")

@@ -101,7 +101,7 @@ def main(argv):
   if not (re.fullmatch(r"[1-9]\d*", count) and asked):
     sys.exit("ray_job.py: write how many nodes and what each gives: ray_job.py 4 GPU:8 FLAGS")
   if not any(flag.startswith("--workdir=") for flag in flags):
-    sys.exit("ray_job.py: write --workdir=DIR, on a file system of all nodes")
+    sys.exit("ray_job.py: write --workdir=DIR, on a file system of all nodes, or gs://")
   if dry_run:
     for index in range(int(count)):
       print(f"{takes}: {shlex.join(command('HOST:PORT', count, index, flags))}")

@@ -11,8 +11,8 @@
 #   launch/tpu_vm.sh resume FLAGS   all of it until the run has its result: a new TPU after a preemption
 #   launch/tpu_vm.sh delete
 #
-# Ctrl-C ends what is shown; the run goes on. The workdir lies on a file system that all workers share
-# and that outlives them. With --dry_run as the first flag it prints what it would run.
+# Ctrl-C ends what is shown; the run goes on. The workdir lies in a bucket, or on a file system that
+# all workers share and that outlives them. With --dry_run as the first flag it prints what it would run.
 set -euo pipefail
 source launch/flags.sh
 read_dry_run "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh runs on each worker of a TPU VM, in the clone there:
 #
-#   tpu_worker.sh install          Python, the locked packages, and JAX's for TPUs, into .venv
+#   tpu_worker.sh install          Python, the locked packages, JAX's for TPUs and gcsfs, into .venv
 #   tpu_worker.sh start FLAGS      trains in the background, into run.log, once an earlier run has ended
 #   tpu_worker.sh follow           shows run.log until the run ends, and ends with its exit code
 #   tpu_worker.sh finished FLAGS   whether the run in the workdir has its result
@@ -17,7 +17,7 @@ install() {
   python3 -m pip install -q --user "$(sed -n 's/^UV = //p' Makefile)"
   "${uv[@]}" venv -q --clear --python 3.12 .venv
   "${uv[@]}" pip install -q --python "$python" --no-deps --require-hashes -r requirements.lock
-  "${uv[@]}" pip install -q --python "$python" --no-build-isolation -e '.[tpu]'
+  "${uv[@]}" pip install -q --python "$python" --no-build-isolation -e '.[tpu,gcs]'
   cp requirements.lock .venv/.installed
 }
 

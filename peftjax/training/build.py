@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from peftjax import linen, sharding
 from peftjax.core.layout import Layout
+from peftjax.io import bucket
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
 from peftjax.training import causal_lm, classification
@@ -82,7 +83,15 @@ def mesh_of(text: str) -> Mesh | None:
 
 
 def resolve(path: str | Path) -> Path:
-  """A workdir as an absolute path; ValueError for one that is empty or names no user's home."""
+  """A workdir as an absolute path; ValueError for one that is empty or names no user's home.
+
+  Also for one in a bucket: those who can do with one ask `mirror.where`.
+  """
+  if bucket.url(path):
+    raise ValueError(
+      f"--workdir={path}: this command works in a local folder, and only a run of "
+      "experiments.train in a bucket. Name a folder."
+    )
   if not str(path):
     raise ValueError("--workdir is empty. Name a folder; the one you are in is --workdir=.")
   try:

@@ -35,15 +35,18 @@ class Checkpoints:
   """
 
   def __init__(self, directory: Path, *, read_only: bool = False, alone: bool = False):
-    """Where several processes share a run all of them make one, unless one reads `alone`."""
+    """Where several processes share a run all of them make one, unless one is `alone` with it."""
     self._directory = directory
     for folder, _, names in os.walk(directory):
       for path in (Path(folder, name) for name in names):
         if path.exists() and not path.is_file():
           records.regular(path)
+    if alone and not read_only:  # Orbax refuses to
+      for name in ("latest", "best"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=1,
-      create=not read_only,
+      create=not (read_only or alone),
       read_only=read_only,
       cleanup_tmp_directories=not read_only,  # what a kill left half written
       multiprocessing_options=_alone() if alone else ocp.options.MultiprocessingOptions(),

@@ -35,6 +35,15 @@ class Holder:
   since: str
   command: str
 
+  @classmethod
+  def me(cls) -> Holder:
+    """This process."""
+    since = datetime.now().astimezone().isoformat(timespec="seconds")
+    return cls(os.getpid(), socket.gethostname(), since, " ".join(sys.argv)[:1000])
+
+  def told(self) -> str:
+    return f"process {self.pid} on {self.host} has run there since {self.since}"
+
 
 class Held(ValueError):
   """Another process runs in the workdir."""
@@ -109,12 +118,7 @@ def _sign(path: Path, descriptor: int) -> None:
   """Writes this process into the file, in which only another holder's name may be."""
   if os.fstat(descriptor).st_size:
     records.convert(records.read_object(path, "Move it away."), Holder, path)
-  me = Holder(
-    os.getpid(),
-    socket.gethostname(),
-    datetime.now().astimezone().isoformat(timespec="seconds"),
-    " ".join(sys.argv)[:1000],
-  )
+  me = Holder.me()
   try:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, (json.dumps(dataclasses.asdict(me)) + "\n").encode())
@@ -133,10 +137,9 @@ def _is(path: Path, descriptor: int) -> bool:
 
 def _holder(path: Path) -> str:
   try:
-    who = records.convert(records.read_object(path), Holder, path)
+    return records.convert(records.read_object(path), Holder, path).told()
   except ValueError:  # it has the lock and has not written its name yet
     return "another process has just begun a run there"
-  return f"process {who.pid} on {who.host} has run there since {who.since}"
 
 
 def _remove(made: list[Path]) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from peftjax.io import disk
-from peftjax.training import build, lock, process, profile, resume
+from peftjax.training import lock, mirror, process, profile, resume
 from peftjax.training import workdir as workdirs
-from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
 from peftjax.training.logs import Bar, Logs, Silent, write_atomic
+from peftjax.training.mirror import Here
 from peftjax.training.peers import Peers
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
@@ -45,7 +45,9 @@ def train_and_evaluate(
   Args:
     config: see `configs/classify.py`.
     workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-      `result.json` and, for LoRA, `peft/` in the Hugging Face layout; `profile/`, if `traced`.
+      `result.json` and, for LoRA, `peft/` in the Hugging Face layout; `profile/`, if `traced`. May
+      be in a bucket (`gs://`, `s3://`), which gets them whenever a checkpoint is saved (see
+      `mirror`).
     mesh: e.g. `"data:2,fsdp:2,tensor:2"`; by default all devices along data.
     started: `time.perf_counter()` at the start of the process, for "seconds to first step".
     traced: how many steps of this process to profile, once it is warm; see `profile.Trace`.
@@ -53,7 +55,7 @@ def train_and_evaluate(
   Raises:
     ValueError: anything wrong with the config, the data, the model or what is in `workdir`;
       raised before `workdir` is touched.
-    lock.Held: another process runs in `workdir`.
+    lock.Held: another process runs in `workdir`; of one in a bucket, has begun to since.
     disk.DiskError: something cannot be written, as on a full disk; the last checkpoint stays.
     FloatingPointError: the loss or the gradient is not finite; the last good checkpoint stays.
     Stopped: after SIGTERM, SIGHUP or Ctrl-C, with the state saved.
@@ -61,23 +63,25 @@ def train_and_evaluate(
   clock = Clock(started)
   settings_json = workdirs.as_json(config)
   settings = from_config(config)
-  workdir = build.resolve(workdir)
+  where = mirror.where(workdir)
   peers = Peers()
-  peers.agree(config=settings_json, workdir=str(workdir), mesh=mesh, profile=traced)
-  finished = lambda: resume.finished(workdir, settings_json)
-  with _told(workdir):
+  peers.agree(config=settings_json, workdir=str(where), mesh=mesh, profile=traced)
+  with mirror.opened(where, peers) as place, _told(place):
+    finished = lambda: resume.finished(place.folder, settings_json)
     if (result := peers.told(finished)) is not None:
       return result
-    with peers.hold(workdir) as held:
+    with peers.hold(place.folder) as held:
       if (result := peers.told(finished)) is not None:
         return result  # another process has ended it since
-      return _train(settings, settings_json, workdir, mesh, clock, held, peers, traced)
+      result = _train(settings, settings_json, place, mesh, clock, held, peers, traced)
+      place.keep(lambda: None)
+      return result
 
 
 def _train(
   settings: Settings,
   settings_json: dict[str, Any],
-  workdir: Path,
+  place: Here,
   mesh: str,
   clock: Clock,
   held: lock.Lock,
@@ -85,6 +89,7 @@ def _train(
   traced: int,
 ) -> dict[str, Any]:
   """`train_and_evaluate` in a workdir that is these processes'."""
+  workdir = place.folder
   found = peers.told(lambda: _saved(workdir))
   saved = None if found is None else workdirs.Meta.of(found, workdir)
   run = Run(settings, mesh)
@@ -92,11 +97,11 @@ def _train(
   meta = peers.told(run.identity)
   resume.check_inputs(workdir, saved, meta)
   if saved is not None:
-    resume.restore(run, workdir)
+    resume.restore(run, place)
 
   held.kept = True
-  peers.told(lambda: _prepare(workdir, settings_json, anew=saved is None))
-  checkpoints = Checkpoints(workdir / "checkpoints")
+  peers.told(lambda: _prepare(place, settings_json, anew=saved is None))
+  checkpoints = place.checkpoints()
   lost = saved and saved.log and saved.log.rows and not (workdir / "metrics.jsonl").exists()
   logs = Logs(workdir, run.steps_done if saved else -1) if peers.main else Silent()
   best = dataclasses.asdict(saved.best) if saved and saved.best else {}
@@ -105,9 +110,10 @@ def _train(
   every = settings.train
   try:
     with Bar(settings.method["name"], run.steps_done, run.total, shown=peers.main) as bar:
+      told = lambda text: bar.print(place.named(text))
       with (
         process.stop_signals(alone=peers.count == 1) as stop,
-        profile.Trace(run, traced, workdir / "profile", bar.print) as trace,
+        profile.Trace(run, traced, workdir / "profile", told) as trace,
       ):
         run.announce(bar)
         if lost:
@@ -149,6 +155,7 @@ def _train(
             extra = {"best": best, "before": untrained, "seconds": before + clock.seconds()}
             extra["log"] = logs.mark()
             checkpoints.save("latest", done, run.everything(), {**meta, **extra})
+            place.keep(checkpoints.wait)
           if asked and done < run.total:
             checkpoints.wait()
             raise Stopped(f"{asked}: saved step {done} of {run.total}; run again to go on")
@@ -182,7 +189,9 @@ def _saved(workdir: Path) -> dict[str, Any] | None:
   return None
 
 
-def _prepare(workdir: Path, config: dict[str, Any], *, anew: bool) -> None:
+def _prepare(place: Here, config: dict[str, Any], *, anew: bool) -> None:
+  place.claim()
+  workdir = place.folder
   workdir.mkdir(parents=True, exist_ok=True)
   write_atomic(workdir / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
   if anew:  # a best alone cannot be gone on from, and would stay where a step ties with it
@@ -190,16 +199,16 @@ def _prepare(workdir: Path, config: dict[str, Any], *, anew: bool) -> None:
 
 
 @contextlib.contextmanager
-def _told(workdir: Path) -> Iterator[None]:
+def _told(place: Here) -> Iterator[None]:
   """What ends a run by no fault of the config also says which checkpoint is left."""
   try:
     yield
   except FloatingPointError as error:
-    raise FloatingPointError(f"{error}{_left(workdir)}") from error
+    raise FloatingPointError(f"{error}{_left(place)}") from error
   except OSError as error:
-    raise disk.refusal(error, workdir, _left(workdir)) from error
+    raise disk.refusal(error, place.folder, _left(place)) from error
 
 
-def _left(workdir: Path) -> str:
-  step = workdirs.newest(workdir / "checkpoints")
+def _left(place: Here) -> str:
+  step = place.newest()
   return "" if step is None else f" The last good checkpoint, of step {step}, is kept."

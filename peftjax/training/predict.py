@@ -14,7 +14,7 @@ from peftjax import data
 from peftjax.core import tree
 from peftjax.data.corpora import text_columns
 from peftjax.models import limits, pretrained
-from peftjax.training import build, evaluate, step
+from peftjax.training import build, evaluate, mirror, step
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.classification import CLASSES
@@ -34,7 +34,10 @@ class Predictor:
   """
 
   def __init__(self, workdir: str | Path):
-    workdir = build.resolve(workdir)
+    with mirror.read(workdir) as folder:
+      self._load(folder)
+
+  def _load(self, workdir: Path) -> None:
     untrained = ValueError(
       f"{workdir} holds no evaluated run; train first:\n  python -m experiments.train "
       f"--config=configs/classify.py --workdir={workdir}"

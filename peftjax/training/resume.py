@@ -8,6 +8,7 @@ from typing import Any
 from peftjax.io import records
 from peftjax.training import workdir
 from peftjax.training.checkpoint import Checkpoints
+from peftjax.training.mirror import Here
 from peftjax.training.run import Run
 from peftjax.training.workdir import Meta
 
@@ -46,22 +47,22 @@ def latest_meta(folder: Path) -> Meta | None:
   return meta
 
 
-def restore(run: Run, folder: Path) -> None:
+def restore(run: Run, place: Here) -> None:
   """Puts the run where its latest checkpoint is.
 
   Raises:
     ValueError: its arrays are damaged, do not fit the run, or are those of another step.
   """
-  checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+  checkpoints = place.checkpoints(read_only=True)
   try:
     run.restore(checkpoints)
     step = checkpoints.step("latest")
   finally:
     checkpoints.close()
   if run.steps_done != step:
+    where = place.folder / "checkpoints" / "latest" / str(step)
     raise ValueError(
-      f"{folder / 'checkpoints' / 'latest' / str(step)} holds step {run.steps_done}. Give it its"
-      " own name again, or give another --workdir."
+      f"{where} holds step {run.steps_done}. Give it its own name again, or give another --workdir."
     )
 
 

@@ -225,6 +225,12 @@ def check_log(path: Path, log: Log | None, step: int) -> None:
     )
 
 
+def passing(name: str) -> bool:
+  """Whether a file of that name is there only while a process writes."""
+  last = name.rpartition("/")[2]
+  return last == "run.lock" or _UNFINISHED in name or (last[0] == "." and last.endswith(".tmp"))
+
+
 def check_checkpoints(folder: Path) -> None:
   """ValueError for what is in the place of a checkpoint and is none."""
   for path in (folder, *(folder / name for name in CHECKPOINTS)):

@@ -17,7 +17,7 @@ from peftjax.data import chat
 from peftjax.io import records
 from peftjax.models import pretrained
 from peftjax.models.generate import generate
-from peftjax.training import build
+from peftjax.training import build, mirror
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 
@@ -34,7 +34,10 @@ class Writer:
   """
 
   def __init__(self, workdir: str | Path, *, adapted: bool = True):
-    workdir = build.resolve(workdir)
+    with mirror.read(workdir) as folder:
+      self._load(folder, adapted)
+
+  def _load(self, workdir: Path, adapted: bool) -> None:
     untrained = ValueError(
       f"{workdir} holds no evaluated run of a language model; train first:\n"
       f"  python -m experiments.train --config=configs/causal_lm.py --workdir={workdir}"

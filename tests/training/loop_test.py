@@ -9,6 +9,7 @@ import pytest
 
 from peftjax.io import safetensors_dir
 from peftjax.training import build, evaluate, loop, metrics
+from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.predict import Predictor
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
@@ -108,7 +109,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
 
 def test_interrupted_between_best_and_latest(finished, config, run_once, monkeypatch, tmp_path):
   """A best checkpoint newer than the latest does no harm: it is reached again."""
-  save = loop.Checkpoints.save
+  save = Checkpoints.save
 
   def broken(self, name, step, arrays, meta):
     if (name, step) == ("latest", 4):
@@ -116,7 +117,7 @@ def test_interrupted_between_best_and_latest(finished, config, run_once, monkeyp
     save(self, name, step, arrays, meta)
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Checkpoints, "save", broken)
+    patch.setattr(Checkpoints, "save", broken)
     with pytest.raises(Interrupted):
       run_once(config(), tmp_path / "run")
   assert runs.arrays(tmp_path / "run", "best")[0] == 4

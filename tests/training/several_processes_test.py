@@ -152,6 +152,35 @@ def _rows(workdir):
   return path.exists() and path.read_text().count("\n") > 2
 
 
+@pytest.mark.slow(reason="starts six processes, which compile")
+def test_two_processes_share_a_run_in_a_bucket(command, alone, tmp_path):
+  """One of them alone has the bucket; stopped, they go on from what it had put there."""
+  workdir = tmp_path / "bucket" / "run"
+
+  def pair():
+    return several_processes.start(
+      lambda address, index: [
+        *("tests.buckets", str(tmp_path), str(index)),
+        *command("gs://bucket/run", "fsdp:2,tensor:2", "--config.train.save_every=1")[1:],
+        f"--distributed={address},2,{index}",
+      ]
+    )
+
+  processes = pair()
+  while processes[0].poll() is None and not _rows(workdir):
+    time.sleep(0.01)
+  processes[1].send_signal(signal.SIGTERM)
+  found = several_processes.ended(processes)
+  assert [code for code, *_ in found] == [0, 0], found
+  assert "SIGTERM: saved step" in found[0][1] and not (workdir / "result.json").exists()
+  found = several_processes.ended(pair())
+  assert [code for code, *_ in found] == [0, 0], found
+  assert "going on after step" in found[0][1] and "epoch" not in found[1][1]
+  check_same(workdir, alone)
+  again, other = several_processes.ended(pair())
+  assert again[0] == other[0] == 0 and "epoch" not in again[1]
+
+
 @pytest.mark.slow(reason="starts two processes")
 def test_processes_that_disagree_are_refused(command, tmp_path):
   """Before anything is written."""
