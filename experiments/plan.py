@@ -104,7 +104,7 @@ def _planned(settings, mesh_text, devices, chip):
 
   asked = {
     "settings": dataclasses.asdict(settings),
-    "config": step.module.config,
+    "config": repr(step.module.config),
     "base_dtype": BASE_DTYPE.value,
     "topology": TOPOLOGY.value if chip else [d.device_kind for d in devices],
     "mesh": dict(mesh.shape),

@@ -76,14 +76,18 @@ def test_operations_are_those_of_the_compiled_program(settings):
 
 
 @pytest.mark.slow(reason="compiles for two devices, and imports the drawing")
-def test_a_plan_by_the_command(make, command, capsys, tmp_path):
+def test_a_plan_by_the_command(make, command, capsys, monkeypatch, tmp_path):
   """JSON, a picture, a table."""
   out, drawn = tmp_path / "plan.jsonl", tmp_path / "plan.svg"
   given = dict(
     model="", suggest=0, topology="local", base_dtype="float32", devices=2, mesh="fsdp:2"
   )
-  command("plan", config=make(data__max_length=24), out=str(out), picture=str(drawn), **given)
-  row = json.loads(out.read_text())
+  monkeypatch.setattr(process, "commit", lambda: "1234567890ab")  # so that it is kept
+  config = make(data__max_length=24, compilation_cache=str(tmp_path))
+  command("plan", config=config, out=str(out), picture=str(drawn), **given)
+  command("plan", config=config, out=str(out), picture=None, **given)
+  row, again = map(json.loads, out.read_text().splitlines())
+  assert row == again and len(list(tmp_path.glob("plan-*.json"))) == 1
   assert row["devices"] == 2 and row["sent_bytes"]["all-gather"] > 0
   assert "TFLOP a step" in capsys.readouterr().out and drawn.stat().st_size > 1000
 
