@@ -189,6 +189,7 @@ def get_config(arg: str = "") -> ConfigDict:
         log_every=5,
         save_every=20,
       ),
+      rules=(),  # of where arrays lie on a mesh, before the usual: ("lm_head/kernel=fsdp,tensor",)
       compilation_cache="~/.cache/peftjax",
     )
   )

@@ -39,6 +39,9 @@ BASE_DTYPE = flags.DEFINE_string(
 SUGGEST = flags.DEFINE_integer(
   "suggest", 0, "Compile at most so many programs in search of the fastest that fits.", 0
 )
+LEAVES = flags.DEFINE_integer(
+  "leaves", 0, "Also show where so many of the largest arrays lie, and their bytes on a device.", 0
+)
 OUT = flags.DEFINE_string("out", None, "Append the plan to this file, as a line of JSON.")
 PICTURE = flags.DEFINE_string(
   "picture", None, "Draw the bytes by class into this file (.png, .svg)."
@@ -84,6 +87,8 @@ def _planned(settings, mesh_text, devices, chip):
   mesh = sharding.make_mesh(mesh_text, devices)
   step = planned(settings, MODEL.value, BASE_DTYPE.value, rows, length, mesh)
   show.before(step, chip)
+  if LEAVES.value:
+    show.leaves(step, LEAVES.value)
 
   def compute():
     started = time.perf_counter()

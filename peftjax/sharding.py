@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,9 +23,11 @@ from peftjax.quant.weight import Quantized
 # The last vary fastest over the devices, so what talks most is nearest.
 AXES = (*DATA, SEQUENCE, "tensor")
 
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
 # Path pattern to the mesh axes of the *last* axes of the dense array; stacked layers before them
 # are not split. Megatron's pairing: what widens splits its outputs, what narrows its inputs.
-RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
+RULES: Rules = (
   (r".*/(query|key|value)/kernel", ("fsdp", "tensor")),
   (r".*/intermediate/dense/kernel", ("fsdp", "tensor")),
   (r".*/(query|key|value|intermediate/dense)/bias", ("tensor",)),
@@ -43,11 +45,44 @@ RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
 )
 
 
+# Bytes of an array that lies whole on every device only if a rule says so.
+LARGE = 2**26
+
+
+def rules(given: Sequence[str]) -> Rules:
+  """`("lm_head/kernel=fsdp,tensor", "wte/.*=")` and, after them, `RULES`.
+
+  The axes are those of the last axes of the dense array; "-" and nothing at all split none.
+
+  Raises:
+    ValueError: a rule without "=", with a pattern that is none, or with an unknown axis.
+  """
+  made = []
+  for rule in given:
+    pattern, equals, names = rule.rpartition("=")
+    axes = tuple(None if name == "-" else name for name in names.split(",") if name)
+    try:
+      re.compile(pattern)
+    except re.error:
+      equals = ""
+    if not equals or not pattern or not {*axes} <= {*AXES, None}:
+      raise ValueError(
+        f"rules: {rule[:200]!r} is not PATTERN=AXIS,AXIS, with a pattern of paths and axes of "
+        f'{", ".join(AXES)}, or "-" for none'
+      )
+    made.append((pattern, axes))
+  return (*made, *RULES)
+
+
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh from `"data:2,fsdp:2,tensor:2"`; axes left out have size 1, one of -1 what is left.
 
+  Devices stand so that neighbours along an axis are neighbours where they are. Between slices of
+  TPUs, whose network is slow, only "data" goes, or "fsdp" where there is no other.
+
   Raises:
-    ValueError: on an unknown axis, a bad size, or a product that is not the number of devices.
+    ValueError: on an unknown axis, a bad size, a product that is not the number of devices, or
+      slices that no axis of the data is a multiple of.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dict.fromkeys(AXES, 1)
@@ -69,10 +104,28 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
       f"mesh {text!r} has {math.prod(sizes.values())} places for {len(devices)} devices. On a CPU, "
       "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight."
     )
-  return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+  return Mesh(arranged(text, sizes, devices), AXES)
 
 
-def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+def arranged(text: str, sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+  """The devices of `make_mesh`, by axis; see there."""
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    if devices[0].platform == "tpu":
+      return mesh_utils.create_device_mesh([*sizes.values()], devices)
+    return np.asarray(devices).reshape(tuple(sizes.values()))
+  across = next((axis for axis in DATA if sizes[axis] % slices == 0), None)
+  if across is None:
+    raise ValueError(
+      f"mesh {text!r} on {slices} slices of devices: data or fsdp has to be a multiple of "
+      f"{slices}, since only rows of a batch may go between slices"
+    )
+  between = [slices if axis == across else 1 for axis in sizes]
+  within = [size // n for size, n in zip(sizes.values(), between, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(within, between, devices)
+
+
+def specs(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   """A `PartitionSpec` for every array of `params`.
 
   The first rule that matches a leaf's path gives the spec of its dense array; the children of a
@@ -98,7 +151,7 @@ def specs(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> 
   return paths.map_leaves(of, params)
 
 
-def shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+def shardings(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   """`specs` as `NamedSharding`: for `jax.device_put` or the `out_shardings` of an init."""
   return jax.tree.map(
     lambda spec: NamedSharding(mesh, spec),
@@ -107,7 +160,7 @@ def shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES)
   )
 
 
-def named(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+def named(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   """`params` in which each quantised matrix knows how `specs` splits it; arrays stay."""
 
   def name(leaf: Any, spec: Any) -> Any:
@@ -115,6 +168,59 @@ def named(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> 
 
   whole = lambda leaf: isinstance(leaf, Quantized)
   return jax.tree.map(name, params, specs(params, mesh, rules), is_leaf=whole)
+
+
+class Place(NamedTuple):
+  """Where an array lies.
+
+  Attributes:
+    path: in the tree of parameters.
+    leaf: the path that rules match: of the array, or of the weight that it is a part of.
+    shape, dtype: of the whole array.
+    spec: by axis, which axes of the mesh split it.
+    bytes: of it on a device.
+  """
+
+  path: str
+  leaf: str
+  shape: tuple[int, ...]
+  dtype: str
+  spec: P
+  bytes: int
+
+
+def places(params: Any, mesh: Mesh, rules: Rules = RULES) -> list[Place]:
+  """Every array of `params`, the largest on a device first; shapes will do."""
+  lies, made = paths.leaves(specs(params, mesh, rules)), []
+  for leaf, weight in paths.leaves(params).items():
+    found = jax.tree_util.tree_leaves_with_path(weight)
+    by_array = jax.tree.leaves(lies[leaf], is_leaf=_is_spec)
+    for (part, x), spec in zip(found, by_array, strict=True):
+      local = NamedSharding(mesh, spec).shard_shape(x.shape)
+      path = "/".join(filter(None, (leaf, paths.name(part))))
+      size = math.prod(local) * x.dtype.itemsize
+      made.append(Place(path, leaf, tuple(x.shape), str(x.dtype), spec, size))
+  return sorted(made, key=lambda place: -place.bytes)
+
+
+def check_split(params: Any, mesh: Mesh, rules: Rules = RULES) -> None:
+  """Raises `ValueError` if a large array lies whole on devices that should split it between them.
+
+  It may where a rule before `RULES` matches its path.
+  """
+  own = rules[: len(rules) - len(RULES)]
+  if ways(("fsdp", "tensor"), mesh) == 1:
+    return
+  for path, leaf, shape, dtype, spec, size in places(params, mesh, rules):
+    split = any(ways(names, mesh) > 1 for names in spec)
+    if size < LARGE or split or any(re.fullmatch(pattern, leaf) for pattern, _ in own):
+      continue
+    cut = ", ".join(f"{name}:{n}" for name, n in mesh.shape.items() if n > 1)
+    raise ValueError(
+      f"{path} {list(shape)} {dtype}, {size / 2**20:,.0f} MiB, would lie whole on each of "
+      f"{mesh.size} devices: {cut} divides none of the axes that its rule splits. Take another "
+      f"mesh, or say so by a rule for it: --config.rules=\"('{leaf}=',)\""
+    )
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
@@ -138,25 +244,25 @@ def on(mesh: Mesh | None, fn: Callable[..., Any]) -> Callable[..., Any]:
   return placed
 
 
-def put(arrays: Any, places: Any) -> Any:
-  """`arrays`, which every process has whole and equal, where `places` says.
+def put(arrays: Any, where: Any) -> Any:
+  """`arrays`, which every process has whole and equal, where `where` says.
 
   Of several processes each takes the parts of its own devices and no other; nothing is sent.
 
   Args:
     arrays: a tree of arrays.
-    places: a sharding for each, or one for all of them.
+    where: a sharding for each, or one for all of them.
   """
   if jax.process_count() == 1:
-    return jax.device_put(arrays, places)
-  if isinstance(places, jax.sharding.Sharding):
-    places = jax.tree.map(lambda _: places, arrays)
+    return jax.device_put(arrays, where)
+  if isinstance(where, jax.sharding.Sharding):
+    where = jax.tree.map(lambda _: where, arrays)
 
   def one(x: Any, place: Any) -> jax.Array:
     whole = np.asarray(x)
     return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
-  return jax.tree.map(one, arrays, places)
+  return jax.tree.map(one, arrays, where)
 
 
 def put_parts(
@@ -175,7 +281,7 @@ def put_parts(
   return jax.make_array_from_callback(shape, place, of_device)
 
 
-def born(fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+def born(fn: Callable[..., Any], mesh: Mesh, *args: Any, rules: Rules = RULES) -> Any:
   """`fn(*args)`, each array of which is made where `shardings` says, and nowhere whole.
 
   What `fn` gives back as it came stays the array that it was.
@@ -184,14 +290,12 @@ def born(fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
   flat = jax.tree.leaves(args)
   given = {id(var): x for var, x in zip(jaxpr.jaxpr.invars, flat, strict=True)}
   kept = {i: given[id(var)] for i, var in enumerate(jaxpr.jaxpr.outvars) if id(var) in given}
-  places = jax.tree.leaves(shardings(shapes, mesh))
-  new = [i for i in range(len(places)) if i not in kept]
+  lies = jax.tree.leaves(shardings(shapes, mesh, rules))
+  new = [i for i in range(len(lies)) if i not in kept]
   whole = jaxpr_as_fun(jaxpr)
-  run = jax.jit(
-    lambda *flat: [whole(*flat)[i] for i in new], out_shardings=[places[i] for i in new]
-  )
+  run = jax.jit(lambda *flat: [whole(*flat)[i] for i in new], out_shardings=[lies[i] for i in new])
   made = {**kept, **dict(zip(new, run(*flat), strict=True))}
-  return jax.tree.unflatten(jax.tree.structure(shapes), [made[i] for i in range(len(places))])
+  return jax.tree.unflatten(jax.tree.structure(shapes), [made[i] for i in range(len(lies))])
 
 
 def gathered(x: Any) -> np.ndarray:
@@ -226,7 +330,7 @@ def _both(names: Iterable[str], more: Iterable[str], mesh: Mesh) -> tuple[str, .
   return tuple(sorted((*names, *more), key=mesh.axis_names.index, reverse=True))
 
 
-def _rule(path: str, rules: Sequence[tuple[str, Any]]) -> tuple[str | None, ...]:
+def _rule(path: str, rules: Rules) -> tuple[str | None, ...]:
   for pattern, names in rules:
     if re.fullmatch(pattern, path):
       return names

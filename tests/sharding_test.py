@@ -1,15 +1,25 @@
 """Meshes, rules, and the specs of children."""
 
+import functools
+import math
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
+from configs.causal_lm import get_config
+from experiments.planning.model import LLAMA, shapes
+from peftjax import sharding
 from peftjax.core import paths
 from peftjax.core.layout import Axes
-from peftjax.sharding import batch_shardings, make_mesh, specs
+from peftjax.sharding import AXES, RULES, arranged, batch_shardings, make_mesh, specs
+from peftjax.training.settings import from_config
 from tests.models import tiny
 
 MESH = "data:2,fsdp:2,tensor:2"
@@ -48,6 +58,24 @@ def test_one_axis_may_be_what_is_left():
 def test_a_mesh_of_another_size_than_the_devices_raises():
   with pytest.raises(ValueError, match="has 4 places for 8 devices"):
     make_mesh("data:2,tensor:2")
+
+
+def test_between_slices_go_rows_alone():
+  """On the axis of the data that they divide; each slice is a block of the mesh."""
+  kind = dict(platform="cpu", device_kind="cpu", process_index=0)
+  devices = [types.SimpleNamespace(id=i, slice_index=i // 4, **kind) for i in range(8)]
+
+  def slices(**given):
+    found = arranged("", {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, **given}, devices)
+    assert found.shape == (*(given.get(a, 1) for a in ("data", "fsdp", "sequence", "tensor")),)
+    return np.vectorize(lambda device: device.slice_index)(found)
+
+  assert slices(data=2, fsdp=2, tensor=2)[:, 0, 0, 0].tolist() == [0, 1]
+  assert slices(data=4, tensor=2)[:, 0, 0, 0].tolist() == [0, 0, 1, 1]
+  assert slices(fsdp=2, tensor=4)[0, :, 0].tolist() == [[0] * 4, [1] * 4]
+  for axis in ("tensor", "sequence"):
+    with pytest.raises(ValueError, match=r"on 2 slices of devices: data or fsdp has to be"):
+      slices(**{axis: 8})
 
 
 def test_the_rules_of_the_encoder():
@@ -194,3 +222,64 @@ def test_what_blocks_keep_whole_splits_the_other_axis_in_one_order():
   found = paths.leaves(specs(tree, make_mesh(MESH)))
   for name in ("q_proj", "o_proj"):
     assert found[f"layer/{name}/kernel"].codes == P(None, ("tensor", "fsdp"))
+
+
+@functools.cache
+def large(name, quant):
+  """The shapes of a LLaMA with LoRA on every kernel."""
+  settings = from_config(get_config(f"quant={quant},method=lora"))
+  return shapes(settings, name, "bfloat16", 512)[-1]
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("name", LLAMA)
+def test_every_kernel_of_large_models_is_split_by_all_devices(name, quant):
+  """Of 7B to 65B on 8 to 256 devices: kernels evenly, factors as far as a rank of 16 allows."""
+  params = large(name, quant)
+  for fsdp, tensor in ((8, 1), (4, 2), (16, 1), (4, 4), (64, 1), (8, 8), (256, 1), (32, 8)):
+    mesh = AbstractMesh((1, fsdp, 1, tensor), AXES)
+    sharding.check_split(params, mesh)
+    for place in sharding.places(params, mesh):
+      whole = math.prod(place.shape) * jnp.dtype(place.dtype).itemsize
+      if place.path.endswith(("kernel", "base", "codes", "embedding")):
+        assert place.bytes * fsdp * tensor == whole, (place, fsdp, tensor)
+      assert place.bytes < sharding.LARGE or place.bytes < whole
+
+
+@pytest.mark.parametrize("rule", ["kernel", "=fsdp", "(=fsdp", "kernel=model", "kernel=fsdp,,x"])
+def test_a_rule_that_is_not_written_so_raises(rule):
+  with pytest.raises(ValueError, match=r"rules: .* is not PATTERN=AXIS,AXIS"):
+    sharding.rules([rule])
+
+
+def test_rules_of_a_config_come_before_the_usual():
+  made = sharding.rules(["lm_head/kernel=-,tensor", ".*/norm/scale=fsdp", "x=y=fsdp"])
+  assert made[:3] == (
+    ("lm_head/kernel", (None, "tensor")),
+    (".*/norm/scale", ("fsdp",)),
+    ("x=y", ("fsdp",)),
+  )
+  assert made[3:] == RULES
+  config = get_config("quant=none,method=lora")
+  config.rules = ("lm_head/kernel=-,tensor",)
+  assert from_config(config).sharding_rules()[0] == made[0]
+
+
+def test_a_large_array_lies_whole_only_if_a_rule_says_so():
+  """A vocabulary and a width that nothing divides; small ones are no matter."""
+  kernel = jax.ShapeDtypeStruct((4095, 8191), jnp.float32)
+  params = {"layers": {"up_proj": {"kernel": kernel, "bias": jnp.zeros(8191)}}}
+  for mesh in (make_mesh("data:8"), make_mesh("fsdp:8", jax.devices())):
+    if mesh.shape["data"] == 8:
+      sharding.check_split(params, mesh)
+      continue
+    told = r"layers/up_proj/kernel \[4095, 8191\] float32, 128 MiB, would lie whole on each of 8 "
+    with pytest.raises(ValueError, match=told):
+      sharding.check_split(params, mesh)
+    sharding.check_split(params, mesh, sharding.rules(["layers/up_proj/kernel="]))
+    sharding.check_split(params, make_mesh("tensor:8"), sharding.rules([".*/kernel=-,fsdp"]))
+  quantised = jax.eval_shape(
+    lambda: pj.quantize({"up_proj": {"kernel": jnp.zeros((64 * 81, 32767))}}, pj.nf4(), where=".*")
+  )
+  with pytest.raises(ValueError, match=r"up_proj/kernel/codes .* \(?'?.*'up_proj/kernel='"):
+    sharding.check_split(quantised, make_mesh("fsdp:8"))

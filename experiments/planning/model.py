@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import peftjax as pj
 from peftjax import linen, sharding
 from peftjax.core import ranges, tree
+from peftjax.methods.base import Method
 from peftjax.models import hf_config, pretrained
 from peftjax.training import causal_lm
 from peftjax.training.program import Program
@@ -37,8 +38,7 @@ class Planned:
     module: of the model.
     program: of the run.
     state, frozen, batch, key: what the step takes: shapes, dtypes and, on a mesh, shardings.
-    mesh: of all of them.
-    layers: layers, for what is counted a layer.
+    mesh, rules: of all of them.
   """
 
   module: Any
@@ -48,6 +48,7 @@ class Planned:
   batch: Any
   key: Any
   mesh: Mesh
+  rules: sharding.Rules
 
   def compile(self) -> Any:
     return self.program.step.lower(self.state, self.frozen, self.batch, self.key).compile()
@@ -66,25 +67,20 @@ def planned(
     mesh: of the devices.
 
   Raises:
-    ValueError: another task, an unknown size, more tokens than positions, or a batch or a length
-      that the mesh does not divide.
+    ValueError: another task, an unknown size, more tokens than positions, a batch or a length
+      that the mesh does not divide, or a large array that it does not split.
   """
   if settings.task != "causal_lm":
     raise ValueError(f"plans are made for task=causal_lm, not {settings.task}")
   ranges.one_of("base_dtype", base_dtype, ("float32", "bfloat16", "float16"))
-  module = _module(settings, name, length)
+  module, method, params = shapes(settings, name, base_dtype, length)
   for what, size, names in (("rows", rows, ("data", "fsdp")), ("tokens", length, ("sequence",))):
     ways = sharding.ways(names, mesh)
     if size % ways:
       raise ValueError(f"{size} {what} cannot be split {ways} ways ({' x '.join(names)})")
-  params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, base_dtype), params)
-  layout = linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
-  if (fmt := settings.quant.format()) is not None:
-    params = pj.quantize(params, fmt, settings.quant.targets, layout)
-  method = settings.build_method()
-  params = method.attach(jax.random.key(0), params, layout)
-  params = sharding.named(_placed(params, sharding.shardings(params, mesh)), mesh)
+  rules = settings.sharding_rules()
+  sharding.check_split(params, mesh, rules)
+  params = sharding.named(_placed(params, sharding.shardings(params, mesh, rules)), mesh, rules)
   train, frozen = tree.partition(params, method.trainable(params))
   batch = {
     field: jax.ShapeDtypeStruct((rows, length), dtype)
@@ -105,7 +101,20 @@ def planned(
     _placed(batch, sharding.batch_shardings(batch, mesh)),
     _placed(key, NamedSharding(mesh, P())),
     mesh,
+    rules,
   )
+
+
+def shapes(settings: Settings, name: str, base_dtype: str, length: int) -> tuple[Any, Method, Any]:
+  """The module, the method and the parameters, quantised and adapted, of a plan: see `planned`."""
+  module = _module(settings, name, length)
+  params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, base_dtype), params)
+  layout = linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+  if (fmt := settings.quant.format()) is not None:
+    params = pj.quantize(params, fmt, settings.quant.targets, layout)
+  method = settings.build_method()
+  return module, method, method.attach(jax.random.key(0), params, layout)
 
 
 def _module(settings: Settings, name: str, length: int) -> Any:

@@ -14,6 +14,9 @@ from experiments.planning import costs
 from experiments.planning.chips import GIB, Chip
 from experiments.planning.model import Planned
 from experiments.planning.search import Tried
+from peftjax import sharding
+from peftjax.core import tree
+from peftjax.core.mesh import group
 
 CLASSES = (
   "codes",
@@ -60,6 +63,20 @@ def before(planned: Planned, chip: Chip | None) -> None:
   usable = int(chip.memory * (1 - costs.RESERVE))
   if (total := sum(classes.values())) > usable:
     raise TooMuch(_too_much(classes, total, usable, chip))
+
+
+def leaves(planned: Planned, count: int) -> None:
+  """A table of the largest arrays of the parameters."""
+  table = Table(title=f"the {count} largest arrays on a device")
+  for name in ("array", "shape", "dtype", "split over"):
+    table.add_column(name, overflow="fold")
+  table.add_column("MiB on a device", justify="right")
+  everything = tree.combine(planned.state.train, planned.frozen)
+  for place in sharding.places(everything, planned.mesh, planned.rules)[:count]:
+    spec = ", ".join(" x ".join(group(names)) or "-" for names in place.spec)
+    size = f"{place.bytes / 2**20:,.2f}"
+    table.add_row(place.path, " x ".join(map(str, place.shape)), place.dtype, spec, size)
+  rich.get_console().print(table)
 
 
 @contextlib.contextmanager

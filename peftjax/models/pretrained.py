@@ -62,6 +62,7 @@ def load_pretrained(
   quant: Format | None = None,
   where: str | Sequence[str] = "all-linear",
   mesh: Mesh | None = None,
+  rules: sharding.Rules = sharding.RULES,
   key: jax.Array | None = None,
 ) -> tuple[nn.Module, Any]:
   """A pretrained encoder with a head to classify or regress, or a pretrained decoder.
@@ -78,7 +79,7 @@ def load_pretrained(
     dtype: of activations; parameters keep the checkpoint's.
     quant: quantise the matrices that `where` selects as they are read: besides what is loaded, no
       more than two of the checkpoint's tensors are in memory. See `peftjax.quantize`.
-    mesh: where to put each parameter as soon as it is read, as `peftjax.shardings` says.
+    mesh, rules: where to put each parameter as soon as it is read: see `peftjax.shardings`.
     key: of the new head's weights; by default `jax.random.key(0)`.
 
   Returns:
@@ -91,7 +92,9 @@ def load_pretrained(
   options: dict[str, Any] = dict(scan_layers=scan_layers, dtype=dtype)
   if remat:
     options["remat"] = remat
-  pretrained = load(directory, num_labels, key=key, quant=quant, where=where, mesh=mesh, **options)
+  pretrained = load(
+    directory, num_labels, key=key, quant=quant, where=where, mesh=mesh, rules=rules, **options
+  )
   if pretrained.new:
     _log.warning(
       "%s has no tensors of this size for %s: they are new, drawn at random, to be trained",
@@ -109,6 +112,7 @@ def load(
   quant: Format | None = None,
   where: str | Sequence[str] = "all-linear",
   mesh: Mesh | None = None,
+  rules: sharding.Rules = sharding.RULES,
   **options: Any,
 ) -> Pretrained:
   """`load_pretrained` that also says which parameters are new; `options` go to the family."""
@@ -152,7 +156,7 @@ def load(
   def make(path: str, leaf: Any) -> Any:
     turn = turned(family, path)
     if mesh is not None and path not in (*fresh, *formats) and type(tensors) is TensorDir:
-      place = sharding.shardings({path: leaf}, mesh)[path]
+      place = sharding.shardings({path: leaf}, mesh, rules)[path]
       read = functools.partial(_read_part, tensors, names[path], bool(stack_of(path, leaf)), turn)
       return sharding.put_parts(leaf.shape, place, read)
     if path in fresh:
@@ -161,7 +165,7 @@ def load(
       made = _read(tensors, path, names[path], bool(stack_of(path, leaf)), turn, formats.get(path))
     if mesh is None:
       return jax.device_put(made)
-    return sharding.put(made, sharding.shardings({path: made}, mesh)[path])
+    return sharding.put(made, sharding.shardings({path: made}, mesh, rules)[path])
 
   return Pretrained(model, paths.map_leaves(make, abstract), tuple(new))
 

@@ -51,6 +51,7 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
     quant=settings.quant.format(),
     where=settings.quant.targets,
     mesh=mesh,
+    rules=settings.sharding_rules(),
     **model.options(),
   )
   method = settings.build_method()
@@ -60,7 +61,10 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
   if mesh is None:
     params = attach(key, params)
   else:
-    params = sharding.named(sharding.born(attach, mesh, key, params), mesh)
+    rules = settings.sharding_rules()
+    params = sharding.born(attach, mesh, key, params, rules=rules)
+    sharding.check_split(params, mesh, rules)
+    params = sharding.named(params, mesh, rules)
   return Adapted(module, params, method.trainable(params), method, new)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from msgspec import Meta
 
-from peftjax import optim
+from peftjax import optim, sharding
 from peftjax.core import ranges
 from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, Size
 from peftjax.io.records import clip
@@ -258,9 +258,13 @@ class Settings:
   optimizer: Optimizer
   train: Train
   compilation_cache: str
+  rules: Sequence[str] = ()  # of sharding, before `sharding.RULES`: see `sharding.rules`
 
   def __post_init__(self) -> None:
     ranges.check(type(self), vars(self), "--config.")
+
+  def sharding_rules(self) -> sharding.Rules:
+    return sharding.rules(self.rules)
 
   def build_method(self) -> Method:
     """The method with, unless `head` is false, the task head trained beside it."""

@@ -80,7 +80,7 @@ def test_a_plan_by_the_command(make, command, capsys, monkeypatch, tmp_path):
   """JSON, a picture, a table."""
   out, drawn = tmp_path / "plan.jsonl", tmp_path / "plan.svg"
   given = dict(
-    model="", suggest=0, topology="local", base_dtype="float32", devices=2, mesh="fsdp:2"
+    model="", suggest=0, leaves=3, topology="local", base_dtype="float32", devices=2, mesh="fsdp:2"
   )
   monkeypatch.setattr(process, "commit", lambda: "1234567890ab")  # so that it is kept
   config = make(data__max_length=24, compilation_cache=str(tmp_path))
