@@ -33,11 +33,16 @@ _ENVIRONMENT = {
 }
 
 
+def environment() -> dict[str, str]:
+  """Of a process that compiles for a TPU."""
+  return {**os.environ, **_ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{FOLDER}"}
+
+
 def compiled(*command: str) -> Any:
   """What Python prints last, as JSON, when run with `command`."""
   ended = subprocess.run(
     [sys.executable, *command],
-    env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{FOLDER}"},
+    env=environment(),
     capture_output=True,
     text=True,
     check=False,

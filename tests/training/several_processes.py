@@ -40,12 +40,12 @@ def _trained(config, mesh):
   return run, rows
 
 
-def start(command, count=2):
+def start(command, count=2, devices=DEVICES):
   """Starts `command(address, index)` of each of `count` processes."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES}")
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
   return [
     subprocess.Popen(
       [sys.executable, "-m", *command(address, index)],

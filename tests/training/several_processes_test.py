@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 import time
 
@@ -147,9 +148,9 @@ def test_asked_to_stop_one_of_them_they_all_save_and_go_on_elsewhere(
   check_same(workdir, alone)
 
 
-def _rows(workdir):
+def _rows(workdir, more=2):
   path = workdir / "metrics.jsonl"
-  return path.exists() and path.read_text().count("\n") > 2
+  return path.exists() and path.read_text().count("\n") > more
 
 
 @pytest.mark.slow(reason="starts six processes, which compile")
@@ -179,6 +180,61 @@ def test_two_processes_share_a_run_in_a_bucket(command, alone, tmp_path):
   check_same(workdir, alone)
   again, other = several_processes.ended(pair())
   assert again[0] == other[0] == 0 and "epoch" not in again[1]
+
+
+@pytest.mark.slow(reason="starts four processes, which compile")
+def test_a_run_goes_on_with_fewer_processes_and_other_devices(command, alone, tmp_path):
+  """Two of two devices, then one of eight, then one of one."""
+  workdir, epochs = tmp_path / "run", "--config.train.epochs=4"
+  begun = pair(command, workdir, "fsdp:4")
+  for wanted, (processes, mesh) in zip(
+    (2, 22), ((begun, ""), (None, "fsdp:4,tensor:2")), strict=True
+  ):
+    processes = processes or several_processes.start(
+      lambda *_, mesh=mesh: command(workdir, mesh, epochs), 1, devices=8
+    )
+    while processes[0].poll() is None and not _rows(workdir, wanted):
+      time.sleep(0.01)
+    processes[-1].send_signal(signal.SIGTERM)
+    found = several_processes.ended(processes)
+    assert {code for code, *_ in found} == {0} and "SIGTERM: saved step" in found[0][1], found
+  [(code, _, errors)] = several_processes.ended(
+    several_processes.start(lambda *_: command(workdir, "", epochs), 1, devices=1)
+  )
+  assert code == 0, errors
+  check_same(workdir, alone)
+
+
+@pytest.mark.slow(reason="starts two processes for every kill")
+def test_one_of_two_killed_at_any_moment(command, alone, tmp_path):
+  """Once they have found each other. The other ends too, and the same command goes on to the end.
+
+  A run that gets through is compared, and a new one begun; PEFTJAX_KILLS says how many kills.
+  """
+  rng, number, struck = np.random.default_rng(0), 0, []
+  kills, seconds = int(os.environ.get("PEFTJAX_KILLS", "2")), 20.0
+  programs = f"--config.compilation_cache={tmp_path / 'programs'}"
+  while len(struck) < kills or (tmp_path / f"{number}").exists():
+    workdir = tmp_path / f"{number}"
+    processes = pair(command, workdir, "fsdp:2,tensor:2", programs)
+    running = lambda processes=processes: all(p.poll() is None for p in processes)
+    which, moment = int(rng.integers(2)), float(rng.uniform(0, seconds))
+    while running() and not workdir.exists():
+      time.sleep(0.01)
+    begun = time.monotonic()
+    while running() and (len(struck) == kills or time.monotonic() < begun + moment):
+      time.sleep(0.01)
+    if killed := running():
+      processes[which].kill()
+      struck.append((which, round(moment, 1), _rows(workdir)))
+    found = several_processes.ended(processes)
+    if killed:
+      assert found[1 - which][0] != 0, found
+    else:
+      assert [code for code, *_ in found] == [0, 0], found
+      check_same(workdir, alone)
+      seconds, number = time.monotonic() - begun, number + 1
+  print(f"{number} runs; of each kill the process, the second, whether steps were done: {struck}")
 
 
 @pytest.mark.slow(reason="starts two processes")
