@@ -1,11 +1,12 @@
 """Plans against the runs that they are plans of."""
 
 import json
+import pathlib
 
 import jax
 import pytest
 
-from experiments.planning import cache, chips, costs, search, show
+from experiments.planning import cache, chips, costs, report, search, show
 from experiments.planning.model import planned
 from peftjax import sharding
 from peftjax.quant.weight import Quantized
@@ -181,3 +182,15 @@ def test_chips_that_are_not_known_are_refused():
     chips.prepare("v9:2x2")
   with pytest.raises(ValueError, match="--devices=9: local has 8"):
     chips.devices_of("local", 9)
+
+
+def test_the_documentation_has_the_committed_plans():
+  """As `python -m experiments.planning.report` prints them, all of one commit."""
+  root = pathlib.Path(__file__).parents[2]
+  text = (root / "experiments" / "results" / "plan.jsonl").read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  assert report.table(rows) in (root / "docs" / "plan.md").read_text()
+  assert len({row["commit"] for row in rows}) == 1
+  assert report.series(rows, "length")[-1] == (8192, pytest.approx(11.07, abs=0.01))
+  for axis in ("model", "rank", "devices"):
+    assert len(report.series(rows, axis)) >= 3

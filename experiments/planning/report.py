@@ -1,0 +1,97 @@
+"""A table of plans, and a picture of how the peak of a step grows.
+
+  python -m experiments.planning.report
+
+The picture has of the plans in experiments/results/plan.jsonl those that differ in one thing alone:
+the model, the rank, the length of a row or the devices.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import runtime
+from experiments.planning.chips import GIB
+
+RESULTS = Path(__file__).parents[1] / "results"
+PLANS = flags.DEFINE_string("plans", str(RESULTS / "plan.jsonl"), "What --out of plans wrote.")
+PICTURE = flags.DEFINE_string("picture", str(RESULTS / "plan_growth.png"), "Where to draw it.")
+
+# What varies, its name, and how a flag's text, or the row's own number, becomes a number.
+_AXES = {
+  "model": ("parameters in billions", lambda row: _number(row, r"--model=llama-(\d+)b")),
+  "rank": ("rank", lambda row: _number(row, r"--config\.method\.rank=(\d+)(?!.*method\.rank)")),
+  "length": ("tokens of a row", lambda row: row["length"]),
+  "devices": ("devices, fsdp", lambda row: row["devices"]),
+}
+_FLAGS = {
+  "model": r"--model=\S+",
+  "rank": r"--config\.method\.rank=\d+",
+  "length": r"--config\.data\.max_length=\d+",
+  "devices": r"--(devices|mesh|topology)=\S+",
+}
+
+
+def series(rows: list[Mapping[str, Any]], axis: str) -> list[tuple[float, float]]:
+  """(what varies, GiB at the peak) of the largest group of plans alike but for it, in order."""
+  number = _AXES[axis][1]
+  groups: dict[tuple[str, ...], dict[float, float]] = {}
+  for row in rows:
+    alike = re.sub(_FLAGS[axis], "", row["command"]).split()
+    alike = [part for part in alike if not part.startswith("--out=")]
+    groups.setdefault(tuple(sorted(alike)), {})[number(row)] = row["bytes"]["peak"] / GIB
+  return sorted(max(groups.values(), key=len).items())
+
+
+def table(rows: list[Mapping[str, Any]]) -> str:
+  """In Markdown, a line a plan."""
+  lines = [
+    "| flags | devices | rows x tokens | GiB at the peak | s a step, at best |",
+    "|---|---|---|---|---|",
+  ]
+  for row in rows:
+    given = re.sub(r"^.*causal_lm\.py:", "", row["command"])
+    dropped = r"--(config\.data\.max_length|config\.train\.batch_size|topology|devices|out)=\S+"
+    given = re.sub(dropped, "", given).replace("--config.", "").replace("--", "")
+    last = {part.partition("=")[0]: part for part in given.split()}  # of a flag given twice
+    flags = " ".join(last.values())
+    devices = f"{row['devices']} x {row['chip'].removeprefix('TPU ')}"
+    peak, seconds = row["bytes"]["peak"] / GIB, row["step_seconds"]
+    shape = f"{row['rows']} x {row['length']}"
+    lines.append(f"| {flags} | {devices} | {shape} | {peak:.2f} | {seconds:.3f} |")
+  return "\n".join(lines)
+
+
+def _number(row: Mapping[str, Any], pattern: str) -> float:
+  found = re.search(pattern, row["command"])
+  return float(found[1]) if found else 0.0
+
+
+@runtime.readable_errors()
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  from matplotlib.figure import Figure
+
+  lines = Path(PLANS.value).read_text(encoding="utf-8").splitlines()
+  rows = [json.loads(line) for line in lines]
+  print(table(rows))
+  figure = Figure(figsize=(10, 3), layout="constrained")
+  panels = figure.subplots(1, len(_AXES))
+  for panel, (axis, (label, _)) in zip(panels, _AXES.items(), strict=True):
+    found = series(rows, axis)
+    panel.plot(*zip(*found, strict=True), "o-")
+    panel.set_xlabel(label)
+    panel.set_ylim(bottom=0)
+    print(label, ", ".join(f"{x:g}: {y:.2f} GiB" for x, y in found))
+  panels[0].set_ylabel("GiB at the peak, on a device")
+  figure.savefig(PICTURE.value, dpi=120)
+  print(PICTURE.value)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=runtime.parse_flags)
