@@ -1,28 +1,32 @@
 """Programs: compiled quickly or as users get them, dropped, and read."""
 
 import functools
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+# Fusion as users have it, or not at all; from jaxlib 0.11 on there is one way.
+OLD = metadata.version("jaxlib") < "0.11"
+_FUSED = {"xla_cpu_use_fusion_emitters": True} if OLD else {}
 _QUICK = {
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,
-  "xla_cpu_use_fusion_emitters": False,
+  **({"xla_cpu_use_fusion_emitters": False} if OLD else {}),
   "xla_cpu_parallel_codegen_split_count": 1,
 }
 _DEFAULT = {
   "xla_backend_optimization_level": 3,
   "xla_llvm_disable_expensive_passes": False,
-  "xla_cpu_use_fusion_emitters": True,
+  **_FUSED,
   "xla_cpu_parallel_codegen_split_count": 32,
 }
 
 # Most laws are about values: compiling fast is worth more than running fast.
 jit = functools.partial(jax.jit, compiler_options=_QUICK)
 # For laws about memory, which is settled before machine code is made: fused as users' programs are.
-fused = functools.partial(jax.jit, compiler_options={**_QUICK, "xla_cpu_use_fusion_emitters": True})
+fused = functools.partial(jax.jit, compiler_options=_QUICK | _FUSED)
 # For laws about equality to the bit: all as users' programs are.
 optimised = functools.partial(jax.jit, compiler_options=_DEFAULT)
 
