@@ -1,5 +1,6 @@
 """Several processes that share a run compute what one does."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from peftjax.training import lock
 from tests import tiny, tiny_lm
 from tests.training import runs, several_processes
 
@@ -205,6 +207,13 @@ def test_a_run_goes_on_with_fewer_processes_and_other_devices(command, alone, tm
   check_same(workdir, alone)
 
 
+def _holds(workdir, process):
+  """Whether it has the lock, which the first takes when all have found each other."""
+  with contextlib.suppress(OSError):
+    return f'"pid": {process.pid}' in (workdir / lock.NAME).read_text()
+  return False
+
+
 @pytest.mark.slow(reason="starts two processes for every kill")
 def test_one_of_two_killed_at_any_moment(command, alone, tmp_path):
   """Once they have found each other. The other ends too, and the same command goes on to the end.
@@ -219,7 +228,7 @@ def test_one_of_two_killed_at_any_moment(command, alone, tmp_path):
     processes = pair(command, workdir, "fsdp:2,tensor:2", programs)
     running = lambda processes=processes: all(p.poll() is None for p in processes)
     which, moment = int(rng.integers(2)), float(rng.uniform(0, seconds))
-    while running() and not workdir.exists():
+    while running() and not _holds(workdir, processes[0]):
       time.sleep(0.01)
     begun = time.monotonic()
     while running() and (len(struck) == kills or time.monotonic() < begun + moment):
