@@ -221,7 +221,7 @@ def test_one_of_two_killed_at_any_moment(command, alone, tmp_path):
   A run that gets through is compared, and a new one begun; PEFTJAX_KILLS says how many kills.
   """
   rng, number, struck = np.random.default_rng(0), 0, []
-  kills, seconds = int(os.environ.get("PEFTJAX_KILLS", "2")), 20.0
+  kills, seconds = int(os.environ.get("PEFTJAX_KILLS", "2")), 8.0  # what a run takes here
   programs = f"--config.compilation_cache={tmp_path / 'programs'}"
   while len(struck) < kills or (tmp_path / f"{number}").exists():
     workdir = tmp_path / f"{number}"
@@ -242,7 +242,7 @@ def test_one_of_two_killed_at_any_moment(command, alone, tmp_path):
     else:
       assert [code for code, *_ in found] == [0, 0], found
       check_same(workdir, alone)
-      seconds, number = time.monotonic() - begun, number + 1
+      number += 1
   print(f"{number} runs; of each kill the process, the second, whether steps were done: {struck}")
 
 
