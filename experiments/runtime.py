@@ -107,11 +107,11 @@ def join(distributed: str) -> None:
   peers.watch(_end_alone)
 
 
-def _end_alone() -> None:
+def _end_alone(why: str = "") -> None:
   """Ends this process where a peer is gone: at once, as JAX would wait for it in the end."""
   _say(
-    "error: a process that shares this run is gone, and without it this one ends. Run the same "
-    f"command in every process again to go on from the last checkpoint: {_command()}"
+    f"error: a process that shares this run is gone{why}, and without it this one ends. Run the "
+    f"same command in every process again to go on from the last checkpoint: {_command()}"
   )
   os._exit(1)
 
@@ -233,7 +233,7 @@ def _end(error: BaseException) -> int | None:
   elif isinstance(error, ValueError | FloatingPointError):
     _say(f"error: {error}")
   elif type(error).__name__ == "JaxRuntimeError" and shared():
-    _end_alone()
+    _end_alone(f" ({(str(error).splitlines() or [''])[0][:200]})")
   elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
     told = (str(error).splitlines() or [""])[0][:300]
     _say(f"error: out of memory. Try a smaller batch or model. {told}".rstrip())

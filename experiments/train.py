@@ -22,8 +22,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGUM
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of the run, here or in a bucket (gs://BUCKET/RUN, s3://BUCKET/RUN); made if it is not "
-  "there.",
+  "Folder of the run; gs://BUCKET/RUN or s3://BUCKET/RUN too.",
   required=True,
 )
 MESH = flags.DEFINE_string(

@@ -1,5 +1,6 @@
 """launch/local.sh and launch/container.sh: they pass signals on, and tell how processes ended."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -43,6 +44,8 @@ def start(tmp_path):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # Under nohup a shell could not trap it.
+    preexec_fn=functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
   )
 
 

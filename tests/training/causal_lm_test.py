@@ -51,7 +51,7 @@ def test_perplexity_falls_and_is_compared_with_before(finished):
   for scores in (before, after):
     assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
   first = runs.rows(workdir)[0]
-  assert first["step"] == 0 and first["perplexity"] == before["perplexity"]
+  assert first["step"] == 0 and first["test_perplexity"] == before["perplexity"]
   assert result["rows"]["train"] > result["rows"]["test"] > 0
   assert (workdir / "peft" / "adapter_config.json").exists()
   config = json.loads((workdir / "peft" / "adapter_config.json").read_text())
