@@ -44,16 +44,18 @@ class Checkpoints:
     if alone and not read_only:  # Orbax refuses to
       for name in ("latest", "best"):
         (directory / name).mkdir(parents=True, exist_ok=True)
-    options = ocp.CheckpointManagerOptions(
+    # One may still be written while the other is begun, and their barriers need other names then.
+    together = lambda name: ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+    options = lambda name: ocp.CheckpointManagerOptions(
       max_to_keep=1,
       create=not (read_only or alone),
       read_only=read_only,
       cleanup_tmp_directories=not read_only,  # what a kill left half written
-      multiprocessing_options=_alone() if alone else ocp.options.MultiprocessingOptions(),
+      multiprocessing_options=_alone() if alone else together(name),
     )
     with disk.told(directory):
       self._managers = {
-        name: ocp.CheckpointManager((directory / name).absolute(), options=options)
+        name: ocp.CheckpointManager((directory / name).absolute(), options=options(name))
         for name in ("latest", "best")
       }
 
