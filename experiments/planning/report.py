@@ -58,11 +58,11 @@ def table(rows: list[Mapping[str, Any]]) -> str:
     dropped = r"--(config\.data\.max_length|config\.train\.batch_size|topology|devices|out)=\S+"
     given = re.sub(dropped, "", given).replace("--config.", "").replace("--", "")
     last = {part.partition("=")[0]: part for part in given.split()}  # of a flag given twice
-    flags = " ".join(last.values())
+    told = " ".join(last.values())
     devices = f"{row['devices']} x {row['chip'].removeprefix('TPU ')}"
     peak, seconds = row["bytes"]["peak"] / GIB, row["step_seconds"]
     shape = f"{row['rows']} x {row['length']}"
-    lines.append(f"| {flags} | {devices} | {shape} | {peak:.2f} | {seconds:.3f} |")
+    lines.append(f"| {told} | {devices} | {shape} | {peak:.2f} | {seconds:.3f} |")
   return "\n".join(lines)
 
 
