@@ -15,7 +15,6 @@ from peftjax.core import mesh, paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
-from peftjax.core.fence import cast
 from peftjax.core.layout import Axes
 from peftjax.core.weight import materialize
 
@@ -99,10 +98,10 @@ class LoRA(Adapted):
       a = mesh.whole(self.a).reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
       b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
       down, up = (b, a) if transposed else (a, b)
-      low = jnp.einsum(down_eqn, self.dropped(x), cast(down, x))
+      low = einsum(down_eqn, self.dropped(x), down)
     y = einsum(eqn, x, self.base)
     with jax.named_scope("adapter"):
-      return y + jnp.einsum(up_eqn, low, cast(up, x))
+      return y + einsum(up_eqn, low, up)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
     """The base that this adapter was merged into: `materialize` the other way round."""

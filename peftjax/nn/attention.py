@@ -8,9 +8,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from peftjax.core.dropout import keep_level
-from peftjax.nn import splash
+from peftjax.nn import cudnn, splash
 from peftjax.nn.blockwise import blockwise_attention
 from peftjax.nn.dense_attention import dense_attention
 from peftjax.nn.mask import AttentionMask
@@ -22,6 +23,7 @@ MANY_SCORES = 512 * 512
 KERNELS: dict[str, Any] = {
   "dense": dense_attention,
   "blockwise": blockwise_attention,
+  "cudnn": cudnn.cudnn_attention,
   "splash": splash.splash_attention,
 }
 
@@ -39,18 +41,33 @@ def kernels_used() -> Iterator[set[str]]:
     _used.reset(token)
 
 
-def kernel_name(mask: AttentionMask, length: int, *, dropout: bool = False) -> str:
+def kernel_name(
+  mask: AttentionMask,
+  length: int,
+  *,
+  size: int = 64,
+  dtype: Any = jnp.float32,
+  dropout: bool = False,
+) -> str:
   """What `attention` computes `length` queries with, a key of `KERNELS`.
 
-  Few scores, and those behind a cache, take whole rows. Many take JAX's splash attention on a TPU,
-  if it can and knows the mesh (`jax.set_mesh`), or there is one device; else blocks.
+  Few scores, and those behind a cache, take whole rows. Many take, if it can, cuDNN on a GPU, and
+  on a TPU, where the mesh is known (`jax.set_mesh`) or there is one device, JAX's splash attention;
+  else blocks.
+
+  Args:
+    size, dtype: of a head.
 
   >>> kernel_name(AttentionMask(jax.ShapeDtypeStruct((1, 128), bool), causal=True), 128)
   'dense'
   """
   if mask.first is not None or length * mask.valid.shape[1] < MANY_SCORES:
     return "dense"
-  return "splash" if _on_tpu() and splash.fits(mask, length, dropout=dropout) else "blockwise"
+  if _on_tpu() and splash.fits(mask, length, dropout=dropout):
+    return "splash"
+  if cudnn.here() and cudnn.fits(mask, length, size=size, dtype=dtype, dropout=dropout):
+    return "cudnn"
+  return "blockwise"
 
 
 def _on_tpu() -> bool:
@@ -87,7 +104,10 @@ def attention(
     key, rate: of the dropout.
   """
   key = None if keep_level(rate) == 256 else key
-  name = kernel_name(mask, q_BTD.shape[1], dropout=key is not None)
+  size = q_BTD.shape[2] // num_heads
+  name = kernel_name(
+    mask, q_BTD.shape[1], size=size, dtype=q_BTD.dtype, dropout=key is not None
+  )
   if (used := _used.get(None)) is not None:
     used.add(name)
   return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)
