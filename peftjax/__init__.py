@@ -14,8 +14,8 @@ from peftjax.core.tree import (
 )
 from peftjax.core.weight import Weight
 from peftjax.describe import describe
-from peftjax.io.hf_peft import load as load_peft
-from peftjax.io.hf_peft import save as save_peft
+from peftjax.hf_peft import load as load_peft
+from peftjax.hf_peft import save as save_peft
 from peftjax.linen import apply
 from peftjax.methods.adalora import adalora
 from peftjax.methods.adalora_ranks import ranks, to_lora

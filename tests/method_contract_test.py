@@ -21,11 +21,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
+from peftjax import hf_peft
 from peftjax.core import paths
 from peftjax.core.attachment import attachments
 from peftjax.core.tree import tie
 from peftjax.core.weight import Weight, children
-from peftjax.io import hf_peft
 from peftjax.models.bert import BertClassifier
 from tests.core.programs import drop, jit, producers
 from tests.models import tiny

@@ -15,10 +15,7 @@ from peftjax.core.adapted import bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.ranges import Count, Finite, Fraction, Length, checked
 from peftjax.methods.base import Optimized, trainable_mask
-from peftjax.methods.vera_weight import Projections, VeRA
-
-# Where the pair lies: one in a tree, as one in a PEFT directory.
-PAIR = f"{shared.GROUP}/vera"
+from peftjax.methods.vera_weight import PAIR, Projections, VeRA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,11 @@ from peftjax.core import mesh, paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
-from peftjax.core.shared import Shared, lent
+from peftjax.core.shared import GROUP, Shared, lent
 from peftjax.methods.lora_weight import LoRA
+
+# Where the pair lies: one in a tree, as one in a PEFT directory.
+PAIR = f"{GROUP}/vera"
 
 
 class Projections(Shared):
@@ -54,7 +57,7 @@ class VeRA(Adapted):
   key: Any = None
   axes: Axes = flax.struct.field(pytree_node=False, default=Axes())
   dropout: float = flax.struct.field(pytree_node=False, default=0.0)
-  of: str = flax.struct.field(pytree_node=False, default="shared/vera")
+  of: str = flax.struct.field(pytree_node=False, default=PAIR)
 
   @property
   def stack(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,7 @@ def here() -> bool:
   return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
-def fits(
-  mask: AttentionMask, length: int, *, size: int, dtype: Any, dropout: bool = False
-) -> bool:
+def fits(mask: AttentionMask, length: int, *, size: int, dtype: Any, dropout: bool = False) -> bool:
   """Whether cuDNN computes such a row, with heads of `size`, in `dtype`.
 
   It knows later tokens and padding, but no segments, no windows that are measured in positions, no
@@ -44,7 +42,7 @@ def cudnn_attention(
   key: jax.Array | None = None,
   rate: float = 0.0,
   *,
-  implementation: str = "cudnn",
+  implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
   """`attention` of what `fits`, blocks in fast memory (Dao et al. 2022, arXiv 2205.14135).
 
@@ -69,7 +67,7 @@ def cudnn_attention(
     is_causal=mask.causal,
     query_seq_lengths=lengths,
     key_value_seq_lengths=lengths,
-    implementation=implementation,  # type: ignore[arg-type]
+    implementation=implementation,
   )
   y = moved(y.reshape(q_BTD.shape), back)
   return jnp.where(mask.valid[..., None], y, 0).astype(q_BTD.dtype)

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from peftjax.io import disk, hf_peft
+from peftjax import hf_peft
+from peftjax.io import disk
 from peftjax.methods.adalora_ranks import ranks
 from peftjax.training import process
 from peftjax.training.logs import Bar, write_atomic

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
+from peftjax import hf_peft
 from peftjax.core import paths
-from peftjax.io import hf_peft
 from tests.fuzz import damage
 from tests.fuzz.tensors import rewrite_header, unique
 

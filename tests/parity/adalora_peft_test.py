@@ -9,8 +9,8 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 
 import peftjax as pj
+from peftjax import hf_peft
 from peftjax.core import paths
-from peftjax.io import hf_peft
 from tests.golden import make_adalora
 from tests.golden.make_bert import draw
 from tests.methods import adalora_test as ours

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, ge
 from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
-from peftjax.io import hf_peft
+from peftjax import hf_peft
 from tests.golden.make_bert import draw
 from tests.parity.reference import GOLDEN, compute, decoder, inputs
 

@@ -12,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 
 import peftjax as pj
-from peftjax.io import hf_peft_config, hf_peft_fields, hf_peft_plan, hf_peft_targets
+from peftjax.hf_peft import codecs, plan, targets
+from peftjax.hf_peft import config as configs
+from peftjax.methods.codec import TaskType
 from peftjax.models.pretrained import FAMILIES
 from tests.parity.reference import GOLDEN, classifier, decoder
 
@@ -36,8 +38,8 @@ _CONFIGS = {
 def test_every_field_of_peft_is_known_and_no_other(kind):
   fields = {field.name for field in dataclasses.fields(_CONFIGS[kind])}
   old = {"enable_lora", "merge_weights"} if kind == "LORA" else set()
-  assert hf_peft_fields.known(kind) == fields | old and not old & fields
-  assert {*typing.get_args(hf_peft_fields.TaskType)} == {x.value for x in peft.TaskType}
+  assert codecs.known(kind) == fields | old and not old & fields
+  assert {*typing.get_args(TaskType)} == {x.value for x in peft.TaskType}
 
 
 @pytest.mark.parametrize("kind", _CONFIGS)
@@ -45,7 +47,7 @@ def test_the_defaults_are_pefts(kind):
   """Of the fields that are read; peft's null is our none."""
   theirs = _CONFIGS[kind](**({"total_step": 1} if kind == "ADALORA" else {}))
   needed = {k: v for k, v in (("peft_type", kind), ("num_virtual_tokens", 1)) if k in vars(theirs)}
-  ours = hf_peft_fields.SCHEMAS[kind](**needed)
+  ours = codecs.schema_of(kind)(**needed)
   for field in dataclasses.fields(ours):
     if field.name in vars(theirs).keys() - needed.keys():
       want, got = getattr(theirs, field.name), getattr(ours, field.name)
@@ -108,9 +110,9 @@ def _cases(one, two, three, table, head, norm, layers):
 def _base(name):
   theirs = classifier(GOLDEN / name) if name[0] in "br" else decoder(GOLDEN / name)
   model, params = pj.load_pretrained(GOLDEN / name)
-  sites, _ = hf_peft_plan.sites_of(params, FAMILIES[model.config.family])
+  sites, _ = plan.sites_of(params, FAMILIES[model.config.family])
   kinds = {site.tensor: site.kind for group in sites.values() for site in group}
-  return theirs, hf_peft_targets.modules_of(kinds, "", hf_peft_plan.HEAD)
+  return theirs, targets.modules_of(kinds, "", plan.HEAD)
 
 
 def _theirs(base, config):
@@ -126,12 +128,12 @@ def _theirs(base, config):
 def _ours(modules, config, directory):
   (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
   try:
-    read = hf_peft_config.read(directory)
-    matcher = hf_peft_targets.Matcher("config")
-    targets = hf_peft_targets.targeted(read, modules, matcher)
+    read = configs.read(directory)
+    matcher = targets.Matcher("config")
+    found = targets.targeted(read, modules, matcher, tables=True)
   except ValueError:
     return None
-  return set(targets), set(hf_peft_targets.saved(read, modules))
+  return set(found), set(targets.saved(read, modules))
 
 
 @pytest.mark.parametrize("name", _NAMES)
@@ -146,7 +148,7 @@ def test_the_modules_that_a_config_names_are_pefts(name, tmp_path):
 
 
 def test_of_patterns_the_same_key_wins():
-  module, matcher = "model.layers.1.self_attn.q_proj", hf_peft_targets.Matcher("config")
+  module, matcher = "model.layers.1.self_attn.q_proj", targets.Matcher("config")
   for keys in (
     *(["q_proj"], ["q_proj", "self_attn.q_proj"], ["proj"], [".*proj"], ["layers.1.*"]),
     *([r"^model\.layers\.1\.self_attn\.q_proj"], [r"^self_attn\.q_proj"], ["(?:q|k)_proj$"]),

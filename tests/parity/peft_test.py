@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from transformers import BertModel
 
 import peftjax as pj
+from peftjax import hf_peft
 from peftjax.core import paths
-from peftjax.io import hf_peft
 from tests.golden.make_bert import draw
 from tests.golden.texts import minilm_dir
 from tests.parity.reference import (

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import peftjax as pj
-from peftjax.io import hf_peft
+from peftjax import hf_peft
 from tests.golden.make_bert import draw
 from tests.parity.reference import GOLDEN, classifier, inputs
 

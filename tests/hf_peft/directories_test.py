@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
+from peftjax import hf_peft
 from peftjax.core import paths
-from peftjax.io import hf_peft, hf_peft_build
-from peftjax.io.hf_peft_targets import Matcher
+from peftjax.hf_peft.build import suffixes
+from peftjax.hf_peft.targets import Matcher
 
 _GOLDEN = Path(__file__).parents[1] / "golden"
 _ADAPTERS = ("peft_query_value", "peft_patterns", "peft_rslora", "peft_embedding")
@@ -321,7 +322,7 @@ def test_target_names_hit_the_targets_only(targets, names):
     modules.remove("m.11.q")
   if targets == {"d"}:
     modules -= {"m.0.o.d", "m.1.o.d"}
-  assert hf_peft_build.suffixes(targets, modules) == names
+  assert suffixes(targets, modules) == names
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,7 @@ def test_target_names_hit_the_targets_only(targets, names):
     ([pj.prompt(2), pj.prefix(2)], "one kind of adapter.*Prefix and Prompt"),
     ([pj.lora(2), pj.train(".*query/bias")], "query/bias is trained.*no place.*pj.merge"),
     ([pj.lora(2, targets=".*head/classifier/kernel")], "classifier, which is saved whole"),
-    ([pj.lora(2), pj.lora(2, targets="key", dropout=0.1)], r"rates \[0.0, 0.1\]"),
+    ([pj.lora(2), pj.lora(2, targets="key", dropout=0.1)], r"lora_dropout \[0.0, 0.1\]"),
   ],
 )
 def test_what_the_format_cannot_say_is_not_saved(unrolled, methods, message, tmp_path):

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
+from peftjax import hf_peft
 from peftjax.core import paths
 from peftjax.core.tied import is_tied
-from peftjax.io import hf_peft
 
 _GOLDEN = Path(__file__).parents[1] / "golden"
 _BASES = {

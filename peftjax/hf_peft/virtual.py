@@ -18,9 +18,7 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.core.attachment import attachments
 from peftjax.core.layout import Axes
-from peftjax.io import hf_peft_build
-from peftjax.io.hf_peft_fields import Virtual
-from peftjax.io.hf_peft_reader import Reader
+from peftjax.hf_peft.fields import Virtual
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
 from peftjax.nn.virtual import Prefix, Prompt
@@ -57,16 +55,21 @@ def build(
         "here every token attends to it. Keep the checkpoint, or train a prompt."
       )
     kind, rows, width = "PREFIX_TUNING", *_rows(params)
-  config = hf_peft_build.build_virtual(
-    kind,
-    len(rows),
-    width=width,
-    heads=model.config.heads if kind == "PROMPT_TUNING" else _kv_heads(model.config),
-    layers=model.config.layers,
-    modules_to_save=modules_to_save,
-    task_type=task_type,
-    base_model=base_model,
-  )
+  is_prompt = kind == "PROMPT_TUNING"
+  own: dict[str, Any] = {"prefix_projection": False, "encoder_hidden_size": width}
+  config = {
+    **({"prompt_tuning_init": "RANDOM"} if is_prompt else own),
+    "base_model_name_or_path": base_model or None,
+    "inference_mode": True,
+    "modules_to_save": list(modules_to_save) or None,
+    "num_attention_heads": model.config.heads if is_prompt else _kv_heads(model.config),
+    "num_layers": model.config.layers,
+    "num_transformer_submodules": 1,
+    "num_virtual_tokens": len(rows),
+    "peft_type": kind,
+    "task_type": task_type,
+    "token_dim": width,
+  }
   return config, rows
 
 
@@ -95,10 +98,9 @@ def shape_of(config: Virtual, model: Any, where: str) -> tuple[int, int]:
   return config.num_virtual_tokens, width if is_prompt else 2 * model.layers * width
 
 
-def load(reader: Reader, params: Any) -> tuple[Any, set[str]]:
-  """`params` with the prefix or prompt of a PEFT directory, and the paths of its arrays."""
-  config = reader.config
-  length = config.num_virtual_tokens  # type: ignore[attr-defined]
+def load(config: Virtual, rows: np.ndarray, params: Any) -> tuple[Any, set[str]]:
+  """`params` with the prefix or prompt that a tensor holds, and the paths of its arrays."""
+  length = config.num_virtual_tokens
   is_prompt = config.peft_type == "PROMPT_TUNING"
   method = prompt(length, init="normal") if is_prompt else prefix(length)
   # Every kernel of our models is a matrix, and what lies before its two axes are layers.
@@ -107,7 +109,7 @@ def load(reader: Reader, params: Any) -> tuple[Any, set[str]]:
   shapes = {path: paths.leaves(attached)[path].shape for path in method.claims(attached)}
   width = next(iter(shapes.values()))[-1]
   matrices = sum(math.prod(shape[:-2]) for shape in shapes.values())
-  rows = reader.embeddings().reshape(length, matrices, width)
+  rows = rows.reshape(length, matrices, width)
 
   def value(path: str) -> np.ndarray:
     shape = shapes[path]

@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
-from peftjax.io import hf_peft, hf_peft_plan, hf_peft_virtual
+from peftjax import hf_peft
+from peftjax.hf_peft import virtual
+from peftjax.hf_peft.plan import Plan
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.models import bert as family
 
@@ -90,10 +92,10 @@ def _copy(source, directory, change=None, **fields):
 
 def test_the_directories_are_sound(bert, made):
   model, params = bert
-  shape = lambda config, where: hf_peft_virtual.shape_of(config, model.config, where)
+  shape = lambda config, where: virtual.shape_of(config, model.config, where)
   for directory in made.iterdir():
     tensors = TensorDir(directory, "adapter_model")
-    plan = hf_peft_plan.Plan(directory, tensors, params, family, shape)
+    plan = Plan(directory, tensors, params, family, shape)
     assert len(plan.targets) == {"lora": 4, "ia3": 6}.get(
       directory.name, 0 if directory.name[0] == "p" else 2
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from peftjax.core import paths
 from peftjax.core.weight import Weight
-from peftjax.io.hf_peft_plan import BASES, HEAD
+from peftjax.hf_peft.plan import BASES, HEAD
 from peftjax.models.names import turned
 from peftjax.models.pretrained import stack_of
 

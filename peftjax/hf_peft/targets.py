@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from peftjax.core import patterns
-from peftjax.io.hf_peft_fields import AdaLora, Common, Ia3, Lora, Targeted
 from peftjax.io.records import clip
+from peftjax.methods.codec import END, Codec, Common, Targeted
 
-END = r"(.*\.)?({})$"  # of a path, by a key of rank_pattern or alpha_pattern
 UNDER = r"(^|.*\.){}($|\..*)"  # a module in modules_to_save
 LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # by an entry of layers_pattern
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -50,12 +49,6 @@ class Matcher:
     """Whether a key of rank_pattern or alpha_pattern means a module."""
     exact = _exact(key)
     return self.match(END.format(key), module) if exact is None else exact == module
-
-  def is_feedforward(self, config: Ia3, module: str) -> bool:
-    """Whether IA3 scales the inputs of a module."""
-    if isinstance(config.feedforward_modules, str):
-      return self.fullmatch(config.feedforward_modules, module)
-    return module.endswith(tuple(config.feedforward_modules or ()))
 
   def _run(self, how: Any, pattern: str, text: str) -> Any:
     start = time.process_time()
@@ -105,8 +98,11 @@ def modules_of(names: Mapping[str, str], bare: str = "", head: str = "") -> Modu
   return Modules(tuple(every), of("kernel"), of("embedding"), head if head in every else "")
 
 
-def targeted(config: Targeted, modules: Modules, matcher: Matcher) -> frozenset[str]:
+def targeted(config: Targeted, modules: Modules, matcher: Matcher, tables: bool) -> frozenset[str]:
   """The modules that peft would give an adapter.
+
+  Args:
+    tables: whether it adapts tables, too.
 
   Raises:
     ValueError: none, one that peft gives no adapter of this kind, or one that is saved whole.
@@ -115,11 +111,11 @@ def targeted(config: Targeted, modules: Modules, matcher: Matcher) -> frozenset[
   if isinstance(targets, str) and targets.lower() == "all-linear":
     targets = sorted(modules.linear - _heads(config, modules))
   found = frozenset(m for m in modules.every if _is_targeted(config, targets, m, matcher))
-  allowed = modules.linear | (modules.tables if type(config) is Lora else frozenset())
+  allowed = modules.linear | (modules.tables if tables else frozenset())
   if wrong := sorted(found - allowed):
     raise ValueError(
       f"{where}: target_modules names {wrong[0]}, which is no linear layer"
-      f"{' or table' if type(config) is Lora else ''}: peft gives it no adapter. Name one that is."
+      f"{' or table' if tables else ''}: peft gives it no adapter. Name one that is."
     )
   whole = tuple(f"{module}." for module in saved(config, modules))
   if clash := sorted(m for m in found if f"{m}.".startswith(whole)):
@@ -147,7 +143,9 @@ def saved(config: Common, modules: Modules) -> frozenset[str]:
   return frozenset(m for m in modules.every if m.endswith(tuple(names)))
 
 
-def tell_unused(config: Common, modules: Modules, found: frozenset[str], matcher: Matcher) -> None:
+def tell_unused(
+  config: Common, codec: Codec | None, modules: Modules, found: frozenset[str], matcher: Matcher
+) -> None:
   """Warns of names and patterns that match no module, as peft does of some of them."""
   ends = lambda name: any(m == name or m.endswith(f".{name}") for m in modules.every)
   unused = {}
@@ -159,10 +157,9 @@ def tell_unused(config: Common, modules: Modules, found: frozenset[str], matcher
     for x in config.modules_to_save or ()
     if x not in _HEADS and not any(m.endswith(x) for m in modules.every)
   ]
-  if isinstance(config, Lora) and not isinstance(config, AdaLora):
-    for field in ("rank_pattern", "alpha_pattern"):
-      keys = getattr(config, field) or {}
-      unused[field] = [k for k in keys if not any(matcher.ends(k, m) for m in found)]
+  for field in codec.exceptions.values() if codec else ():
+    keys = getattr(config, field) or {}
+    unused[field] = [k for k in keys if not any(matcher.ends(k, m) for m in found)]
   for field, keys in unused.items():
     if keys:
       warnings.warn(

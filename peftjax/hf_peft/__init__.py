@@ -1,0 +1,6 @@
+"""Adapters as the Hugging Face PEFT library has them in files."""
+
+from peftjax.hf_peft.loader import load
+from peftjax.hf_peft.writer import has_adapter, save
+
+__all__ = ["has_adapter", "load", "save"]

@@ -1,0 +1,154 @@
+"""Writes adapters (`has_adapter`) as Hugging Face's PEFT library has them (0.21).
+
+A directory holds `adapter_config.json` and `adapter_model.safetensors`. The tensors of a module's
+adapter are named behind it, as the codec of its method says; a module in `modules_to_save` is a
+whole copy, its tensors as in the model's own files. Beside an adapter of a table or of the
+language-model head peft writes `base_layer.weight`, which replaces the base's. Prefixes and
+prompts: see `virtual`.
+
+Invariants, of reading too:
+- The config says which modules have an adapter or are saved whole, by peft's own rules, and at
+  which scale; the tensors must be those, no fewer and no more (peft ignores what is too much).
+- A layer of a scanned stack is a module of its own, with its own true rank.
+- What one side has and the other cannot say is a `ValueError`, never left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from peftjax.core import paths, shared, tree
+from peftjax.core.attachment import attachments
+from peftjax.core.weight import Weight
+from peftjax.hf_peft import build, virtual, whole
+from peftjax.hf_peft.codecs import CODECS, codec_of
+from peftjax.hf_peft.config import NAME
+from peftjax.hf_peft.fields import Virtual
+from peftjax.hf_peft.plan import EMBEDDINGS, STEM
+from peftjax.io import safetensors_dir
+from peftjax.methods.codec import Adapter, Codec, Common
+from peftjax.models.pretrained import FAMILIES, stack_of
+
+
+def has_adapter(params: Any) -> bool:
+  """Whether there is an adapter that `save` could write."""
+  return virtual.found(params) or any(map(codec_of, paths.leaves(params).values()))
+
+
+def save(
+  directory: str | os.PathLike,
+  params: Any,
+  model: Any,
+  *,
+  base_model: str = "",
+  trained: Any | None = None,
+  task_type: str | None = "SEQ_CLS",
+  rslora: bool = False,
+) -> None:
+  """Writes the adapters of `params`, all of one kind, and the trained head.
+
+  Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
+  from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
+
+  Args:
+    directory: made if missing; the two files in it are replaced whole.
+    params: an attached tree, layers unrolled or scanned.
+    model: the module it belongs to; `model.config.family` names the torch modules.
+    base_model: what `base_model_name_or_path` shall be.
+    trained: mask over `params`, as `method.trainable(params)` gives it: a module with a trained
+      array is saved whole. Without it the head counts as trained and all other plain arrays as the
+      base's.
+    task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; of a
+      decoder it is "CAUSAL_LM".
+    rslora: write `use_rslora`.
+
+  Raises:
+    ValueError: no adapter, or one that the format cannot say; a PiSSA leaf; AdaLoRA of several
+      scales; a prefix before a sliding window; adapters of several kinds; a trained
+      array under an adapter or beside one in its module, but for tables and heads; an adapter in a
+      module that is saved whole; dropout rates that differ.
+  """
+  family = FAMILIES[model.config.family]
+  lenders, params = shared.nodes(params), shared.without(params)
+  adapters: dict[str, Adapter] = {}
+  adapted = []
+  for path, leaf in paths.leaves(params).items():
+    if codec := codec_of(leaf):
+      adapted.append(leaf)
+      made = codec.write(path, leaf, rslora=rslora)
+      adapters.update({_module(family, layer): adapter for layer, adapter in made.items()})
+    elif isinstance(leaf, Weight) and any(jax.tree.leaves(tree.made_mask(leaf))):
+      raise ValueError(
+        f"{path} is a {type(leaf).__name__}, which is not written; allowed: "
+        f"{', '.join(codec.leaf.__name__ for codec in CODECS)}"
+      )
+  codec = _one_kind(params, adapted)
+  bare, flags = virtual.without(params), virtual.without(trained)
+  if task_type == "SEQ_CLS" and "head" not in params:
+    task_type = "CAUSAL_LM"
+  saved = whole.collect(bare, flags, family, task_type, adapters)
+  common: Any = dict(
+    modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
+  )
+  tensors = saved.tensors
+  if codec is None:
+    config, rows = virtual.build(params, model, **common)
+    tensors = {Virtual.prefix + name: array for name, array in tensors.items()}
+    return _write(Path(directory), config, {**tensors, EMBEDDINGS: rows})
+  if not adapters:
+    raise ValueError("every adapter in params has rank 0: there is nothing to write")
+  for module, adapter in adapters.items():
+    tensors.update({f"{module}.{name}": array for name, array in adapter.tensors.items()})
+  conv1d = not family.OUT_FIRST
+  config = build.build(
+    codec, adapters, _modules(params, family), conv1d=conv1d, tied=saved.tied, **common
+  )
+  tensors = {Common.prefix + name: array for name, array in tensors.items()}
+  _write(Path(directory), config, {**tensors, **codec.write_shared(adapted, lenders)})
+
+
+def _one_kind(params: Any, adapted: list[Any]) -> Codec | None:
+  """The codec of all adapters; None of a prefix or a prompt."""
+  kinds = {type(leaf) for leaf in [*adapted, *attachments(params)]}
+  if not has_adapter(params):
+    raise ValueError("params has no adapter that PEFT knows: attach pj.lora(...) first")
+  if len(kinds) > 1:
+    named = " and ".join(sorted(kind.__name__ for kind in kinds))
+    raise ValueError(
+      f"a PEFT directory holds one kind of adapter, and these are {named}: save each in a "
+      "directory of its own, or pj.to_lora(params), which makes LoRA of AdaLoRA"
+    )
+  return codec_of(adapted[0]) if adapted else None
+
+
+def _module(family: Any, path: str) -> str:
+  return family.hf_name(path).rpartition(".")[0]
+
+
+def _modules(params: Any, family: Any) -> set[str]:
+  """Every module of the torch model, those that hold others included."""
+  found: set[str] = set()
+  for path, leaf in paths.leaves(params).items():
+    for layer in paths.layer_paths(path, stack_of(path, leaf)):
+      parts = _module(family, layer).split(".")
+      found.update(".".join(parts[: n + 1]) for n in range(len(parts)))
+  return found
+
+
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  temporary = folder / f".{NAME}.{os.getpid()}.tmp"
+  try:
+    # Written first, so that the two files change one right after the other.
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True))
+    safetensors_dir.write(folder / f"{STEM}.safetensors", tensors)
+    os.replace(temporary, folder / NAME)
+  finally:
+    temporary.unlink(missing_ok=True)
