@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.io import bnb as ours
+from peftjax.models import bnb as ours
 from peftjax.io.safetensors_dir import read_config
 from peftjax.models.match import stack_of
 from peftjax.models.pretrained import FAMILIES

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.io import bnb
+from peftjax.models import bnb
 from peftjax.io.safetensors_dir import read_config
 from peftjax.quant import blockwise
 from tests.core.programs import jit
