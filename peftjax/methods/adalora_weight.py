@@ -26,7 +26,7 @@ class SVDLoRA(LoRA):
 
   e: Any = None
 
-  allocated: ClassVar[bool] = True
+  owned: ClassVar[bool] = True
 
   def true_size(self) -> int:
     """As of LoRA, and λ."""

@@ -32,6 +32,10 @@ class IA3(Adapted):
   inputs: bool = flax.struct.field(pytree_node=False, default=False)
   of: str = flax.struct.field(pytree_node=False, default="")
 
+  @property
+  def stack(self) -> tuple[int, ...]:
+    return self.shape[: len(self.shape) - len(self.axes.ins) - len(self.axes.outs)]
+
   def true_size(self) -> int:
     """Parameters of the base and the scales that are here."""
     return self.base_size() + (0 if self.l is None else self.l.size)
@@ -57,7 +61,6 @@ class IA3(Adapted):
     return super().einsum(eqn, x)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
     return dense / self._scales().astype(dense.dtype)
 
   def borrow(self, kernel: IA3) -> IA3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -49,6 +50,10 @@ class LoRA(Adapted):
   @property
   def pretrained(self) -> frozenset[str]:  # type: ignore[override]
     return frozenset() if self.residual else frozenset({"base"})
+
+  @property
+  def rates(self) -> Mapping[str, float]:
+    return {} if self.b_rate == 1.0 else {"b": self.b_rate}
 
   @property
   def stack(self) -> tuple[int, ...]:
@@ -104,7 +109,6 @@ class LoRA(Adapted):
       return y + einsum(up_eqn, low, up)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
     return dense - self.delta().astype(dense.dtype)
 
   def take(self, ids: jax.Array) -> jax.Array:

@@ -110,7 +110,6 @@ class VeRA(Adapted):
       return y + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
     return self.as_lora().unmerged(dense)
 
   def with_key(self, key: jax.Array, path: str) -> VeRA:
