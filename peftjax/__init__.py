@@ -27,10 +27,10 @@ from peftjax.methods.ia3 import ia3
 from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora import lora
 from peftjax.methods.lora_weight import LoRA
-from peftjax.methods.masks import train
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
 from peftjax.methods.swap import align_ranks, unmerge
+from peftjax.methods.unfreeze import unfreeze
 from peftjax.methods.vera import vera
 from peftjax.models.generate import generate
 from peftjax.models.pretrained import load_pretrained
@@ -86,7 +86,7 @@ __all__ = [
   "shardings",
   "take",
   "to_lora",
-  "train",
+  "unfreeze",
   "unmerge",
   "untie",
   "value_and_grad",

@@ -25,7 +25,7 @@ from tests import tiny
 
 RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-OTHERS = {"__init__", "from_scratch"}  # not of experiments.train
+OTHERS = {"__init__", "arguments", "from_scratch"}  # not of experiments.train
 FILES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
 METHODS = ("lora", "dora", "adalora", "ia3", "adapters", "vera", "prefix", "prompt")
 # What each argument of a file may be; a new file adds a line.

@@ -62,7 +62,7 @@ _ONE = dict(slow=("unrolled",))
 _NONE = dict(layers=(), slow=("scanned",))
 lora, adalora, dora, ia3, adapters = pj.lora, pj.adalora, pj.dora, pj.ia3, pj.adapters
 prefix, prompt = pj.prefix, pj.prompt
-vera, train, chain = pj.vera, pj.train, pj.chain
+vera, unfreeze, chain = pj.vera, pj.unfreeze, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
 )
@@ -122,14 +122,14 @@ ENTRIES = [
   ),
   Entry(
     "adalora",
-    lambda: adalora(4, 2, 400.0),
+    lambda: adalora(4, 400.0, target_rank=2),
     _TRIPLETS,
-    lambda: adalora(3, 2, 500.0),
+    lambda: adalora(3, 500.0, target_rank=2),
     **_ONE,
   ),
   Entry(
     "adalora nf4",
-    lambda: adalora(4, 2, 400.0, ["query", "value"], dropout=0.2),
+    lambda: adalora(4, 400.0, ["query", "value"], target_rank=2, dropout=0.2),
     r".*/(query|value)/kernel/[abe]",
     base=pj.nf4(),
     **_NONE,
@@ -203,10 +203,10 @@ ENTRIES = [
     base=pj.nf4(32),
     **_NONE,
   ),
-  Entry("full", lambda: train(".*"), ".*"),
-  Entry("head", lambda: train("head/.*"), "head/.*", **_NONE),
-  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*", **_NONE),
-  Entry("lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*", **_NONE),
+  Entry("full", lambda: unfreeze(".*"), ".*"),
+  Entry("head", lambda: unfreeze("head/.*"), "head/.*", **_NONE),
+  Entry("bitfit", lambda: unfreeze([".*/bias", "head/.*"]), ".*/bias|head/.*", **_NONE),
+  Entry("lora + head", lambda: chain(lora(4, 8), unfreeze("head/.*")), f"{_QV}|head/.*", **_NONE),
   Entry(
     "query | value",
     lambda: chain(lora(4, 8, "query", dropout=0.1), lora(2, 3, "value", dropout=0.1)),

@@ -41,7 +41,7 @@ METHODS: Mapping[str, Any] = {
   "frozen": None,
   "nf4": None,
   "lora": pj.lora(8, 16, [PATH]),
-  "trained": pj.train(PATH),
+  "trained": pj.unfreeze(PATH),
 }
 
 

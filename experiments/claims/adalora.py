@@ -112,7 +112,7 @@ def singular_values() -> Finding:
   expected=HOLDS,
 )
 def importance() -> Finding:
-  state = pj.optim.allocator_state(runs.minilm("adalora").state)
+  (state,) = pj.optim.nodes(runs.minilm("adalora").state, AllocatorState)
   s = jax.tree.map(jnp.multiply, state.mean, state.spread)
   full = {p: w.e + w.b.mean(-2) + w.a.mean(-1) for p, w in s.items()}
   own = {p: w.e for p, w in s.items()}

@@ -67,6 +67,11 @@ class Allocator:
   method: AdaLoRAMethod
   schedule: Schedule
 
+  @property
+  def _target(self) -> float:
+    """Triplets of a matrix in the end; of a schedule that never gets there it says nothing."""
+    return self.method.target_rank or 0.0
+
   def wrap(
     self, clip: optax.GradientTransformation, tx: optax.GradientTransformation
   ) -> optax.GradientTransformationExtraArgs:
@@ -90,7 +95,9 @@ class Allocator:
         valid=valid,
         penalty=jnp.zeros(()),
         budget=_total(valid),
-        target=jnp.round((self.method.target_rank or 0.0) * jnp.asarray(matrices)).astype(jnp.int32),
+        target=jnp.round((self.method.target_rank or 0.0) * jnp.asarray(matrices)).astype(
+          jnp.int32
+        ),
         kept=jax.tree.map(jnp.array, valid),  # of its own: the step donates its state
         seed=jnp.asarray(self.method.seed, jnp.int32),
       )

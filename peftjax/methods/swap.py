@@ -91,7 +91,8 @@ def _form(leaf: Any) -> Any:
 def _shown(leaf: Any) -> str:
   """A short text of a leaf's arrays and static fields."""
   arrays = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(leaf))
-  return f"{type(leaf).__name__} of {arrays}, dropout {leaf.dropout if isinstance(leaf, Adapted) else 0.0}"
+  rate = leaf.dropout if isinstance(leaf, Adapted) else 0.0
+  return f"{type(leaf).__name__} of {arrays}, dropout {rate}"
 
 
 def _pad(width: int, leaf: Any) -> Any:

@@ -105,9 +105,7 @@ def attention(
   """
   key = None if keep_level(rate) == 256 else key
   size = q_BTD.shape[2] // num_heads
-  name = kernel_name(
-    mask, q_BTD.shape[1], size=size, dtype=q_BTD.dtype, dropout=key is not None
-  )
+  name = kernel_name(mask, q_BTD.shape[1], size=size, dtype=q_BTD.dtype, dropout=key is not None)
   if (used := _used.get(None)) is not None:
     used.add(name)
   return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)

@@ -20,9 +20,7 @@ def here() -> bool:
   return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
-def fits(
-  mask: AttentionMask, length: int, *, size: int, dtype: Any, dropout: bool = False
-) -> bool:
+def fits(mask: AttentionMask, length: int, *, size: int, dtype: Any, dropout: bool = False) -> bool:
   """Whether cuDNN computes such a row, with heads of `size`, in `dtype`.
 
   It knows later tokens and padding, but no segments, no windows that are measured in positions, no

@@ -226,8 +226,8 @@ def check_owned(train: Any, state: Any) -> None:
   if found and not nodes(state, Owner):
     path, weight = next(iter(found.items()))
     raise ValueError(
-      f"{path} is a {type(weight).__name__}, which only the optimizer of its own method trains "
-      "rightly; write tx = method.optimizer(tx, total_steps) with the method that attached it"
+      f"{path} ({type(weight).__name__}) is to be trained by the optimizer of its own method "
+      "alone; write tx = method.optimizer(tx, total_steps) with the method that attached it"
     )
 
 

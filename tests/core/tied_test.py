@@ -121,13 +121,13 @@ def test_requantising_an_adapted_table_leaves_the_head(params):
 def test_training_the_table_trains_both_uses(params):
   """As in torch: one array, counted once, with the sum of both gradients."""
   size = lambda p, method: pj.count(p, method.trainable(p))
-  every = pj.train(".*")
+  every = pj.unfreeze(".*")
   assert size(params, every) == pj.count(params) == sum(x.size for x in jax.tree.leaves(params))
-  method = pj.train(TABLE)
+  method = pj.unfreeze(TABLE)
   assert size(params, method) == paths.leaves(params)[TABLE].size
   loss = lambda p: jnp.sin(pj.apply(MODEL, p, TOKENS)).sum()
   grad = lambda p, where: paths.leaves(
-    jit(pj.value_and_grad(loss, pj.train(where).trainable(p)))(p)[1]
+    jit(pj.value_and_grad(loss, pj.unfreeze(where).trainable(p)))(p)[1]
   )
   both, apart = grad(params, TABLE), grad(pj.untie(params), [TABLE, "lm_head"])
   want = apart[TABLE] + apart["lm_head/kernel"].T
@@ -140,8 +140,8 @@ def test_training_the_table_trains_both_uses(params):
     lambda p: pj.lora(2, 4, "lm_head").attach(KEY, p),
     lambda p: pj.dora(2, 4, ["between", "lm_head"]).claims(p),
     lambda p: pj.lora(2, 4, r".*(kernel|embedding)").attach(KEY, p),
-    lambda p: pj.train("lm_head").claims(p),
-    lambda p: pj.train(".*kernel").trainable(p),
+    lambda p: pj.unfreeze("lm_head").claims(p),
+    lambda p: pj.unfreeze(".*kernel").trainable(p),
     lambda p: pj.quantize(p, pj.nf4(32), ["all-linear", "lm_head"]),
     lambda p: pj.lora(2, 4, TABLE, init="pissa").attach(KEY, p),
   ],

@@ -15,7 +15,7 @@ from peftjax.models.bert import BertClassifier
 from tests.core.programs import equations, optimised
 from tests.models import tiny
 
-METHOD = pj.chain(pj.lora(3, 6, "body"), pj.train("head/.*"))
+METHOD = pj.chain(pj.lora(3, 6, "body"), pj.unfreeze("head/.*"))
 X = np.random.default_rng(1).standard_normal((5, 12), np.float32)
 
 
@@ -130,7 +130,7 @@ def test_the_clip_norm_is_over_trained_leaves_only():
 
 @pytest.mark.parametrize("route", ["one tree", "two trees"])
 @pytest.mark.parametrize(
-  "method", [pj.train("head/.*"), pj.train([".*/bias", "head/.*"]), pj.lora(4, targets="query")]
+  "method", [pj.unfreeze("head/.*"), pj.unfreeze([".*/bias", "head/.*"]), pj.lora(4, targets="query")]
 )
 def test_no_gradient_of_a_frozen_kernel_is_computed(method, route):
   """No product of the whole program has the shape of one."""

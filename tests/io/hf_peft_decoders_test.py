@@ -137,7 +137,7 @@ def test_what_a_decoder_trains_beside_its_adapter_comes_back(scan, tmp_path):
   """Norms, biases, kernels as `Conv1D` has them, and the table that the head is tied to."""
   model, params = pj.load_pretrained(_GOLDEN / "gpt2_tiny", scan_layers=scan)
   method = pj.chain(
-    pj.lora(2, 4, "c_fc"), pj.train([".*ln_f/.*", ".*attn/c_proj/bias", ".*wte/embedding"])
+    pj.lora(2, 4, "c_fc"), pj.unfreeze([".*ln_f/.*", ".*attn/c_proj/bias", ".*wte/embedding"])
   )
   layout = pj.linen.layout(model, np.zeros((1, 4), np.int32))
   attached = method.attach(jax.random.key(0), params, layout)

@@ -111,7 +111,7 @@ def test_the_pair_is_frozen_and_saved_with_the_adapter():
 
 def test_no_regex_reaches_the_pair():
   """It is no parameter of the model."""
-  method = pj.chain(pj.vera(3, "up"), pj.train(r"(?!up/kernel).*"))
+  method = pj.chain(pj.vera(3, "up"), pj.unfreeze(r"(?!up/kernel).*"))
   params = method.attach(KEY, Two().init(KEY, X)["params"])
   mask = method.trainable(params)
   assert not any(jax.tree.leaves(mask["shared"]))

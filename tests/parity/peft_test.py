@@ -36,7 +36,7 @@ _BASES = {
   "roberta": (lambda: GOLDEN / "roberta_tiny", 3, inputs(120, pad=1, types=1)),
   "minilm": (minilm_dir, 5, inputs(30_000)),
 }
-_HEAD = pj.train("head/.*")
+_HEAD = pj.unfreeze("head/.*")
 
 
 def _ours(base, scan):

@@ -123,7 +123,7 @@ def test_quantised_and_adapted_weights_are_not_quantised_again():
 @pytest.mark.parametrize(
   "method, message",
   [
-    (lambda: pj.train("down"), "pj.train cannot train down/kernel"),
+    (lambda: pj.unfreeze("down"), "pj.unfreeze cannot train down/kernel"),
     (lambda: pj.lora(2, targets="down", init="pissa"), "attach before quantising"),
   ],
 )
