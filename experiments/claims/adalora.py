@@ -17,6 +17,7 @@ from experiments.tables import rank_budget
 from experiments.tables.methods import accuracy, adalora, lora_all
 from experiments.tables.rank_budget import BUDGETS, DATA
 from peftjax.core import paths
+from peftjax.methods.allocator import AllocatorState
 from peftjax.methods.budget import largest
 
 

@@ -15,6 +15,7 @@ from experiments.claims import cost, sample_models
 from experiments.claims.cost import Cost
 from experiments.claims.sample_models import Classes
 from peftjax.core import paths
+from peftjax.methods.allocator import AllocatorState
 
 STEPS = 80
 HEAD = "head/.*"

@@ -201,7 +201,9 @@ def _at_own_rates(tx: optax.GradientTransformation) -> optax.GradientTransformat
   tx = optax.with_extra_args_support(tx)
 
   def of(path: str, update: Any) -> Any:
-    rates = update.rates if isinstance(update, Adapted) else {}
+    if not isinstance(update, Adapted):
+      return update
+    rates = update.rates
     return update.replace(**{name: x * children(update)[name] for name, x in rates.items()})
 
   def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:

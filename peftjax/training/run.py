@@ -52,6 +52,7 @@ class Run:
     for part, ids in self.task.ids().items():
       limits.check(model.module.config, *ids, what=f"the {part} texts")
     self.module, self.mask, self.new = model.module, model.mask, model.new
+    self.method = model.method
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)
     train, self.frozen = tree.partition(model.params, model.mask)
