@@ -17,12 +17,13 @@ from experiments.tables import rank_budget
 from experiments.tables.methods import accuracy, adalora, lora_all
 from experiments.tables.rank_budget import BUDGETS, DATA
 from peftjax.core import paths
+from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.allocator import AllocatorState
 from peftjax.methods.budget import largest
 
 
-def triplets(params: Any) -> dict[str, pj.SVDLoRA]:
-  return {p: x for p, x in paths.leaves(params).items() if isinstance(x, pj.SVDLoRA)}
+def triplets(params: Any) -> dict[str, SVDLoRA]:
+  return {p: x for p, x in paths.leaves(params).items() if isinstance(x, SVDLoRA)}
 
 
 @claim(
@@ -146,7 +147,7 @@ def zeroed_triplets() -> Finding:
   zero = lambda names: (
     lambda _, x: (
       x.replace(**{n: jnp.zeros_like(getattr(x, n)) for n in names})
-      if isinstance(x, pj.SVDLoRA)
+      if isinstance(x, SVDLoRA)
       else x
     )
   )

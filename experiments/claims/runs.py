@@ -15,6 +15,7 @@ from experiments.claims import cost, sample_models
 from experiments.claims.cost import Cost
 from experiments.claims.sample_models import Classes
 from peftjax.core import paths
+from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.allocator import AllocatorState
 
 STEPS = 80
@@ -49,7 +50,7 @@ class Run(NamedTuple):
   params: Any
   mask: Any
   state: Any
-  weights: list[dict[str, pj.SVDLoRA]]
+  weights: list[dict[str, SVDLoRA]]
   history: list[dict[str, np.ndarray]]
   budgets: list[int]
 

@@ -87,8 +87,8 @@ def merge(params: Any, *, dense: bool = False) -> Any:
     if isinstance(leaf, Weight) and leaf.quantised and not dense:
       raise ValueError(
         f"{path} is quantised, and merging would make it dense. Write pj.merge(params, dense=True) "
-        "for dense arrays, or pj.requantize(params) to fold adapters into the codes; that changes "
-        "the outputs, and it returns by how much."
+        "for dense arrays, or pj.quant.requantize(params) to fold adapters into the codes; "
+        "that changes the outputs, and it returns by how much."
       )
     return materialize(leaf)
 

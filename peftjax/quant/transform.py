@@ -102,7 +102,7 @@ def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> No
   if fmt.bits == 4 and size % 2:
     raise ValueError(
       f"{path} {tuple(leaf.shape)} has the odd contraction size {size}: two codes share a byte. "
-      "Use pj.int8(), or leave it out of `where`."
+      "Use pj.quant.int8(), or leave it out of `where`."
     )
 
 

@@ -22,7 +22,7 @@ METHODS = {
 
 @functools.cache
 def attached(name, quantised):
-  base = pj.quantize(BASE, pj.nf4(), "query") if quantised else BASE
+  base = pj.quantize(BASE, pj.quant.nf4(), "query") if quantised else BASE
   return METHODS[name].attach(KEY, base)
 
 

@@ -59,7 +59,7 @@ FUNCTIONS = {
     lambda **k: optim.wrap(optax.sgd(1.0), **{"clip_norm": None, "accumulate": 1, **k}),
     dict(clip_norm=(-1, NAN), accumulate=(0, True)),
   ),
-  "nf4": (pj.nf4, dict(block_size=(64.0, True, "64"), double_quant=("no", 1))),
+  "nf4": (pj.quant.nf4, dict(block_size=(64.0, True, "64"), double_quant=("no", 1))),
 }  # fmt: skip
 
 

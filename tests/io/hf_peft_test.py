@@ -18,6 +18,8 @@ import peftjax as pj
 from peftjax.core import paths
 from peftjax.io import hf_peft, hf_peft_build
 from peftjax.io.hf_peft_targets import Matcher
+from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.lora_weight import LoRA
 
 _GOLDEN = Path(__file__).parents[1] / "golden"
 _ADAPTERS = ("peft_query_value", "peft_patterns", "peft_rslora", "peft_embedding")
@@ -41,7 +43,7 @@ def _draw(params, mask):
   drawn = jax.tree.map(lambda m, x: draw(x) if m else x, mask, params)
 
   def pad(_, leaf):
-    if not isinstance(leaf, pj.LoRA):
+    if not isinstance(leaf, LoRA):
       return leaf
     kept = np.arange(leaf.a.shape[-2]) < np.asarray(leaf.rank)[..., None]
     return leaf.replace(a=leaf.a * kept[..., :, None], b=leaf.b * kept[..., None, :])
@@ -150,7 +152,7 @@ def test_adalora_that_was_loaded_pruned_can_be_saved_again(tiny, tmp_path):
   rng = np.random.default_rng(0)
   some = lambda x: jnp.asarray(rng.normal(size=x.shape) * (rng.random(x.shape) < 0.6), jnp.float32)
   attached = paths.map_leaves(
-    lambda _, x: x.replace(e=some(x.e)) if isinstance(x, pj.SVDLoRA) else x, attached
+    lambda _, x: x.replace(e=some(x.e)) if isinstance(x, SVDLoRA) else x, attached
   )
   hf_peft.save(tmp_path / "first", attached, model)
   first, _ = hf_peft.load(tmp_path / "first", params, model)
@@ -203,7 +205,7 @@ def test_layers_without_an_adapter_have_rank_zero(tmp_path, tiny):
     query = flat["bert/encoder/layers/attention/self/query/kernel"]
     assert query.rank.tolist() == [0, 4] and query.scale.tolist() == [0, 2]
   else:
-    assert not isinstance(flat["bert/encoder/layers_0/attention/self/query/kernel"], pj.LoRA)
+    assert not isinstance(flat["bert/encoder/layers_0/attention/self/query/kernel"], LoRA)
   again = tmp_path / "again"
   hf_peft.save(again, loaded, model, trained=mask)
   assert _config(again)["target_modules"] == ["1.attention.self.query", "1.attention.self.value"]
@@ -248,7 +250,9 @@ def test_without_a_task_type_an_untrained_head_stays_out(unrolled, tmp_path):
 
 def test_a_trained_pooler_is_a_module_to_save(unrolled, tmp_path):
   model, params = unrolled
-  attached, mask = _attach(model, params, pj.lora(2), pj.unfreeze(["head/.*", ".*pooler/dense/bias"]))
+  attached, mask = _attach(
+    model, params, pj.lora(2), pj.unfreeze(["head/.*", ".*pooler/dense/bias"])
+  )
   hf_peft.save(tmp_path, attached, model, trained=mask)
   assert _config(tmp_path)["modules_to_save"] == ["bert.pooler.dense", "classifier"]
   chex.assert_trees_all_equal(hf_peft.load(tmp_path, params, model)[0], attached)

@@ -18,6 +18,7 @@ from peftjax.methods import budget
 from peftjax.methods.adalora_ranks import kept
 from peftjax.methods.allocator import AllocatorState, weights
 from peftjax.methods.orthogonality import penalty
+from peftjax.quant.weight import Quantized
 from tests.core.programs import jit
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "adalora.safetensors")
@@ -369,7 +370,14 @@ def test_a_stack_of_layers_is_as_many_matrices():
   """Ranks may differ by layer; padding of `rank_pattern` is in no penalty, score or budget."""
   layout = {"layers/kernel": Axes()}
   m = pj.adalora(
-    4, 8.0, "kernel", target_rank=2, warmup=2, final=6, interval=1, rank_pattern={".*layers_1/.*": 1}
+    4,
+    8.0,
+    "kernel",
+    target_rank=2,
+    warmup=2,
+    final=6,
+    interval=1,
+    rank_pattern={".*layers_1/.*": 1},
   )
   params = m.attach(KEY, {"layers": {"kernel": jnp.ones((3, 12, 8))}}, layout)
   train, frozen = pj.partition(params, m.trainable(params))
@@ -407,7 +415,7 @@ def test_the_budget_holds_over_scanned_layers_in_four_bits():
   layout = {"layers/kernel": Axes()}
   dense = {"layers": {"kernel": jax.random.normal(key, (3, 64, 64)) / 8}}
   m = pj.adalora(4, 8.0, "kernel", target_rank=2, warmup=2, final=6, interval=1)
-  params = m.attach(KEY, pj.quantize(dense, pj.nf4(32), layout=layout), layout)
+  params = m.attach(KEY, pj.quantize(dense, pj.quant.nf4(32), layout=layout), layout)
   train, frozen = pj.partition(params, m.trainable(params))
   tx = m.optimizer(optax.adam(0.02), STEPS)
   state = tx.init(train)
@@ -434,7 +442,7 @@ def test_the_budget_holds_over_scanned_layers_in_four_bits():
   before = params["layers"]["kernel"].base
   chex.assert_trees_all_equal(after["layers"]["kernel"].base, before)
   plain = pj.to_lora(after)["layers"]["kernel"]
-  assert isinstance(plain.base, pj.Quantized)
+  assert isinstance(plain.base, Quantized)
   np.testing.assert_allclose(
     plain.materialize(), after["layers"]["kernel"].materialize(), atol=1e-5
   )
@@ -446,11 +454,9 @@ def test_another_optimizer_raises():
   for tx in (
     pj.lora(2).optimizer(optax.sgd(0.1), 10),
     pj.chain(pj.lora(2), pj.unfreeze("head/.*")).optimizer(optax.sgd(0.1), 10, accumulate=2),
-    pj.freeze(optax.sgd(0.1), jax.tree.map(lambda _: True, train)),
+    pj.optim.freeze(optax.sgd(0.1), jax.tree.map(lambda _: True, train)),
   ):
-    with pytest.raises(
-      ValueError, match=r"l0/kernel \(SVDLoRA\) is to be trained by"
-    ):
+    with pytest.raises(ValueError, match=r"l0/kernel \(SVDLoRA\) is to be trained by"):
       tx.init(train)
   state = pj.chain(pj.unfreeze("head/.*"), method()).optimizer(optax.sgd(0.1), 30).init(train)
   assert isinstance(state, AllocatorState)
@@ -525,12 +531,12 @@ def test_lambda_starts_at_zero_between_random_factors():
 
 def test_on_a_mesh_the_same_triplets_are_left(golden_run):
   """Averages lie as their factors do, and the step is traced once for every budget."""
-  mesh = pj.make_mesh("fsdp:4,tensor:2")
+  mesh = pj.sharding.make_mesh("fsdp:4,tensor:2")
   rules = [("l0/.*", ("fsdp", "tensor")), ("l1/.*", ("tensor", "fsdp")), (".*", ("fsdp", "tensor"))]
   m = method()
   train, frozen = attached(m)
   params = jax.device_put(
-    pj.combine(train, frozen), pj.shardings(pj.combine(train, frozen), mesh, rules)
+    pj.combine(train, frozen), pj.sharding.shardings(pj.combine(train, frozen), mesh, rules)
   )
   train, _ = pj.partition(params, m.trainable(params))
   tx = m.optimizer(optax.sgd(LR), STEPS)

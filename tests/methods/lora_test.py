@@ -13,8 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
+from peftjax.core.einsum import attend, take
 from peftjax.core.layout import Axes
 from peftjax.core.tree import with_dropout_keys
+from peftjax.methods.lora_weight import LoRA
 from tests.core.programs import jit, producers
 from tests.models import tiny
 
@@ -108,11 +110,11 @@ def test_take_looks_rows_up_and_builds_no_table():
   """Also in batches; an id outside gives NaN, as on a plain table."""
   weight = live((30, 8))
   ids = jnp.array([[0, 29], [7, 7]])
-  chex.assert_trees_all_close(pj.take(weight, ids), weight.materialize()[ids], rtol=1e-5, atol=1e-5)
-  assert np.isnan(pj.take(weight, jnp.array(30))).all()
-  assert producers(pj.take, {(30, 8)}, weight, ids) == []
+  chex.assert_trees_all_close(take(weight, ids), weight.materialize()[ids], rtol=1e-5, atol=1e-5)
+  assert np.isnan(take(weight, jnp.array(30))).all()
+  assert producers(take, {(30, 8)}, weight, ids) == []
   scanned = live((2, 30, 8))
-  got = jax.lax.scan(lambda c, w: (c, pj.take(w, ids)), 0, scanned)[1]
+  got = jax.lax.scan(lambda c, w: (c, take(w, ids)), 0, scanned)[1]
   chex.assert_trees_all_close(got, scanned.materialize()[:, ids], rtol=1e-5, atol=1e-5)
 
 
@@ -120,7 +122,7 @@ def test_an_adapter_on_a_tied_table_changes_the_lookup_only():
   weight = live((30, 8))
   x = jax.random.normal(KEY, (5, 8))
   want = x @ weight.base.T
-  chex.assert_trees_all_close(pj.attend(weight, x), want, rtol=1e-5, atol=1e-5)
+  chex.assert_trees_all_close(attend(weight, x), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["scan", "vmap"])
@@ -343,12 +345,12 @@ def test_attach_opens_a_box_and_keeps_its_names():
   """Its spec, and those of the children, come from the names."""
   box = nn.Partitioned(jnp.ones((12, 8)), names=("fsdp", "tensor"))
   weight = pj.lora(2, targets="kernel").attach(KEY, {"kernel": box})["kernel"]
-  assert isinstance(weight, pj.LoRA) and isinstance(weight.base, jax.Array)
+  assert isinstance(weight, LoRA) and isinstance(weight.base, jax.Array)
   assert weight.names == ("fsdp", "tensor")
   specs = nn.get_partition_spec({"kernel": weight})["kernel"]
   assert (specs.base, specs.a, specs.b) == (P("fsdp", "tensor"), P(None, "fsdp"), P("tensor", None))
   assert specs.scale == P()
-  mesh = pj.make_mesh("data:2,fsdp:2,tensor:2")
+  mesh = pj.sharding.make_mesh("data:2,fsdp:2,tensor:2")
   sharding = nn.get_sharding({"kernel": weight}, mesh)["kernel"]
   assert sharding.a.spec == P(None, "fsdp") and sharding.base.mesh == mesh
   assert pj.sharding.specs({"kernel": weight}, mesh)["kernel"].b == P(("tensor", "fsdp"), None)
@@ -452,7 +454,7 @@ def test_b_learns_faster_by_its_rate():
   chex.assert_trees_all_equal(weight.a, one["query"]["kernel"].a)
   chex.assert_trees_all_equal(fast["bias"], one["bias"])
   mask = method.trainable(params)
-  frozen_too = pj.freeze(method.optimizer(optax.sgd(1.0), 10), mask)
+  frozen_too = pj.optim.freeze(method.optimizer(optax.sgd(1.0), 10), mask)
   got, _ = frozen_too.update(jax.tree.map(jnp.ones_like, params), frozen_too.init(params), params)
   np.testing.assert_array_equal(got["query"]["kernel"].b, jnp.full((8, 4), -16.0))  # once
   with pytest.raises(ValueError, match="b_rate=0: write a number of at least"):

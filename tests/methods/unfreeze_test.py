@@ -48,7 +48,9 @@ def test_train_looks_into_a_box_and_leaves_it():
 
 
 def test_a_chain_trains_the_union_and_says_what_it_claims():
-  method = pj.chain(pj.lora(2, targets="query"), pj.unfreeze("head/.*"), pj.unfreeze(".*/LayerNorm/.*"))
+  method = pj.chain(
+    pj.lora(2, targets="query"), pj.unfreeze("head/.*"), pj.unfreeze(".*/LayerNorm/.*")
+  )
   params = method.attach(KEY, tiny.params())
   mask = method.trainable(params)
   on = {paths.name(p) for p, m in jax.tree_util.tree_flatten_with_path(mask)[0] if m}

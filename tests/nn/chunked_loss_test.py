@@ -49,7 +49,7 @@ def between(*more):
 
 
 def nf4(where):
-  return lambda params: pj.quantize(params, pj.nf4(32), where=where)
+  return lambda params: pj.quantize(params, pj.quant.nf4(32), where=where)
 
 
 HEAD = "lm_head/kernel"
@@ -66,7 +66,11 @@ HEADS = {
   "lora nf4": ("", nf4(HEAD), pj.lora(2, 4, [HEAD], dropout=0.3)),
   "dora": ("", None, pj.dora(2, 4, [HEAD], dropout=0.3)),
   "dora nf4": ("", nf4(HEAD), pj.dora(2, 4, [HEAD], from_quantised=True)),
-  "adalora": ("", None, pj.adalora(2, target_rank=1, targets=[HEAD], warmup=0, final=1, interval=1)),
+  "adalora": (
+    "",
+    None,
+    pj.adalora(2, target_rank=1, targets=[HEAD], warmup=0, final=1, interval=1),
+  ),
   "vera": ("", None, pj.vera(8, [HEAD], dropout=0.3)),
   "ia3": ("", None, pj.ia3([HEAD])),
   "bottleneck": ("", None, pj.adapters(4, targets=["lm_head"])),

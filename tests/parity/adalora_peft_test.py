@@ -11,6 +11,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.io import hf_peft
+from peftjax.methods.adalora_weight import SVDLoRA
 from tests.golden import make_adalora
 from tests.golden.make_bert import draw
 from tests.methods import adalora_test as ours
@@ -58,7 +59,7 @@ def test_our_directory_in_peft(scan, tmp_path):
   rng = np.random.default_rng(0)
 
   def drawn(path, leaf):
-    if not isinstance(leaf, pj.SVDLoRA):
+    if not isinstance(leaf, SVDLoRA):
       return leaf
     e = rng.standard_normal(leaf.e.shape) * (rng.random(leaf.e.shape) < 0.5)
     e = 0 * e if path.endswith("layers_1/attention/self/value/kernel") else e

@@ -13,6 +13,7 @@ from transformers import BertModel
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.io import hf_peft
+from peftjax.methods.lora_weight import LoRA
 from tests.golden.make_bert import draw
 from tests.golden.texts import minilm_dir
 from tests.parity.reference import (
@@ -66,7 +67,7 @@ def _drawn(model, params, method):
   drawn = jax.tree.map(lambda m, x: new(x) if m else x, mask, attached)
 
   def cut(_, leaf):
-    if not isinstance(leaf, pj.LoRA):
+    if not isinstance(leaf, LoRA):
       return leaf
     kept = np.arange(leaf.a.shape[-2]) < np.asarray(leaf.rank)[..., None]
     return leaf.replace(a=leaf.a * kept[..., :, None], b=leaf.b * kept[..., None, :])
