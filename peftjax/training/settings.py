@@ -65,7 +65,7 @@ class Model(Section):
 
   def options(self) -> dict[str, Any]:
     """For `pretrained.load`."""
-    ranges.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+    ranges.one_of("model.dtype", self.dtype, sections.DTYPES)
     options = dict(scan_layers=self.scan_layers, dtype=jnp.dtype(self.dtype))
     # A flag's text: before there were names, it was true or false.
     remat = {"true": "layer", "false": "none"}.get(str(self.remat).lower(), self.remat)
@@ -251,13 +251,14 @@ class Settings:
   def own_method(self) -> Method:
     """The method alone, with the run's seed if it draws something of its own."""
     fields = {key: x for key, x in self.method.items() if key not in ("name", "head")}
-    name = self.method.get("name")
+    name: Any = self.method.get("name")
     ranges.one_of("method.name", name, METHODS)
-    fields = sections.arguments(METHODS[name], fields, "method")
-    if "seed" in _parameters(METHODS[name]):
+    method = METHODS[name]
+    fields = sections.arguments(method, fields, "method")
+    if "seed" in _parameters(method):
       fields.setdefault("seed", self.seed)
-    ranges.check(METHODS[name], fields, "--config.method.")
-    return _build(METHODS[name], fields, f"method ({name})")
+    ranges.check(method, fields, "--config.method.")
+    return _build(method, fields, f"method ({name})")
 
   def build_method(self) -> Method:
     """The method with, unless `head` is false, the task head trained beside it."""
