@@ -144,7 +144,7 @@ def _by(rows: Iterable[Row], part: Any) -> list[tuple[dict[str, Any], list[Row]]
 def _method(row: Row) -> str:
   """Its name, of adapters the placement's; what is trained in place tells by its targets."""
   method = row["config"]["method"]
-  if method["name"] == "train":
+  if method["name"] == "unfreeze":
     return f"train {', '.join(method['targets'])}"
   return f"{method['placement']} adapters" if "placement" in method else method["name"]
 

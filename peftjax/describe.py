@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftjax.core import paths, tree
+from peftjax.core.adapted import Adapted
 from peftjax.core.weight import is_weight
 from peftjax.linen import apply
 from peftjax.nn.attention import kernels_used
@@ -110,8 +111,9 @@ def _type_name(leaf: Any) -> str:
   """`array`, or the nesting of weights: `LoRA(NF4)`."""
   if not is_weight(leaf):
     return "array"
-  base = getattr(leaf, "base", None)
-  return f"{type(leaf).__name__}({_type_name(base)})" if is_weight(base) else type(leaf).__name__
+  name = type(leaf).__name__
+  within = isinstance(leaf, Adapted) and is_weight(leaf.base)
+  return f"{name}({_type_name(leaf.base)})" if within else name
 
 
 class _Probe:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import paths
+from peftjax.core.adapted import axis_names
 from peftjax.core.mesh import DATA, SEQUENCE, divisible, group, ways
 from peftjax.core.weight import Weight, children
 from peftjax.quant.weight import Quantized
@@ -139,7 +140,7 @@ def specs(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   """
 
   def of(path: str, leaf: Any) -> Any:
-    names = getattr(leaf, "names", None) or _rule(path, rules)
+    names = axis_names(leaf) or _rule(path, rules)
     for name in jax.tree.leaves(tuple(names)):  # one axis may be split over several: a tuple
       if name not in mesh.shape:
         raise ValueError(f"rule for {path} names the axis {name!r}; the mesh has {mesh.axis_names}")

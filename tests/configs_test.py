@@ -25,7 +25,7 @@ from tests import tiny
 
 RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-OTHERS = {"__init__", "from_scratch"}  # not of experiments.train
+OTHERS = {"__init__", "arguments", "from_scratch"}  # not of experiments.train
 FILES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
 METHODS = ("lora", "dora", "adalora", "ia3", "adapters", "vera", "prefix", "prompt")
 # What each argument of a file may be; a new file adds a line.
@@ -185,7 +185,7 @@ def test_init_and_one_step_of_each_method(method):
 
 
 def test_scales_of_eight_bit_weights_stay_whole():
-  """`pj.int8` advises against quantising them in turn; all else does."""
+  """`pj.quant.int8` advises against quantising them in turn; all else does."""
   for quant in ("int8", "nf4"):
     settings = from_config(get_config("causal_lm", f"quant={quant}"))
-    assert settings.quant.format() == getattr(pj, quant)()
+    assert settings.quant.format() == getattr(pj.quant, quant)()

@@ -10,6 +10,7 @@ import pytest
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.core.layout import Axes, Site
+from peftjax.methods.lora_weight import LoRA
 from tests.core.programs import jit, producers
 
 KEY = jax.random.key(0)
@@ -91,7 +92,7 @@ def build(model, x, rank=2):
   count = iter(range(99))
 
   def draw(leaf):
-    if isinstance(leaf, pj.LoRA):
+    if isinstance(leaf, LoRA):
       rng = np.random.default_rng(next(count))
       normal = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32))
       return leaf.replace(a=normal(leaf.a), b=normal(leaf.b))
@@ -101,7 +102,7 @@ def build(model, x, rank=2):
 
 
 def weights(params):
-  return [leaf for leaf in paths.leaves(params).values() if isinstance(leaf, pj.LoRA)]
+  return [leaf for leaf in paths.leaves(params).values() if isinstance(leaf, LoRA)]
 
 
 @pytest.fixture(scope="module", params=FACTORED)
@@ -115,9 +116,7 @@ def test_the_bridge_computes_what_the_merged_model_does(case):
   """For every bridged module, biases and all."""
   _, model, x, params, _ = case
   want = jit(lambda p: model.apply({"params": p}, x))(pj.merge(params))
-  base = jax.tree.map(
-    lambda w: w.base if isinstance(w, pj.LoRA) else w, params, is_leaf=paths.is_leaf
-  )
+  base = jax.tree.map(lambda w: w.base if isinstance(w, LoRA) else w, params, is_leaf=paths.is_leaf)
   got, plain = jit(lambda p, b: (pj.apply(model, p, x), model.apply({"params": b}, x)))(
     params, base
   )
@@ -153,7 +152,7 @@ class Own(nn.Module):
 
 def test_a_module_that_reads_a_quantised_weight_densely_is_named():
   x = jnp.ones((2, 64))
-  params = pj.quantize(ReadsDense().init(jax.random.key(0), x)["params"], pj.nf4(), "kernel")
+  params = pj.quantize(ReadsDense().init(jax.random.key(0), x)["params"], pj.quant.nf4(), "kernel")
   with pytest.warns(UserWarning, match=r"^own reads a quantised weight \(64, 64\)") as caught:
     got = jax.jit(lambda p: pj.apply(ReadsDense(), p, x))(params)
   assert len(caught) == 1  # nn.Dense computes with it
@@ -269,7 +268,7 @@ def test_dropout_of_adapters_in_third_party_modules(name):
   model, x = MODELS[name]
   params, _, _ = build(model, x)
   params = jax.tree.map(
-    lambda w: w.replace(dropout=0.5) if isinstance(w, pj.LoRA) else w, params, is_leaf=paths.is_leaf
+    lambda w: w.replace(dropout=0.5) if isinstance(w, LoRA) else w, params, is_leaf=paths.is_leaf
   )
   if name == "DenseGeneral, batch":  # one kernel for each row: a stack inside one product
     with pytest.raises(ValueError, match="whole stack"):

@@ -22,11 +22,15 @@ from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
 from peftjax import hf_peft
-from peftjax.core import paths
+from peftjax.core import paths, shared
+from peftjax.core.adapted import Adapted
 from peftjax.core.attachment import attachments
+from peftjax.core.einsum import attend, take
 from peftjax.core.tree import tie
 from peftjax.core.weight import Weight, children
+from peftjax.methods.lora_weight import LoRA
 from peftjax.models.bert import BertClassifier
+from peftjax.quant.weight import Quantized
 from tests.core.programs import drop, jit, producers
 from tests.models import tiny
 
@@ -62,7 +66,7 @@ _ONE = dict(slow=("unrolled",))
 _NONE = dict(layers=(), slow=("scanned",))
 lora, adalora, dora, ia3, adapters = pj.lora, pj.adalora, pj.dora, pj.ia3, pj.adapters
 prefix, prompt = pj.prefix, pj.prompt
-vera, train, chain = pj.vera, pj.train, pj.chain
+vera, unfreeze, chain = pj.vera, pj.unfreeze, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
 )
@@ -100,13 +104,13 @@ ENTRIES = [
   Entry("embeddings", lambda: lora(3, 6, _tables), _embed, lambda: lora(2, 9, _tables)),
   Entry("dropout", lambda: lora(4, 8, dropout=0.2), _QV, lambda: lora(2, 3, dropout=0.2)),
   Entry("bf16", lambda: lora(4, 8), _QV, lambda: lora(2, 3), dtype=jnp.bfloat16, rounding=3e-2),
-  Entry("nf4", lambda: lora(4, 8), _QV, lambda: lora(2, 3), base=pj.nf4(), **_ONE),
+  Entry("nf4", lambda: lora(4, 8), _QV, lambda: lora(2, 3), base=pj.quant.nf4(), **_ONE),
   Entry(
     "int8",
     lambda: lora(4, 8, dropout=0.2),
     _QV,
     lambda: lora(2, 3, dropout=0.2),
-    base=pj.int8(32),
+    base=pj.quant.int8(32),
     **_NONE,
   ),
   Entry(
@@ -114,30 +118,36 @@ ENTRIES = [
     lambda: lora(4, 8, "all-linear"),
     _LINEAR,
     lambda: lora(3, 9, "all-linear"),
-    base=pj.fp4(32, double_quant=False),
+    base=pj.quant.fp4(32, double_quant=False),
     **_NONE,
   ),
   Entry(
-    "nf4 bf16", lambda: lora(4, 8), _QV, dtype=jnp.bfloat16, rounding=3e-2, base=pj.nf4(32), **_NONE
+    "nf4 bf16",
+    lambda: lora(4, 8),
+    _QV,
+    dtype=jnp.bfloat16,
+    rounding=3e-2,
+    base=pj.quant.nf4(32),
+    **_NONE,
   ),
   Entry(
     "adalora",
-    lambda: adalora(4, 2, 400.0),
+    lambda: adalora(4, 400.0, target_rank=2),
     _TRIPLETS,
-    lambda: adalora(3, 2, 500.0),
+    lambda: adalora(3, 500.0, target_rank=2),
     **_ONE,
   ),
   Entry(
     "adalora nf4",
-    lambda: adalora(4, 2, 400.0, ["query", "value"], dropout=0.2),
+    lambda: adalora(4, 400.0, ["query", "value"], target_rank=2, dropout=0.2),
     r".*/(query|value)/kernel/[abe]",
-    base=pj.nf4(),
+    base=pj.quant.nf4(),
     **_NONE,
   ),
   Entry("lora-fa", lambda: lora(4, 8, freeze_a=True), r".*/(query|value)/kernel/b", **_NONE),
   Entry("lora+", lambda: lora(4, 8, b_rate=4.0), _QV, lambda: lora(2, 3, b_rate=4.0), **_NONE),
   Entry("ia3", lambda: ia3(["key", "value"], _FFN), _SCALES, None, **_ONE),
-  Entry("ia3 int8", lambda: ia3(["key", "value"], _FFN), _SCALES, base=pj.int8(32)),
+  Entry("ia3 int8", lambda: ia3(["key", "value"], _FFN), _SCALES, base=pj.quant.int8(32)),
   Entry("dora", lambda: dora(4, 8), _QV_M, lambda: dora(2, 3), identity=5e-6, **_ONE),
   Entry(
     "dora all-linear",
@@ -151,7 +161,7 @@ ENTRIES = [
     "dora nf4",
     lambda: dora(4, 8, from_quantised=True),
     _QV_M,
-    base=pj.nf4(),
+    base=pj.quant.nf4(),
     identity=5e-6,
     **_NONE,
   ),
@@ -170,7 +180,7 @@ ENTRIES = [
     "scaled parallel nf4",
     lambda: adapters(8, "scaled_parallel"),
     _BOTTLENECKS,
-    base=pj.nf4(),
+    base=pj.quant.nf4(),
     **_NONE,
   ),
   Entry(
@@ -190,7 +200,7 @@ ENTRIES = [
     "prefix nf4",
     lambda: prefix(3),
     r".*/prefix/(keys|values)",
-    base=pj.nf4(),
+    base=pj.quant.nf4(),
     identity=1.0,
     **_NONE,
   ),
@@ -200,13 +210,13 @@ ENTRIES = [
     "vera nf4",
     lambda: vera(6, "all-linear", d_initial=1.0, dropout=0.2),
     _VECTORS,
-    base=pj.nf4(32),
+    base=pj.quant.nf4(32),
     **_NONE,
   ),
-  Entry("full", lambda: train(".*"), ".*"),
-  Entry("head", lambda: train("head/.*"), "head/.*", **_NONE),
-  Entry("bitfit", lambda: train([".*/bias", "head/.*"]), ".*/bias|head/.*", **_NONE),
-  Entry("lora + head", lambda: chain(lora(4, 8), train("head/.*")), f"{_QV}|head/.*", **_NONE),
+  Entry("full", lambda: unfreeze(".*"), ".*"),
+  Entry("head", lambda: unfreeze("head/.*"), "head/.*", **_NONE),
+  Entry("bitfit", lambda: unfreeze([".*/bias", "head/.*"]), ".*/bias|head/.*", **_NONE),
+  Entry("lora + head", lambda: chain(lora(4, 8), unfreeze("head/.*")), f"{_QV}|head/.*", **_NONE),
   Entry(
     "query | value",
     lambda: chain(lora(4, 8, "query", dropout=0.1), lora(2, 3, "value", dropout=0.1)),
@@ -329,7 +339,7 @@ class Subject:
     """The weights a method attached."""
     flat = {p: leaf for p, leaf in paths.leaves(params).items() if isinstance(leaf, Weight)}
     # A bias of IA3 is no weight without its kernel.
-    whole = lambda leaf: not isinstance(leaf, pj.Quantized) and getattr(leaf, "l", 0) is not None
+    whole = lambda leaf: not isinstance(leaf, Quantized) and getattr(leaf, "l", 0) is not None
     return {p: leaf for p, leaf in flat.items() if whole(leaf)}
 
 
@@ -391,9 +401,9 @@ def test_law_2_einsum_and_take_equal_those_of_the_dense_array(subject):
       ids = jnp.array([[0, 3], [1, 3]])
       if path.endswith("embedding"):
         chex.assert_trees_all_close(
-          pj.take(weight, ids), weight.materialize()[ids], rtol=1e-5, atol=1e-5
+          take(weight, ids), weight.materialize()[ids], rtol=1e-5, atol=1e-5
         )
-        chex.assert_trees_all_close(pj.attend(weight, y), y @ weight.base.T, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(attend(weight, y), y @ weight.base.T, rtol=1e-5, atol=1e-5)
       cases = [("...i,io->...o", x), ("bti,io->bot", x), ("...o,io->...i", y), ("bi,io->bo", x[0])]
     for eqn, value in cases:
       want = jnp.einsum(eqn, value, weight.materialize())
@@ -440,7 +450,7 @@ def test_law_4_exactly_what_is_trained_has_a_gradient(subject):
 def test_law_4_rows_beyond_the_rank_stay_zero(subject):
   """Padding to a common rank is not trained."""
   for params in (subject.live, subject.run(subject.swapped[0])[0]):
-    for weight in (w for w in subject.weights(params).values() if hasattr(w, "rank")):
+    for weight in (w for w in subject.weights(params).values() if w.rank is not None):
       beyond = np.arange(weight.a.shape[-2]) >= np.asarray(weight.rank)[..., None]
       assert not np.any(np.where(beyond[..., :, None], weight.a, 0))
       assert not np.any(np.where(beyond[..., None, :], weight.b, 0))
@@ -499,8 +509,8 @@ def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
 @pytest.mark.parametrize("shape", ["data:2,fsdp:2,tensor:2", "fsdp:2,tensor:4"])
 def test_law_7_a_sharded_model_computes_the_same(subject, shape):
   """Loss and gradients on one mesh, the outputs on another."""
-  mesh = pj.make_mesh(shape)
-  shardings = pj.shardings(subject.live, mesh)
+  mesh = pj.sharding.make_mesh(shape)
+  shardings = pj.sharding.shardings(subject.live, mesh)
   params = jax.device_put(jax.device_get(subject.live), shardings)
   for path, x in arrays(params).items():
     assert x.sharding == arrays(shardings)[path]
@@ -519,18 +529,18 @@ def test_law_7_a_sharded_model_computes_the_same(subject, shape):
 
 def test_law_7_children_lie_as_their_weight_does(subject):
   """A along the inputs, B along the outputs, the rank never, what is per layer by layer."""
-  mesh = pj.make_mesh("data:2,fsdp:2,tensor:2")
+  mesh = pj.sharding.make_mesh("data:2,fsdp:2,tensor:2")
   specs = pj.sharding.specs(subject.attached, mesh)
   is_spec = lambda x: isinstance(x, P)
   assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(subject.attached)
   dense = paths.leaves(pj.sharding.specs(subject.params, mesh))
   for path, weight in subject.weights(specs).items():
-    spec = dense[path].codes if isinstance(weight.base, pj.Quantized) else dense[path]
+    spec = dense[path].codes if isinstance(weight.base, Quantized) else dense[path]
     *stack, n_in, n_out = (*spec, None, None)[
       : len(subject.layout[path].ins) + 1 + len(paths.leaves(subject.params)[path].shape) - 2
     ]
     assert getattr(weight.base, "codes", weight.base) == spec
-    if isinstance(weight, pj.LoRA):
+    if isinstance(weight, LoRA):
       over = lambda names: names and ("tensor", "fsdp")
       assert weight.a == P(*stack, None, over(n_in)) and weight.b == P(*stack, over(n_out), None)
       assert weight.scale == weight.rank == P(*stack)
@@ -563,10 +573,10 @@ def test_law_9_everything_works_on_shapes_alone(subject):
   chex.assert_trees_all_equal_shapes_and_dtypes(abstract, subject.attached)
   mask = subject.method.trainable(abstract)
   chex.assert_trees_all_equal(mask, subject.mask)
-  mesh = pj.make_mesh("fsdp:2,tensor:4")
+  mesh = pj.sharding.make_mesh("fsdp:2,tensor:4")
   assert pj.sharding.specs(abstract, mesh) == pj.sharding.specs(subject.attached, mesh)
   weights = subject.weights(subject.attached).values()
-  ranks = [leaf.rank for leaf in weights if hasattr(leaf, "rank")]
+  ranks = [leaf.rank for leaf in weights if leaf.rank is not None]
   if all((rank == rank.max()).all() for rank in ranks):  # shapes do not say what is padding
     assert pj.describe(abstract, mask) == pj.describe(subject.attached, subject.mask)
     assert pj.count(abstract, mask) == pj.count(subject.attached, subject.mask)
@@ -577,7 +587,7 @@ def test_law_10_the_files_of_a_method_give_the_model_back(subject, tmp_path):
   """Where a file format exists: PEFT directories. The others are refused, saying why."""
   weights = subject.weights(subject.live).values()
   save = lambda: hf_peft.save(tmp_path, subject.live, subject.model, rslora=True)
-  changed = any(getattr(weight, "residual", False) for weight in weights)
+  changed = any(weight.residual for weight in weights)
   if changed or not hf_peft.has_adapter(subject.live):
     with pytest.raises(ValueError, match="PiSSA" if changed else "no adapter that PEFT knows"):
       save()
@@ -619,15 +629,34 @@ def test_law_13_dropout_draws_anew_each_step_and_never_in_evaluation(subject):
   train, frozen = subject.split(subject.live)
   state = subject.tx.init(train)
   one, two, again = (subject.step(train, frozen, state, jax.random.key(i))[2] for i in (5, 6, 5))
-  rates = [getattr(leaf, "dropout", 0.0) for leaf in subject.weights(subject.live).values()]
+  rates = [leaf.dropout for leaf in subject.weights(subject.live).values()]
   assert one == again
   assert (one != two) == any(rates)
   still = jax.tree.map(
-    lambda leaf: leaf.replace(dropout=0.0) if hasattr(leaf, "dropout") else leaf,
+    lambda leaf: leaf.replace(dropout=0.0) if isinstance(leaf, Adapted) and leaf.dropout else leaf,
     subject.live,
     is_leaf=paths.is_leaf,
   )
   close(subject, subject.forward(subject.live), subject.apart(still))
+
+
+def test_law_14_weights_say_what_other_files_ask_of_them(subject):
+  """Every attribute of `Adapted` is there and of its kind, and has what it promises."""
+  params = subject.attached
+  lenders = {**paths.leaves(params), **shared.nodes(params)}
+  for path, weight in subject.weights(params).items():
+    assert isinstance(weight, Adapted)
+    layers = weight.stack
+    assert layers == weight.shape[: len(layers)] and len(paths.layer_paths(path, layers)) >= 1
+    assert 0 <= weight.dropout < 1 and isinstance(weight.residual, bool)
+    assert weight.key is None and (weight.rank is None or weight.rank.shape == layers)
+    assert weight.rates.keys() <= children(weight).keys() - weight.pretrained
+    if weight.dropout:
+      assert weight.with_key(KEY, path).key.shape == layers
+    if weight.of:
+      assert weight.borrow(lenders[weight.of]).shape == weight.shape
+  found = set(pj.optim.metrics(subject.tx.init(subject.split(params)[0])))
+  assert bool(found) == any(w.owned for w in subject.weights(params).values())
 
 
 def test_weights_have_the_children_that_their_class_declares():

@@ -15,7 +15,7 @@ from peftjax import data
 from peftjax.training.settings import from_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "paper"
-FILES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__", "arguments"})
+FILES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__"})
 
 
 def module(name):

@@ -151,7 +151,7 @@ def test_a_mesh_axis_that_does_not_divide_is_dropped_there_only():
     got = specs({"w": jnp.ones((rows, 6))}, make_mesh("fsdp:4,tensor:2"), rules)
     assert got == {"w": P(want, None)}
   for params in (tree, tiny.params()):  # nothing left to refuse
-    jax.device_put(params, pj.shardings(params, make_mesh("tensor:8")))
+    jax.device_put(params, pj.sharding.shardings(params, make_mesh("tensor:8")))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_mesh_axis_that_does_not_divide_is_dropped_there_only():
 def test_blocks_of_a_quantised_matrix_stay_whole(mesh, shape, want):
   mesh = make_mesh(mesh)
   tree = {"query": {"kernel": jnp.ones(shape)}}
-  tree = pj.quantize(tree, pj.nf4(64, double_quant=False), "query")
+  tree = pj.quantize(tree, pj.quant.nf4(64, double_quant=False), "query")
   params = pj.lora(2, targets="query").attach(jax.random.key(0), tree)
   rules = [(".*", ("fsdp", "tensor"))]
   (got,) = paths.leaves(specs(params, mesh, rules)).values()
@@ -177,7 +177,9 @@ def test_blocks_of_a_quantised_matrix_stay_whole(mesh, shape, want):
     P(None, want[0] and both),
     P(both if shape[1] == 64 else "tensor", None),
   )
-  placed = jax.device_put(params, pj.shardings(params, mesh, rules))["query"]["kernel"].base
+  placed = jax.device_put(params, pj.sharding.shardings(params, mesh, rules))["query"][
+    "kernel"
+  ].base
   ways = shape[0] * shape[1] // 2 // placed.codes.addressable_shards[0].data.size
   assert ways == (1 if want == (None, "tensor") else 8)
 
@@ -199,7 +201,7 @@ def test_parameters_can_be_born_sharded():
   init = lambda key: {"block": {"query": {"kernel": jax.random.normal(key, (12, 8))}}}
   method = pj.lora(2, targets="query")
   make = lambda key: method.attach(key, init(key))
-  shardings = pj.shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
+  shardings = pj.sharding.shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
   params = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
   assert jax.tree.map(lambda x: x.sharding, params) == shardings
   weight = params["block"]["query"]["kernel"]
@@ -218,7 +220,7 @@ def test_rows_of_a_batch_are_split_over_both_data_axes_and_tokens_over_their_own
 def test_what_blocks_keep_whole_splits_the_other_axis_in_one_order():
   """Three blocks along the inputs divide by neither axis: whatever the rule, fsdp comes last."""
   tree = {name: {"kernel": jnp.ones((96, 64))} for name in ("q_proj", "o_proj")}
-  tree = pj.quantize({"layer": tree}, pj.nf4(32, double_quant=False), ".*")
+  tree = pj.quantize({"layer": tree}, pj.quant.nf4(32, double_quant=False), ".*")
   found = paths.leaves(specs(tree, make_mesh(MESH)))
   for name in ("q_proj", "o_proj"):
     assert found[f"layer/{name}/kernel"].codes == P(None, ("tensor", "fsdp"))
@@ -279,7 +281,9 @@ def test_a_large_array_lies_whole_only_if_a_rule_says_so():
     sharding.check_split(params, mesh, sharding.rules(["layers/up_proj/kernel="]))
     sharding.check_split(params, make_mesh("tensor:8"), sharding.rules([".*/kernel=-,fsdp"]))
   quantised = jax.eval_shape(
-    lambda: pj.quantize({"up_proj": {"kernel": jnp.zeros((64 * 81, 32767))}}, pj.nf4(), where=".*")
+    lambda: pj.quantize(
+      {"up_proj": {"kernel": jnp.zeros((64 * 81, 32767))}}, pj.quant.nf4(), where=".*"
+    )
   )
   with pytest.raises(ValueError, match=r"up_proj/kernel/codes .* \(?'?.*'up_proj/kernel='"):
     sharding.check_split(quantised, make_mesh("fsdp:8"))

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs import classify
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 
 class Row(NamedTuple):

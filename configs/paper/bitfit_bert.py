@@ -17,7 +17,7 @@ What differs here: half of the dev set chooses the epoch and the other half is r
 from ml_collections import ConfigDict
 
 from configs import classify
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 CHOICES = {"task": ("rte", "mrpc", "cola", "stsb", "sst2", "qnli", "qqp", "mnli")}
 

@@ -24,7 +24,7 @@ The loss counts the instruction too, weight decay is 0 and gradients are clipped
 from ml_collections import ConfigDict
 
 from configs import causal_lm
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 RATES = {
   "llama-7b": {"32": 1e-4, "16": 2e-4},

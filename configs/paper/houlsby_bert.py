@@ -22,7 +22,7 @@ chooses the epoch and the other half is reported.
 from ml_collections import ConfigDict
 
 from configs import classify
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 CHOICES = {
   "task": ("mrpc", "rte", "cola", "stsb", "sst2", "qnli", "qqp", "mnli"),

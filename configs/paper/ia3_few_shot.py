@@ -19,7 +19,7 @@ length are not here, nor is the pretraining of the vectors; a batch is of 8 rows
 from ml_collections import ConfigDict
 
 from configs import causal_lm
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 CHOICES: dict[str, tuple[str, ...]] = {}
 

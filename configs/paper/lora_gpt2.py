@@ -20,7 +20,7 @@ and the 500 updates of warm-up are a larger part of the run.
 from ml_collections import ConfigDict
 
 from configs import causal_lm
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 # Weight decay, dropout of the branch.
 TASKS = {"e2e": (0.01, 0.1), "webnlg": (0.01, 0.1), "dart": (0.0, 0.0)}

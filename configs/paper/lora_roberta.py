@@ -24,7 +24,7 @@ paper's 8; the released scripts have 16, with which the released adapters were p
 from ml_collections import ConfigDict
 
 from configs import classify
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 TASKS = ("rte", "mrpc", "cola", "stsb", "sst2", "qnli", "qqp", "mnli")
 # Batch, epochs, learning rate, tokens.

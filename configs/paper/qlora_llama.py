@@ -30,7 +30,7 @@ there bfloat16. The paper does not choose among checkpoints, and this command ke
 from ml_collections import ConfigDict
 
 from configs import causal_lm
-from configs.paper.arguments import parse
+from configs.arguments import parse
 
 # Batch, learning rate, steps.
 SMALL = {

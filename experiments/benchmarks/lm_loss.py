@@ -41,7 +41,7 @@ METHODS: Mapping[str, Any] = {
   "frozen": None,
   "nf4": None,
   "lora": pj.lora(8, 16, [PATH]),
-  "trained": pj.train(PATH),
+  "trained": pj.unfreeze(PATH),
 }
 
 
@@ -68,7 +68,7 @@ def head_of(name: str, key: jax.Array) -> tuple[Any, Any]:
   kernel = 0.02 * jax.random.normal(key, (WIDTH.value, VOCAB.value))
   params: Any = {"lm_head": {"kernel": kernel}}
   if name == "nf4":
-    params = pj.quantize(params, pj.nf4(64), where=PATH)
+    params = pj.quantize(params, pj.quant.nf4(64), where=PATH)
   method = METHODS[name]
   if method is None:
     return pj.partition(params, jax.tree.map(lambda _: False, params))

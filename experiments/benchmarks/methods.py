@@ -57,14 +57,14 @@ def made(rank: int) -> dict[str, pj.Method]:
   targets = "all-linear"
   return {
     "lora": pj.lora(rank, targets=targets),
-    "adalora": pj.adalora(rank, 2 * rank / 3, targets=targets, interval=10),
+    "adalora": pj.adalora(rank, target_rank=2 * rank / 3, targets=targets, interval=10),
     "dora": pj.dora(rank, targets=targets),
     "vera": pj.vera(256, targets),
     "ia3": pj.ia3(["key", "value"], [r".*/layers(_\d+)?/output/dense/kernel"]),
     "houlsby": pj.adapters(32, "houlsby"),
     "parallel": pj.adapters(64, "parallel"),
     "prefix": pj.prefix(20),
-    "full": pj.train(r"(?!head/).*"),  # which is trained with every method
+    "full": pj.unfreeze(r"(?!head/).*"),  # which is trained with every method
   }
 
 
@@ -72,7 +72,7 @@ def steps_of(method: pj.Method) -> Callable[[], None]:
   """A function that takes one step and waits for it."""
   model, params = pj.load_pretrained(Model().path(), num_labels=2)
   batch, key = example(BATCH.value, LENGTH.value), jax.random.key(2)
-  method = pj.chain(method, pj.train("head/.*"))
+  method = pj.chain(method, pj.unfreeze("head/.*"))
   params = method.attach(jax.random.key(1), params, pj.linen.layout(model, batch["tokens"]))
   train, frozen = pj.partition(params, method.trainable(params))
   total = 1 + TURNS.value * (STEPS.value + 1)

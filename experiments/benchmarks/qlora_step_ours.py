@@ -30,7 +30,7 @@ def main(name: str, batch_size: int, length: int, device: str) -> None:
     model = LlamaForCausalLM(LlamaConfig.from_hf(shapes.RANDOM[name], **options))
     params = random_params(model, dtype)
   else:
-    model, params = pj.load_pretrained(Model(name=name).path(), quant=pj.nf4(), **options)
+    model, params = pj.load_pretrained(Model(name=name).path(), quant=pj.quant.nf4(), **options)
   method = pj.lora(16, 16, "all-linear")
   params = method.attach(jax.random.key(1), params, pj.linen.layout(model, TOKENS))
   train, frozen = pj.partition(params, method.trainable(params))
@@ -58,7 +58,7 @@ def random_params(model: nn.Module, dtype: Any) -> Any:
 
   def make(path: str, leaf: Any) -> Any:
     key = paths.fold_in_path(jax.random.key(0), path)
-    layer = lambda key: transform.quantize_leaf(path, normal(key, leaf.shape[1:]), pj.nf4())
+    layer = lambda key: transform.quantize_leaf(path, normal(key, leaf.shape[1:]), pj.quant.nf4())
     if path in linear:
       return jax.jit(lambda keys: jax.lax.map(layer, keys))(jax.random.split(key, leaf.shape[0]))
     return jnp.ones(leaf.shape, dtype) if path.endswith("scale") else normal(key, leaf.shape)

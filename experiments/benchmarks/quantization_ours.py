@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 import peftjax as pj
 from experiments.benchmarks.turns import serve
+from peftjax.quant.weight import Quantized
 
 
 def main(operation: str, dtype: str, size: int, device: str) -> None:
   jax.config.update("jax_platforms", device)
-  fmt = pj.nf4(64, double_quant=True)
+  fmt = pj.quant.nf4(64, double_quant=True)
   dense = (0.02 * jax.random.normal(jax.random.key(0), (size, size))).astype(dtype)
   quantize = jax.jit(fmt.quantize)
   codes, scales = quantize(dense)
@@ -32,7 +33,7 @@ def main(operation: str, dtype: str, size: int, device: str) -> None:
       held[0] = warm(held[0], codes, scales)
       return held[0]
   else:
-    weight = pj.Quantized(codes=codes, scales=scales, fmt=fmt, dense_dtype=dtype)
+    weight = Quantized(codes=codes, scales=scales, fmt=fmt, dense_dtype=dtype)
     x = jax.random.normal(jax.random.key(1), (2048, size)).astype(dtype)
     product = jax.jit(lambda x, w: pj.einsum("ti,io->to", x, w))
     run = lambda: product(x, weight)

@@ -20,9 +20,9 @@ def main(case: str, directory: str, batch_size: int, length: int) -> None:
   targets = {"query_value": ["query", "value"], "all_linear": "all-linear"}
   method: pj.Method
   if case == "full":
-    method = pj.train(".*")
+    method = pj.unfreeze(".*")
   else:
-    method = pj.chain(pj.lora(rank=8, alpha=16, targets=targets[case]), pj.train("head/.*"))
+    method = pj.chain(pj.lora(rank=8, alpha=16, targets=targets[case]), pj.unfreeze("head/.*"))
   params = method.attach(jax.random.key(1), params)
   train, frozen = pj.partition(params, method.trainable(params))
   tx = method.optimizer(optax.adamw(1e-3, weight_decay=0.01), total_steps=1_000)

@@ -17,11 +17,13 @@ from experiments.tables import rank_budget
 from experiments.tables.methods import accuracy, adalora, lora_all
 from experiments.tables.rank_budget import BUDGETS, DATA
 from peftjax.core import paths
+from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.allocator import AllocatorState
 from peftjax.methods.budget import largest
 
 
-def triplets(params: Any) -> dict[str, pj.SVDLoRA]:
-  return {p: x for p, x in paths.leaves(params).items() if isinstance(x, pj.SVDLoRA)}
+def triplets(params: Any) -> dict[str, SVDLoRA]:
+  return {p: x for p, x in paths.leaves(params).items() if isinstance(x, SVDLoRA)}
 
 
 @claim(
@@ -112,7 +114,7 @@ def singular_values() -> Finding:
   expected=HOLDS,
 )
 def importance() -> Finding:
-  state = pj.optim.allocator_state(runs.minilm("adalora").state)
+  (state,) = pj.optim.nodes(runs.minilm("adalora").state, AllocatorState)
   s = jax.tree.map(jnp.multiply, state.mean, state.spread)
   full = {p: w.e + w.b.mean(-2) + w.a.mean(-1) for p, w in s.items()}
   own = {p: w.e for p, w in s.items()}
@@ -145,7 +147,7 @@ def zeroed_triplets() -> Finding:
   zero = lambda names: (
     lambda _, x: (
       x.replace(**{n: jnp.zeros_like(getattr(x, n)) for n in names})
-      if isinstance(x, pj.SVDLoRA)
+      if isinstance(x, SVDLoRA)
       else x
     )
   )

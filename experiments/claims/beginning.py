@@ -15,6 +15,7 @@ from experiments.claims import characters, runs, sample_models
 from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
 from experiments.claims.float64 import CLOSE, error, in_float64
 from peftjax.core import paths
+from peftjax.methods.lora_weight import LoRA
 
 RANK = 4
 
@@ -32,7 +33,7 @@ def attached() -> Any:
 
 def factors(params: Any, name: str) -> np.ndarray:
   """All of A ("a") or B ("b") as one row of numbers."""
-  leaves = [x for x in paths.leaves(params).values() if isinstance(x, pj.LoRA)]
+  leaves = [x for x in paths.leaves(params).values() if isinstance(x, LoRA)]
   return np.concatenate([np.asarray(getattr(x, name)).ravel() for x in leaves])
 
 
@@ -50,7 +51,7 @@ def moved(before: Any, after: Any, name: str) -> float:
 
 def filled(params: Any, name: str, value: Any) -> Any:
   """`params` with A or B replaced by `value(array)`."""
-  change = lambda x: x.replace(**{name: value(getattr(x, name))}) if isinstance(x, pj.LoRA) else x
+  change = lambda x: x.replace(**{name: value(getattr(x, name))}) if isinstance(x, LoRA) else x
   return paths.map_leaves(lambda _, x: change(x), params)
 
 
@@ -78,7 +79,7 @@ def initial_factors() -> Finding:
 
 @claim(
   says="∇_B ∝ (∇_L)(A x)ᵀ and ∇_A ∝ Bᵀ (∇_L) xᵀ.",
-  measured_by="with the factor s = α/r, summed over 32 columns x, against autodiff through pj.LoRA"
+  measured_by="with the factor s = α/r, summed over 32 columns x, against autodiff through LoRA"
   " in float64: B not zero; and the norm of ∇_A where it is",
   holds_if="relative errors under 1e-12, and the norm is 0",
   expected=HOLDS,
@@ -136,7 +137,7 @@ def random_start() -> Finding:
   fresh = everywhere.attach(jax.random.key(0), params, layout)
 
   def draw(path: str, leaf: Any) -> Any:
-    if not isinstance(leaf, pj.LoRA):
+    if not isinstance(leaf, LoRA):
       return leaf
     bound = 1 / leaf.b.shape[-1] ** 0.5
     key = paths.fold_in_path(jax.random.key(1), path)

@@ -18,6 +18,7 @@ import optax
 
 import peftjax as pj
 from peftjax import data
+from peftjax.core.einsum import take
 from peftjax.nn import feed_forward, ffn
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789.,'\"-?!:;()@#/&$%"
@@ -77,7 +78,7 @@ def init(variant: str, seed: int = 0) -> dict[str, Any]:
 
 def features(params: Any, ids_BT: jax.Array) -> jax.Array:
   """x [B, 256]: the embeddings of the context, one beside the other."""
-  return pj.take(params["embed"]["embedding"], ids_BT).reshape(ids_BT.shape[0], -1)
+  return take(params["embed"]["embedding"], ids_BT).reshape(ids_BT.shape[0], -1)
 
 
 def before_activation(params: Any, x_BD: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import peftjax as pj
 from experiments.claims import clock, runs, sample_models
 from experiments.claims.claim import HOLDS, Finding, claim, found
 from experiments.claims.sample_models import Classes
+from peftjax.methods.lora_weight import LoRA
 
 
 def one_text() -> Classes:
@@ -104,9 +105,9 @@ def _task(rank: int, seed: int, base: Any) -> tuple[Any, Any]:
   params = method.attach(jax.random.key(seed), base)
   noise = lambda x: x.replace(b=0.1 * jax.random.normal(jax.random.key(seed), x.b.shape))
   params = jax.tree.map(
-    lambda x: noise(x) if isinstance(x, pj.LoRA) else x,
+    lambda x: noise(x) if isinstance(x, LoRA) else x,
     params,
-    is_leaf=lambda x: isinstance(x, pj.LoRA),
+    is_leaf=lambda x: isinstance(x, LoRA),
   )
   return pj.partition(params, pj.adapter_mask(params, method.trainable(params)))
 

@@ -54,7 +54,7 @@ def nbytes(tree: Any) -> int:
 @functools.cache
 def quantised(size: str, double_quant: bool) -> Any:
   params, layout = abstract(size)
-  return pj.quantize(params, pj.nf4(double_quant=double_quant), layout=layout)
+  return pj.quantize(params, pj.quant.nf4(double_quant=double_quant), layout=layout)
 
 
 def linear(size: str, double_quant: bool) -> list[Quantized]:

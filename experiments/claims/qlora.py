@@ -15,6 +15,7 @@ from experiments.claims import characters
 from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
 from experiments.claims.products import products_like
 from peftjax.core import paths
+from peftjax.methods.lora_weight import LoRA
 from peftjax.nn import ffn
 from peftjax.quant.formats import Format
 from peftjax.quant.transform import quantize_leaf
@@ -31,7 +32,7 @@ def method() -> Any:
 @functools.cache
 def attached() -> Any:
   """The characters' model, trained on news, its block in NF4, with LoRA."""
-  base = pj.quantize(characters.trained("gelu"), pj.nf4(), where=["up", "down"])
+  base = pj.quantize(characters.trained("gelu"), pj.quant.nf4(), where=["up", "down"])
   return method().attach(jax.random.key(0), base)
 
 
@@ -50,7 +51,7 @@ def _train(tx: Any) -> tuple[Any, np.ndarray]:
 
 def bases(params: Any) -> list[Any]:
   """Codes and scales of the quantised weights."""
-  leaves = [x.base for x in paths.leaves(params).values() if isinstance(x, pj.LoRA)]
+  leaves = [x.base for x in paths.leaves(params).values() if isinstance(x, LoRA)]
   return jax.tree.leaves([x for x in leaves if isinstance(x, Quantized)])
 
 
@@ -69,7 +70,7 @@ def base_is_frozen() -> Finding:
   after, losses = trained()
   pairs = zip(bases(attached()), bases(after), strict=True)
   changed = sum(int((np.asarray(one) != np.asarray(two)).sum()) for one, two in pairs)
-  bits = 8 * min(x.a.dtype.itemsize for x in paths.leaves(after).values() if isinstance(x, pj.LoRA))
+  bits = 8 * min(x.a.dtype.itemsize for x in paths.leaves(after).values() if isinstance(x, LoRA))
   numbers = {
     "weight gradients": weight_gradients(attached(), method().trainable(attached())),
     "in full fine-tuning": weight_gradients(dense, everything),
@@ -137,7 +138,7 @@ def gradient_path() -> Finding:
 )
 def product() -> Finding:
   keys = jax.random.split(jax.random.key(0), 3)
-  base = quantize_leaf("w", jax.random.normal(keys[0], (1024, 1024), jnp.bfloat16), pj.nf4())
+  base = quantize_leaf("w", jax.random.normal(keys[0], (1024, 1024), jnp.bfloat16), pj.quant.nf4())
   leaf = pj.lora(rank=8, targets=["w"]).attach(keys[1], {"w": base})["w"]
   leaf = leaf.replace(b=0.1 * jax.random.normal(keys[1], leaf.b.shape))
   x = jax.random.normal(keys[2], (64, 1024), jnp.bfloat16)
@@ -158,7 +159,7 @@ def product() -> Finding:
 def compute_precision() -> Finding:
   keys = jax.random.split(jax.random.key(0), 2)
   w, x = jax.random.normal(keys[0], (1024, 1024)), jax.random.normal(keys[1], (256, 1024))
-  nf4 = quantize_leaf("w", w, pj.nf4())
+  nf4 = quantize_leaf("w", w, pj.quant.nf4())
   rough = quantize_leaf("embedding", x, Format("int4", 64, False)).materialize()
   exact = x @ w
 
@@ -181,7 +182,7 @@ def compute_precision() -> Finding:
 def nothing_dense_stays() -> Finding:
   size = 512
   weight = jax.eval_shape(
-    lambda: quantize_leaf("w", jnp.zeros((size, size)), pj.nf4(double_quant=False))
+    lambda: quantize_leaf("w", jnp.zeros((size, size)), pj.quant.nf4(double_quant=False))
   )
 
   def net(x: jax.Array, weights: list[Any]) -> jax.Array:

@@ -192,7 +192,7 @@ def uniform_wastes() -> Finding:
 def integer_points() -> Finding:
   values = codebooks.four_bits("nf4") * 7
   whole = int((values == np.round(values)).sum())
-  leaf = quantize_leaf("kernel", normal_weights()[:64, :2], pj.nf4(double_quant=False))
+  leaf = quantize_leaf("kernel", normal_weights()[:64, :2], pj.quant.nf4(double_quant=False))
   integers = leaf.codes.dtype == jnp.uint8
   return found(
     {"values on the grid": whole, "codes are integers": integers},

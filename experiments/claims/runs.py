@@ -15,6 +15,8 @@ from experiments.claims import cost, sample_models
 from experiments.claims.cost import Cost
 from experiments.claims.sample_models import Classes
 from peftjax.core import paths
+from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.allocator import AllocatorState
 
 STEPS = 80
 HEAD = "head/.*"
@@ -22,11 +24,11 @@ TARGET = 2  # rank of each matrix in the mean, of LoRA and in the end of AdaLoRA
 
 METHODS: Mapping[str, Callable[[], Any]] = {
   "small": lambda: pj.lora(rank=4, targets=["query", "value"]),
-  "lora": lambda: pj.chain(pj.lora(rank=TARGET, targets="all-linear"), pj.train(HEAD)),
+  "lora": lambda: pj.chain(pj.lora(rank=TARGET, targets="all-linear"), pj.unfreeze(HEAD)),
   "adalora": lambda: pj.chain(
-    pj.adalora(rank=4, target_rank=TARGET, interval=5, targets="all-linear"), pj.train(HEAD)
+    pj.adalora(rank=4, target_rank=TARGET, interval=5, targets="all-linear"), pj.unfreeze(HEAD)
   ),
-  "full": lambda: pj.train(".*"),
+  "full": lambda: pj.unfreeze(".*"),
 }
 RATES = {"lora": 2e-3, "adalora": 5e-3, "full": 2e-4}
 
@@ -48,7 +50,7 @@ class Run(NamedTuple):
   params: Any
   mask: Any
   state: Any
-  weights: list[dict[str, pj.SVDLoRA]]
+  weights: list[dict[str, SVDLoRA]]
   history: list[dict[str, np.ndarray]]
   budgets: list[int]
 
@@ -76,8 +78,7 @@ def minilm(name: str) -> Run:
   weights, history, budgets = [], [], []
   for i in range(STEPS):
     train, state = one(train, frozen, state, sample_models.batch(i))
-    allocator = pj.optim.allocator_state(state)
-    if allocator is not None:
+    for allocator in pj.optim.nodes(state, AllocatorState):
       leaves = paths.leaves(train)
       weights.append({path: leaves[path] for path in allocator.kept})
       history.append({path: np.asarray(on) for path, on in allocator.kept.items()})

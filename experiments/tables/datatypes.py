@@ -23,6 +23,7 @@ from configs import causal_lm, classify
 from experiments.tables.cells import Cell
 from experiments.tables.report import Report
 from peftjax.core import paths
+from peftjax.methods.lora_weight import LoRA
 from peftjax.quant import blockwise
 from peftjax.quant.formats import Format
 from peftjax.quant.transform import quantize_leaf
@@ -76,7 +77,7 @@ def _quantised(
     nonlocal off, total, stored, count, used
     if path not in chosen:
       return leaf
-    base = leaf.base if isinstance(leaf, pj.LoRA) else leaf
+    base = leaf.base if isinstance(leaf, LoRA) else leaf
     weight = quantize_leaf(path, base, fmt)
     off += float(jnp.square(weight.materialize() - base).sum())
     total += float(jnp.square(base).sum())
@@ -84,7 +85,7 @@ def _quantised(
     count += base.size
     codes = weight.codes if fmt.bits == 8 else blockwise.unpack(weight.codes, weight.axis)
     used += np.bincount(np.asarray(codes).ravel(), minlength=256)
-    return leaf.replace(base=weight) if isinstance(leaf, pj.LoRA) else weight
+    return leaf.replace(base=weight) if isinstance(leaf, LoRA) else weight
 
   quantised = paths.map_leaves(quantise, params)
   share = used[used > 0] / count

@@ -37,25 +37,25 @@ def _of_lora() -> list[Row]:
   out = r".*/attn/c_proj/kernel"
   rank_4 = "r = 4 of table 11; the PreLayer row prints the same number"
   made = [
-    Row(t2, base, "FT", "125.0M", pj.train(".*"), nominal, off="nominal"),
-    Row(t2, base, "BitFit", "0.1M", pj.train(".*/bias")),
+    Row(t2, base, "FT", "125.0M", pj.unfreeze(".*"), nominal, off="nominal"),
+    Row(t2, base, "BitFit", "0.1M", pj.unfreeze(".*/bias")),
     Row(t2, base, "LoRA", "0.3M", _lora(8)),
-    Row(t2, large, "FT", "355.0M", pj.train(".*"), nominal, off="nominal"),
+    Row(t2, large, "FT", "355.0M", pj.unfreeze(".*"), nominal, off="nominal"),
     Row(t2, large, "LoRA", "0.8M", _lora(8)),
     Row(
       t2, "DeBERTaV2-XXL", "LoRA", "4.7M", _lora(8), meant=("r = 16, as in the scripts", _lora(16))
     ),
-    Row(t3, "GPT-2 M", "FT", "354.92M", pj.train(".*"), "one digit is off: 354.82M"),
-    Row(t3, "GPT-2 M", "FT-Top2", "25.19M", pj.train(r".*/layers_2[23]/.*")),
+    Row(t3, "GPT-2 M", "FT", "354.92M", pj.unfreeze(".*"), "one digit is off: 354.82M"),
+    Row(t3, "GPT-2 M", "FT-Top2", "25.19M", pj.unfreeze(r".*/layers_2[23]/.*")),
     Row(t3, "GPT-2 M", "LoRA", "0.35M", _lora(4), rank_4),
-    Row(t3, "GPT-2 L", "FT", "774.03M", pj.train(".*")),
+    Row(t3, "GPT-2 L", "FT", "774.03M", pj.unfreeze(".*")),
     Row(t3, "GPT-2 L", "LoRA", "0.77M", _lora(4), rank_4),
     Row(
       t4,
       gpt3,
       "FT",
       "175,255.8M",
-      pj.train(".*"),
+      pj.unfreeze(".*"),
       "more than its 96 layers and its tables; it is not said what",
       off="unexplained",
     ),
@@ -64,7 +64,7 @@ def _of_lora() -> list[Row]:
       gpt3,
       "BitFit",
       "14.2M",
-      pj.train(".*/bias"),
+      pj.unfreeze(".*/bias"),
       "12 vectors of 12,288 a layer, which has 11",
       off="unexplained",
     ),
@@ -106,8 +106,8 @@ def _of_adalora() -> list[Row]:
   base, bart, six = "DeBERTaV3-base", "BART-large", (*ATTENTION, *FFN)
   five = (*QV, "key", *FFN)
   made = [
-    Row(t1, base, "Full FT", "184M", pj.train(".*")),
-    Row(t1, base, "BitFit", "0.1M", pj.train(".*/bias")),
+    Row(t1, base, "Full FT", "184M", pj.unfreeze(".*")),
+    Row(t1, base, "BitFit", "0.1M", pj.unfreeze(".*/bias")),
   ]
   for size, houlsby, pfeiffer in (
     (32, "1.22M", "1.18M"),
@@ -120,7 +120,7 @@ def _of_adalora() -> list[Row]:
       Row(t1, base, f"PAdapter, d = {2 * size}", pfeiffer, _adapters(2 * size, "pfeiffer")),
     ]
   for rank, lora, adalora in ((8, "1.33M", "1.27M"), (2, "0.33M", "0.32M")):
-    evenly = pj.adalora(rank, None, targets=six)
+    evenly = pj.adalora(rank, target_rank=None, targets=six)
     note = (
       "triplets spread evenly; the printed number has fewer of them in the feed-forward, where "
       "figure 3 shows more"
@@ -203,13 +203,13 @@ def _of_vera() -> list[Row]:
 
 def _of_others() -> list[Row]:
   """Liu et al. 2022 (IA3), He et al. 2021, Houlsby et al. 2019, Ben Zaken et al. 2021."""
-  norms = pj.train(r".*norm/scale")
+  norms = pj.unfreeze(r".*norm/scale")
   every = _lora(4, "q", "k", "v", "o", "wi_0", "wi_1", "wo")
   t4 = functools.partial(Row, "IA3 table 4", "T0-3B")
   pfeiffer = _adapters(600, "pfeiffer")
   layers = "a share of the layers, without embeddings"
   return [
-    t4("Full fine-tuning", "3B", pj.train(".*")),
+    t4("Full fine-tuning", "3B", pj.unfreeze(".*")),
     t4("IA3", "540K", pj.ia3(["k", "v"], ["wo"])),
     t4("LayerNorm", "250K", norms),
     t4(
@@ -218,7 +218,7 @@ def _of_others() -> list[Row]:
       every,
       meant=("with LayerNorms, as in the release", pj.chain(every, norms)),
     ),
-    Row("He table 2", "RoBERTa-base", "BitFit", "0.1%", pj.train(".*/bias")),
+    Row("He table 2", "RoBERTa-base", "BitFit", "0.1%", pj.unfreeze(".*/bias")),
     Row("He table 6", "BART-large", "Pfeiffer, r = 600", "7.2%", pfeiffer),
     Row(
       "He table 6",
@@ -237,7 +237,7 @@ def _of_others() -> list[Row]:
       "12.39 % without biases, which would be cut to 12.3",
       off="unexplained",
     ),
-    Row("BitFit release", "BERT-large", "BitFit", "0.08%", pj.train(".*/bias")),
+    Row("BitFit release", "BERT-large", "BitFit", "0.08%", pj.unfreeze(".*/bias")),
     Row("Houlsby table 1", "BERT-large", "size 64", "2.1%", pj.adapters(64), layers, of="layers"),
   ]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import jax
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
@@ -13,11 +15,45 @@ from peftjax.core.weight import Weight
 class Adapted(Weight):
   """A weight with the shape and dtype of its `base`.
 
+  The attributes below `base` are what other files may ask of every adapted weight. Subclasses that
+  have them make them fields, and override the functions that go with them.
+
   Attributes:
     base: the pretrained weight, an array or any `Weight`.
+    rank: `[*stack]` int32, the true rank of each layer where rows are padded to a common one.
+    key: `[*stack]` keys of the dropout on the branch's input while training, else None.
+    dropout: rate of that dropout.
+    of: the path of the leaf or shared node whose arrays it borrows; "" for none.
+    residual: `base` is no longer the pretrained array.
   """
 
   base: Any
+
+  # Children that a method trains.
+  trained: ClassVar[frozenset[str]] = frozenset()
+
+  rank = None
+  key = None
+  dropout = 0.0
+  of = ""
+  residual = False
+
+  @property
+  def rates(self) -> Mapping[str, float]:
+    """By how much children learn faster than the optimizer's rate, where they do."""
+    return {}
+
+  def with_key(self, key: jax.Array, path: str) -> Adapted:
+    """With a key of `dropout` for each layer; only asked of weights that have a rate."""
+    raise NotImplementedError
+
+  def borrow(self, lender: Any) -> Adapted:
+    """With the arrays that it uses of what lies at `of`; only asked of weights that name one."""
+    raise NotImplementedError
+
+  def unmerged(self, dense: jax.Array) -> jax.Array:
+    """The base that this adapter was merged into: `materialize` the other way round."""
+    raise NotImplementedError
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -48,6 +84,16 @@ def check_bare(path: str, leaf: Any) -> None:
   """Raises ValueError if the leaf at `path` has an adapter; a quantised weight has none."""
   if isinstance(leaf, Adapted):
     raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
+
+
+def lender(leaf: Any) -> str:
+  """The path of what a leaf borrows arrays of; "" for none."""
+  return leaf.of if isinstance(leaf, Adapted) else ""
+
+
+def axis_names(leaf: Any) -> tuple[str | None, ...] | None:
+  """Names of the axes of a `Weight` or of the array in a Flax box, where a model annotated them."""
+  return getattr(leaf, "names", None)  # boxes are of many classes, not all of which have names
 
 
 def bare(leaf: Any) -> Any:

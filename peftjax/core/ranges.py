@@ -33,6 +33,8 @@ Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
+# What jnp.dtype takes; not checked. A config names it (`training.sections`).
+DType = Annotated[Any, "dtype"]
 
 
 def check(schema: Any, given: Mapping[str, Any], where: str = "") -> None:

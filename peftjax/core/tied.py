@@ -41,8 +41,6 @@ def kernel(table: Any) -> Any:
   """
   base = bare(table.base if isinstance(table, Adapted) else table)
   if isinstance(base, Weight):
-    if not hasattr(base, "transposed"):
-      raise ValueError(f"a {type(base).__name__} cannot be a head of its own; merge it first")
     return base.transposed()
   if isinstance(base, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(base.shape[::-1], base.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from peftjax.core import paths, shared, tied
-from peftjax.core.adapted import Adapted
+from peftjax.core.adapted import Adapted, lender
 from peftjax.core.attachment import Attachment, attachments, is_attachment
 from peftjax.core.tied import Tied, is_tied
 from peftjax.core.weight import Weight, children, materialize
@@ -53,7 +53,7 @@ def tie(params: Any, *, spread: bool = True) -> Any:
   lenders = {**paths.leaves(params), **common}
 
   def give(path: str, leaf: Any) -> Any:
-    of = getattr(leaf, "of", "") if isinstance(leaf, Weight) else ""
+    of = lender(leaf)
     if of and of not in lenders:
       raise ValueError(f"{path} uses arrays of {of}, which is not in this tree: pass all of it")
     if not of or (of in common and leaf.stack and not spread):
@@ -87,8 +87,8 @@ def merge(params: Any, *, dense: bool = False) -> Any:
     if isinstance(leaf, Weight) and leaf.quantised and not dense:
       raise ValueError(
         f"{path} is quantised, and merging would make it dense. Write pj.merge(params, dense=True) "
-        "for dense arrays, or pj.requantize(params) to fold adapters into the codes; that changes "
-        "the outputs, and it returns by how much."
+        "for dense arrays, or pj.quant.requantize(params) to fold adapters into the codes; "
+        "that changes the outputs, and it returns by how much."
       )
     return materialize(leaf)
 
@@ -180,7 +180,7 @@ def with_dropout_keys(params: Any, key: jax.Array | None) -> Any:
   """
 
   def give(path: str, leaf: Any) -> Any:
-    if not getattr(leaf, "dropout", 0.0):
+    if not isinstance(leaf, Adapted) or not leaf.dropout:
       return leaf
     if key is None:
       raise ValueError(
@@ -206,7 +206,8 @@ def count(params: Any, mask: Any | None = None) -> int:
 
 def restore_ranks(chosen: Any, params: Any) -> Any:
   """Puts each weight's recorded rank back into a tree that a partition has taken it from."""
-  fill = lambda c, p: c.replace(rank=p.rank) if getattr(p, "rank", None) is not None else c
+  ranked = lambda leaf: isinstance(leaf, Adapted) and leaf.rank is not None
+  fill = lambda c, p: c.replace(rank=p.rank) if ranked(p) else c
   return jax.tree.map(fill, chosen, params, is_leaf=lambda n: n is None or paths.is_leaf(n))
 
 

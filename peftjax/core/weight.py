@@ -48,8 +48,8 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # Children that came from the pretrained files; the rest was made by a method's `attach`.
   pretrained: ClassVar[frozenset[str]] = frozenset({"base"})
 
-  # Whether only the optimizer of its own method may train it (AdaLoRA's, which allocates ranks).
-  allocated: ClassVar[bool] = False
+  # Whether only the optimizer of its own method may train it, whose state is an `optim.Owner`.
+  owned: ClassVar[bool] = False
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -77,6 +77,11 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   def size(self) -> int:
     return math.prod(self.shape)
 
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """The leading axes, of layers; all else of the shape is one layer's matrix."""
+    return self.shape[:-2]
+
   def true_size(self) -> int:
     """Parameters of the children that are here: padding, scales and keys are not counted."""
     raise NotImplementedError
@@ -96,6 +101,14 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits `x Wᵀ` of a tied `[V, D]` table: `[..., V]` for x `[..., D]`."""
     return self.einsum("...d,vd->...v", x)
+
+  def transposed(self) -> Weight:
+    """The kernel `[D, V]` of a table `[V, D]`, in the same form.
+
+    Raises:
+      ValueError: this kind of weight has none.
+    """
+    raise ValueError(f"a {type(self).__name__} cannot be a head of its own; merge it first")
 
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 

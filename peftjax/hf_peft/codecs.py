@@ -12,11 +12,9 @@ from typing import Any
 
 from peftjax.hf_peft.fields import VIRTUAL
 from peftjax.methods.codec import Codec, Common
-from peftjax.methods.ia3_codec import IA3Codec
-from peftjax.methods.lora_codec import AdaLoraCodec, DoraCodec, LoraCodec
-from peftjax.methods.vera_codec import VeraCodec
+from peftjax.methods.registry import METHODS
 
-CODECS: tuple[Codec, ...] = (LoraCodec(), DoraCodec(), AdaLoraCodec(), IA3Codec(), VeraCodec())
+CODECS: tuple[Codec, ...] = tuple(m.codec for m in METHODS.values() if m.codec is not None)
 
 
 def codec_of(leaf: Any) -> Codec | None:

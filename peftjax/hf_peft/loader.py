@@ -64,9 +64,9 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     if path in reader.rebased and path not in reader.attached:
       made.add(path)
     mask = jax.tree.map(lambda _: path in reader.replaced | made, leaf)
-    if path not in reader.attached or (codec := codec_of(leaf)) is None:
+    if path not in reader.attached:
       return mask
-    own = codec.trained & {name for name, child in children(leaf).items() if child is not None}
+    own = leaf.trained & {name for name, child in children(leaf).items() if child is not None}
     return mask.replace(**dict.fromkeys([*own, *["base"] * (path in reader.rebased)], True))
 
   return loaded, paths.map_leaves(flags, loaded)

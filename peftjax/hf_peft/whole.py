@@ -63,7 +63,7 @@ def collect(
       raise ValueError(
         f"{path} is trained, and a PEFT directory has no place for it: only for adapters and for "
         "modules that have none.\nSave the whole model instead, from pj.merge(params), or train "
-        'with pj.chain(pj.lora(...), pj.train("head/.*")).'
+        'with pj.chain(pj.lora(...), pj.unfreeze("head/.*")).'
       )
     elif on or ((trained is None or task_type == "SEQ_CLS") and path.startswith("head/")):
       chosen.update({unit: {} for unit in units})

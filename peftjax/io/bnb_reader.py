@@ -244,5 +244,5 @@ def _fault(tensors: TensorDir, weight: str, what: str) -> ValueError:
   return ValueError(
     f"{tensors.file_of(weight)}: the 4-bit weight {weight} cannot be read: {what}.\nSave the model "
     "again with transformers and bitsandbytes >= 0.43, as nf4 or fp4 in blocks of 32, 64, ..., "
-    "4096; or load the model it was made from, with quant=pj.nf4()."
+    "4096; or load the model it was made from, with quant=pj.quant.nf4()."
   )

@@ -42,7 +42,7 @@ _SUFFIXES: Mapping[str, str] = {
 }
 _ADVICE = (
   "Only bitsandbytes' 4 bits (nf4, fp4) are read. Load the model it was made from, with "
-  "quant=pj.nf4() for four bits; or save it dense: AutoModelForCausalLM.from_pretrained(OLD)"
+  "quant=pj.quant.nf4() for four bits; or save it dense: AutoModelForCausalLM.from_pretrained(OLD)"
   ".dequantize().save_pretrained(NEW)."
 )
 

@@ -3,51 +3,109 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths
+from peftjax.core import paths, ranges
 from peftjax.core.layout import Layout
-from peftjax.core.ranges import Count, Fraction, NotNegative, Positive, Size, checked
-from peftjax.methods import budget
+from peftjax.core.ranges import Count, Fraction, NotNegative, Size
+from peftjax.methods import adalora_ranks, budget
 from peftjax.methods.adalora_weight import SVDLoRA
-from peftjax.methods.allocator import REGROW, SCORES, Allocator
+from peftjax.methods.allocator import Allocator
 from peftjax.methods.base import Outer
-from peftjax.methods.lora import LoRAMethod, lora
+from peftjax.methods.lora_codec import AdaLoraCodec
 from peftjax.methods.lora_weight import LoRA
+from peftjax.methods.low_rank import LowRank
 from peftjax.methods.orthogonality import PENALTIES
 
-FORMS = ("svd", "lora")
+# What fields of it may be.
+_NAMES = {
+  "penalty": PENALTIES,
+  "score": ("full", "sensitivity", "magnitude"),
+  "regrow": ("kept", "random", "zero"),
+  "form": ("svd", "lora"),
+}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaLoRAMethod(LoRAMethod):
-  """Attaches `SVDLoRA` to the targeted weights; its optimizer is an `Allocator`; see `adalora`."""
+@dataclasses.dataclass(frozen=True)
+class AdaLoRAMethod(LowRank):
+  """AdaLoRA: h = W x + (α/r) P diag(λ) Q x, of whose triplets (P_i, λ_i, Q_i) the best b stay.
+
+  The loss is C + γ R(P, Q). After every ΔT-th step the triplets of all matrices are ranked by
+  S_i = s(λ_i) + mean s(P_i) + mean s(Q_i), and λ_i of all but the first b(t) is set to zero; its
+  P_i and Q_i stay and learn, so a triplet may come back. s(w) = Ī(w) Ū(w) are moving averages of
+  the sensitivity |w ∂L/∂w| and of how far it strays from its average (equations 3 to 13). b falls
+  from r to `target_rank` a matrix on a cubic curve; in the final steps the choice is fixed.
+
+  Train with `method.optimizer(tx, total_steps)`: any other optimizer raises.
+
+  Args:
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`; r is that of
+      each matrix at first, and the scale α/r stays of this r.
+    target_rank: b(T) divided by the number of matrices; None prunes nothing (SVD-LoRA).
+    warmup, final: t_i and t_f, updates before pruning starts and after it has ended; below 1,
+      fractions of all updates.
+    interval: ΔT.
+    penalty: R: `"squared"`, the paper's sum of squares, or `"norm"`, the released code's mean of
+      norms (`orthogonality.penalty`).
+    gamma: γ; 0 for none.
+    beta1, beta2: of Ī and of Ū.
+    score: `"full"`; for the ablations of the paper's table 4 `"sensitivity"`, s(w) = |w ∂L/∂w|
+      of this step, or `"magnitude"`, S_i = |λ_i|.
+    regrow: what becomes of P_i and Q_i when λ_i is masked. `"kept"`: they stay (the paper).
+      `"random"`: they are drawn anew. `"zero"`: they are zeroed, after which nothing of the triplet
+      has a gradient, so that only an optimizer's momentum can bring it back.
+    form: `"svd"`, or `"lora"` for LoRA's own B A with penalty (LoRA_regu, with target_rank=None) or
+      pruned by pairs (Prune-LoRA), which never come back.
+    seed: of what `regrow="random"` draws.
+
+  Raises:
+    ValueError: on an unknown name, a number out of range, or a target above the rank.
+  """
 
   leaf: ClassVar[type[LoRA]] = SVDLoRA
-  trained: ClassVar[frozenset[str]] = frozenset({"a", "b", "e"})
+  codec = AdaLoraCodec()
 
-  target_rank: float | None
-  warmup: float
-  final: float
-  interval: int
-  penalty: str
-  gamma: float
-  beta1: float
-  beta2: float
-  score: str
-  regrow: str
-  form: str
-  seed: int
+  rank: Size = 12
+  targets: str | Sequence[str] = "all-linear"
+  _: dataclasses.KW_ONLY
+  target_rank: NotNegative | None = 8.0
+  warmup: NotNegative = 0.1
+  final: NotNegative = 0.4
+  interval: Size = 10
+  penalty: str = "squared"
+  gamma: NotNegative = 0.1
+  beta1: Fraction = 0.85
+  beta2: Fraction = 0.85
+  score: str = "full"
+  regrow: str = "kept"
+  form: str = "svd"
+  seed: Count = 0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name, allowed in _NAMES.items():
+      ranges.one_of(name, getattr(self, name), allowed)
+    if self.form == "lora" and self.score == "magnitude":
+      raise ValueError('score "magnitude" is that of λ, which form "lora" does not have')
+    for name, number in (("warmup", self.warmup), ("final", self.final)):
+      if number >= 1 and number != int(number):
+        raise ValueError(f"{name}={number}: write a fraction below 1 or a whole number of updates")
+    top_rank = max([self.rank, *self.rank_pattern.values()])
+    if self.target_rank is not None and self.target_rank > top_rank:
+      raise ValueError(
+        f"target_rank {self.target_rank} is not between 0 and the initial rank {top_rank}; raise "
+        "rank (1.5 times the target is usual) or lower target_rank"
+      )
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
     """Every targeted weight becomes an `SVDLoRA` around it, with λ = 0, so outputs stay.
 
     Raises:
-      ValueError: as of `lora`; and if the ranks are fewer than the target asks for.
+      ValueError: as of `LowRank`; and if the ranks are fewer than the target asks for.
     """
     attached, claimed = super().attach(key, params, layout), set(self.claims(params))
     made = [w for p, w in paths.leaves(attached).items() if p in claimed]
@@ -66,26 +124,29 @@ class AdaLoRAMethod(LoRAMethod):
     Raises:
       ValueError: if warm-up and final steps leave none between them.
     """
-    return Allocator(
-      schedule=self._schedule(total_steps),
-      target_rank=self.target_rank or 0.0,
-      penalty=self.penalty,
-      gamma=self.gamma,
-      beta1=self.beta1,
-      beta2=self.beta2,
-      score=self.score,
-      regrow=self.regrow,
-      seed=self.seed,
-    ).wrap
+    return Allocator(self, self._schedule(total_steps)).wrap
 
   def settled(self, total_steps: int) -> int:
     """After step T − t_f every matrix keeps its triplets."""
     return 0 if self.target_rank is None else self._schedule(total_steps).end + 1
 
+  def varies(self) -> frozenset[str]:
+    """Without a target nothing is pruned, by another program; what is drawn anew has the rank's
+    shape.
+    """
+    own = set() if self.target_rank is None else {"target_rank"}
+    return super().varies() - ({"rank"} if self.regrow == "random" else set()) | own
+
+  def summary(self, params: Any) -> dict[str, Any]:
+    return {"ranks": adalora_ranks.ranks(params)}
+
   def _schedule(self, total_steps: int) -> budget.Schedule:
     if self.target_rank is None:
       return budget.NEVER
     return budget.schedule(total_steps, self.warmup, self.final, self.interval)
+
+  def _init(self) -> str:
+    return "kaiming" if self.form == "lora" else "triplets"
 
   def _finish(self, path: str, weight: Any) -> Any:
     if self.form == "lora":
@@ -93,110 +154,7 @@ class AdaLoRAMethod(LoRAMethod):
     return weight.replace(e=jnp.zeros((*weight.stack, weight.a.shape[-2]), self.dtype))
 
 
-@checked
-def adalora(
-  rank: Size = 12,
-  target_rank: NotNegative | None = 8,
-  alpha: Positive = 16.0,
-  targets: str | Sequence[str] = "all-linear",
-  *,
-  warmup: NotNegative = 0.1,
-  final: NotNegative = 0.4,
-  interval: Size = 10,
-  penalty: str = "squared",
-  gamma: NotNegative = 0.1,
-  beta1: Fraction = 0.85,
-  beta2: Fraction = 0.85,
-  score: str = "full",
-  regrow: str = "kept",
-  form: str = "svd",
-  dropout: Fraction = 0.0,
-  rank_pattern: Mapping[str, Size] | None = None,
-  alpha_pattern: Mapping[str, Positive] | None = None,
-  seed: Count = 0,
-  dtype: Any = jnp.float32,
-) -> AdaLoRAMethod:
-  """AdaLoRA: h = W x + (α/r) P diag(λ) Q x, of whose triplets (P_i, λ_i, Q_i) the best b stay.
-
-  The loss is C + γ R(P, Q). After every ΔT-th step the triplets of all matrices are ranked by
-  S_i = s(λ_i) + mean s(P_i) + mean s(Q_i), and λ_i of all but the first b(t) is set to zero; its
-  P_i and Q_i stay and learn, so a triplet may come back. s(w) = Ī(w) Ū(w) are moving averages of
-  the sensitivity |w ∂L/∂w| and of how far it strays from its average (equations 3 to 13). b falls
-  from r to `target_rank` a matrix on a cubic curve; in the final steps the choice is fixed.
-
-  Train with `method.optimizer(tx, total_steps)`: any other optimizer raises.
-
-  Args:
-    rank: r of each matrix at first; the scale α/r stays of this r.
-    target_rank: b(T) divided by the number of matrices; None prunes nothing (SVD-LoRA).
-    alpha: α.
-    targets: module names, regexes of whole paths, or `"all-linear"`.
-    warmup, final: t_i and t_f, updates before pruning starts and after it has ended; below 1,
-      fractions of all updates.
-    interval: ΔT.
-    penalty: R: `"squared"`, the paper's sum of squares, or `"norm"`, the released code's mean of
-      norms (`orthogonality.penalty`).
-    gamma: γ; 0 for none.
-    beta1, beta2: of Ī and of Ū.
-    score: `"full"`; for the ablations of the paper's table 4 `"sensitivity"`, s(w) = |w ∂L/∂w|
-      of this step, or `"magnitude"`, S_i = |λ_i|.
-    regrow: what becomes of P_i and Q_i when λ_i is masked. `"kept"`: they stay (the paper).
-      `"random"`: they are drawn anew. `"zero"`: they are zeroed, after which nothing of the triplet
-      has a gradient, so that only an optimizer's momentum can bring it back.
-    form: `"svd"`, or `"lora"` for LoRA's own B A with penalty (LoRA_regu, with target_rank=None) or
-      pruned by pairs (Prune-LoRA), which never come back.
-    dropout: rate on the branch's input.
-    rank_pattern, alpha_pattern: as of `lora`.
-    seed: of what `regrow="random"` draws.
-    dtype: of P, λ and Q.
-
-  Raises:
-    ValueError: on an unknown name, a number out of range, or a target above the rank.
-  """
-  common = lora(
-    rank,
-    alpha,
-    targets,
-    dropout=dropout,
-    rank_pattern=rank_pattern,
-    alpha_pattern=alpha_pattern,
-    dtype=dtype,
-  )
-  for name, value, allowed in (
-    ("penalty", penalty, PENALTIES),
-    ("score", score, SCORES),
-    ("regrow", regrow, REGROW),
-    ("form", form, FORMS),
-  ):
-    if value not in allowed:
-      raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, allowed))}")
-  if form == "lora" and score == "magnitude":
-    raise ValueError('score "magnitude" is that of λ, which form "lora" does not have')
-  for name, number in (("warmup", warmup), ("final", final)):
-    if number >= 1 and number != int(number):
-      raise ValueError(f"{name}={number}: write a fraction below 1 or a whole number of updates")
-  top_rank = max([rank, *(rank_pattern or {}).values()])
-  if target_rank is not None and not 0 <= target_rank <= top_rank:
-    raise ValueError(
-      f"target_rank {target_rank} is not between 0 and the initial rank {top_rank}; raise rank "
-      "(1.5 times the target is usual) or lower target_rank"
-    )
-  fields = {f.name: getattr(common, f.name) for f in dataclasses.fields(common)}
-  return AdaLoRAMethod(
-    **{**fields, "init": "kaiming" if form == "lora" else "triplets"},
-    target_rank=target_rank,
-    warmup=warmup,
-    final=final,
-    interval=interval,
-    penalty=penalty,
-    gamma=gamma,
-    beta1=beta1,
-    beta2=beta2,
-    score=score,
-    regrow=regrow,
-    form=form,
-    seed=seed,
-  )
+adalora = AdaLoRAMethod
 
 
 def _ranks(weight: Any) -> list[int]:

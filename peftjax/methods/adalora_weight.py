@@ -24,9 +24,11 @@ class SVDLoRA(LoRA):
       pruned.
   """
 
+  trained: ClassVar[frozenset[str]] = frozenset({"a", "b", "e"})
+
   e: Any = None
 
-  allocated: ClassVar[bool] = True
+  owned: ClassVar[bool] = True
 
   def true_size(self) -> int:
     """As of LoRA, and λ."""

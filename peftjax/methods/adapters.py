@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths
+from peftjax.core import paths, ranges
 from peftjax.core.attachment import is_attachment
 from peftjax.core.layout import Layout, Site
-from peftjax.core.ranges import Length, Positive, checked
-from peftjax.methods.base import Optimized
+from peftjax.core.ranges import DType, Length, Positive
+from peftjax.methods.base import Method
 from peftjax.methods.bottleneck import Bottleneck
 from peftjax.nn.ffn import ACTIVATIONS
 
@@ -76,22 +76,60 @@ INITS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptersMethod(Optimized):
-  """Puts a `Bottleneck` beside modules and trains it; see `adapters`."""
+@dataclasses.dataclass(frozen=True)
+class AdaptersMethod(Method):
+  """Bottleneck adapters f(u) = s · (W_up φ(W_down u + b_down) + b_up).
 
-  size: int
-  placement: str
-  targets: str | Sequence[str]
-  activation: str
-  init: str
-  scale: float
-  norms: bool
-  dtype: Any
+  With x what a sub-layer (attention or feed-forward) takes, h what it returns and r the stream of
+  the residuals, the placements are
+
+  * `"houlsby"`: r + h + f(h), after both sub-layers; φ = GELU; all LayerNorms are trained too
+    (Houlsby et al. 2019, arXiv 1902.00751, section 2.1 and figure 2).
+  * `"pfeiffer"`: LN(r + h + f(LN(r + h))), after the feed-forward, with the one frozen LayerNorm
+    twice; in a pre-norm decoder r + h + f(r + h); φ = ReLU (Pfeiffer et al. 2020, arXiv 2005.00247,
+    appendix A.1).
+  * `"parallel"`: r + h + f(x), beside the feed-forward; φ = ReLU (He et al. 2021, arXiv 2110.04366,
+    table 1); `"scaled_parallel"`: with s = 4 and f = 0 at first (there, section 4.6).
+  * `"after_residual"`: r + h + f(r + h), after both sub-layers, before what normalises next.
+
+  Args:
+    size: M, the width of the bottleneck.
+    placement: one of these.
+    targets: modules instead, by name or regex, of any linen model: a parallel adapter then adds
+      f(first argument), any other f(result), to what the module returns.
+    activation: φ, of `nn.ffn.ACTIVATIONS`.
+    init: of W_down and W_up: `"near_zero"`, N(0, 0.01²) cut at 2σ (Houlsby, section 3.6), `"bert"`,
+      N(0, 0.02²), or `"lora"`, U(±1/√in) and 0.
+    scale: s.
+    norms: also train the scales and biases of all normalisations.
+    dtype: of the adapter.
+    activation, init, scale, norms: None is as the placement's paper has it.
+
+  Raises:
+    ValueError: on an unknown name, or a number out of range.
+  """
+
+  size: Length = 64
+  placement: str = "houlsby"
+  targets: str | Sequence[str] = ()
+  _: dataclasses.KW_ONLY
+  activation: str | None = None
+  init: str | None = None
+  scale: Positive | None = None
+  norms: bool | None = None
+  dtype: DType = jnp.float32
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    ranges.one_of("placement", self.placement, PLACEMENTS)
+    for name, allowed in (("activation", ACTIVATIONS), ("init", INITS)):
+      if (given := getattr(self, name)) is not None:
+        ranges.one_of(name, given, allowed)
 
   def claims(self, params: Any) -> list[str]:
     own = _bottlenecks(params)
-    claimed = lambda p: _module(p) in own or (self.norms and re.fullmatch(_NORMS, p))
+    norms = self._paper.norms if self.norms is None else self.norms
+    claimed = lambda p: _module(p) in own or (norms and re.fullmatch(_NORMS, p))
     return [p for p in paths.leaves(params) if claimed(p)]
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
@@ -123,14 +161,19 @@ class AdaptersMethod(Optimized):
     return params
 
   def trainable(self, params: Any) -> Any:
-    """The bottlenecks but not their scale, and normalisations if `norms`."""
+    """The bottlenecks but not their scale, and normalisations where they train."""
     claimed, own = set(self.claims(params)), _bottlenecks(params)
     on = lambda p: p in claimed and not (_module(p) in own and p.endswith("/scale"))
     return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: on(p), leaf), params)
 
+  @property
+  def _paper(self) -> Placement:
+    """What holds where nothing is given."""
+    return PLACEMENTS[self.placement]
+
   def _places(self, sites: Mapping[str, Site]) -> dict[str, Place]:
     """The place of every module that gets an adapter, by path."""
-    kind = PLACEMENTS[self.placement]
+    kind = self._paper
     if not self.targets:
       found = {p: place for p in sites for place in kind.places if re.fullmatch(place.modules, p)}
       if not found:
@@ -156,7 +199,9 @@ class AdaptersMethod(Optimized):
         f"{path} reads {site.reads} and returns {site.returns} (widths of float arrays), which a "
         f"{self.placement!r} adapter cannot be put around"
       )
-    down_init, up_init = INITS[self.init]
+    paper = self._paper
+    down_init, up_init = INITS[self.init or paper.init]
+    scale = paper.scale if self.scale is None else self.scale
     downs, ups = [], []
     for layer in paths.layer_paths(path, site.stack):
       down_key, up_key = jax.random.split(paths.fold_in_path(key, layer))
@@ -168,74 +213,14 @@ class AdaptersMethod(Optimized):
       down_bias=jnp.zeros((*site.stack, self.size), self.dtype),
       up=stacked(ups),
       up_bias=jnp.zeros((*site.stack, wide), self.dtype),
-      scale=jnp.full(site.stack, self.scale, jnp.float32),
-      activation=self.activation,
+      scale=jnp.full(site.stack, scale, jnp.float32),
+      activation=self.activation or paper.activation,
       reads=place.reads,
       again=place.again,
     )
 
 
-@checked
-def adapters(
-  size: Length = 64,
-  placement: str = "houlsby",
-  targets: str | Sequence[str] = (),
-  *,
-  activation: str | None = None,
-  init: str | None = None,
-  scale: Positive | None = None,
-  norms: bool | None = None,
-  dtype: Any = jnp.float32,
-) -> AdaptersMethod:
-  """Bottleneck adapters f(u) = s · (W_up φ(W_down u + b_down) + b_up).
-
-  With x what a sub-layer (attention or feed-forward) takes, h what it returns and r the stream of
-  the residuals, the placements are
-
-  * `"houlsby"`: r + h + f(h), after both sub-layers; φ = GELU; all LayerNorms are trained too
-    (Houlsby et al. 2019, arXiv 1902.00751, section 2.1 and figure 2).
-  * `"pfeiffer"`: LN(r + h + f(LN(r + h))), after the feed-forward, with the one frozen LayerNorm
-    twice; in a pre-norm decoder r + h + f(r + h); φ = ReLU (Pfeiffer et al. 2020, arXiv 2005.00247,
-    appendix A.1).
-  * `"parallel"`: r + h + f(x), beside the feed-forward; φ = ReLU (He et al. 2021, arXiv 2110.04366,
-    table 1); `"scaled_parallel"`: with s = 4 and f = 0 at first (there, section 4.6).
-  * `"after_residual"`: r + h + f(r + h), after both sub-layers, before what normalises next.
-
-  Args:
-    size: M, the width of the bottleneck.
-    placement: one of these.
-    targets: modules instead, by name or regex, of any linen model: a parallel adapter then adds
-      f(first argument), any other f(result), to what the module returns.
-    activation: φ, of `nn.ffn.ACTIVATIONS`.
-    init: of W_down and W_up: `"near_zero"`, N(0, 0.01²) cut at 2σ (Houlsby, section 3.6), `"bert"`,
-      N(0, 0.02²), or `"lora"`, U(±1/√in) and 0.
-    scale: s.
-    norms: also train the scales and biases of all normalisations.
-    dtype: of the adapter.
-
-  None is as the paper has it.
-
-  Raises:
-    ValueError: on an unknown name, or a number out of range.
-  """
-  for what, given, allowed in (
-    ("placement", placement, PLACEMENTS),
-    ("activation", activation, ACTIVATIONS),
-    ("init", init, INITS),
-  ):
-    if given is not None and given not in allowed:
-      raise ValueError(f"{what} {given!r} is not one of {', '.join(map(repr, allowed))}")
-  kind = PLACEMENTS[placement]
-  return AdaptersMethod(
-    size=size,
-    placement=placement,
-    targets=targets if isinstance(targets, str) else tuple(targets),
-    activation=activation or kind.activation,
-    init=init or kind.init,
-    scale=kind.scale if scale is None else scale,
-    norms=kind.norms if norms is None else norms,
-    dtype=dtype,
-  )
+adapters = AdaptersMethod
 
 
 def _bottlenecks(params: Any) -> set[str]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from peftjax import optim
 from peftjax.core import paths
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.budget import Schedule, largest
 from peftjax.methods.lora_init import TRIPLET_STD
 from peftjax.methods.orthogonality import penalty
 
-SCORES = ("full", "sensitivity", "magnitude")
-REGROW = ("kept", "random", "zero")
+if TYPE_CHECKING:
+  from peftjax.methods.adalora import AdaLoRAMethod
 
 
-class AllocatorState(NamedTuple):
+class AllocatorState(optim.Owner):
   """What the allocator knows; `mean` and `spread` hold, by path, weights of averages.
 
   Attributes:
@@ -47,10 +48,8 @@ class AllocatorState(NamedTuple):
   kept: dict[str, jax.Array]
   seed: jax.Array
 
-  @property
-  def allocates(self) -> bool:
-    """What `optim.check_allocated` looks for."""
-    return True
+  def metrics(self) -> dict[str, jax.Array]:
+    return {"orthogonality": self.penalty, "budget": self.budget}
 
 
 def weights(train: Any) -> dict[str, SVDLoRA]:
@@ -61,19 +60,17 @@ def weights(train: Any) -> dict[str, SVDLoRA]:
   return {p: leaf for p, leaf in paths.leaves(train).items() if trained(leaf)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Allocator:
-  """What AdaLoRA does around an optimizer; the fields are arguments of `adalora`."""
+  """What AdaLoRA does around an optimizer, over the updates of a schedule."""
 
+  method: AdaLoRAMethod
   schedule: Schedule
-  target_rank: float
-  penalty: str
-  gamma: float
-  beta1: float
-  beta2: float
-  score: str
-  regrow: str
-  seed: int
+
+  @property
+  def _target(self) -> float:
+    """Triplets of a matrix in the end; of a schedule that never gets there it says nothing."""
+    return self.method.target_rank or 0.0
 
   def wrap(
     self, clip: optax.GradientTransformation, tx: optax.GradientTransformation
@@ -98,9 +95,11 @@ class Allocator:
         valid=valid,
         penalty=jnp.zeros(()),
         budget=_total(valid),
-        target=jnp.round(self.target_rank * jnp.asarray(matrices)).astype(jnp.int32),
+        target=jnp.round((self.method.target_rank or 0.0) * jnp.asarray(matrices)).astype(
+          jnp.int32
+        ),
         kept=jax.tree.map(jnp.array, valid),  # of its own: the step donates its state
-        seed=jnp.asarray(self.seed, jnp.int32),
+        seed=jnp.asarray(self.method.seed, jnp.int32),
       )
 
     def update(
@@ -133,7 +132,7 @@ class Allocator:
         ),
       )
       updates = self._masked(updates, weights(params), masks, state)
-      state = state._replace(
+      state = state.replace(
         step=state.step + 1,
         inner=inner,
         mean=mean,
@@ -151,13 +150,14 @@ class Allocator:
   ) -> tuple[jax.Array, Any]:
     """R(P, Q) of all matrices, and the gradients with γ times its own."""
     factors = 2 * sum(v.size // v.shape[-1] for v in valid.values())
-    share = 1.0 if self.penalty == "squared" else 1.0 / factors
-    parts = {path: penalty(self.penalty, w.b, w.a, valid[path]) for path, w in found.items()}
+    kind, gamma = self.method.penalty, self.method.gamma
+    share = 1.0 if kind == "squared" else 1.0 / factors
+    parts = {path: penalty(kind, w.b, w.a, valid[path]) for path, w in found.items()}
 
     def of(path: str, g: Any) -> Any:
       if path not in parts:
         return g
-      add = lambda x, y: x + (self.gamma * share * y).astype(x.dtype)
+      add = lambda x, y: x + (gamma * share * y).astype(x.dtype)
       _, to_p, to_q = parts[path]
       return g.replace(b=add(g.b, to_p), a=add(g.a, to_q))
 
@@ -171,15 +171,16 @@ class Allocator:
     def ema(beta: float, old: Any, new: Any) -> Any:
       return jax.tree.map(lambda o, n: jnp.where(learns, beta * o + (1.0 - beta) * n, o), old, new)
 
-    mean = ema(self.beta1, state.mean, now)
+    mean = ema(self.method.beta1, state.mean, now)
     off = jax.tree.map(lambda n, m: jnp.abs(n - m), now, mean)
-    return mean, ema(self.beta2, state.spread, off)
+    return mean, ema(self.method.beta2, state.spread, off)
 
   def _scores(self, now: Any, mean: Any, spread: Any, new: Any) -> dict[str, jax.Array]:
     """S of each triplet: s(λ) + mean s(P) + mean s(Q) with s = Ī · Ū (equations 9 and 13)."""
-    if self.score == "magnitude":
+    score = self.method.score
+    if score == "magnitude":
       return {path: jnp.abs(w.e).astype(jnp.float32) for path, w in new.items()}
-    s = now if self.score == "sensitivity" else jax.tree.map(jnp.multiply, mean, spread)
+    s = now if score == "sensitivity" else jax.tree.map(jnp.multiply, mean, spread)
     alone = lambda w: 0.0 if w.e is None else w.e
     return {path: alone(w) + w.b.mean(-2) + w.a.mean(-1) for path, w in s.items()}
 
@@ -192,7 +193,7 @@ class Allocator:
   ) -> Any:
     """The updates, those of pruned triplets leading to zero or, with "random", to new P and Q."""
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    final = state.step >= self.schedule.end
+    final, regrow = state.step >= self.schedule.end, self.method.regrow
 
     def of(path: str, u: Any) -> Any:
       if path not in found:
@@ -200,9 +201,9 @@ class Allocator:
       w, on = found[path], keep[path]
       keep_a, keep_b = on[..., :, None], on[..., None, :]
       made = u if w.e is None else u.replace(e=jnp.where(on, u.e, -w.e))
-      if self.regrow == "zero" or w.e is None:
+      if regrow == "zero" or w.e is None:
         return made.replace(a=jnp.where(keep_a, u.a, -w.a), b=jnp.where(keep_b, u.b, -w.b))
-      if self.regrow == "random":
+      if regrow == "random":
         keys = jax.random.split(paths.fold_in_path(key, path))
         drawn = lambda key, x: TRIPLET_STD * jax.random.normal(key, x.shape, x.dtype) - x
         return made.replace(

@@ -1,18 +1,20 @@
-"""The protocol of a method, and `chain`."""
+"""What a method is, and `chain`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import optax
 
 from peftjax import optim
-from peftjax.core import paths
+from peftjax.core import paths, ranges
+from peftjax.core.adapted import Adapted
 from peftjax.core.ranges import Positive, Size, checked
-from peftjax.core.weight import Weight, children
+from peftjax.core.weight import children
+from peftjax.methods.codec import Codec
 
 # From clipping and an optimizer to what does both and more.
 Outer = Callable[
@@ -20,67 +22,58 @@ Outer = Callable[
 ]
 
 
-class Method(Protocol):
-  """A parameter-efficient method: a pure transform of a parameter tree, and what it trains."""
+class Method:
+  """A parameter-efficient method: a pure transform of a parameter tree, and what it trains.
+
+  A method is a frozen dataclass, and its constructor what a user calls: every hyper-parameter is a
+  field, with its range (`core.ranges`) and its default, and nothing else declares it. A field
+  called `seed` is given the run's by `experiments.train`, and is no field of a config.
+  """
+
+  # How directories of Hugging Face's PEFT library hold its leaves; None if they cannot.
+  codec: ClassVar[Codec | None] = None
+
+  def __post_init__(self) -> None:
+    """Holds the fields against their annotations; lists become tuples, mappings copies.
+
+    Raises:
+      ValueError: naming the first that does not fit.
+    """
+    ranges.check(type(self), vars(self))
+    for name, value in list(vars(self).items()):
+      if isinstance(value, list | Mapping):
+        copy = tuple(value) if isinstance(value, list) else dict(value)
+        object.__setattr__(self, name, copy)
 
   def claims(self, params: Any) -> list[str]:
     """Paths of the leaves this method changes or trains; raises if its rules match nothing."""
-    ...
+    raise NotImplementedError
 
   def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
     """`params` with the claimed leaves replaced; the model's outputs stay as they were."""
-    ...
+    raise NotImplementedError
 
   def trainable(self, params: Any) -> Any:
     """A tree of booleans over the arrays of attached `params`."""
-    ...
-
-  def optimizer(
-    self,
-    tx: optax.GradientTransformation,
-    total_steps: int,
-    *,
-    clip_norm: float | None = None,
-    accumulate: int = 1,
-    batches: int | None = None,
-  ) -> optax.GradientTransformationExtraArgs:
-    """The outermost transform: clips, accumulates, and whatever the method adds.
-
-    Args:
-      tx: of the updates, without clipping or accumulation of its own.
-      total_steps: updates in all: with `accumulate`, calls divided by it, rounded up.
-      clip_norm: of the global norm of the mean gradient, AdaLoRA's penalty included.
-      accumulate: calls to an update. Give each the gradient of its batch's mean loss, and how many
-        tokens (rows) that is a mean of: `tx.update(grads, state, params, weight=count)`. The update
-        is then that of one large batch; without `weight` batches count alike, however many tokens
-        they have (`optim.accumulated`).
-      batches: calls in all, where `accumulate` does not divide them: the last makes an update of
-        what is left.
-
-    Raises:
-      ValueError: on a number out of range, or `batches` that are not `total_steps` updates.
-    """
-    ...
-
-  def outer(self, total_steps: int) -> Outer | None:
-    """What the method adds to clipping and the optimizer."""
-    ...
-
-  def settled(self, total_steps: int) -> int:
-    """From which update on the model has the size that it will keep."""
-    ...
-
-
-class Optimized:
-  """The optimizer of a method: that of the caller, clipped and accumulated, in the method's own."""
+    raise NotImplementedError
 
   def outer(self, total_steps: int) -> Outer | None:
     """What goes around clipping and the optimizer: `outer(clip, tx)`; None for nothing."""
     return None
 
   def settled(self, total_steps: int) -> int:
-    """See `Method.settled`."""
+    """From which update on the model has the size that it will keep."""
     return 0
+
+  def varies(self) -> frozenset[str]:
+    """Fields in which runs may differ that are trained by one compiled step: they are arrays of it,
+    or sizes that `align_ranks` makes equal.
+    """
+    return frozenset()
+
+  def summary(self, params: Any) -> dict[str, Any]:
+    """What there is to say of trained `params` in a run's result, for JSON."""
+    return {}
 
   @checked
   def optimizer(
@@ -92,7 +85,22 @@ class Optimized:
     accumulate: Size = 1,
     batches: Size | None = None,
   ) -> optax.GradientTransformationExtraArgs:
-    """See `Method.optimizer`."""
+    """The outermost transform: clips, accumulates, and whatever the method adds.
+
+    Args:
+      tx: of the updates, without clipping or accumulation of its own.
+      total_steps: updates in all: with `accumulate`, calls divided by it, rounded up.
+      clip_norm: of the global norm of the mean gradient, a method's penalty included.
+      accumulate: calls to an update. Give each the gradient of its batch's mean loss, and how many
+        tokens (rows) that is a mean of: `tx.update(grads, state, params, weight=count)`. The update
+        is then that of one large batch; without `weight` batches count alike, however many tokens
+        they have (`optim.accumulated`).
+      batches: calls in all, where `accumulate` does not divide them: the last makes an update of
+        what is left.
+
+    Raises:
+      ValueError: on a number out of range, or `batches` that are not `total_steps` updates.
+    """
     if batches is not None and (updates := -(-batches // accumulate)) != total_steps:
       raise ValueError(
         f"{batches} batches, {accumulate} to an update, are {updates} updates and not "
@@ -103,7 +111,7 @@ class Optimized:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain(Optimized):
+class Chain(Method):
   """Several methods on disjoint leaves; see `chain`."""
 
   methods: tuple[Method, ...]
@@ -144,6 +152,9 @@ class Chain(Optimized):
   def settled(self, total_steps: int) -> int:
     return max((method.settled(total_steps) for method in self.methods), default=0)
 
+  def summary(self, params: Any) -> dict[str, Any]:
+    return {k: v for method in self.methods for k, v in method.summary(params).items()}
+
 
 def chain(*methods: Method) -> Chain:
   """Methods on disjoint leaves as one: each attaches its own, and the union is trained.
@@ -154,14 +165,21 @@ def chain(*methods: Method) -> Chain:
   return Chain(methods)
 
 
-def trainable_mask(params: Any, claimed: set[str], trained: frozenset[str]) -> Any:
-  """True on the children named `trained` of the claimed weights."""
+def claimed_mask(method: Method, params: Any) -> Any:
+  """True on the arrays of the leaves that a method claims."""
+  claimed = set(method.claims(params))
+  return paths.map_leaves(lambda path, leaf: jax.tree.map(lambda _: path in claimed, leaf), params)
+
+
+def trainable_mask(params: Any, claimed: set[str], frozen: frozenset[str] = frozenset()) -> Any:
+  """True on the children that are `trained`, and not `frozen`, of the claimed weights."""
 
   def of(path: str, leaf: Any) -> Any:
     mask = jax.tree.map(lambda _: False, leaf)
-    if path not in claimed or not isinstance(leaf, Weight):
+    if path not in claimed or not isinstance(leaf, Adapted):
       return mask
-    on = {f: jax.tree.map(lambda _: True, c) for f, c in children(leaf).items() if f in trained}
+    chosen = leaf.trained - frozen
+    on = {f: jax.tree.map(lambda _: True, c) for f, c in children(leaf).items() if f in chosen}
     return mask.replace(**on)
 
   return paths.map_leaves(of, params)

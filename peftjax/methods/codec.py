@@ -136,8 +136,6 @@ class Codec:
   kind: ClassVar[str]
   leaf: ClassVar[type[Weight]]
   schema: ClassVar[type[Targeted]]
-  # Children of the leaf that are trained.
-  trained: ClassVar[frozenset[str]]
   # Last parts of the paths that `read` is asked for.
   reads: ClassVar[frozenset[str]] = frozenset({"kernel"})
   # Fields that make more of an adapter than its tensors say, unless they are one of these values.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class DoRA(LoRA):
     m: `[*stack, out]`, the magnitude; several output axes are flattened into one.
     square: `[*stack, out]` float32, ‖base_o‖².
   """
+
+  trained: ClassVar[frozenset[str]] = frozenset({"a", "b", "m"})
 
   m: Any = None
   square: Any = None

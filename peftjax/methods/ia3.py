@@ -11,20 +11,41 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths
-from peftjax.core.adapted import bare, check_bare
+from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
-from peftjax.core.ranges import checked
-from peftjax.methods.base import Optimized, trainable_mask
+from peftjax.core.ranges import DType
+from peftjax.methods.base import Method, trainable_mask
+from peftjax.methods.ia3_codec import IA3Codec
 from peftjax.methods.ia3_weight import IA3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IA3Method(Optimized):
-  """Attaches `IA3` to kernels, and to the biases beside them; see `ia3`."""
+@dataclasses.dataclass(frozen=True)
+class IA3Method(Method):
+  """IA3: h = l ⊙ (W x + b), or h = W (l ⊙ x) + b (Liu et al. 2022, section 3.3).
 
-  outputs: str | Sequence[str]
-  inputs: str | Sequence[str]
-  dtype: Any
+  The paper scales the outputs of the projections to keys and values, and the inputs of the second
+  feed-forward matrix: `pj.ia3(["key", "value"], [r".*/layers(_\\d+)?/output/dense/kernel"])` of
+  BERT, `pj.ia3(["k_proj", "v_proj"], ["down_proj"])` of Llama.
+
+  Args:
+    outputs, inputs: module names or regexes of the kernels that are scaled on either side.
+    dtype: of l.
+
+  Raises:
+    ValueError: if both are empty.
+  """
+
+  codec = IA3Codec()
+
+  outputs: str | Sequence[str] = ()
+  inputs: str | Sequence[str] = ()
+  _: dataclasses.KW_ONLY
+  dtype: DType = jnp.float32
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.outputs and not self.inputs:
+      raise ValueError('ia3 scales nothing; write e.g. pj.ia3(["key", "value"], ["output.dense"])')
 
   def claims(self, params: Any) -> list[str]:
     flat, (outs, ins) = paths.leaves(params), self._kernels(params)
@@ -65,12 +86,12 @@ class IA3Method(Optimized):
         return self._kernel(leaf, axes[path], path in ins)
       count = len(axes[kernel_of[path]].outs)
       own = Axes((), tuple(range(-count, 0)))
-      return IA3(base=bare(leaf), l=None, axes=own, of=kernel_of[path], names=_names(leaf))
+      return IA3(base=bare(leaf), l=None, axes=own, of=kernel_of[path], names=axis_names(leaf))
 
     return paths.map_leaves(wrap, params)
 
   def trainable(self, params: Any) -> Any:
-    return trainable_mask(params, set(self.claims(params)), frozenset({"l"}))
+    return trainable_mask(params, set(self.claims(params)))
 
   def _kernels(self, params: Any) -> tuple[list[str], list[str]]:
     """Paths whose outputs, and whose inputs, are scaled."""
@@ -84,36 +105,12 @@ class IA3Method(Optimized):
     make = lambda: jnp.ones((*stack, size), self.dtype)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
     scales = jax.eval_shape(make) if abstract else make()
-    return IA3(base=base, l=scales, axes=axes, inputs=inputs, names=_names(leaf))
+    return IA3(base=base, l=scales, axes=axes, inputs=inputs, names=axis_names(leaf))
 
 
-@checked
-def ia3(
-  outputs: str | Sequence[str] = (), inputs: str | Sequence[str] = (), *, dtype: Any = jnp.float32
-) -> IA3Method:
-  """IA3: h = l ⊙ (W x + b), or h = W (l ⊙ x) + b (Liu et al. 2022, section 3.3).
-
-  The paper scales the outputs of the projections to keys and values, and the inputs of the second
-  feed-forward matrix: `pj.ia3(["key", "value"], [r".*/layers(_\\d+)?/output/dense/kernel"])` of
-  BERT, `pj.ia3(["k_proj", "v_proj"], ["down_proj"])` of Llama.
-
-  Args:
-    outputs, inputs: module names or regexes of the kernels that are scaled on either side.
-    dtype: of l.
-
-  Raises:
-    ValueError: if both are empty.
-  """
-  if not outputs and not inputs:
-    raise ValueError('ia3 scales nothing; write e.g. pj.ia3(["key", "value"], ["output.dense"])')
-  as_given = lambda x: x if isinstance(x, str) else tuple(x)
-  return IA3Method(outputs=as_given(outputs), inputs=as_given(inputs), dtype=dtype)
+ia3 = IA3Method
 
 
 def _bias(path: str) -> str:
   head, slash, _ = path.rpartition("/")
   return f"{head}{slash}bias"
-
-
-def _names(leaf: Any) -> Any:
-  return getattr(leaf, "names", None)

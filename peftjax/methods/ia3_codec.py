@@ -41,7 +41,6 @@ class IA3Codec(Codec):
   kind = "IA3"
   leaf = IA3
   schema = IA3Config
-  trained = frozenset({"l"})
   reads = frozenset({"kernel", "bias"})
   lacks = ("layers_to_transform", "layers_pattern")
   constants = {"init_ia3_weights": True}

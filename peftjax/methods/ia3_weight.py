@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -27,10 +27,16 @@ class IA3(Adapted):
     of: of a bias, the path of its kernel.
   """
 
+  trained: ClassVar[frozenset[str]] = frozenset({"l"})
+
   l: Any  # noqa: E741 - the paper's letter
   axes: Axes = flax.struct.field(pytree_node=False, default=Axes())
   inputs: bool = flax.struct.field(pytree_node=False, default=False)
   of: str = flax.struct.field(pytree_node=False, default="")
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    return self.shape[: len(self.shape) - len(self.axes.ins) - len(self.axes.outs)]
 
   def true_size(self) -> int:
     """Parameters of the base and the scales that are here."""
@@ -57,7 +63,6 @@ class IA3(Adapted):
     return super().einsum(eqn, x)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
     return dense / self._scales().astype(dense.dtype)
 
   def borrow(self, kernel: IA3) -> IA3:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from msgspec import Meta
 
+from peftjax.core.adapted import axis_names
 from peftjax.core.ranges import Fraction, Size
-from peftjax.core.weight import Weight
 from peftjax.io.records import clip
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.codec import (
@@ -93,7 +93,6 @@ class LoraCodec(Codec):
   kind = "LORA"
   leaf = LoRA
   schema: ClassVar[type[Targeted]] = LoraConfig
-  trained = frozenset({"a", "b"})
   reads = frozenset(FACTORS)
   fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
     "alora_invocation_tokens": (None,),
@@ -154,7 +153,7 @@ class LoraCodec(Codec):
       scale=jnp.asarray(scales, jnp.float32).reshape(stack),
       rank=jnp.asarray([len(x) for x in a], jnp.int32).reshape(stack),
       dropout=source.config.lora_dropout,
-      names=source.leaf.names if isinstance(source.leaf, Weight) else None,
+      names=axis_names(source.leaf),
     )
     return self._completed(weight, source, rest)
 
@@ -205,7 +204,6 @@ class DoraCodec(LoraCodec):
   """DoRA; a layer of a stack without an adapter has the magnitude of its base."""
 
   leaf = DoRA
-  trained = frozenset({"a", "b", "m"})
   constants = {**LoraCodec.constants, "use_dora": True}
 
   def takes(self, config: Any) -> bool:
@@ -242,7 +240,6 @@ class AdaLoraCodec(LoraCodec):
   kind = "ADALORA"
   leaf = SVDLoRA
   schema = AdaLoraConfig
-  trained = frozenset({"a", "b", "e"})
   reads = frozenset({"kernel"})
   fixed = {field: values for field, values in LoraCodec.fixed.items() if field != "enable_lora"}
   lacks = ("merge_weights",)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -36,6 +37,8 @@ class LoRA(Adapted):
     b_rate: by how much B learns faster than A (LoRA+); for the optimizer of a method.
   """
 
+  trained: ClassVar[frozenset[str]] = frozenset({"a", "b"})
+
   a: Any
   b: Any
   scale: Any
@@ -49,6 +52,10 @@ class LoRA(Adapted):
   @property
   def pretrained(self) -> frozenset[str]:  # type: ignore[override]
     return frozenset() if self.residual else frozenset({"base"})
+
+  @property
+  def rates(self) -> Mapping[str, float]:
+    return {} if self.b_rate == 1.0 else {"b": self.b_rate}
 
   @property
   def stack(self) -> tuple[int, ...]:
@@ -104,7 +111,6 @@ class LoRA(Adapted):
       return y + einsum(up_eqn, low, up)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
     return dense - self.delta().astype(dense.dtype)
 
   def take(self, ids: jax.Array) -> jax.Array:

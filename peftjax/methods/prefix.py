@@ -13,22 +13,38 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.layout import Layout, axes_of
-from peftjax.core.ranges import Length, NotNegative, checked
+from peftjax.core.ranges import DType, Length, NotNegative
 from peftjax.methods.adapters import put
-from peftjax.methods.base import Optimized
+from peftjax.methods.base import Method, claimed_mask
 from peftjax.nn.virtual import Prefix
 
 # The kernels that make the keys of our models' attention, and how many times as wide they are.
 _KEYS: Mapping[str, int] = {"self/key": 1, "self_attn/k_proj": 1, "attn/c_attn": 3}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixMethod(Optimized):
-  """Puts a `Prefix` into attention modules and trains it; see `prefix`."""
+@dataclasses.dataclass(frozen=True)
+class PrefixMethod(Method):
+  """Prefix tuning: softmax(q [P_k; K]ᵀ/√H) [P_v; V] (Li & Liang 2021, section 4.2).
 
-  length: int
-  deviation: float
-  dtype: Any
+  Every layer attends to P trained keys and values before those of the text, whose positions come
+  after them. They are trained as they are; the paper's multilayer perceptron, which makes them
+  from a smaller matrix and is thrown away afterwards, is left out (PEFT's prefix_projection=False).
+
+  Not the identity at first: a prefix takes its share of every softmax.
+
+  Args:
+    length: P.
+    deviation: of the normal distribution that keys and values are drawn from.
+    dtype: of both.
+
+  Raises:
+    ValueError: on a number out of range.
+  """
+
+  length: Length = 20
+  _: dataclasses.KW_ONLY
+  deviation: NotNegative = 0.02
+  dtype: DType = jnp.float32
 
   def claims(self, params: Any) -> list[str]:
     return [p for p in paths.leaves(params) if re.fullmatch(r".*/prefix/(keys|values)", p)]
@@ -68,8 +84,7 @@ class PrefixMethod(Optimized):
     return params
 
   def trainable(self, params: Any) -> Any:
-    claimed = set(self.claims(params))
-    return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
+    return claimed_mask(self, params)
 
   def _make(self, key: jax.Array, module: str, stack: tuple[int, ...], width: int) -> Prefix:
     layers = paths.layer_paths(module, stack)
@@ -79,27 +94,7 @@ class PrefixMethod(Optimized):
     return Prefix(keys=drawn[..., 0, :, :], values=drawn[..., 1, :, :])
 
 
-@checked
-def prefix(
-  length: Length = 20, *, deviation: NotNegative = 0.02, dtype: Any = jnp.float32
-) -> PrefixMethod:
-  """Prefix tuning: softmax(q [P_k; K]ᵀ/√H) [P_v; V] (Li & Liang 2021, section 4.2).
-
-  Every layer attends to P trained keys and values before those of the text, whose positions come
-  after them. They are trained as they are; the paper's multilayer perceptron, which makes them
-  from a smaller matrix and is thrown away afterwards, is left out (PEFT's prefix_projection=False).
-
-  Not the identity at first: a prefix takes its share of every softmax.
-
-  Args:
-    length: P.
-    deviation: of the normal distribution that keys and values are drawn from.
-    dtype: of both.
-
-  Raises:
-    ValueError: on a number out of range.
-  """
-  return PrefixMethod(length=length, deviation=deviation, dtype=dtype)
+prefix = PrefixMethod
 
 
 def _attention(path: str) -> tuple[str, int]:

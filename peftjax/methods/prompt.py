@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths
+from peftjax.core import paths, ranges
 from peftjax.core.einsum import take
 from peftjax.core.layout import Layout
-from peftjax.core.ranges import Length, checked
+from peftjax.core.ranges import DType, Length
 from peftjax.methods.adapters import put
-from peftjax.methods.base import Optimized
+from peftjax.methods.base import Method, claimed_mask
 from peftjax.nn.virtual import Prompt
 
 INITS = ("vocabulary", "normal")
@@ -22,13 +22,34 @@ INITS = ("vocabulary", "normal")
 _TABLE = re.compile(r"(?P<body>\w+)/(embeddings/word_embeddings|embed_tokens|wte)/embedding")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptMethod(Optimized):
-  """Puts a `Prompt` before the embeddings of every text and trains it; see `prompt`."""
+@dataclasses.dataclass(frozen=True)
+class PromptMethod(Method):
+  """Prompt tuning: the model reads [P; E(x)], P trained embeddings before those of the text.
 
-  length: int
-  init: str
-  dtype: Any
+  Lester et al. 2021, section 2. Outputs are those of the text's own tokens, so loss and metrics
+  never see the virtual ones; the texts' positions come after them. An encoder's first token, which
+  its head reads, is then a virtual one, as in PEFT.
+
+  Not the identity at first.
+
+  Args:
+    length: P.
+    init: `"vocabulary"`, rows of the table of words at random, of all of it (there, section 3.2,
+      of the 5,000 commonest tokens), or `"normal"`, N(0, 0.02²).
+    dtype: of P.
+
+  Raises:
+    ValueError: on a number out of range, or an unknown init.
+  """
+
+  length: Length = 20
+  _: dataclasses.KW_ONLY
+  init: str = "vocabulary"
+  dtype: DType = jnp.float32
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    ranges.one_of("init", self.init, INITS)
 
   def claims(self, params: Any) -> list[str]:
     return [p for p in paths.leaves(params) if p.endswith("/prompt/embeddings")]
@@ -60,8 +81,7 @@ class PromptMethod(Optimized):
     return put(params, [path.split("/")[0], "prompt"], node)
 
   def trainable(self, params: Any) -> Any:
-    claimed = set(self.claims(params))
-    return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
+    return claimed_mask(self, params)
 
   def _make(self, key: jax.Array, table: Any) -> Prompt:
     vocab, width = table.shape
@@ -71,27 +91,4 @@ class PromptMethod(Optimized):
     return Prompt(embeddings=take(table, ids).astype(self.dtype))
 
 
-@checked
-def prompt(
-  length: Length = 20, *, init: str = "vocabulary", dtype: Any = jnp.float32
-) -> PromptMethod:
-  """Prompt tuning: the model reads [P; E(x)], P trained embeddings before those of the text.
-
-  Lester et al. 2021, section 2. Outputs are those of the text's own tokens, so loss and metrics
-  never see the virtual ones; the texts' positions come after them. An encoder's first token, which
-  its head reads, is then a virtual one, as in PEFT.
-
-  Not the identity at first.
-
-  Args:
-    length: P.
-    init: `"vocabulary"`, rows of the table of words at random, of all of it (there, section 3.2,
-      of the 5,000 commonest tokens), or `"normal"`, N(0, 0.02²).
-    dtype: of P.
-
-  Raises:
-    ValueError: on a number out of range, or an unknown init.
-  """
-  if init not in INITS:
-    raise ValueError(f"init {init!r} is not one of {', '.join(map(repr, INITS))}")
-  return PromptMethod(length=length, init=init, dtype=dtype)
+prompt = PromptMethod

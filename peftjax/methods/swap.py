@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tree
+from peftjax.core.adapted import Adapted
 from peftjax.core.tied import is_tied
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
@@ -90,7 +91,8 @@ def _form(leaf: Any) -> Any:
 def _shown(leaf: Any) -> str:
   """A short text of a leaf's arrays and static fields."""
   arrays = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(leaf))
-  return f"{type(leaf).__name__} of {arrays}, dropout {getattr(leaf, 'dropout', 0.0)}"
+  rate = leaf.dropout if isinstance(leaf, Adapted) else 0.0
+  return f"{type(leaf).__name__} of {arrays}, dropout {rate}"
 
 
 def _pad(width: int, leaf: Any) -> Any:
@@ -131,7 +133,7 @@ def unmerge(merged: Any, params: Any) -> Any:
   def undo(leaf: Any, tied: Any, dense: Any) -> Any:
     if is_tied(leaf):
       return leaf
-    return leaf.replace(base=tied.unmerged(dense)) if hasattr(leaf, "unmerged") else dense
+    return leaf.replace(base=tied.unmerged(dense)) if isinstance(leaf, Adapted) else dense
 
   own, tied = (shared.without(x) for x in (params, tree.tie(params)))
   undone = jax.tree.map(undo, own, tied, merged, is_leaf=lambda n: paths.is_leaf(n) or is_tied(n))

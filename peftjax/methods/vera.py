@@ -11,23 +11,49 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths, shared
-from peftjax.core.adapted import bare, check_bare
+from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
-from peftjax.core.ranges import Count, Finite, Fraction, Length, checked
-from peftjax.methods.base import Optimized, trainable_mask
+from peftjax.core.ranges import Count, DType, Finite, Fraction, Length
+from peftjax.methods.base import Method, trainable_mask
+from peftjax.methods.vera_codec import VeraCodec
 from peftjax.methods.vera_weight import PAIR, Projections, VeRA
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VeRAMethod(Optimized):
-  """Attaches `VeRA` to the targeted kernels and one pair of factors for all; see `vera`."""
+@dataclasses.dataclass(frozen=True)
+class VeRAMethod(Method):
+  """VeRA: h = W x + Λ_b B Λ_d A x, with W, A and B frozen (Kopiczko et al. 2023, eq. 2).
 
-  rank: int
-  targets: str | Sequence[str]
-  d_initial: float
-  dropout: float
-  projection_seed: int
-  dtype: Any
+  One random pair A [r, in], B [out, r] serves all targets, each with as many of its columns and
+  rows as it has inputs and outputs; the vectors d [r] and b [out] of each are trained. No α.
+
+  Args:
+    rank: r; it may be above a matrix's own.
+    targets: module names, regexes of whole paths, or `"all-linear"`.
+    d_initial: of d, with b = 0; the paper's ablation advises 0.1 or less.
+    dropout: rate on the branch's input, rounded to 1/256.
+    projection_seed: of A and B, uniform as by He et al. 2015: runs of one seed share them.
+    dtype: of d, b, A and B.
+
+  Raises:
+    ValueError: on a rank, dropout or d_initial out of range.
+  """
+
+  codec = VeraCodec()
+
+  rank: Length = 256
+  targets: str | Sequence[str] = ("query", "value")
+  _: dataclasses.KW_ONLY
+  d_initial: Finite = 0.1
+  dropout: Fraction = 0.0
+  projection_seed: Count = 0
+  dtype: DType = jnp.float32
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.d_initial:
+      raise ValueError(
+        "d_initial 0 leaves d and b both zero, which have no gradient then; write 0.1"
+      )
 
   def claims(self, params: Any) -> list[str]:
     return paths.select(params, self.targets)
@@ -74,14 +100,14 @@ class VeRAMethod(Optimized):
         axes=axes[path],
         dropout=self.dropout,
         of=PAIR,
-        names=getattr(leaf, "names", None),
+        names=axis_names(leaf),
       )
 
     pair = create(lambda: self._pair(*map(max, zip(*sizes.values(), strict=True))))
     return shared.add(paths.map_leaves(wrap, params), {PAIR: pair})
 
   def trainable(self, params: Any) -> Any:
-    return trainable_mask(params, set(self.claims(params)), frozenset({"d", "b"}))
+    return trainable_mask(params, set(self.claims(params)))
 
   def _pair(self, n_in: int, n_out: int) -> Projections:
     """Uniform with He's gain: A within ±√(6/in_max), B within ±√(6/r)."""
@@ -92,42 +118,7 @@ class VeRAMethod(Optimized):
     return Projections(a=draw(keys[0], self.rank, n_in), b=draw(keys[1], n_out, self.rank))
 
 
-@checked
-def vera(
-  rank: Length = 256,
-  targets: str | Sequence[str] = ("query", "value"),
-  *,
-  d_initial: Finite = 0.1,
-  dropout: Fraction = 0.0,
-  projection_seed: Count = 0,
-  dtype: Any = jnp.float32,
-) -> VeRAMethod:
-  """VeRA: h = W x + Λ_b B Λ_d A x, with W, A and B frozen (Kopiczko et al. 2023, eq. 2).
-
-  One random pair A [r, in], B [out, r] serves all targets, each with as many of its columns and
-  rows as it has inputs and outputs; the vectors d [r] and b [out] of each are trained. No α.
-
-  Args:
-    rank: r; it may be above a matrix's own.
-    targets: module names, regexes of whole paths, or `"all-linear"`.
-    d_initial: of d, with b = 0; the paper's ablation advises 0.1 or less.
-    dropout: rate on the branch's input, rounded to 1/256.
-    projection_seed: of A and B, uniform as by He et al. 2015: runs of one seed share them.
-    dtype: of d, b, A and B.
-
-  Raises:
-    ValueError: on a rank, dropout or d_initial out of range.
-  """
-  if not d_initial:
-    raise ValueError("d_initial 0 leaves d and b both zero, which have no gradient then; write 0.1")
-  return VeRAMethod(
-    rank=rank,
-    targets=targets if isinstance(targets, str) else tuple(targets),
-    d_initial=d_initial,
-    dropout=dropout,
-    projection_seed=projection_seed,
-    dtype=dtype,
-  )
+vera = VeRAMethod
 
 
 def _sizes(shape: Sequence[int], axes: Axes) -> tuple[int, int]:

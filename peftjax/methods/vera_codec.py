@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax.core.adapted import axis_names
 from peftjax.core.ranges import Fraction, Size
-from peftjax.core.weight import Weight
 from peftjax.methods.codec import (
   MERGE,
   Adapter,
@@ -48,7 +48,6 @@ class VeraCodec(Codec):
   kind = "VERA"
   leaf = VeRA
   schema = VeraConfig
-  trained = frozenset({"d", "b"})
   fixed = {"bias": ("none",)}
   lacks = ("exclude_modules",)
   constants = {
@@ -86,7 +85,7 @@ class VeraCodec(Codec):
       d=d,
       b=b,
       dropout=source.config.vera_dropout,
-      names=source.leaf.names if isinstance(source.leaf, Weight) else None,
+      names=axis_names(source.leaf),
     )
 
   def read_shared(self, config: Any, tensor: Callable[[str], np.ndarray]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -49,6 +49,8 @@ class VeRA(Adapted):
     dropout: rate of that dropout.
     of: the path of the shared pair.
   """
+
+  trained: ClassVar[frozenset[str]] = frozenset({"d", "b"})
 
   d: Any
   b: Any
@@ -113,7 +115,6 @@ class VeRA(Adapted):
       return y + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
     return self.as_lora().unmerged(dense)
 
   def with_key(self, key: jax.Array, path: str) -> VeRA:

@@ -34,8 +34,8 @@ def save(directory: str | os.PathLike, params: Any, model: Any, config: Mapping[
 
   Args:
     directory: new or empty; it appears whole or not at all.
-    params: of a model whose kernels are quantised by one `pj.nf4(...)` or `pj.fp4(...)`; dense
-      leaves are written in their own dtype. Layers unrolled or scanned.
+    params: of a model whose kernels are quantised by one `pj.quant.nf4(...)` or
+      `pj.quant.fp4(...)`; dense leaves are written in their own dtype. Layers unrolled or scanned.
     model: the module it belongs to; `model.config.family` names the torch modules.
     config: the base's `config.json`, for example `safetensors_dir.read_config(base)`.
 
@@ -50,7 +50,9 @@ def save(directory: str | os.PathLike, params: Any, model: Any, config: Mapping[
   leaves = paths.leaves(params)
   formats = {path: _format(path, leaf) for path, leaf in leaves.items() if isinstance(leaf, Weight)}
   if not formats:
-    raise ValueError("params has no quantised kernel: quantise it with pj.nf4() or pj.fp4() first")
+    raise ValueError(
+      "params has no quantised kernel: quantise it with pj.quant.nf4() or pj.quant.fp4() first"
+    )
   first, fmt = next(iter(formats.items()))
   for path, other in formats.items():
     if other != fmt:
@@ -96,7 +98,7 @@ def _format(path: str, leaf: Weight) -> Format:
     what = f"a table in {leaf.fmt.name}" if leaf.axis != -2 else f"in {leaf.fmt.name}"
     raise ValueError(
       f"{path} is {what}; bitsandbytes has kernels in {' and '.join(TYPES)} only. Quantise with "
-      "pj.nf4() or pj.fp4(), and leave tables out of `where`."
+      "pj.quant.nf4() or pj.quant.fp4(), and leave tables out of `where`."
     )
   if leaf.shape[-2] % leaf.fmt.block_size:
     raise ValueError(

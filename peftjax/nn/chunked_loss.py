@@ -79,8 +79,8 @@ def chunked_sums(
   after = lambda values: jnp.pad(values[:, 1:], ((0, 0), (0, 1)))  # the last place predicts nothing
   wanted = after(jnp.asarray(weights, jnp.float32))
   random = None
-  if (key := getattr(head, "key", None)) is not None:
-    random, head = random_bytes(key, x_BTD.shape), head.replace(key=None)
+  if isinstance(head, Adapted) and head.key is not None:
+    random, head = random_bytes(head.key, x_BTD.shape), head.replace(key=None)
   whole = Chunk(x_BTD, random, after(tokens), wanted)
   chunks = jax.tree.map(partial(_cut, size=size), whole)
   return _total(logits_of, head, chunks), wanted.sum()

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from msgspec import Meta
 
 from peftjax.core import paths
+from peftjax.core.adapted import Adapted
 from peftjax.core.ranges import Fraction, NotNegative, Positive, Size, check_one, checked
-from peftjax.core.weight import Weight
+from peftjax.core.weight import Weight, children
 from peftjax.optim.accumulate import AccumulatedState, accumulated
 
 # Last names of paths: biases, and what multiplies activations (IA3's l, DoRA's m).
@@ -175,7 +177,7 @@ def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
   def init(train: Any) -> Any:
     state = tx.init(train)
-    if _nodes(state, (optax.MultiStepsState, AccumulatedState)):
+    if nodes(state, (optax.MultiStepsState, AccumulatedState)):
       raise ValueError(_MULTI_STEPS)
     return state
 
@@ -183,24 +185,26 @@ def _once_a_call(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`tx` with `check_allocated` in its init."""
+  """`tx` with `check_owned` in its init."""
   tx = optax.with_extra_args_support(tx)
 
   def init(train: Any) -> Any:
     state = tx.init(train)
-    check_allocated(train, state)
+    check_owned(train, state)
     return state
 
   return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def _at_own_rates(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`tx` with the rates that weights have of their own: η_B = b_rate · η_A (LoRA+)."""
+  """`tx` with the rates that children of weights have of their own: see `Adapted.rates`."""
   tx = optax.with_extra_args_support(tx)
 
   def of(path: str, update: Any) -> Any:
-    rate = getattr(update, "b_rate", 1.0)
-    return update if rate == 1.0 else update.replace(b=rate * update.b)
+    if not isinstance(update, Adapted):
+      return update
+    rates = update.rates
+    return update.replace(**{name: x * children(update)[name] for name, x in rates.items()})
 
   def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
     updates, state = tx.update(grads, state, params, **extra)
@@ -209,15 +213,29 @@ def _at_own_rates(tx: optax.GradientTransformation) -> optax.GradientTransformat
   return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def check_allocated(train: Any, state: Any) -> None:
-  """Raises `ValueError` if weights need an allocator, and the optimizer's state has none."""
-  trained = lambda x: isinstance(x, Weight) and x.allocated and jax.tree.leaves(x)
-  found = [path for path, x in paths.leaves(train).items() if trained(x)]
-  if found and allocator_state(state) is None:
+class Owner(flax.struct.PyTreeNode):
+  """The state of what a method puts around an optimizer; it alone may train `owned` weights."""
+
+  def metrics(self) -> dict[str, jax.Array]:
+    """Numbers `[]` of the last update, for the log."""
+    return {}
+
+
+def check_owned(train: Any, state: Any) -> None:
+  """Raises `ValueError` if there are `owned` weights, and no `Owner` in the optimizer's state."""
+  trained = lambda x: isinstance(x, Weight) and x.owned and jax.tree.leaves(x)
+  found = {path: x for path, x in paths.leaves(train).items() if trained(x)}
+  if found and not nodes(state, Owner):
+    path, weight = next(iter(found.items()))
     raise ValueError(
-      f"{found[0]} is an AdaLoRA weight, which another optimizer would train without penalty and "
-      "budget; write tx = method.optimizer(tx, total_steps) with the method that attached it"
+      f"{path} ({type(weight).__name__}) is to be trained by the optimizer of its own method "
+      "alone; write tx = method.optimizer(tx, total_steps) with the method that attached it"
     )
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+  """What the methods' parts of an optimizer state say of the last update."""
+  return {name: x for owner in nodes(state, Owner) for name, x in owner.metrics().items()}
 
 
 def accumulator_state(state: Any) -> AccumulatedState | None:
@@ -227,22 +245,15 @@ def accumulator_state(state: Any) -> AccumulatedState | None:
     ValueError: if gradients are accumulated by `optax.MultiSteps`, to which a batch of two tokens
       is worth as much as one of two thousand.
   """
-  if _nodes(state, optax.MultiStepsState):
+  if nodes(state, optax.MultiStepsState):
     raise ValueError(f"optax.MultiSteps weighs all batches alike; {_MULTI_STEPS}")
-  return next(iter(_nodes(state, AccumulatedState)), None)
+  return next(iter(nodes(state, AccumulatedState)), None)
 
 
-def _nodes(state: Any, kind: Any) -> list[Any]:
+def nodes(state: Any, kind: Any) -> list[Any]:
   """Those parts of an optimizer state that are of a kind."""
   found = lambda node: isinstance(node, kind)
   return [node for node in jax.tree.leaves(state, is_leaf=found) if found(node)]
-
-
-def allocator_state(state: Any) -> Any:
-  """The allocator's part of an optimizer state, or None."""
-  allocates = lambda node: getattr(node, "allocates", False)
-  nodes = jax.tree.leaves(state, is_leaf=allocates)
-  return next((node for node in nodes if allocates(node)), None)
 
 
 def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformationExtraArgs:

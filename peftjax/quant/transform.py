@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tied, tree
+from peftjax.core.adapted import Adapted, lender
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.weight import Weight
 from peftjax.quant import blockwise, double
@@ -59,10 +60,10 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
   """
   errors: dict[str, float] = {}
   flat, whole = paths.leaves(params), paths.leaves(tree.tie(params))
-  folds = lambda leaf: isinstance(getattr(leaf, "base", None), Quantized)
+  folds = lambda leaf: isinstance(leaf, Adapted) and isinstance(leaf.base, Quantized)
 
   def fold(path: str, leaf: Any) -> Any:
-    if folds(flat.get(getattr(leaf, "of", ""))):
+    if folds(flat.get(lender(leaf))):
       return whole[path].materialize()  # IA3's bias goes with its kernel
     if not folds(leaf):
       return leaf
@@ -74,7 +75,7 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
   # A head that is tied to such a table is that of its base, and stays.
   keeps = lambda path, head: tied.kernel(flat[head.of]) if folds(flat.get(head.of)) else head
   folded = tree.replace_tied(keeps, paths.map_leaves(fold, params))
-  lent = {getattr(leaf, "of", "") for leaf in paths.leaves(folded).values()}
+  lent = {lender(leaf) for leaf in paths.leaves(folded).values()}
   return folded if lent & set(shared.nodes(folded)) else shared.without(folded), errors
 
 
@@ -101,7 +102,7 @@ def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> No
   if fmt.bits == 4 and size % 2:
     raise ValueError(
       f"{path} {tuple(leaf.shape)} has the odd contraction size {size}: two codes share a byte. "
-      "Use pj.int8(), or leave it out of `where`."
+      "Use pj.quant.int8(), or leave it out of `where`."
     )
 
 

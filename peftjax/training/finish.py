@@ -11,7 +11,6 @@ import jax
 
 from peftjax import hf_peft
 from peftjax.io import disk
-from peftjax.methods.adalora_ranks import ranks
 from peftjax.training import process
 from peftjax.training.logs import Bar, write_atomic
 from peftjax.training.peers import Peers
@@ -50,7 +49,6 @@ def finish(
 
   def write() -> dict[str, Any]:
     _export(run, params, workdir, bar)
-    left = ranks(params)
     result = {
       "config": dict(config),
       "method": run.settings.method["name"],
@@ -58,7 +56,7 @@ def finish(
       "total_params": run.parameters,
       "metrics": {"validation": best["metrics"], **final},
       **({"before": dict(untrained)} if untrained else {}),
-      **({"ranks": left} if left else {}),
+      **run.method.summary(params),
       "best_step": best["step"],
       "steps": run.total,
       **run.task.summary(),

@@ -155,11 +155,10 @@ def _matrices(path: str, leaf: Any) -> dict[str, int]:
     return {}
   if not isinstance(leaf, Adapted):
     return {"": math.prod(leaf.shape)}
-  stack = len(getattr(leaf, "stack", leaf.shape[:-2]))
   factors = {
     name: x.size
     for name, x in children(leaf).items()
-    if name != "base" and getattr(x, "ndim", 0) == stack + 2
+    if name != "base" and getattr(x, "ndim", 0) == len(leaf.stack) + 2
   }
   return {"base": math.prod(leaf.shape), **factors}
 

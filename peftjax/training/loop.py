@@ -37,9 +37,9 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
   """Fine-tunes as `config` says and returns what `workdir/result.json` holds.
 
-  Evaluates on the validation split after every epoch, keeps the best (of AdaLoRA: of those within
-  the final budget), and scores the test split
-  once, with the best. Run again with the same arguments it goes on where it was stopped, to the
+  Evaluates on the validation split after every epoch, keeps the best (of
+  those from which on the method leaves the model's size), and scores the test split once, with the
+  best. Run again with the same arguments it goes on where it was stopped, to the
   same bits, or returns the result if it had finished.
 
   Args:

@@ -52,6 +52,7 @@ class Run:
     for part, ids in self.task.ids().items():
       limits.check(model.module.config, *ids, what=f"the {part} texts")
     self.module, self.mask, self.new = model.module, model.mask, model.new
+    self.method = model.method
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)
     train, self.frozen = tree.partition(model.params, model.mask)
@@ -60,13 +61,13 @@ class Run:
     every = settings.optimizer.accumulate
     updates = settings.optimizer.updates(self.total)
     self.settled = min(model.method.settled(updates) * every, self.total)
-    self._key = build.dropout_key(settings)
+    self.dropout_key = build.dropout_key(settings)
     wanted = settings.optimizer.paged
     self._use(model, train, paged=wanted == "always")
     self.paging = ""
     if wanted == "auto":
       batch = self.place(next(iter(self.stream.iterate(0, 1))))
-      compiled = self._step.lower(self.state, self.frozen, batch, self._key).compile()
+      compiled = self._step.lower(self.state, self.frozen, batch, self.dropout_key).compile()
       paged, self.paging = optim.decide_paging(
         compiled, jax.devices()[0], settings.optimizer.device_memory_bytes
       )
@@ -109,7 +110,7 @@ class Run:
   def steps(self) -> Iterator[int]:
     """Dispatches the steps that are left, one an iteration, and yields how many are done."""
     for batch in self.stream.iterate(self.steps_done, self.total):
-      self.state, out = self._step(self.state, self.frozen, self.place(batch), self._key)
+      self.state, out = self._step(self.state, self.frozen, self.place(batch), self.dropout_key)
       self.steps_done += 1
       self._pending.append((self.steps_done, batch["tokens"].shape, out))
       yield self.steps_done

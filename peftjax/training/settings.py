@@ -18,33 +18,15 @@ from peftjax import optim, sharding
 from peftjax.core import ranges
 from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, Size
 from peftjax.io.records import clip
-from peftjax.methods.adalora import adalora
-from peftjax.methods.adapters import adapters
 from peftjax.methods.base import Method, chain
-from peftjax.methods.dora import dora
-from peftjax.methods.ia3 import ia3
-from peftjax.methods.lora import lora
-from peftjax.methods.masks import train
-from peftjax.methods.prefix import prefix
-from peftjax.methods.prompt import prompt
-from peftjax.methods.vera import vera
+from peftjax.methods.registry import METHODS
+from peftjax.methods.unfreeze import unfreeze
 from peftjax.models import stack
 from peftjax.quant.formats import FORMATS, Format
+from peftjax.training import sections
 
 T = TypeVar("T")
 
-# The name of a method in a config, and what builds it.
-METHODS: Mapping[str, Callable[..., Method]] = {
-  "lora": lora,
-  "dora": dora,
-  "adalora": adalora,
-  "ia3": ia3,
-  "adapters": adapters,
-  "prefix": prefix,
-  "prompt": prompt,
-  "vera": vera,
-  "train": train,
-}
 # The name of an optimizer in a config, and what builds it.
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
   "adamw": optim.adamw,
@@ -78,12 +60,12 @@ class Model(Section):
   directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
   scan_layers: bool = False
   # Gradient checkpointing, of decoders: none, or what is kept of each layer (`models.stack.REMAT`).
-  remat: bool | str = False
+  remat: bool | str = "none"
   dtype: str = "float32"  # of activations: float32 or bfloat16
 
   def options(self) -> dict[str, Any]:
     """For `pretrained.load`."""
-    ranges.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+    ranges.one_of("model.dtype", self.dtype, sections.DTYPES)
     options = dict(scan_layers=self.scan_layers, dtype=jnp.dtype(self.dtype))
     # A flag's text: before there were names, it was true or false.
     remat = {"true": "layer", "false": "none"}.get(str(self.remat).lower(), self.remat)
@@ -266,23 +248,34 @@ class Settings:
   def sharding_rules(self) -> sharding.Rules:
     return sharding.rules(self.rules)
 
+  def own_method(self) -> Method:
+    """The method alone, with the run's seed if it draws something of its own."""
+    fields = {key: x for key, x in self.method.items() if key not in ("name", "head")}
+    name: Any = self.method.get("name")
+    ranges.one_of("method.name", name, METHODS)
+    method = METHODS[name]
+    fields = sections.arguments(method, fields, "method")
+    if "seed" in _parameters(method):
+      fields.setdefault("seed", self.seed)
+    ranges.check(method, fields, "--config.method.")
+    return _build(method, fields, f"method ({name})")
+
   def build_method(self) -> Method:
     """The method with, unless `head` is false, the task head trained beside it."""
-    fields = dict(self.method)
-    name, head = fields.pop("name", None), fields.pop("head", True)
+    head = self.method.get("head", True)
     ranges.check_one("--config.method.head", head, bool)
-    ranges.one_of("method.name", name, METHODS)
-    for key in ("rank_pattern", "alpha_pattern"):
-      if key in fields:
-        fields[key] = _pattern(key, fields[key], int if key == "rank_pattern" else float)
-    if "dtype" in fields:
-      ranges.one_of("method.dtype", fields["dtype"], ("float32", "bfloat16"))
-      fields["dtype"] = jnp.dtype(fields["dtype"])
-    if name == "adalora":
-      fields["seed"] = self.seed  # of triplets that are drawn anew
-    ranges.check(METHODS[name], fields, "--config.method.")
-    method = _build(METHODS[name], fields, f"method ({name})")
-    return chain(method, train("head/.*")) if head else method
+    method = self.own_method()
+    return chain(method, unfreeze("head/.*")) if head else method
+
+
+# The sections of a config but the method's, and the data's of each task.
+SECTIONS: Mapping[str, Any] = {
+  "model": Model,
+  "quant": Quant,
+  "optimizer": Optimizer,
+  "train": Train,
+}
+DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text}
 
 
 def from_config(config: ConfigDict) -> Settings:
@@ -292,12 +285,10 @@ def from_config(config: ConfigDict) -> Settings:
     ValueError: on a key no section has, naming near ones.
   """
   fields = config.to_dict()
-  kinds: dict[str, Any] = {"classify": Data, "causal_lm": Text}
   task = fields.get("task", "classify")
-  ranges.one_of("task", task, kinds)
-  data = kinds[task]
-  sections = {"model": Model, "quant": Quant, "data": data, "optimizer": Optimizer, "train": Train}
-  typed = {name: _build(cls, fields.pop(name, {}), name) for name, cls in sections.items()}
+  ranges.one_of("task", task, DATA)
+  classes = {**SECTIONS, "data": DATA[task]}
+  typed = {name: _build(cls, fields.pop(name, {}), name) for name, cls in classes.items()}
   fields.setdefault("compilation_cache", "")
   return _build(Settings, {**fields, **typed}, "config")
 
@@ -312,19 +303,6 @@ def _build(cls: Callable[..., T], fields: Mapping[str, Any], where: str) -> T:
       hint = f"; did you mean {near[0]!r}?" if near else ""
       raise ValueError(f"config: {where} has no key {key!r}{hint} It has: {', '.join(allowed)}")
   return cls(**fields)
-
-
-def _pattern(name: str, rules: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:
-  """`("query=4",)` to `{"query": 4}`: flags have no dicts with free keys."""
-  ranges.check_one(f"--config.method.{name}", rules, list[str])
-  pattern = {}
-  for rule in rules:
-    key, _, value = rule.rpartition("=")
-    try:
-      pattern[key] = kind(value)
-    except ValueError:
-      raise ValueError(f'method.{name}: {clip(rule)} is not "PATTERN=NUMBER"') from None
-  return pattern
 
 
 def _parameters(cls: Callable[..., Any]) -> list[str]:

@@ -38,13 +38,13 @@ def train_step(
   Returns:
     The next state and float32 scalars: "loss", the mean over this batch; "grad_norm", of the mean
     gradient before clipping, with accumulation of that of all batches since the last update, this
-    one included; of AdaLoRA also "orthogonality", R(P, Q), and the "budget".
+    one included; and what the method's optimizer says of its update (`optim.metrics`).
 
   Raises:
-    ValueError: AdaLoRA weights are trained by another optimizer than their method's, or gradients
+    ValueError: weights that only their method's optimizer may train have another one, or gradients
       are accumulated by `optax.MultiSteps`, which cannot be told what a batch counts.
   """
-  optim.check_allocated(state.train, state.opt_state)
+  optim.check_owned(state.train, state.opt_state)
   rngs = {"dropout": jax.random.fold_in(key, state.step)}
 
   def objective(train: Any) -> tuple[jax.Array, jax.Array]:
@@ -60,9 +60,7 @@ def train_step(
     train = optax.apply_updates(state.train, updates)
   collected = optim.accumulator_state(opt_state)
   norm = optax.tree.norm(grads) if collected is None else collected.norm
-  metrics = {"loss": value, "grad_norm": norm}
-  if (allocator := optim.allocator_state(opt_state)) is not None:
-    metrics.update(orthogonality=allocator.penalty, budget=allocator.budget)
+  metrics = {"loss": value, "grad_norm": norm, **optim.metrics(opt_state)}
   return TrainState(step=state.step + 1, train=train, opt_state=opt_state), metrics
 
 

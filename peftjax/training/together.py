@@ -27,23 +27,24 @@ from peftjax.training.process import Clock
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
 
-# Fields in which runs of one group may differ: arrays in the compiled step.
-FREE = ("seed", "method.rank", "method.target_rank", "method.alpha", "optimizer.learning_rate")
-# With these values of fields something depends on the rank that padding does not leave alone: the
-# frozen arrays, what is drawn anew, which moments take a byte and in what blocks.
-_BY_RANK = (
-  *(("method.init", "pissa"), ("method.regrow", "random"), ("method.name", "vera")),
-  ("optimizer.name", "adamw8bit"),
-)
+# Fields in which runs of one group may differ, beside those of `Method.varies`: arrays in the
+# compiled step.
+FREE = ("seed", "optimizer.learning_rate")
+
+
+def free(config: Mapping[str, Any]) -> set[str]:
+  """Fields in which what is trained together with a config may differ from it."""
+  settings = from_config(ConfigDict(config))
+  varies = {f"method.{name}" for name in settings.own_method().varies()}
+  if settings.optimizer.name == "adamw8bit":  # which moments take a byte, and in what blocks
+    varies -= {"method.rank"}
+  return {*FREE, *varies}
 
 
 def group_of(config: Mapping[str, Any]) -> str:
   """What two configs have to have in common to be trained together."""
-  fields = {k: v for k, v in resume.flat(dict(config)).items() if k not in resume.FREE}
-  keep = {"method.rank"} if any(fields.get(name) == value for name, value in _BY_RANK) else set()
-  if fields.get("method.target_rank", 0) is None:  # prunes nothing: another program
-    keep.add("method.target_rank")
-  own = {k: v for k, v in fields.items() if k not in FREE or k in keep}
+  apart = {*resume.FREE, *free(config)}
+  own = {key: x for key, x in resume.flat(dict(config)).items() if key not in apart}
   return json.dumps(own, sort_keys=True)
 
 
@@ -96,7 +97,7 @@ class Together:
       states.append(state.init(run.tx, train))
     self._made = _stack(made)
     self.states = _stack(states)
-    self._keys = jnp.stack([run._key for run in self.runs])
+    self._keys = jnp.stack([run.dropout_key for run in self.runs])
     self._predict = first._predict
     self._lengths = first.task.lengths
     if chunk is None:
@@ -189,7 +190,7 @@ def train_together(
   and TensorBoard's events; its result says `together`, the number of runs.
 
   Args:
-    configs: that agree in all but `FREE`; see `group_of`.
+    configs: that agree in all that `group_of` says.
     folders: a workdir for each.
 
   Returns:
@@ -202,8 +203,10 @@ def train_together(
     raise ValueError(
       "runs are trained together in one process; give each of several its own trials"
     )
-  if len({group_of(json.loads(config.to_json())) for config in configs}) != 1:
-    raise ValueError(f"configs trained together may differ in {', '.join(FREE)} alone")
+  as_json = [json.loads(config.to_json()) for config in configs]
+  if len(set(map(group_of, as_json))) != 1:
+    names = ", ".join(sorted({*FREE}.union(*map(free, as_json))))
+    raise ValueError(f"configs trained together may differ in {names} alone")
   with contextlib.ExitStack() as stack:
     paths = [Path(folder) for folder in folders]
     held = [stack.enter_context(lock.hold(path)) for path in paths]

@@ -13,7 +13,7 @@ BASE = {"query": {"kernel": jax.random.normal(KEY, (64, 8)), "bias": jnp.ones(8)
 METHODS = {
   "lora": pj.lora(2, targets="query"),
   "dora": pj.dora(2, targets="query", from_quantised=True),
-  "adalora": pj.adalora(2, 1, targets="query"),
+  "adalora": pj.adalora(2, target_rank=1, targets="query"),
   "ia3 of outputs": pj.ia3("query"),
   "ia3 of inputs": pj.ia3(inputs="query"),
   "vera": pj.vera(2, "query"),
@@ -22,7 +22,7 @@ METHODS = {
 
 @functools.cache
 def attached(name, quantised):
-  base = pj.quantize(BASE, pj.nf4(), "query") if quantised else BASE
+  base = pj.quantize(BASE, pj.quant.nf4(), "query") if quantised else BASE
   return METHODS[name].attach(KEY, base)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import peftjax as pj
-from peftjax.core.einsum import free_letter, split_subscripts
+from peftjax.core.einsum import attend, free_letter, split_subscripts, take
 
 W = jnp.arange(12.0).reshape(3, 4) / 7
 
@@ -18,14 +18,14 @@ def test_einsum_computes_in_the_dtype_of_x():
 
 
 def test_take_gives_rows_and_nan_outside():
-  np.testing.assert_array_equal(pj.take(W, jnp.array([[2], [0]])), W[jnp.array([[2], [0]])])
-  assert np.isnan(pj.take(W, jnp.array(3))).all()
+  np.testing.assert_array_equal(take(W, jnp.array([[2], [0]])), W[jnp.array([[2], [0]])])
+  assert np.isnan(take(W, jnp.array(3))).all()
 
 
 def test_attend_is_the_transposed_product_in_the_dtype_of_x():
   x = jnp.ones((2, 4), jnp.bfloat16)
-  assert pj.attend(W, x).dtype == jnp.bfloat16
-  np.testing.assert_allclose(pj.attend(W, jnp.ones((2, 4))), jnp.ones((2, 4)) @ W.T, rtol=1e-6)
+  assert attend(W, x).dtype == jnp.bfloat16
+  np.testing.assert_allclose(attend(W, jnp.ones((2, 4))), jnp.ones((2, 4)) @ W.T, rtol=1e-6)
 
 
 @pytest.mark.parametrize("eqn", ["io->io", "bi,io", "a,b,c->abc"])

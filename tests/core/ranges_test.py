@@ -31,7 +31,7 @@ FUNCTIONS = {
   ),
   "prefix": (pj.prefix, dict(length=(0, 2.0, True, 10**9), deviation=(NAN, -1.0))),
   "prompt": (pj.prompt, dict(length=(0, "20"))),
-  "train": (pj.train, dict(targets=(3, None))),
+  "unfreeze": (pj.unfreeze, dict(targets=(3, None))),
   "adamw": (
     lambda **k: optim.adamw(**{"learning_rate": 1e-3, **k}),
     dict(
@@ -59,14 +59,14 @@ FUNCTIONS = {
     lambda **k: optim.wrap(optax.sgd(1.0), **{"clip_norm": None, "accumulate": 1, **k}),
     dict(clip_norm=(-1, NAN), accumulate=(0, True)),
   ),
-  "nf4": (pj.nf4, dict(block_size=(64.0, True, "64"), double_quant=("no", 1))),
+  "nf4": (pj.quant.nf4, dict(block_size=(64.0, True, "64"), double_quant=("no", 1))),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arguments_out_of_range_are_named(name):
   function, cases = FUNCTIONS[name]
-  function() if name not in ("train", "at_rate") else None
+  function() if name not in ("unfreeze", "at_rate") else None
   for argument, values in cases.items():
     for value in values:
       with pytest.raises(ValueError, match=rf"^{argument}=.*: write (a|true)"):

@@ -12,7 +12,9 @@ import pytest
 import peftjax as pj
 from peftjax.core import paths, tree
 from peftjax.core.tied import Tied
+from peftjax.methods.lora_weight import LoRA
 from peftjax.nn.linear import Embedding, Head, Linear
+from peftjax.quant.weight import Quantized
 from tests.core.programs import jit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -69,7 +71,7 @@ def test_nothing_in_the_place_of_the_head_is_tied_too(params):
 def adapted(params, table, **how):
   """LoRA on the table, stirred."""
   params = pj.lora(2, 4, table, **how).attach(KEY, params)
-  stir = lambda w: w.replace(a=w.a + 0.1, b=w.b + 0.1) if isinstance(w, pj.LoRA) else w
+  stir = lambda w: w.replace(a=w.a + 0.1, b=w.b + 0.1) if isinstance(w, LoRA) else w
   return jax.tree.map(stir, params, is_leaf=paths.is_leaf)
 
 
@@ -77,7 +79,9 @@ def near(got, want):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fmt", [None, pj.nf4(32), pj.int8(32)], ids=["dense", "nf4", "int8"])
+@pytest.mark.parametrize(
+  "fmt", [None, pj.quant.nf4(32), pj.quant.int8(32)], ids=["dense", "nf4", "int8"]
+)
 def test_merging_an_adapted_table_keeps_the_outputs(params, fmt):
   """The adapter changed the lookup alone, so the head becomes an array: the base's."""
   base = pj.quantize(params, fmt, TABLE) if fmt else params
@@ -96,12 +100,12 @@ def test_merging_an_adapted_table_keeps_the_outputs(params, fmt):
 
 def test_a_quantised_table_is_seen_by_both_uses(params):
   """Logits are those of the dequantised table as lookup and head, also after untying."""
-  for fmt in (pj.nf4(32), pj.nf4(32, False)):
+  for fmt in (pj.quant.nf4(32), pj.quant.nf4(32, False)):
     quantised = pj.quantize(params, fmt, TABLE)
     want = run(pj.merge(quantised, dense=True))
     near(run(quantised), want)
     own = pj.untie(quantised)
-    assert isinstance(own["lm_head"]["kernel"], pj.Quantized)
+    assert isinstance(own["lm_head"]["kernel"], Quantized)
     np.testing.assert_array_equal(
       own["lm_head"]["kernel"].materialize(), paths.leaves(quantised)[TABLE].materialize().T
     )
@@ -109,25 +113,25 @@ def test_a_quantised_table_is_seen_by_both_uses(params):
 
 
 def test_requantising_an_adapted_table_leaves_the_head(params):
-  quantised = pj.quantize(params, pj.nf4(32), TABLE)
-  folded, errors = pj.requantize(adapted(quantised, TABLE))
+  quantised = pj.quantize(params, pj.quant.nf4(32), TABLE)
+  folded, errors = pj.quant.requantize(adapted(quantised, TABLE))
   assert list(errors) == [TABLE]
   np.testing.assert_array_equal(
     folded["lm_head"]["kernel"].materialize(), paths.leaves(quantised)[TABLE].materialize().T
   )
-  assert paths.tied(pj.requantize(quantised)[0])
+  assert paths.tied(pj.quant.requantize(quantised)[0])
 
 
 def test_training_the_table_trains_both_uses(params):
   """As in torch: one array, counted once, with the sum of both gradients."""
   size = lambda p, method: pj.count(p, method.trainable(p))
-  every = pj.train(".*")
+  every = pj.unfreeze(".*")
   assert size(params, every) == pj.count(params) == sum(x.size for x in jax.tree.leaves(params))
-  method = pj.train(TABLE)
+  method = pj.unfreeze(TABLE)
   assert size(params, method) == paths.leaves(params)[TABLE].size
   loss = lambda p: jnp.sin(pj.apply(MODEL, p, TOKENS)).sum()
   grad = lambda p, where: paths.leaves(
-    jit(pj.value_and_grad(loss, pj.train(where).trainable(p)))(p)[1]
+    jit(pj.value_and_grad(loss, pj.unfreeze(where).trainable(p)))(p)[1]
   )
   both, apart = grad(params, TABLE), grad(pj.untie(params), [TABLE, "lm_head"])
   want = apart[TABLE] + apart["lm_head/kernel"].T
@@ -140,9 +144,9 @@ def test_training_the_table_trains_both_uses(params):
     lambda p: pj.lora(2, 4, "lm_head").attach(KEY, p),
     lambda p: pj.dora(2, 4, ["between", "lm_head"]).claims(p),
     lambda p: pj.lora(2, 4, r".*(kernel|embedding)").attach(KEY, p),
-    lambda p: pj.train("lm_head").claims(p),
-    lambda p: pj.train(".*kernel").trainable(p),
-    lambda p: pj.quantize(p, pj.nf4(32), ["all-linear", "lm_head"]),
+    lambda p: pj.unfreeze("lm_head").claims(p),
+    lambda p: pj.unfreeze(".*kernel").trainable(p),
+    lambda p: pj.quantize(p, pj.quant.nf4(32), ["all-linear", "lm_head"]),
     lambda p: pj.lora(2, 4, TABLE, init="pissa").attach(KEY, p),
   ],
 )
@@ -162,7 +166,7 @@ def test_the_rest_of_the_library_walks_past_it(params):
   tx = optax.adam(1e-3)
   updates, _ = tx.update(train, tx.init(train), train)
   assert paths.tied(optax.apply_updates(train, updates))
-  where = pj.shardings(attached, pj.make_mesh("fsdp:2,tensor:4"))
+  where = pj.sharding.shardings(attached, pj.sharding.make_mesh("fsdp:2,tensor:4"))
   assert paths.tied(jax.device_put(attached, where))
   adapter, _ = pj.partition(attached, pj.adapter_mask(attached, method.trainable(attached)))
   assert all(map(paths.tied, pj.align_ranks(adapter, adapter)))

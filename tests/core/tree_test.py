@@ -15,7 +15,7 @@ from peftjax.models.bert import BertClassifier
 from tests.core.programs import equations, optimised
 from tests.models import tiny
 
-METHOD = pj.chain(pj.lora(3, 6, "body"), pj.train("head/.*"))
+METHOD = pj.chain(pj.lora(3, 6, "body"), pj.unfreeze("head/.*"))
 X = np.random.default_rng(1).standard_normal((5, 12), np.float32)
 
 
@@ -68,7 +68,7 @@ def two_trees(params, steps=10):
 
 def one_tree(params, steps=10):
   mask = METHOD.trainable(params)
-  tx = pj.freeze(optimizer(), mask)
+  tx = pj.optim.freeze(optimizer(), mask)
 
   @optimised
   def step(params, state, x):
@@ -121,7 +121,7 @@ def test_the_clip_norm_is_over_trained_leaves_only():
   """A huge gradient of a frozen leaf neither shrinks the others nor passes through."""
   params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
   grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.full(3, 1e9)}
-  tx = pj.freeze(optax.clip_by_global_norm(1.0), {"a": True, "b": False})
+  tx = pj.optim.freeze(optax.clip_by_global_norm(1.0), {"a": True, "b": False})
   updates, _ = tx.update(grads, tx.init(params), params)
   new = optax.apply_updates(params, updates)
   np.testing.assert_allclose(new["a"], [0.6, 0.8], rtol=1e-6)
@@ -130,7 +130,8 @@ def test_the_clip_norm_is_over_trained_leaves_only():
 
 @pytest.mark.parametrize("route", ["one tree", "two trees"])
 @pytest.mark.parametrize(
-  "method", [pj.train("head/.*"), pj.train([".*/bias", "head/.*"]), pj.lora(4, targets="query")]
+  "method",
+  [pj.unfreeze("head/.*"), pj.unfreeze([".*/bias", "head/.*"]), pj.lora(4, targets="query")],
 )
 def test_no_gradient_of_a_frozen_kernel_is_computed(method, route):
   """No product of the whole program has the shape of one."""

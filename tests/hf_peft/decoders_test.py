@@ -137,7 +137,7 @@ def test_what_a_decoder_trains_beside_its_adapter_comes_back(scan, tmp_path):
   """Norms, biases, kernels as `Conv1D` has them, and the table that the head is tied to."""
   model, params = pj.load_pretrained(_GOLDEN / "gpt2_tiny", scan_layers=scan)
   method = pj.chain(
-    pj.lora(2, 4, "c_fc"), pj.train([".*ln_f/.*", ".*attn/c_proj/bias", ".*wte/embedding"])
+    pj.lora(2, 4, "c_fc"), pj.unfreeze([".*ln_f/.*", ".*attn/c_proj/bias", ".*wte/embedding"])
   )
   layout = pj.linen.layout(model, np.zeros((1, 4), np.int32))
   attached = method.attach(jax.random.key(0), params, layout)
@@ -164,7 +164,7 @@ def test_what_a_decoder_trains_beside_its_adapter_comes_back(scan, tmp_path):
 def test_an_adapter_on_a_quantised_base():
   """Its kernels have the shapes of those they stand for; the head is that of the dense table."""
   model, params, loaded, _ = _load("peft_decoder_tied")
-  packed = pj.quantize(params, pj.nf4(), where="all-linear")
+  packed = pj.quantize(params, pj.quant.nf4(), where="all-linear")
   got, _ = hf_peft.load(_GOLDEN / "peft_decoder_tied", packed, model)
   weight, plain = (x["model"]["layers_1"]["self_attn"]["k_proj"]["kernel"] for x in (got, loaded))
   assert isinstance(weight.base, pj.Weight)

@@ -19,6 +19,8 @@ from peftjax import hf_peft
 from peftjax.core import paths
 from peftjax.hf_peft.build import suffixes
 from peftjax.hf_peft.targets import Matcher
+from peftjax.methods.adalora_weight import SVDLoRA
+from peftjax.methods.lora_weight import LoRA
 
 _GOLDEN = Path(__file__).parents[1] / "golden"
 _ADAPTERS = ("peft_query_value", "peft_patterns", "peft_rslora", "peft_embedding")
@@ -42,7 +44,7 @@ def _draw(params, mask):
   drawn = jax.tree.map(lambda m, x: draw(x) if m else x, mask, params)
 
   def pad(_, leaf):
-    if not isinstance(leaf, pj.LoRA):
+    if not isinstance(leaf, LoRA):
       return leaf
     kept = np.arange(leaf.a.shape[-2]) < np.asarray(leaf.rank)[..., None]
     return leaf.replace(a=leaf.a * kept[..., :, None], b=leaf.b * kept[..., None, :])
@@ -112,7 +114,7 @@ def test_a_real_adapter_saved_again_has_the_same_tensors_and_meaning(tiny, name,
 def test_the_mask_trains_what_was_loaded(tiny):
   model, params = tiny
   loaded, mask = hf_peft.load(_GOLDEN / "peft_query_value", params, model)
-  method = pj.chain(pj.lora(4, 8, dropout=0.1), pj.train("head/.*"))
+  method = pj.chain(pj.lora(4, 8, dropout=0.1), pj.unfreeze("head/.*"))
   chex.assert_trees_all_equal(mask, method.trainable(loaded))
   attached = method.attach(jax.random.key(0), params, _layout(model))
   chex.assert_trees_all_equal_shapes_and_dtypes(loaded, attached)
@@ -136,7 +138,7 @@ _METHODS = {
 def test_saved_and_loaded_is_equal_bit_for_bit(tiny, name, tmp_path):
   model, params = tiny
   method = _METHODS[name]
-  attached, mask = _attach(model, params, method, pj.train("head/.*"))
+  attached, mask = _attach(model, params, method, pj.unfreeze("head/.*"))
   hf_peft.save(tmp_path, attached, model, trained=mask, rslora=method.rslora)
   loaded, loaded_mask = hf_peft.load(tmp_path, params, model)
   chex.assert_trees_all_equal(loaded, attached)
@@ -147,11 +149,11 @@ def test_saved_and_loaded_is_equal_bit_for_bit(tiny, name, tmp_path):
 def test_adalora_that_was_loaded_pruned_can_be_saved_again(tiny, tmp_path):
   """Every matrix has a rank of its own then, all at one scale."""
   model, params = tiny
-  attached, _ = _attach(model, params, pj.adalora(4, 2, 8.0, ["query", "value"]))
+  attached, _ = _attach(model, params, pj.adalora(4, 8.0, ["query", "value"], target_rank=2))
   rng = np.random.default_rng(0)
   some = lambda x: jnp.asarray(rng.normal(size=x.shape) * (rng.random(x.shape) < 0.6), jnp.float32)
   attached = paths.map_leaves(
-    lambda _, x: x.replace(e=some(x.e)) if isinstance(x, pj.SVDLoRA) else x, attached
+    lambda _, x: x.replace(e=some(x.e)) if isinstance(x, SVDLoRA) else x, attached
   )
   hf_peft.save(tmp_path / "first", attached, model)
   first, _ = hf_peft.load(tmp_path / "first", params, model)
@@ -177,7 +179,7 @@ def test_scanned_and_unrolled_write_the_same_files(tmp_path):
 @pytest.mark.parametrize("method", [pj.prefix(3), pj.prompt(3, init="normal")], ids=repr)
 def test_virtual_tokens_saved_and_loaded_are_equal_bit_for_bit(tiny, method, tmp_path):
   model, params = tiny
-  attached, mask = _attach(model, params, method, pj.train("head/.*"))
+  attached, mask = _attach(model, params, method, pj.unfreeze("head/.*"))
   hf_peft.save(tmp_path, attached, model, trained=mask)
   loaded, loaded_mask = hf_peft.load(tmp_path, params, model)
   chex.assert_trees_all_equal(loaded, attached)
@@ -204,7 +206,7 @@ def test_layers_without_an_adapter_have_rank_zero(tmp_path, tiny):
     query = flat["bert/encoder/layers/attention/self/query/kernel"]
     assert query.rank.tolist() == [0, 4] and query.scale.tolist() == [0, 2]
   else:
-    assert not isinstance(flat["bert/encoder/layers_0/attention/self/query/kernel"], pj.LoRA)
+    assert not isinstance(flat["bert/encoder/layers_0/attention/self/query/kernel"], LoRA)
   again = tmp_path / "again"
   hf_peft.save(again, loaded, model, trained=mask)
   assert _config(again)["target_modules"] == ["1.attention.self.query", "1.attention.self.value"]
@@ -249,7 +251,9 @@ def test_without_a_task_type_an_untrained_head_stays_out(unrolled, tmp_path):
 
 def test_a_trained_pooler_is_a_module_to_save(unrolled, tmp_path):
   model, params = unrolled
-  attached, mask = _attach(model, params, pj.lora(2), pj.train(["head/.*", ".*pooler/dense/bias"]))
+  attached, mask = _attach(
+    model, params, pj.lora(2), pj.unfreeze(["head/.*", ".*pooler/dense/bias"])
+  )
   hf_peft.save(tmp_path, attached, model, trained=mask)
   assert _config(tmp_path)["modules_to_save"] == ["bert.pooler.dense", "classifier"]
   chex.assert_trees_all_equal(hf_peft.load(tmp_path, params, model)[0], attached)
@@ -257,7 +261,7 @@ def test_a_trained_pooler_is_a_module_to_save(unrolled, tmp_path):
 
 def test_roberta_saves_its_whole_head(tmp_path):
   model, params = pj.load_pretrained(_GOLDEN / "roberta_tiny")
-  attached, mask = _attach(model, params, pj.lora(2, 4, "all-linear"), pj.train("head/.*"))
+  attached, mask = _attach(model, params, pj.lora(2, 4, "all-linear"), pj.unfreeze("head/.*"))
   hf_peft.save(tmp_path, attached, model, trained=mask)
   config = _config(tmp_path)
   assert config["modules_to_save"] == ["classifier"]
@@ -329,11 +333,11 @@ def test_target_names_hit_the_targets_only(targets, names):
   "methods, message",
   [
     ([pj.lora(2, init="pissa")], "PiSSA adapter.*pj.merge"),
-    ([pj.train("head/.*")], "no adapter that PEFT knows"),
+    ([pj.unfreeze("head/.*")], "no adapter that PEFT knows"),
     ([pj.adapters(4)], "no adapter that PEFT knows"),
     ([pj.lora(2), pj.prefix(2)], "one kind of adapter.*LoRA and Prefix"),
     ([pj.prompt(2), pj.prefix(2)], "one kind of adapter.*Prefix and Prompt"),
-    ([pj.lora(2), pj.train(".*query/bias")], "query/bias is trained.*no place.*pj.merge"),
+    ([pj.lora(2), pj.unfreeze(".*query/bias")], "query/bias is trained.*no place.*pj.merge"),
     ([pj.lora(2, targets=".*head/classifier/kernel")], "classifier, which is saved whole"),
     ([pj.lora(2), pj.lora(2, targets="key", dropout=0.1)], r"lora_dropout \[0.0, 0.1\]"),
   ],

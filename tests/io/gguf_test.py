@@ -211,9 +211,9 @@ def test_a_quantised_load_is_quantising_what_was_loaded(wide, tmp_path, monkeypa
   """Bit for bit, though no matrix is dequantised as a whole."""
   path = gguf_files.model(tmp_path / "m.gguf", wide, Type.Q8_0)
   _, dense = pj.load_pretrained(path)
-  want = pj.quantize(dense, pj.nf4(32))
+  want = pj.quantize(dense, pj.quant.nf4(32))
   monkeypatch.setattr(stream, "PIECE", 7 * 64)
-  _, got = pj.load_pretrained(path, quant=pj.nf4(32))
+  _, got = pj.load_pretrained(path, quant=pj.quant.nf4(32))
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
 

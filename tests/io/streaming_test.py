@@ -166,7 +166,7 @@ def main(path, quant, layers):
   thread = threading.Thread(target=sample)
   thread.start()
   began = time.perf_counter()
-  fmt = pj.nf4() if quant == "nf4" else None
+  fmt = pj.quant.nf4() if quant == "nf4" else None
   _, params = pj.load_pretrained(path, quant=fmt, scan_layers=layers == "scanned")
   jax.block_until_ready(params)
   seconds = time.perf_counter() - began

@@ -190,7 +190,7 @@ def test_norms_are_trained_by_flag_and_by_the_papers_default():
 def test_rules_of_other_methods_do_not_reach_into_an_adapter():
   """The frozen scale of a bottleneck is no parameter of the model."""
   model = BertClassifier(tiny.config())
-  method = pj.chain(pj.adapters(4, norms=False), pj.train(".*/scale"))
+  method = pj.chain(pj.adapters(4, norms=False), pj.unfreeze(".*/scale"))
   params = method.attach(KEY, tiny.params(), pj.linen.layout(model, tiny.TOKENS))
   mask = paths.leaves(method.trainable(params))
   scales = {path: on for path, on in mask.items() if path.endswith("/scale")}
@@ -274,7 +274,7 @@ def test_gradients_are_the_same_where_activations_are_computed_again(placement):
   ("change", "message"),
   [
     (dict(size=0), "size=0: write"),
-    (dict(placement="before"), "placement 'before' is not one of 'houlsby'"),
+    (dict(placement="before"), "placement 'before' is not one of houlsby"),
     (dict(init="zeros"), "init 'zeros' is not one of"),
     (dict(activation="tan"), "activation 'tan' is not one of"),
   ],

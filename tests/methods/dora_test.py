@@ -72,7 +72,7 @@ def test_the_magnitude_starts_as_the_norm_of_each_output():
 
 def test_a_quantised_base_has_to_be_asked_for():
   tree = pj.quantize(
-    {"w": {"kernel": jax.random.normal(KEY, (3, 64, 8))}}, pj.nf4(), "w", {"w/kernel": Axes()}
+    {"w": {"kernel": jax.random.normal(KEY, (3, 64, 8))}}, pj.quant.nf4(), "w", {"w/kernel": Axes()}
   )
   layout = {"w/kernel": Axes()}
   with pytest.raises(ValueError, match=r"w/kernel is quantised, and DoRA.*from_quantised=True"):

@@ -92,7 +92,7 @@ def test_errors():
   with pytest.raises(ValueError, match="words/embedding is a table.*target kernels"):
     pj.ia3("words").attach(KEY, {"words": {"embedding": jnp.ones((9, 4))}})
   with pytest.raises(ValueError, match="two methods claim key/bias"):
-    pj.chain(pj.ia3("key"), pj.train("key/bias")).attach(KEY, tree)
+    pj.chain(pj.ia3("key"), pj.unfreeze("key/bias")).attach(KEY, tree)
 
 
 def test_attach_opens_a_box_and_keeps_its_names():

@@ -13,8 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
+from peftjax.core.einsum import attend, take
 from peftjax.core.layout import Axes
 from peftjax.core.tree import with_dropout_keys
+from peftjax.methods.lora_weight import LoRA
 from tests.core.programs import jit, producers
 from tests.models import tiny
 
@@ -108,11 +110,11 @@ def test_take_looks_rows_up_and_builds_no_table():
   """Also in batches; an id outside gives NaN, as on a plain table."""
   weight = live((30, 8))
   ids = jnp.array([[0, 29], [7, 7]])
-  chex.assert_trees_all_close(pj.take(weight, ids), weight.materialize()[ids], rtol=1e-5, atol=1e-5)
-  assert np.isnan(pj.take(weight, jnp.array(30))).all()
-  assert producers(pj.take, {(30, 8)}, weight, ids) == []
+  chex.assert_trees_all_close(take(weight, ids), weight.materialize()[ids], rtol=1e-5, atol=1e-5)
+  assert np.isnan(take(weight, jnp.array(30))).all()
+  assert producers(take, {(30, 8)}, weight, ids) == []
   scanned = live((2, 30, 8))
-  got = jax.lax.scan(lambda c, w: (c, pj.take(w, ids)), 0, scanned)[1]
+  got = jax.lax.scan(lambda c, w: (c, take(w, ids)), 0, scanned)[1]
   chex.assert_trees_all_close(got, scanned.materialize()[:, ids], rtol=1e-5, atol=1e-5)
 
 
@@ -120,7 +122,7 @@ def test_an_adapter_on_a_tied_table_changes_the_lookup_only():
   weight = live((30, 8))
   x = jax.random.normal(KEY, (5, 8))
   want = x @ weight.base.T
-  chex.assert_trees_all_close(pj.attend(weight, x), want, rtol=1e-5, atol=1e-5)
+  chex.assert_trees_all_close(attend(weight, x), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["scan", "vmap"])
@@ -343,12 +345,12 @@ def test_attach_opens_a_box_and_keeps_its_names():
   """Its spec, and those of the children, come from the names."""
   box = nn.Partitioned(jnp.ones((12, 8)), names=("fsdp", "tensor"))
   weight = pj.lora(2, targets="kernel").attach(KEY, {"kernel": box})["kernel"]
-  assert isinstance(weight, pj.LoRA) and isinstance(weight.base, jax.Array)
+  assert isinstance(weight, LoRA) and isinstance(weight.base, jax.Array)
   assert weight.names == ("fsdp", "tensor")
   specs = nn.get_partition_spec({"kernel": weight})["kernel"]
   assert (specs.base, specs.a, specs.b) == (P("fsdp", "tensor"), P(None, "fsdp"), P("tensor", None))
   assert specs.scale == P()
-  mesh = pj.make_mesh("data:2,fsdp:2,tensor:2")
+  mesh = pj.sharding.make_mesh("data:2,fsdp:2,tensor:2")
   sharding = nn.get_sharding({"kernel": weight}, mesh)["kernel"]
   assert sharding.a.spec == P(None, "fsdp") and sharding.base.mesh == mesh
   assert pj.sharding.specs({"kernel": weight}, mesh)["kernel"].b == P(("tensor", "fsdp"), None)
@@ -383,7 +385,7 @@ def test_a_rank_above_the_matrixs_raises():
 
 
 def test_two_methods_on_one_leaf_raise():
-  method = pj.chain(pj.lora(2, targets="query"), pj.train("query/kernel"))
+  method = pj.chain(pj.lora(2, targets="query"), pj.unfreeze("query/kernel"))
   with pytest.raises(ValueError, match="two methods claim query/kernel"):
     attach(method)
   with pytest.raises(ValueError, match="two methods claim query/kernel"):
@@ -419,7 +421,7 @@ def test_pissa_needs_a_plain_float_matrix():
 @pytest.mark.parametrize(
   "how, text",
   [
-    (dict(init="zeros"), "init 'zeros' is not one of 'kaiming', 'gaussian', 'pissa'"),
+    (dict(init="zeros"), "init 'zeros' is not one of kaiming, gaussian, pissa"),
     (dict(dropout=1.0), "dropout=1.0: write a number of at least 0 and below 1"),
     (dict(dropout=-0.1), "dropout=-0.1: write"),
     (dict(rank=0), "rank=0: write a whole number of at least 1"),
@@ -438,7 +440,7 @@ def test_b_learns_faster_by_its_rate():
   tree = {"query": {"kernel": jnp.ones((12, 8))}, "bias": jnp.ones(8)}
   updates = {}
   for rate in (1.0, 16.0):
-    method = pj.chain(pj.lora(4, targets="query", b_rate=rate), pj.train("bias"))
+    method = pj.chain(pj.lora(4, targets="query", b_rate=rate), pj.unfreeze("bias"))
     params = method.attach(jax.random.key(0), tree)
     train, _ = pj.partition(params, method.trainable(params))
     tx = method.optimizer(optax.adamw(1e-2, weight_decay=0.1), 10, clip_norm=1.0, accumulate=2)
@@ -452,7 +454,7 @@ def test_b_learns_faster_by_its_rate():
   chex.assert_trees_all_equal(weight.a, one["query"]["kernel"].a)
   chex.assert_trees_all_equal(fast["bias"], one["bias"])
   mask = method.trainable(params)
-  frozen_too = pj.freeze(method.optimizer(optax.sgd(1.0), 10), mask)
+  frozen_too = pj.optim.freeze(method.optimizer(optax.sgd(1.0), 10), mask)
   got, _ = frozen_too.update(jax.tree.map(jnp.ones_like, params), frozen_too.init(params), params)
   np.testing.assert_array_equal(got["query"]["kernel"].b, jnp.full((8, 4), -16.0))  # once
   with pytest.raises(ValueError, match="b_rate=0: write a number of at least"):

@@ -111,7 +111,7 @@ def test_the_pair_is_frozen_and_saved_with_the_adapter():
 
 def test_no_regex_reaches_the_pair():
   """It is no parameter of the model."""
-  method = pj.chain(pj.vera(3, "up"), pj.train(r"(?!up/kernel).*"))
+  method = pj.chain(pj.vera(3, "up"), pj.unfreeze(r"(?!up/kernel).*"))
   params = method.attach(KEY, Two().init(KEY, X)["params"])
   mask = method.trainable(params)
   assert not any(jax.tree.leaves(mask["shared"]))
@@ -186,14 +186,16 @@ def test_vectors_lie_as_their_kernel_and_the_pair_everywhere():
   base = {"layers": {"query": {"kernel": jnp.ones((3, 8, 16))}}}
   layout = {"layers/query/kernel": pj.linen.Axes()}
   params = pj.vera(4, "query").attach(KEY, base, layout)
-  specs = pj.sharding.specs(params, pj.make_mesh("data:2,fsdp:2,tensor:2"))
+  specs = pj.sharding.specs(params, pj.sharding.make_mesh("data:2,fsdp:2,tensor:2"))
   leaf = specs["layers"]["query"]["kernel"]
   assert leaf.base == P(None, "fsdp", "tensor")
   both = ("tensor", "fsdp")
   assert leaf.d == P(None, None) and leaf.b == P(None, both)
   assert specs["shared"]["vera"].a == specs["shared"]["vera"].b == P(None, None)
   tied = tree.tie(params)
-  leaf = pj.sharding.specs(tied, pj.make_mesh("fsdp:2,tensor:4"))["layers"]["query"]["kernel"]
+  leaf = pj.sharding.specs(tied, pj.sharding.make_mesh("fsdp:2,tensor:4"))["layers"]["query"][
+    "kernel"
+  ]
   assert leaf.a == P(None, None, both) and leaf.b_proj == P(None, both, None)
   assert tied["layers"]["query"]["kernel"].a.shape == (3, 4, 8)
 

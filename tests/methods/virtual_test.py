@@ -228,5 +228,5 @@ def test_wrong_arguments_and_models_are_told():
     _, _, attached = load("llama_tiny", make(2))
     with pytest.raises(ValueError, match="has a pr"):
       make(2).attach(KEY, attached)
-  with pytest.raises(ValueError, match="init 'words' is not one of 'vocabulary', 'normal'"):
+  with pytest.raises(ValueError, match="init 'words' is not one of vocabulary, normal"):
     pj.prompt(2, init="words")

@@ -11,6 +11,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.methods.lora_weight import LoRA
 from peftjax.models import bert
 from peftjax.models.bert import BertClassifier, BertConfig, hf_name
 from tests.core.programs import jit
@@ -44,7 +45,7 @@ def attach(params, scan_layers, dropout):
   model = BertClassifier(tiny.config(scan_layers=scan_layers))
   method = pj.lora(4, 8, "all-linear", dropout=dropout)
   params = method.attach(KEY, params, pj.linen.layout(model, tiny.TOKENS))
-  draw = lambda w: w.replace(b=jnp.full_like(w.b, 0.1)) if isinstance(w, pj.LoRA) else w
+  draw = lambda w: w.replace(b=jnp.full_like(w.b, 0.1)) if isinstance(w, LoRA) else w
   return jax.tree.map(draw, params, is_leaf=paths.is_leaf)
 
 

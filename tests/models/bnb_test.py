@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.models import bnb
 from peftjax.io.safetensors_dir import read_config
+from peftjax.models import bnb
 from peftjax.quant import blockwise
+from peftjax.quant.weight import Quantized
 from tests.core.programs import jit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -28,7 +29,7 @@ def test_a_file_of_transformers_gives_its_logits(scan):
   want = load_file(GOLDEN / "bnb_tiny" / "expected.safetensors")
   model, params = pj.load_pretrained(GOLDEN / "bnb_tiny", scan_layers=scan)
   kinds = {path: type(leaf) for path, leaf in paths.leaves(params).items()}
-  packed = [path for path, kind in kinds.items() if kind is pj.Quantized]
+  packed = [path for path, kind in kinds.items() if kind is Quantized]
   assert packed == pj.select(params, "all-linear")
   got = jit(lambda p: pj.apply(model, p, want["tokens"], want["mask"]))(params)
   real = want["mask"] > 0
@@ -46,7 +47,7 @@ def test_codes_are_those_of_bitsandbytes(kind, name, block_size):
   want = load_file(GOLDEN / "bnb_codes.safetensors")
   part = lambda what: want[f"{kind}.{name}.{block_size}.{what}"]
   w = want[f"{kind}.w"]
-  fmt = pj.nf4(block_size, False) if name == "nf4" else pj.fp4(block_size, False)
+  fmt = pj.quant.nf4(block_size, False) if name == "nf4" else pj.quant.fp4(block_size, False)
   made = pj.quantize({"kernel": jnp.asarray(w.T)}, fmt)["kernel"]
   turned = lambda flat: jnp.asarray(flat.reshape(len(w), -1).T)
   codes = [np.asarray(blockwise.unpack(c, -2)) for c in (made.codes, turned(part("codes")))]
@@ -133,7 +134,7 @@ def test_a_difference_of_rounding_in_the_maps_is_none(copy):
 
 def test_four_bits_are_not_quantised_again():
   with pytest.raises(ValueError, match="has 4 bits already: load .* without `quant`"):
-    pj.load_pretrained(GOLDEN / "bnb_tiny", quant=pj.nf4())
+    pj.load_pretrained(GOLDEN / "bnb_tiny", quant=pj.quant.nf4())
 
 
 def test_another_shape_than_the_config_means(copy):
@@ -146,7 +147,7 @@ def test_another_shape_than_the_config_means(copy):
 def test_rows_that_are_no_whole_number_of_blocks(copy):
   """Quantised again, with the error in a warning; nothing else changes."""
   dense = load_file(GOLDEN / "bnb_tiny" / "expected.safetensors")["weight"]
-  fmt = pj.nf4(128, False)  # 192 = 128 + 64
+  fmt = pj.quant.nf4(128, False)  # 192 = 128 + 64
   flat = pj.quantize({"kernel": jnp.asarray(dense.reshape(-1, 1))}, fmt)["kernel"]
 
   def change(tensors):
@@ -184,7 +185,7 @@ def test_what_is_written_is_read_back(scan, tmp_path):
 def _dense():
   """The golden model, its kernels dense."""
   model, params = pj.load_pretrained(GOLDEN / "bnb_tiny")
-  dense = lambda _, leaf: leaf.materialize() if isinstance(leaf, pj.Quantized) else leaf
+  dense = lambda _, leaf: leaf.materialize() if isinstance(leaf, Quantized) else leaf
   return model, paths.map_leaves(dense, params)
 
 
@@ -192,19 +193,24 @@ def _dense():
   "change, message",
   [
     (lambda p: p, "has no quantised kernel"),
-    (lambda p: pj.quantize(p, pj.int8()), "is in int8; bitsandbytes has kernels in nf4 and fp4"),
-    (lambda p: pj.quantize(p, pj.nf4(codebook="textbook")), "is in nf4_textbook"),
-    (lambda p: pj.quantize(p, pj.nf4(), "embed_tokens"), "embed_tokens/embedding is a table"),
     (
-      lambda p: pj.quantize(p, pj.nf4(128)),
+      lambda p: pj.quantize(p, pj.quant.int8()),
+      "is in int8; bitsandbytes has kernels in nf4 and fp4",
+    ),
+    (lambda p: pj.quantize(p, pj.quant.nf4(codebook="textbook")), "is in nf4_textbook"),
+    (lambda p: pj.quantize(p, pj.quant.nf4(), "embed_tokens"), "embed_tokens/embedding is a table"),
+    (
+      lambda p: pj.quantize(p, pj.quant.nf4(128)),
       r"layers_0/mlp/down_proj/kernel \(192, 128\) has 192 inputs, no multiple .* 128",
     ),
     (
-      lambda p: pj.quantize(pj.quantize(p, pj.nf4(), "q_proj"), pj.nf4(32), "k_proj"),
+      lambda p: pj.quantize(pj.quantize(p, pj.quant.nf4(), "q_proj"), pj.quant.nf4(32), "k_proj"),
       "one file has one format",
     ),
     (
-      lambda p: pj.lora(2, targets="q_proj").attach(jax.random.key(0), pj.quantize(p, pj.nf4())),
+      lambda p: pj.lora(2, targets="q_proj").attach(
+        jax.random.key(0), pj.quantize(p, pj.quant.nf4())
+      ),
       "is a LoRA, and this writes no adapters.*pj.save_peft",
     ),
   ],

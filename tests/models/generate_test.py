@@ -9,6 +9,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.methods.lora_weight import LoRA
 from peftjax.models.generate import draw, generate
 from tests.core.programs import jit
 
@@ -23,7 +24,7 @@ def adapted(name="llama3_tiny", fmt=None, scan=True):
   if fmt:
     params = pj.quantize(params, fmt, layout=layout)
   params = pj.lora(2, 4, "all-linear").attach(jax.random.key(0), params, layout)
-  stir = lambda w: w.replace(b=w.b + 0.05) if isinstance(w, pj.LoRA) else w
+  stir = lambda w: w.replace(b=w.b + 0.05) if isinstance(w, LoRA) else w
   return model, jax.tree.map(stir, params, is_leaf=paths.is_leaf)
 
 
@@ -39,7 +40,11 @@ def by_hand(model, params, prompt, count):
 
 @pytest.mark.parametrize(
   "name, fmt, scan",
-  [("llama3_tiny", None, False), ("llama3_tiny", pj.nf4(32), True), ("gpt2_tiny", None, True)],
+  [
+    ("llama3_tiny", None, False),
+    ("llama3_tiny", pj.quant.nf4(32), True),
+    ("gpt2_tiny", None, True),
+  ],
 )
 def test_greedy_is_the_likeliest_token_each_time(name, fmt, scan):
   """With an adapter, dense or in four bits, scanned or not."""

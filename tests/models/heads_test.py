@@ -14,6 +14,7 @@ import peftjax as pj
 from peftjax.core import paths
 from peftjax.models import heads
 from peftjax.models.pretrained import load
+from peftjax.quant.weight import Quantized
 from tests.core.programs import jit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -83,8 +84,8 @@ def test_an_untied_gpt2_has_a_head_of_its_own(change):
   )
   _, got, want = logits(directory)
   np.testing.assert_allclose(got, -want, atol=1e-4)
-  _, quantised = pj.load_pretrained(directory, quant=pj.int8(32), where="lm_head")
-  assert isinstance(quantised["lm_head"]["kernel"], pj.Quantized)
+  _, quantised = pj.load_pretrained(directory, quant=pj.quant.int8(32), where="lm_head")
+  assert isinstance(quantised["lm_head"]["kernel"], Quantized)
 
 
 def test_an_untied_file_without_a_head_is_refused(change):

@@ -80,8 +80,8 @@ def test_it_is_quantising_what_was_loaded(config, dtype, scan, small_pieces, tmp
   directory = _write(tmp_path / "model", config, dtype)
   where = ["all-linear", r".*(embed_tokens|wte)/embedding"]
   _, dense = pj.load_pretrained(directory)
-  want = pj.quantize(dense, pj.nf4(), where)
-  _, got = pj.load_pretrained(directory, quant=pj.nf4(), where=where, scan_layers=scan)
+  want = pj.quantize(dense, pj.quant.nf4(), where)
+  _, got = pj.load_pretrained(directory, quant=pj.quant.nf4(), where=where, scan_layers=scan)
   if not scan:
     return _assert_equal(got, want)
   root = "model" if config is LLAMA else "transformer"
@@ -91,15 +91,15 @@ def test_it_is_quantising_what_was_loaded(config, dtype, scan, small_pieces, tmp
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("quant", [None, pj.nf4()], ids=["dense", "nf4"])
+@pytest.mark.parametrize("quant", [None, pj.quant.nf4()], ids=["dense", "nf4"])
 def test_on_a_mesh(quant, scan, tmp_path):
-  """The same numbers, each leaf where `pj.shardings` puts it."""
+  """The same numbers, each leaf where `pj.sharding.shardings` puts it."""
   directory = _write(tmp_path / "model", LLAMA)
-  mesh = pj.make_mesh("data:2,fsdp:2,tensor:2")
+  mesh = pj.sharding.make_mesh("data:2,fsdp:2,tensor:2")
   _, want = pj.load_pretrained(directory, quant=quant, scan_layers=scan)
   _, got = pj.load_pretrained(directory, quant=quant, scan_layers=scan, mesh=mesh)
   _assert_equal(got, want)
-  put = pj.shardings(want, mesh)
+  put = pj.sharding.shardings(want, mesh)
   assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, got, put)))
   body = got["model"]["layers"] if scan else got["model"]["layers_1"]
   kernel = body["mlp"]["up_proj"]["kernel"]
@@ -120,14 +120,14 @@ def no_reads(monkeypatch):
 def test_a_read_would_be_seen(no_reads, tmp_path):
   """The control of the tests below."""
   with pytest.raises(RuntimeError, match="a weight was read"):
-    pj.load_pretrained(_write(tmp_path / "model", LLAMA), quant=pj.nf4())
+    pj.load_pretrained(_write(tmp_path / "model", LLAMA), quant=pj.quant.nf4())
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_an_odd_contraction_size_is_refused_before_anything_is_read(scan, no_reads, tmp_path):
   directory = _write(tmp_path / "model", LLAMA, intermediate_size=81)
-  with pytest.raises(ValueError, match=r"down_proj/kernel \(81, 128\) has the odd .*pj.int8"):
-    pj.load_pretrained(directory, quant=pj.nf4(), scan_layers=scan)
+  with pytest.raises(ValueError, match=r"down_proj/kernel \(81, 128\) has the odd .*pj.quant.int8"):
+    pj.load_pretrained(directory, quant=pj.quant.nf4(), scan_layers=scan)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_wrong_tensor_is_refused_before_anything_is_read(change, message, no_r
   change(tensors)
   save_file(tensors, directory / "model.safetensors")
   with pytest.raises(ValueError, match=f"(?s){message}"):
-    pj.load_pretrained(directory, quant=pj.nf4())
+    pj.load_pretrained(directory, quant=pj.quant.nf4())
 
 
 def test_a_missing_shard_is_refused_before_anything_is_read(no_reads, tmp_path):
@@ -158,7 +158,7 @@ def test_a_missing_shard_is_refused_before_anything_is_read(no_reads, tmp_path):
   (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
   (directory / where[UP]).unlink()
   with pytest.raises(ValueError, match=f"lists the shard '{where[UP]}', which is not there"):
-    pj.load_pretrained(directory, quant=pj.nf4())
+    pj.load_pretrained(directory, quant=pj.quant.nf4())
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
@@ -168,7 +168,7 @@ def test_a_nan_is_named_with_its_layer(scan, tmp_path):
   tensors[UP][190, 127] = np.nan
   save_file(tensors, directory / "model.safetensors")
   with pytest.raises(ValueError, match="model/layers_1/mlp/up_proj/kernel has NaN or infinite"):
-    pj.load_pretrained(directory, quant=pj.nf4(), scan_layers=scan)
+    pj.load_pretrained(directory, quant=pj.quant.nf4(), scan_layers=scan)
 
 
 def test_rows_are_rows_of_the_tensor(tmp_path):

@@ -45,28 +45,32 @@ def small_chunks(monkeypatch):
 
 
 def between(*more):
-  return pj.chain(pj.train("between/.*"), *more)
+  return pj.chain(pj.unfreeze("between/.*"), *more)
 
 
 def nf4(where):
-  return lambda params: pj.quantize(params, pj.nf4(32), where=where)
+  return lambda params: pj.quantize(params, pj.quant.nf4(32), where=where)
 
 
 HEAD = "lm_head/kernel"
 # Of which tied table the head is, what is done to the parameters, and the method.
 HEADS = {
   "tied": (TABLE, None, between()),
-  "tied trained": (TABLE, None, between(pj.train(TABLE))),
+  "tied trained": (TABLE, None, between(pj.unfreeze(TABLE))),
   "tied nf4": (TABLE, nf4(TABLE), between()),
   "tied lora": (TABLE, None, between(pj.lora(2, 4, [TABLE]))),
   "untied": ("", None, between()),
-  "untied trained": ("", None, between(pj.train(HEAD))),
+  "untied trained": ("", None, between(pj.unfreeze(HEAD))),
   "untied nf4": ("", nf4(HEAD), between()),
   "lora": ("", None, pj.lora(2, 4, [HEAD, "between/kernel"], dropout=0.3)),
   "lora nf4": ("", nf4(HEAD), pj.lora(2, 4, [HEAD], dropout=0.3)),
   "dora": ("", None, pj.dora(2, 4, [HEAD], dropout=0.3)),
   "dora nf4": ("", nf4(HEAD), pj.dora(2, 4, [HEAD], from_quantised=True)),
-  "adalora": ("", None, pj.adalora(2, 1, targets=[HEAD], warmup=0, final=1, interval=1)),
+  "adalora": (
+    "",
+    None,
+    pj.adalora(2, target_rank=1, targets=[HEAD], warmup=0, final=1, interval=1),
+  ),
   "vera": ("", None, pj.vera(8, [HEAD], dropout=0.3)),
   "ia3": ("", None, pj.ia3([HEAD])),
   "bottleneck": ("", None, pj.adapters(4, targets=["lm_head"])),

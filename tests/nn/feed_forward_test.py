@@ -270,7 +270,7 @@ def test_quantised_and_adapted_stays_factored():
   x = draw(7, B, T, 64, dtype=np.float32)
   model = FeedForward("swiglu", 128)
   params = model.init(jax.random.key(0), x)["params"]
-  params = pj.quantize(params, pj.nf4(64), ".*/kernel")
+  params = pj.quantize(params, pj.quant.nf4(64), ".*/kernel")
   method = pj.lora(2, 4, ["up", "gate", "down"])
   params = method.attach(jax.random.key(1), params)
   rows = pj.describe(params, method.trainable(params), model=model, example=(x,))

@@ -187,7 +187,7 @@ def test_sharded_equals_unsharded_and_lies_where_the_parameters_do():
   """On a 2x4 mesh, split over either axis, with the state as `state_shardings` says."""
   start, grads = _problem()
   start, grads = start[:64], grads[:, :64]
-  mesh = pj.make_mesh("fsdp:2,tensor:4")
+  mesh = pj.sharding.make_mesh("fsdp:2,tensor:4")
   tx = adamw8bit(_LR, weight_decay=_DECAY, min_8bit_size=0)
   plain = {"kernel": jnp.asarray(start), "hole": None}
   place = NamedSharding(mesh, P("fsdp", "tensor"))

@@ -57,7 +57,7 @@ def test_biases_and_scales_of_adapters_do_not_decay(method, off):
 
 
 def test_decay_is_for_everything_but_biases_and_norm_scales():
-  method = pj.chain(pj.lora(2, targets="query"), pj.train([".*/LayerNorm/.*", "head/.*"]))
+  method = pj.chain(pj.lora(2, targets="query"), pj.unfreeze([".*/LayerNorm/.*", "head/.*"]))
   params = method.attach(jax.random.key(0), tiny.params())
   train, _ = pj.partition(params, method.trainable(params))
   mask = decay_mask(train)
@@ -135,7 +135,7 @@ def test_an_accumulated_gradient_is_the_mean():
 
 def test_every_method_wraps_alike():
   """clip, then accumulate; and a MultiSteps inside, whose calls would be miscounted, raises."""
-  lora, head = pj.lora(2, targets="query"), pj.train("head/.*")
+  lora, head = pj.lora(2, targets="query"), pj.unfreeze("head/.*")
   hidden = optax.MultiSteps(optax.adam(1e-3), 4)
   for method in (lora, head, pj.chain(lora, head)):
     with pytest.raises(ValueError, match="accumulate=N instead of an optax.MultiSteps"):

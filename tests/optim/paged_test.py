@@ -159,7 +159,7 @@ def test_every_gradient_gets_its_visit(bad):
 
 def test_sharded_equals_unsharded_and_stays_in_host_memory():
   """Moments of split parameters are split alike, on a 2x4 mesh."""
-  mesh = pj.make_mesh("fsdp:2,tensor:4")
+  mesh = pj.sharding.make_mesh("fsdp:2,tensor:4")
   tx = paged(optim.adamw(_SCHEDULE, weight_decay=0.1))
   params = {"kernel": jnp.arange(64.0).reshape(8, 8), "bias": jnp.ones(8)}
   spread = {

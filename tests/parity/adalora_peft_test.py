@@ -11,6 +11,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 import peftjax as pj
 from peftjax import hf_peft
 from peftjax.core import paths
+from peftjax.methods.adalora_weight import SVDLoRA
 from tests.golden import make_adalora
 from tests.golden.make_bert import draw
 from tests.methods import adalora_test as ours
@@ -52,13 +53,13 @@ def test_of_equal_scores_peft_prunes_all_and_ours_the_last_ones():
 def test_our_directory_in_peft(scan, tmp_path):
   """With unequal ranks and a matrix of rank 0; `rslora` is nothing that PEFT's AdaLoRA has."""
   model, params = pj.load_pretrained(GOLDEN / "bert_tiny", num_labels=3, scan_layers=scan)
-  method = pj.adalora(5, 2, 8.0, ["query", "value"])
+  method = pj.adalora(5, 8.0, ["query", "value"], target_rank=2)
   layout = pj.linen.layout(model, np.zeros((1, 4), np.int32))
   attached = method.attach(jax.random.key(0), params, layout)
   rng = np.random.default_rng(0)
 
   def drawn(path, leaf):
-    if not isinstance(leaf, pj.SVDLoRA):
+    if not isinstance(leaf, SVDLoRA):
       return leaf
     e = rng.standard_normal(leaf.e.shape) * (rng.random(leaf.e.shape) < 0.5)
     e = 0 * e if path.endswith("layers_1/attention/self/value/kernel") else e
@@ -108,5 +109,5 @@ def test_pefts_directory_in_ours(tmp_path):
   loaded, trained = hf_peft.load(tmp_path, params, model)
   assert sum(pj.ranks(loaded).values()) == 8
   assert_near(pj.apply(model, loaded, *BATCH), want)
-  tx = pj.adalora(4, 2, targets=["query", "value"]).optimizer(optax.sgd(0.1), 10)
+  tx = pj.adalora(4, target_rank=2, targets=["query", "value"]).optimizer(optax.sgd(0.1), 10)
   assert int(tx.init(pj.partition(loaded, trained)[0]).budget) == 8  # and it can be trained on

@@ -23,7 +23,7 @@ _BLOCKS = (32, 64, 256, 4096)
 def _both(kind, name, block_size, nested):
   """Our quantised kernel, their packed codes and state, of the same weights."""
   w = weights(kind, _SHAPE)
-  fmt = pj.nf4(block_size, nested) if name == "nf4" else pj.fp4(block_size, nested)
+  fmt = pj.quant.nf4(block_size, nested) if name == "nf4" else pj.quant.fp4(block_size, nested)
   ours = pj.quantize({"kernel": jnp.asarray(w.T)}, fmt)["kernel"]
   theirs = bnb.quantize_4bit(
     torch.from_numpy(w), blocksize=block_size, compress_statistics=nested, quant_type=name

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.models import bnb as ours
 from peftjax.io.safetensors_dir import read_config
+from peftjax.models import bnb as ours
 from peftjax.models.match import stack_of
 from peftjax.models.pretrained import FAMILIES
+from peftjax.quant.weight import Quantized
 from tests.golden.make_bnb import CONFIG, bnb_model
 from tests.golden.make_decoders import batch, make
 from tests.parity.reference import assert_near
@@ -50,7 +51,7 @@ def _ours(params, model):
   """Our dequantised weights, float32, by the same names."""
   found = {}
   for path, leaf in paths.leaves(params).items():
-    if isinstance(leaf, pj.Quantized):
+    if isinstance(leaf, Quantized):
       dense = np.asarray(_compiled(leaf), np.float32)
       stack = stack_of(path, dense)
       name = FAMILIES[model.config.family].hf_name
@@ -105,7 +106,9 @@ def test_half_precision(base, dtype, tmp_path):
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(
-  "fmt", [pj.nf4(), pj.nf4(32, False), pj.fp4(), pj.fp4(128, False)], ids=str
+  "fmt",
+  [pj.quant.nf4(), pj.quant.nf4(32, False), pj.quant.fp4(), pj.quant.fp4(128, False)],
+  ids=str,
 )
 def test_transformers_reads_what_we_write(base, fmt, scan, tmp_path):
   """Quantised and saved by us."""

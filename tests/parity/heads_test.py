@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.methods.lora_weight import LoRA
 from tests.golden.make_decoders import CASES, batch, make, run
 
 pytestmark = pytest.mark.parity
@@ -55,7 +56,7 @@ def test_a_head_is_read_as_transformers_reads_it(kind, change, tied, tmp_path, r
   "kind, scan, fmt",
   [
     ("llama", True, None),
-    ("llama", False, pj.nf4(32)),
+    ("llama", False, pj.quant.nf4(32)),
     ("gpt2", False, None),
     ("gpt2", True, None),
   ],
@@ -68,7 +69,7 @@ def test_an_adapted_table_is_pefts_and_merging_keeps_it(kind, scan, fmt, tmp_pat
   make(kind, CASES[name][1], seed=4).save_pretrained(tmp_path)
   model, params = pj.load_pretrained(tmp_path, scan_layers=scan, quant=fmt)
   params = pj.lora(2, 4, model.config.table).attach(jax.random.key(0), params)
-  stir = lambda w: w.replace(a=w.a + 0.1, b=w.b + 0.1) if isinstance(w, pj.LoRA) else w
+  stir = lambda w: w.replace(a=w.a + 0.1, b=w.b + 0.1) if isinstance(w, LoRA) else w
   params = jax.tree.map(stir, params, is_leaf=paths.is_leaf)
   inputs = batch(4)
   real = inputs["mask"] > 0

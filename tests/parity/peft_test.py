@@ -13,6 +13,7 @@ from transformers import BertModel
 import peftjax as pj
 from peftjax import hf_peft
 from peftjax.core import paths
+from peftjax.methods.lora_weight import LoRA
 from tests.golden.make_bert import draw
 from tests.golden.texts import minilm_dir
 from tests.parity.reference import (
@@ -36,7 +37,7 @@ _BASES = {
   "roberta": (lambda: GOLDEN / "roberta_tiny", 3, inputs(120, pad=1, types=1)),
   "minilm": (minilm_dir, 5, inputs(30_000)),
 }
-_HEAD = pj.train("head/.*")
+_HEAD = pj.unfreeze("head/.*")
 
 
 def _ours(base, scan):
@@ -66,7 +67,7 @@ def _drawn(model, params, method):
   drawn = jax.tree.map(lambda m, x: new(x) if m else x, mask, attached)
 
   def cut(_, leaf):
-    if not isinstance(leaf, pj.LoRA):
+    if not isinstance(leaf, LoRA):
       return leaf
     kept = np.arange(leaf.a.shape[-2]) < np.asarray(leaf.rank)[..., None]
     return leaf.replace(a=leaf.a * kept[..., :, None], b=leaf.b * kept[..., None, :])

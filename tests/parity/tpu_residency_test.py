@@ -46,7 +46,7 @@ put = lambda tree: jax.tree.map(
 )
 dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
 weight = jax.eval_shape(
-  lambda w: pj.quantize({"layer": {"kernel": w}}, pj.nf4(), where=".*kernel"), dense
+  lambda w: pj.quantize({"layer": {"kernel": w}}, pj.quant.nf4(), where=".*kernel"), dense
 )["layer"]["kernel"]
 
 def both(weight, x, g):

@@ -57,7 +57,7 @@ def _our_losses(start, scan):
   config = dataclasses.replace(model.config, dropout=0.0, attention_dropout=0.0, head_dropout=0.0)
   model = model.clone(config=config)
   loaded, mask = hf_peft.load(start, params, model)
-  method = pj.chain(pj.lora(4, 8), pj.train("head/.*"))
+  method = pj.chain(pj.lora(4, 8), pj.unfreeze("head/.*"))
   train, frozen = pj.partition(loaded, method.trainable(loaded))
   assert pj.count(loaded, mask) == pj.count(loaded, method.trainable(loaded))
   tx = method.optimizer(optax.adamw(_LR, *_BETAS, eps=_EPS, weight_decay=_DECAY), _STEPS)

@@ -144,7 +144,7 @@ def test_double_quantisation_by_its_definition(axis, stack):
 def test_a_stack_is_its_layers():
   """Codes and scales of a stack are those of each layer alone."""
   w = jnp.asarray(np.stack([weights("normal", seed=i) for i in range(3)]))
-  fmt = pj.nf4(64)
+  fmt = pj.quant.nf4(64)
   stacked = jax.tree.leaves(fmt.quantize(w))
   for i in range(3):
     for all_of_them, one in zip(stacked, jax.tree.leaves(fmt.quantize(w[i])), strict=True):
@@ -156,9 +156,9 @@ def test_bits_per_weight():
   w = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
   made = lambda fmt: jax.tree.leaves(jax.eval_shape(fmt.quantize, w))
   bits = lambda fmt: sum(8 * x.size * x.dtype.itemsize for x in made(fmt)) / w.size
-  assert abs(bits(pj.nf4()) - 4.127) < 0.001
-  assert bits(pj.nf4(double_quant=False)) == 4.5 and bits(pj.int8()) == 8.5
-  assert abs(bits(pj.fp4(256)) - 4.0318) < 0.001
+  assert abs(bits(pj.quant.nf4()) - 4.127) < 0.001
+  assert bits(pj.quant.nf4(double_quant=False)) == 4.5 and bits(pj.quant.int8()) == 8.5
+  assert abs(bits(pj.quant.fp4(256)) - 4.0318) < 0.001
 
 
 def test_the_product_of_a_scale_is_rounded_before_the_sum():
@@ -176,17 +176,17 @@ def test_the_product_of_a_scale_is_rounded_before_the_sum():
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_block_sizes(block_size):
-  assert pj.nf4(block_size).block_size == block_size
+  assert pj.quant.nf4(block_size).block_size == block_size
 
 
 def test_unknown_formats_are_refused():
   """With what there is."""
   with pytest.raises(ValueError, match="block_size 48 is not one of 32, 64"):
-    pj.nf4(48)
+    pj.quant.nf4(48)
   with pytest.raises(ValueError, match="'published', 'textbook', 'lloyd_max'"):
-    pj.nf4(codebook="best")
+    pj.quant.nf4(codebook="best")
   with pytest.raises(ValueError, match="'e2m1', 'e3m0'"):
-    pj.fp4(layout="e1m2")
+    pj.quant.fp4(layout="e1m2")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import peftjax as pj
+from peftjax.quant.weight import Quantized
 
 KEY = jax.random.key(0)
 # An equation, the shapes of x and W, and the axis that blocks and pairs run along.
@@ -25,14 +26,16 @@ def on_tpu(*args, default, tpu=None, cpu=None):
   return (tpu or default)(*args)
 
 
-@pytest.mark.parametrize("fmt", [pj.nf4(), pj.int4(32, double_quant=False), pj.int8()], ids=str)
+@pytest.mark.parametrize(
+  "fmt", [pj.quant.nf4(), pj.quant.int4(32, double_quant=False), pj.quant.int8()], ids=str
+)
 @pytest.mark.parametrize("case", CASES)
 def test_no_platform_has_another_product(case, fmt, monkeypatch):
   """Value and gradient, against the product with the dequantised array."""
   eqn, x_shape, w_shape, axis = CASES[case]
   w = jax.random.normal(KEY, w_shape)
   codes, scales = fmt.quantize(w, axis)
-  weight = pj.Quantized(codes, scales, fmt=fmt, axis=axis)
+  weight = Quantized(codes, scales, fmt=fmt, axis=axis)
   x = jax.random.normal(jax.random.key(1), x_shape)
   dense = weight.materialize()
 

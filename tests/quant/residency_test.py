@@ -12,6 +12,7 @@ import peftjax as pj
 from peftjax.core.einsum import einsum
 from peftjax.methods import dora_weight
 from peftjax.quant import product
+from peftjax.quant.weight import Quantized
 from tests.core.programs import fused
 
 D, RANK = 1024, 8
@@ -20,10 +21,10 @@ DENSE = 4 * D * D  # bytes
 
 def layers(count, stacked, dora=False):
   """Abstract quantised weights and factors; of DoRA the weight around it, to have them put in."""
-  make = lambda key: pj.nf4().quantize(jax.random.normal(key, (D, D)))
+  make = lambda key: pj.quant.nf4().quantize(jax.random.normal(key, (D, D)))
   codes, scales = jax.eval_shape(make, jax.random.key(0))
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-  weight = pj.Quantized(codes=codes, scales=scales, fmt=pj.nf4())
+  weight = Quantized(codes=codes, scales=scales, fmt=pj.quant.nf4())
   if dora:
     method = pj.dora(RANK, targets="kernel", from_quantised=True)
     weight = method.attach(jax.random.key(0), {"kernel": weight})["kernel"]

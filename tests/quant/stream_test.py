@@ -11,7 +11,13 @@ import peftjax as pj
 from peftjax.quant import stream
 from peftjax.quant.transform import quantize_leaf
 
-FORMATS = (pj.nf4(), pj.nf4(32, False), pj.fp4(256), pj.int4(), pj.int8())
+FORMATS = (
+  pj.quant.nf4(),
+  pj.quant.nf4(32, False),
+  pj.quant.fp4(256),
+  pj.quant.int4(),
+  pj.quant.int8(),
+)
 
 
 def _weights(shape, dtype=np.float32):
@@ -44,7 +50,10 @@ def test_a_large_matrix_at_the_real_size_of_pieces():
   """Several pieces, double quantisation of 45056 scales: bit for bit."""
   w = _weights((2816, 1024))
   assert w.size > 5 * stream.PIECE
-  _same(stream.quantize_array("k/kernel", w, pj.nf4()), quantize_leaf("k/kernel", w, pj.nf4()))
+  _same(
+    stream.quantize_array("k/kernel", w, pj.quant.nf4()),
+    quantize_leaf("k/kernel", w, pj.quant.nf4()),
+  )
 
 
 @pytest.mark.parametrize("at", [(0, 0), (199, 99)])
@@ -54,12 +63,14 @@ def test_a_nan_in_any_piece_is_refused(at, bad, monkeypatch):
   w = _weights((200, 100))
   w[at] = bad
   with pytest.raises(ValueError, match="layers_3/up/kernel has NaN or infinite"):
-    stream.quantize_array("layers_3/up/kernel", w, pj.nf4())
+    stream.quantize_array("layers_3/up/kernel", w, pj.quant.nf4())
 
 
 def test_a_stack_is_filled_in_place():
   """Each layer is dropped before the next but one is made."""
-  layers = [stream.quantize_array("k/kernel", _weights((64, 8)) * i, pj.nf4()) for i in (1, 2, 3)]
+  layers = [
+    stream.quantize_array("k/kernel", _weights((64, 8)) * i, pj.quant.nf4()) for i in (1, 2, 3)
+  ]
   whole = stream.stack("layers/k/kernel", layers, 3)
   for i, layer in enumerate(layers):
     np.testing.assert_array_equal(whole.codes[i], layer.codes)
@@ -81,14 +92,14 @@ def test_a_stack_is_filled_in_place():
 @pytest.mark.parametrize(
   "second",
   [
-    stream.quantize_array("k/kernel", _weights((64, 8)), pj.nf4(32)),
-    stream.quantize_array("k/kernel", _weights((64, 8), np.float16), pj.nf4()),
+    stream.quantize_array("k/kernel", _weights((64, 8)), pj.quant.nf4(32)),
+    stream.quantize_array("k/kernel", _weights((64, 8), np.float16), pj.quant.nf4()),
     _weights((64, 8)),
   ],
   ids=["block size", "dtype", "dense"],
 )
 def test_layers_that_differ_make_no_stack(second):
-  first = stream.quantize_array("k/kernel", _weights((64, 8)), pj.nf4())
+  first = stream.quantize_array("k/kernel", _weights((64, 8)), pj.quant.nf4())
   with pytest.raises(
     ValueError, match="layer 1 of layers/k/kernel has another .*scan_layers=False"
   ):

@@ -77,9 +77,9 @@ def cut(batch, sizes):
 
 def method_of(name):
   if name == "causal_lm":
-    allocate = pj.adalora(4, 2, targets=["hidden"], warmup=0, final=1, interval=1)
-    return pj.chain(allocate, pj.train("out/.*"))
-  return pj.train(".*")
+    allocate = pj.adalora(4, target_rank=2, targets=["hidden"], warmup=0, final=1, interval=1)
+    return pj.chain(allocate, pj.unfreeze("out/.*"))
+  return pj.unfreeze(".*")
 
 
 @functools.cache

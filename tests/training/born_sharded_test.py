@@ -60,7 +60,7 @@ class Spy:
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_no_device_sees_more_than_its_share_and_a_leaf(quant, settings, monkeypatch):
-  mesh = pj.make_mesh("fsdp:8")
+  mesh = pj.sharding.make_mesh("fsdp:8")
   spy = Spy(monkeypatch)
   made = build.adapted(settings(quant), None, mesh)
   share = most(jax.tree.leaves(made.params))
@@ -71,7 +71,7 @@ def test_no_device_sees_more_than_its_share_and_a_leaf(quant, settings, monkeypa
 def test_a_model_that_is_loaded_whole_breaks_that_bound(settings, monkeypatch):
   spy, load = Spy(monkeypatch), pretrained.load
   monkeypatch.setattr(pretrained, "load", lambda *a, mesh, **k: load(*a, **k))
-  made = build.adapted(settings("none"), None, pj.make_mesh("fsdp:8"))
+  made = build.adapted(settings("none"), None, pj.sharding.make_mesh("fsdp:8"))
   assert spy.most > most(jax.tree.leaves(made.params)) + spy.largest
 
 
@@ -90,7 +90,7 @@ def test_what_is_born_sharded_is_what_attach_makes_of_a_dense_base(settings, met
 def check_born(given):
   alone, meshed = (
     jax.tree.leaves(build.adapted(given, None, mesh).params)
-    for mesh in (None, pj.make_mesh("fsdp:2,tensor:4"))
+    for mesh in (None, pj.sharding.make_mesh("fsdp:2,tensor:4"))
   )
   for one, two in zip(alone, meshed, strict=True):
     np.testing.assert_allclose(one, two, atol=2e-5)
@@ -117,7 +117,7 @@ class Devices:
 
 
 def test_a_process_reads_the_rows_of_its_own_devices(monkeypatch):
-  mesh, table = pj.make_mesh("fsdp:2,tensor:4"), np.arange(96).reshape(12, 8)
+  mesh, table = pj.sharding.make_mesh("fsdp:2,tensor:4"), np.arange(96).reshape(12, 8)
   asked = []
   monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, place, of: of)
   for spec, devices, want in (

@@ -134,7 +134,7 @@ def test_full_fine_tuning_of_a_dense_base_and_not_of_four_bits(run_once, lm_conf
   short = dict(train__steps=2, optimizer__learning_rate=1e-4)
   result = run_once(lm_config("method=full,quant=none", **short), tmp_path / "full")
   assert result["trainable_params"] == result["total_params"]
-  with pytest.raises(ValueError, match="pj.train cannot train .*Quantized"):
+  with pytest.raises(ValueError, match="pj.unfreeze cannot train .*Quantized"):
     run_once(lm_config("method=full", **short), tmp_path / "refused")
   assert not (tmp_path / "refused").exists()
 

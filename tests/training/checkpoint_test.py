@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
 from peftjax.io import disk
+from peftjax.methods.lora_weight import LoRA
 from peftjax.training import checkpoint
 from peftjax.training.checkpoint import Checkpoints
 
@@ -59,14 +60,14 @@ def test_round_trip_of_adapter_leaves(checkpoints):
   checkpoints.wait()
   back = checkpoints.arrays("best", other)
   assert_same(back, saved)
-  assert isinstance(back["query"]["kernel"], pj.LoRA)
+  assert isinstance(back["query"]["kernel"], LoRA)
   assert (other["query"]["kernel"].a != back["query"]["kernel"].a).any()
 
 
 def test_restored_under_another_mesh(checkpoints):
   """Arrays come back where `like` has them, whatever mesh they were saved from."""
   value = np.arange(64, dtype=np.float32).reshape(8, 8)
-  place = lambda text, spec: NamedSharding(pj.make_mesh(text), spec)
+  place = lambda text, spec: NamedSharding(pj.sharding.make_mesh(text), spec)
   old = jax.device_put(value, place("data:8", P("data")))
   checkpoints.save("latest", 1, {"x": old}, {})
   checkpoints.wait()

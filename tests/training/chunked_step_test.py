@@ -98,7 +98,7 @@ _SLOW = pytest.mark.slow(reason="the same law for more models; three seconds eac
 @pytest.mark.parametrize(
   ("family", "method", "how", "mesh"),
   [
-    ("tied", pj.train(".*"), dict(scan_layers=True), ""),
+    ("tied", pj.unfreeze(".*"), dict(scan_layers=True), ""),
     *(
       pytest.param(*case, marks=_SLOW)
       for case in (
@@ -106,7 +106,7 @@ _SLOW = pytest.mark.slow(reason="the same law for more models; three seconds eac
         ("tied", LORA, {}, ""),
         ("untied", HEAD_TOO, dict(scan_layers=True, remat=True), ""),
         ("gpt2", LORA, dict(scan_layers=True), ""),
-        ("gpt2", pj.train(".*"), {}, ""),
+        ("gpt2", pj.unfreeze(".*"), {}, ""),
       )
     ),
   ],

@@ -76,7 +76,7 @@ def texts(tmp_path_factory):
       run = Run(from_config(tiny_lm.config(model, rows, f"quant={quant}", **few)), mesh)
       batch = run.place(next(iter(run.stream.iterate(0, 1))))
       assert batch["tokens"].shape == (ROWS, TOKENS)
-      compiled = run._step.lower(run.state, run.frozen, batch, run._key).compile()
+      compiled = run._step.lower(run.state, run.frozen, batch, run.dropout_key).compile()
       made[quant, mesh] = run, compiled.as_text()
     return made[quant, mesh]
 

@@ -86,7 +86,7 @@ def decoder(tmp_path_factory):
 def step_of(settings):
   """A run, and what its first step takes."""
   run = Run(from_config(settings), None)
-  return run, (run.state, run.frozen, next(iter(run.stream.iterate(0, 1))), run._key)
+  return run, (run.state, run.frozen, next(iter(run.stream.iterate(0, 1))), run.dropout_key)
 
 
 def test_every_stage_has_its_name(config, decoder):

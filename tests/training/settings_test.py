@@ -220,7 +220,7 @@ def test_eight_bits_are_not_quantised_twice():
   """Given as a flag too, which knows nothing of the config's own choice."""
   with pytest.raises(ValueError, match="--config.quant.double_quant=false"):
     settings.Quant(name="int8").format()
-  assert settings.Quant(name="int8", double_quant=False).format() == pj.int8()
+  assert settings.Quant(name="int8", double_quant=False).format() == pj.quant.int8()
 
 
 def test_what_is_in_range_is_taken():

@@ -28,7 +28,7 @@ def split(model):
   """The trained and the frozen half of a LoRA model."""
   tokens = jnp.zeros((1, 4), jnp.int32)
   params = jax.jit(lambda key: model.init(key, tokens)["params"])(jax.random.key(0))
-  method = pj.chain(pj.lora(rank=2, alpha=4, targets=["query", "value"]), pj.train("head/.*"))
+  method = pj.chain(pj.lora(rank=2, alpha=4, targets=["query", "value"]), pj.unfreeze("head/.*"))
   params = method.attach(jax.random.key(1), params)
   return pj.partition(params, method.trainable(params))
 
@@ -172,12 +172,12 @@ def test_evaluation_has_no_dropout(model, split):
 def test_adalora_under_another_optimizer_raises(model, split):
   """Even one that was made by hand, and so never saw a method."""
   params = pj.merge(pj.combine(*split))
-  method = pj.adalora(2, 1, targets=["query"])
+  method = pj.adalora(2, target_rank=1, targets=["query"])
   params = method.attach(jax.random.key(1), params)
   train, frozen = pj.partition(params, method.trainable(params))
   tx = optax.sgd(0.1)
   args = model, tx, CLASSES, state.init(tx, train), frozen, batch_of(2, 4), jax.random.key(2)
-  with pytest.raises(ValueError, match=r"query/kernel is an AdaLoRA weight, which another"):
+  with pytest.raises(ValueError, match=r"query/kernel \(SVDLoRA\) is to be trained by"):
     step.train_step(*args)
 
 

@@ -142,7 +142,9 @@ def test_what_may_differ_is_told(files):
   groups = [group_of(json.loads(config.to_json())) for config in (one, two, three)]
   assert len(set(groups)) == 1
   two.method.dropout = 0.3
-  with pytest.raises(ValueError, match=r"may differ in seed, method\.rank"):
+  with pytest.raises(
+    ValueError, match=r"may differ in method\.alpha, method\.rank, optimizer\.learning_rate, seed"
+  ):
     train_together([one, two], ["a", "b"])
   for config in (one, three):
     config.method.init = "pissa"

@@ -1,4 +1,4 @@
-"""`pj.train` and `pj.chain`: masks and nothing attached."""
+"""`pj.unfreeze` and `pj.chain`: masks and nothing attached."""
 
 import flax.linen as nn
 import jax
@@ -14,18 +14,18 @@ KEY = jax.random.key(0)
 
 
 def test_train_attaches_nothing():
-  attached = pj.train("head/.*").attach(KEY, tiny.params())
+  attached = pj.unfreeze("head/.*").attach(KEY, tiny.params())
   assert all(a is b for a, b in zip(*map(jax.tree.leaves, (attached, tiny.params())), strict=True))
 
 
 def test_train_refuses_what_is_no_float_array():
   """An adapter or a packed integer: named, with what to write instead."""
   tree = {"a": {"kernel": jnp.ones((4, 4))}, "codes": jnp.ones(3, jnp.uint8)}
-  with pytest.raises(ValueError, match="pj.train cannot train codes"):
-    pj.train(".*").attach(KEY, tree)
+  with pytest.raises(ValueError, match="pj.unfreeze cannot train codes"):
+    pj.unfreeze(".*").attach(KEY, tree)
   lora = pj.lora(2, targets="a").attach(KEY, tree)
-  with pytest.raises(ValueError, match="pj.train cannot train a/kernel: it is LoRA"):
-    pj.train("a/.*").attach(KEY, lora)
+  with pytest.raises(ValueError, match="pj.unfreeze cannot train a/kernel: it is LoRA"):
+    pj.unfreeze("a/.*").attach(KEY, lora)
 
 
 def test_train_looks_into_a_box_and_leaves_it():
@@ -33,7 +33,7 @@ def test_train_looks_into_a_box_and_leaves_it():
   box = nn.Partitioned(jnp.ones((12, 8)), names=("fsdp", "tensor"))
   codes = nn.Partitioned(jnp.ones(3, jnp.uint8), names=(None,))
   tree = {"a": {"kernel": box, "bias": jnp.ones(8)}, "codes": codes}
-  method = pj.train("a/.*")
+  method = pj.unfreeze("a/.*")
   attached = method.attach(KEY, tree)
   assert attached["a"]["kernel"] is box
   mask = method.trainable(attached)
@@ -44,11 +44,13 @@ def test_train_looks_into_a_box_and_leaves_it():
   with pytest.raises(ValueError, match="'b' matches no parameter"):
     pj.select(tree, "b")
   with pytest.raises(ValueError, match="cannot train codes"):
-    pj.train(".*").attach(KEY, tree)
+    pj.unfreeze(".*").attach(KEY, tree)
 
 
 def test_a_chain_trains_the_union_and_says_what_it_claims():
-  method = pj.chain(pj.lora(2, targets="query"), pj.train("head/.*"), pj.train(".*/LayerNorm/.*"))
+  method = pj.chain(
+    pj.lora(2, targets="query"), pj.unfreeze("head/.*"), pj.unfreeze(".*/LayerNorm/.*")
+  )
   params = method.attach(KEY, tiny.params())
   mask = method.trainable(params)
   on = {paths.name(p) for p, m in jax.tree_util.tree_flatten_with_path(mask)[0] if m}
@@ -60,7 +62,7 @@ def test_a_chain_trains_the_union_and_says_what_it_claims():
 
 
 def test_the_order_of_a_chain_does_not_matter():
-  lora, head = pj.lora(2, targets="query"), pj.train("head/.*")
+  lora, head = pj.lora(2, targets="query"), pj.unfreeze("head/.*")
   one, two = (pj.chain(*ms).attach(KEY, tiny.params()) for ms in ((lora, head), (head, lora)))
   assert jax.tree.structure(one) == jax.tree.structure(two)
   assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))

@@ -1,4 +1,4 @@
-"""`train`: full fine-tuning, head only, BitFit, norms: a mask and nothing attached."""
+"""`unfreeze`: full fine-tuning, head only, BitFit, norms: a mask and nothing attached."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.adapted import bare
-from peftjax.core.ranges import checked
-from peftjax.methods.base import Optimized
+from peftjax.methods.base import Method, claimed_mask
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Optimized):
-  """Trains the leaves that `targets` name, as they are; see `train`."""
+class UnfreezeMethod(Method):
+  """Trains what `targets` names, as it is, and freezes the rest.
+
+  Full fine-tuning is `unfreeze(".*")`, the head `unfreeze("head/.*")`, BitFit
+  `unfreeze([".*/bias", "head/.*"])` (Ben Zaken et al. 2022, section 3).
+
+  Args:
+    targets: a regex for whole paths, a module name, or several (`core.paths.select`).
+  """
 
   targets: str | Sequence[str]
 
@@ -30,24 +36,13 @@ class Train(Optimized):
       leaf = bare(flat[path])  # a box stays: its names say where the array lies
       if paths.is_leaf(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
-          f"pj.train cannot train {path}: it is {type(leaf).__name__}, not a float array. "
+          f"pj.unfreeze cannot train {path}: it is {type(leaf).__name__}, not a float array. "
           "Train adapters on it with a method such as pj.lora, or leave it out of the regex."
         )
     return params
 
   def trainable(self, params: Any) -> Any:
-    claimed = set(self.claims(params))
-    return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: p in claimed, leaf), params)
+    return claimed_mask(self, params)
 
 
-@checked
-def train(targets: str | Sequence[str]) -> Train:
-  """Trains what `targets` names and freezes the rest.
-
-  Full fine-tuning is `train(".*")`, the head `train("head/.*")`, BitFit
-  `train([".*/bias", "head/.*"])` (Ben Zaken et al. 2022, section 3).
-
-  Args:
-    targets: a regex for whole paths, a module name, or several (`core.paths.select`).
-  """
-  return Train(targets)
+unfreeze = UnfreezeMethod

@@ -1,0 +1,148 @@
+"""What LoRA and its kin share: a product of two thin factors beside every targeted weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.core import paths
+from peftjax.core.adapted import axis_names, bare, check_bare
+from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.ranges import DType, Fraction, Positive, Size
+from peftjax.methods import lora_init
+from peftjax.methods.base import Method, trainable_mask
+from peftjax.methods.lora_weight import LoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Method):
+  """h = W x + s B A x: the fields that every low-rank method has, and how it attaches.
+
+  Args:
+    rank: r.
+    alpha: α; the branch is scaled by s = α/r.
+    targets: module names, regexes of whole paths, or `"all-linear"`.
+    dropout: rate on the branch's input, rounded to 1/256.
+    rank_pattern, alpha_pattern: patterns to another r or α; the first match wins. The layers of a
+      scanned stack go by the unrolled model's names: `.*/layers_3/.*`.
+    dtype: of what is trained.
+  """
+
+  # What every targeted weight becomes.
+  leaf: ClassVar[type[LoRA]] = LoRA
+
+  rank: Size = 8
+  alpha: Positive = 16.0
+  targets: str | Sequence[str] = ("query", "value")
+  _: dataclasses.KW_ONLY
+  dropout: Fraction = 0.0
+  rank_pattern: Mapping[str, Size] = dataclasses.field(default_factory=dict)
+  alpha_pattern: Mapping[str, Positive] = dataclasses.field(default_factory=dict)
+  dtype: DType = jnp.float32
+
+  def claims(self, params: Any) -> list[str]:
+    return paths.select(params, self.targets)
+
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    """Every targeted weight becomes a `leaf` around it; the branch is 0, so outputs stay.
+
+    Args:
+      key: folded with each leaf's path, so another rule elsewhere changes nothing here.
+      params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
+      layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+
+    Raises:
+      ValueError: a target that matches nothing or is no matrix; a rank above the matrix's; a
+        pattern that matches no target; a leaf that has an adapter already; a kernel of more than
+        two axes without `layout`.
+    """
+    flat = paths.leaves(params)
+    shapes = {p: tuple(bare(flat[p]).shape) for p in self.claims(params)}
+    axes = {p: axes_of(p, shape, layout) for p, shape in shapes.items()}
+    layers = {p: paths.layer_paths(p, a.stack(shapes[p])) for p, a in axes.items()}
+    every = [layer for group in layers.values() for layer in group]
+    paths.check_all_used(self.rank_pattern, every, "rank_pattern")
+    paths.check_all_used(self.alpha_pattern, every, "alpha_pattern")
+
+    def wrap(path: str, leaf: Any) -> Any:
+      return self._wrap(key, path, leaf, axes[path], layers[path]) if path in axes else leaf
+
+    return paths.map_leaves(wrap, params)
+
+  def trainable(self, params: Any) -> Any:
+    return trainable_mask(params, set(self.claims(params)))
+
+  def varies(self) -> frozenset[str]:
+    return frozenset({"rank", "alpha"})
+
+  def _init(self) -> str:
+    """How the factors begin; see `lora_init.factors`."""
+    return "kaiming"
+
+  def _scale(self, alpha: float, rank: int) -> float:
+    return alpha / rank
+
+  def _finish(self, path: str, weight: Any) -> Any:
+    """The leaf with all that depends on its base or its kind."""
+    return weight
+
+  def _wrap(self, key: jax.Array, path: str, leaf: Any, axes: Axes, layers: list[str]) -> LoRA:
+    check_bare(path, leaf)
+    shape = tuple(bare(leaf).shape)
+    stack = axes.stack(shape)
+    n_in, n_out = (math.prod(shape[axis] for axis in group) for group in axes)
+    ranks = [paths.first_match(self.rank_pattern, layer, self.rank) for layer in layers]
+    for layer, rank in zip(layers, ranks, strict=True):
+      if not 1 <= rank <= min(n_in, n_out):
+        raise ValueError(
+          f"{layer}: rank {rank} does not fit a {n_in} x {n_out} matrix; "
+          f"write a rank between 1 and {min(n_in, n_out)}"
+        )
+    scales = [
+      self._scale(paths.first_match(self.alpha_pattern, layer, self.alpha), rank)
+      for layer, rank in zip(layers, ranks, strict=True)
+    ]
+    is_table = path.split("/")[-1] == "embedding"
+    width = max(ranks)
+
+    def make(key: jax.Array, base: Any) -> LoRA:
+      a, b = [], []
+      for layer, rank in zip(layers, ranks, strict=True):
+        layer_key = paths.fold_in_path(key, layer)
+        pair = lora_init.factors(layer_key, self._init(), rank, n_in, n_out, is_table, self.dtype)
+        a.append(jnp.pad(pair[0], ((0, width - rank), (0, 0))))
+        b.append(jnp.pad(pair[1], ((0, 0), (0, width - rank))))
+      weight = self.leaf(
+        base=base,
+        a=jnp.stack(a).reshape(*stack, width, n_in),
+        b=jnp.stack(b).reshape(*stack, n_out, width),
+        scale=jnp.asarray(scales, jnp.float32).reshape(stack),
+        rank=jnp.asarray(ranks, jnp.int32).reshape(stack),
+        axes=axes,
+        dropout=self.dropout,
+        names=axis_names(leaf),
+      )
+      return self._finish(path, weight)
+
+    base = bare(leaf)
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
+    return jax.eval_shape(make, key, base) if abstract else make(key, base)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankStabilized(LowRank):
+  """A low-rank method whose scale may be that of rsLoRA.
+
+  Args:
+    rslora: scale by α/√r instead (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2).
+  """
+
+  rslora: bool = False
+
+  def _scale(self, alpha: float, rank: int) -> float:
+    return alpha / math.sqrt(rank) if self.rslora else super()._scale(alpha, rank)
