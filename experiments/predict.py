@@ -83,12 +83,9 @@ def check_given(texts: list[str], pairs: list[str], path: str | None, output: st
     raise ValueError(f"{len(texts)} --text and {len(pairs)} --pair; give a --pair for each --text")
   if path and Path(path).suffix.lower() not in tables.KINDS and not lines_of(path)[0]:
     raise ValueError(f"no text in {path}; write one a line")
-  if output is not None:
-    folder = Path(output).absolute().parent
-    if not output or Path(output).is_dir() or not folder.is_dir():
-      raise ValueError(f"--output={output} cannot be written; name a file in an existing folder")
-    if path and Path(output).exists() and Path(output).samefile(path):
-      raise ValueError(f"--output={output} is the file to be read; name another")
+  runtime.check_output("--output", output)
+  if output and path and Path(output).exists() and Path(output).samefile(path):
+    raise ValueError(f"--output={output} is the file to be read; name another")
 
 
 def read(predictor: "Predictor", texts: list[str], pairs: list[str], path: str | None) -> Texts:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,7 +68,7 @@ def join(distributed: str) -> None:
     return
   import jax
 
-  match = re.fullmatch(r"([^,\s]+:\d{1,5}),(\d{1,6}),(\d{1,6})", distributed)
+  match = re.fullmatch(r"([^,/\s]+:\d{1,5}),(\d{1,6}),(\d{1,6})", distributed)
   given: dict[str, Any] = {}
   if match:
     given = dict(
@@ -278,6 +278,25 @@ def _given(argv: list[str]) -> dict[str, str]:
       name, equals, value = part.lstrip("-").partition("=")
       given[name] = value if equals else after
   return given
+
+
+def check_output(flag: str, path: str | None, kinds: Sequence[str] = ()) -> None:
+  """Of a file that a command writes in the end: told before its work what cannot be.
+
+  Args:
+    flag: that names it.
+    path: None for no file.
+    kinds: endings of names that it may have; none for any.
+
+  Raises:
+    ValueError: it is no name of a file, of another kind, or in a folder that is not there.
+  """
+  if path is None:
+    return
+  if not path or Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+    raise ValueError(f"{flag}={path} cannot be written; name a file in an existing folder")
+  if kinds and Path(path).suffix not in kinds:
+    raise ValueError(f"{flag}={path}: name a file that ends in {', '.join(kinds)}")
 
 
 def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:

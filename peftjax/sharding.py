@@ -82,28 +82,33 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
   TPUs, whose network is slow, only "data" goes, or "fsdp" where there is no other.
 
   Raises:
-    ValueError: on an unknown axis, a bad size, a product that is not the number of devices, or
-      slices that no axis of the data is a multiple of.
+    ValueError: on an unknown axis, one that is named twice, a bad size, a product that is not the
+      number of devices, or slices that no axis of the data is a multiple of.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = dict.fromkeys(AXES, 1)
-  for part in filter(None, text.split(",")):
+  given: dict[str, int] = {}
+  for part in text.split(",") if text else []:
     match = re.fullmatch(r"\s*(\w+):(-1|[1-9]\d{0,6})\s*", part)
     if not match or match[1] not in AXES:
       raise ValueError(
         f"mesh {text!r}: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)}; "
         'write e.g. "data:2,fsdp:2,tensor:2", or -1 for what is left'
       )
-    sizes[match[1]] = int(match[2])
+    if match[1] in given:
+      raise ValueError(f"mesh {text!r} names {match[1]} twice; write it once, with one size")
+    given[match[1]] = int(match[2])
+  sizes = {axis: given.get(axis, 1) for axis in AXES}
   rest = [axis for axis, size in sizes.items() if size == -1]
   if len(rest) > 1:
     raise ValueError(f"mesh {text!r}: only one axis can be what is left, not {' and '.join(rest)}")
   for axis in rest:
     sizes[axis] = max(1, len(devices) // -math.prod(sizes.values()))
   if math.prod(sizes.values()) != len(devices):
+    more = "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of a CPU"
     raise ValueError(
-      f"mesh {text!r} has {math.prod(sizes.values())} places for {len(devices)} devices. On a CPU, "
-      "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight."
+      f"mesh {text!r} has {math.prod(sizes.values())} places for {len(devices)} devices; write "
+      f"sizes whose product is {len(devices)}, or -1 for what is left"
+      + (f" ({more})" if devices[0].platform == "cpu" else "")
     )
   return Mesh(arranged(text, sizes, devices), AXES)
 

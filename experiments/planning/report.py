@@ -8,7 +8,7 @@ the model, the rank, the length of a row or the devices.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,26 @@ RESULTS = Path(__file__).parents[1] / "results"
 PLANS = flags.DEFINE_string("plans", str(RESULTS / "plan.jsonl"), "What --out of plans wrote.")
 PICTURE = flags.DEFINE_string("picture", str(RESULTS / "plan_growth.png"), "Where to draw it.")
 
-# What varies, its name, and how a flag's text, or the row's own number, becomes a number.
-_AXES = {
-  "model": ("parameters in billions", lambda row: _number(row, r"--model=llama-(\d+)b")),
-  "rank": ("rank", lambda row: _number(row, r"--config\.method\.rank=(\d+)(?!.*method\.rank)")),
-  "length": ("tokens of a row", lambda row: row["length"]),
-  "devices": ("devices, fsdp", lambda row: row["devices"]),
-}
-_FLAGS = {
-  "model": r"--model=\S+",
-  "rank": r"--config\.method\.rank=\d+",
-  "length": r"--config\.data\.max_length=\d+",
-  "devices": r"--(devices|mesh|topology)=\S+",
+# What varies: its name, its number in a row, and the flags that say it.
+_AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], tuple[str, ...]]] = {
+  "model": ("parameters in billions", lambda row: row["total_params"] / 1e9, ("--model",)),
+  "rank": ("rank", lambda row: row["rank"] or 0, ("--config.method.rank",)),
+  "length": ("tokens of a row", lambda row: row["length"], ("--config.data.max_length",)),
+  "devices": (
+    "devices, fsdp",
+    lambda row: row["devices"],
+    ("--devices", "--mesh", "--topology"),
+  ),
 }
 
 
 def series(rows: list[Mapping[str, Any]], axis: str) -> list[tuple[float, float]]:
   """(what varies, GiB at the peak) of the largest group of plans alike but for it, in order."""
-  number = _AXES[axis][1]
+  _, number, said = _AXES[axis]
   groups: dict[tuple[str, ...], dict[float, float]] = {}
   for row in rows:
-    alike = re.sub(_FLAGS[axis], "", row["command"]).split()
-    alike = [part for part in alike if not part.startswith("--out=")]
+    given = row["command"].split()
+    alike = [part for part in given if part.partition("=")[0] not in (*said, "--out")]
     groups.setdefault(tuple(sorted(alike)), {})[number(row)] = row["bytes"]["peak"] / GIB
   return sorted(max(groups.values(), key=len).items())
 
@@ -66,11 +64,6 @@ def table(rows: list[Mapping[str, Any]]) -> str:
   return "\n".join(lines)
 
 
-def _number(row: Mapping[str, Any], pattern: str) -> float:
-  found = re.search(pattern, row["command"])
-  return float(found[1]) if found else 0.0
-
-
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
@@ -82,7 +75,7 @@ def main(argv: list[str]) -> None:
   print(table(rows))
   figure = Figure(figsize=(10, 3), layout="constrained")
   panels = figure.subplots(1, len(_AXES))
-  for panel, (axis, (label, _)) in zip(panels, _AXES.items(), strict=True):
+  for panel, (axis, (label, *_)) in zip(panels, _AXES.items(), strict=True):
     found = series(rows, axis)
     panel.plot(*zip(*found, strict=True), "o-")
     panel.set_xlabel(label)

@@ -133,6 +133,8 @@ def _needs_as_much(failed: Candidate, rows_that_fit: int) -> Callable[[Candidate
   def needs(c: Candidate) -> bool:
     if c.mesh != failed.mesh or KEPT.index(c.kept) > KEPT.index(failed.kept):
       return False
+    if failed.accumulate > 1 and c.accumulate == 1:  # holds no float32 sums of gradients
+      return False
     return c.rows >= failed.rows or c.rows > max(rows_that_fit, 1)
 
   return needs

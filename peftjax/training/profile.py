@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 import jax
 
@@ -93,12 +92,7 @@ class Trace:
   def __enter__(self) -> Trace:
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
     if self._begun is not None:
       # What ended the run is what it ends with, whether or not its trace can be written.
       with contextlib.suppress(*((Exception,) if error else ())):
