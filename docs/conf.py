@@ -1,0 +1,47 @@
+"""Sphinx: `make docs` builds these pages, any warning an error, and fetches nothing."""
+
+import pathlib
+import re
+import sys
+
+FOLDER = pathlib.Path(__file__).parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
+
+import generate  # noqa: E402
+
+project = "peftjax"
+author = "The peftjax authors"
+extensions = [
+  "myst_nb",
+  "sphinx.ext.autodoc",
+  "sphinx.ext.autosummary",
+  "sphinx.ext.mathjax",
+  "sphinx.ext.napoleon",
+]
+html_theme = "furo"
+html_title = "peftjax"
+# Fragments that pages include; they are no pages.
+exclude_patterns = ["generated/tables", "generated/benchmarks", "generated/parts"]
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autosummary_generate = False  # tables alone: the pages are those of `generate`
+napoleon_numpy_docstring = False
+default_role = "code"  # docstrings write `name`
+
+
+def as_rest(app, what, name, obj, options, lines):
+  """Docstrings are plain text: there |x| is an absolute value, which reST would substitute."""
+  lines[:] = [re.sub(r"(?<!\\)\|", r"\\|", line) if "``" not in line else line for line in lines]
+
+
+def setup(app):
+  app.connect("builder-inited", lambda app: generate.write(FOLDER / "generated"), priority=100)
+  app.connect("autodoc-process-docstring", as_rest)
+  app.connect("build-finished", generate.write_llms)

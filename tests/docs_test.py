@@ -1,0 +1,154 @@
+"""What README and docs show works: Python blocks run, commands parse, links lead somewhere."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from peftjax.training.settings import Model
+from tests import method_contract_test as contract
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+  ROOT / "README.md",
+  ROOT / "CONTRIBUTING.md",
+  *(p for p in sorted((ROOT / "docs").rglob("*.md")) if "generated" not in p.parts),
+]
+BLOCK = re.compile(r"^```(\{code-cell\} )?(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON, SHELL = ("python", "py", "ipython3"), ("sh", "bash", "shell", "console")
+
+# Parses the flags of a JSON list of commands as each would, and goes no further. Modules with flags
+# of one name are imported into processes of their own.
+PARSE = """
+import importlib, json, sys
+from absl import flags
+module = importlib.import_module(sys.argv[1])
+if hasattr(module, "__path__"):
+  importlib.import_module(sys.argv[1] + ".__main__")
+from experiments import runtime
+for line in json.loads(sys.argv[2]):
+  flags.FLAGS.unparse_flags()
+  rest = runtime.parse_flags([sys.argv[1], *line])
+  assert not [x for x in rest[1:] if x.startswith("-")], f"not a flag: {rest[1:]}"
+"""
+
+
+def blocks(page, languages):
+  """The code blocks of a page."""
+  return [text for _, language, text in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def lines(page):
+  """The lines of its shell blocks, continuation lines put together."""
+  texts = (text.replace("\\\n", " ") for text in blocks(page, SHELL))
+  return [line.strip() for text in texts for line in text.splitlines()]
+
+
+def name(page):
+  return str(page.relative_to(ROOT))
+
+
+def with_python():
+  slow = pytest.mark.slow(reason="`make docs` runs it too")
+  for page in PAGES:
+    if blocks(page, PYTHON):
+      yield pytest.param(page, marks=[slow] * ("notebooks" in page.parts))
+
+
+COMMANDS = [
+  line
+  for line in dict.fromkeys(line for page in PAGES for line in lines(page))
+  if re.search(r"\bpython3? -m (experiments|tests)\.?", line)
+]
+MODULES = sorted({re.search(r"-m ([\w.]+)", line)[1] for line in COMMANDS})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return tiny.model_dir(tmp_path_factory.mktemp("docs") / "model")
+
+
+@pytest.mark.parametrize("page", list(with_python()), ids=name)
+def test_python_blocks_run_in_order(page, directory, tmp_path, monkeypatch):
+  """One after the other in one namespace, in an empty folder, on a tiny model."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(Model, "path", lambda self: directory)
+  # A dataclass looks its module up.
+  monkeypatch.setitem(sys.modules, "page", module := type(sys)("page"))
+  for number, block in enumerate(blocks(page, PYTHON), 1):
+    exec(compile(block, f"{name(page)}, Python block {number}", "exec"), module.__dict__)
+
+
+def test_there_are_commands():
+  """The pages show how to train, to predict, to write and to sweep."""
+  wanted = {f"experiments.{name}" for name in ("train", "predict", "generate", "sweep", "plan")}
+  assert wanted <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_command_lines_parse(module):
+  """The module of every `python -m` line exists and knows each of its flags, its config included."""
+  assert importlib.util.find_spec(module), module
+  found = [line.partition(f"-m {module}")[2] for line in COMMANDS if f"-m {module} " in f"{line} "]
+  words = [shlex.split(line, comments=True) for line in found]
+  ended = subprocess.run(
+    [sys.executable, "-c", PARSE, module, json.dumps(words)],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert ended.returncode == 0, ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_make_targets_exist(page):
+  """Every `make TARGET` that a page names is in the Makefile."""
+  targets = set(re.findall(r"`make (?:\w+=\S+ )*([a-z-]+)", page.read_text())) | {
+    found[1] for line in lines(page) if (found := re.match(r"make (?:\w+=\S+ )*([a-z-]+)", line))
+  }
+  known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+  assert targets <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_exist(page):
+  """Every file that a page links to, and every script of a shell line, is there."""
+  links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+  assert [link for link in links if not (page.parent / link).exists()] == []
+  scripts = [word for line in lines(page) for word in re.findall(r"\blaunch/[\w.]+", line)]
+  assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_readme_is_short():
+  """Everything else is a page."""
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def test_the_matrix_has_exactly_the_subjects_that_exist():
+  """`make matrix` was run since a method came or went."""
+  kept = json.loads((ROOT / "docs" / "matrix.json").read_text())
+  there = {
+    f"{entry.name}-{layers}"
+    for entry in contract.ENTRIES
+    for layers in (*entry.layers, *entry.slow)
+  }
+  assert set(kept["method_contract_test"]) == there
+  laws = {name for name in vars(contract) if name.startswith("test_law_")}
+  assert {law for tests in kept["method_contract_test"].values() for law in tests} == laws
+
+
+def test_every_public_name_of_a_method_has_a_page():
+  """In docs/methods each entry of a config's methods is documented from its docstring."""
+  from peftjax.training.settings import METHODS
+
+  shown = "".join(page.read_text() for page in (ROOT / "docs" / "methods").glob("*.md"))
+  assert [m for m in METHODS if f"autofunction:: peftjax.{m}\n" not in shown] == []
