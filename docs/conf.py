@@ -1,5 +1,6 @@
 """Sphinx: `make docs` builds these pages, any warning an error, and fetches nothing."""
 
+import os
 import pathlib
 import re
 import sys
@@ -8,6 +9,8 @@ FOLDER = pathlib.Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import generate  # noqa: E402
+
+os.environ["PYTHONPATH"] = str(FOLDER.parent)  # the kernels of notebooks run this checkout
 
 project = "peftjax"
 author = "The peftjax authors"

@@ -24,19 +24,26 @@ PAGES = [
 BLOCK = re.compile(r"^```(\{code-cell\} )?(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON, SHELL = ("python", "py", "ipython3"), ("sh", "bash", "shell", "console")
 
-# Parses the flags of a JSON list of commands as each would, and goes no further. Modules with flags
-# of one name are imported into processes of their own.
+# Parses the flags of a JSON list of commands of one module, as each would, and goes no further.
+# Flags are parsed once in a process, so each command has its own, a copy of this one.
 PARSE = """
-import importlib, json, sys
-from absl import flags
-module = importlib.import_module(sys.argv[1])
-if hasattr(module, "__path__"):
-  importlib.import_module(sys.argv[1] + ".__main__")
+import json, os, runpy, sys
+from absl import app
 from experiments import runtime
-for line in json.loads(sys.argv[2]):
-  flags.FLAGS.unparse_flags()
-  rest = runtime.parse_flags([sys.argv[1], *line])
+
+def parse(main, flags_parser):
+  rest = flags_parser(sys.argv)
   assert not [x for x in rest[1:] if x.startswith("-")], f"not a flag: {rest[1:]}"
+  sys.exit()
+
+app.run = parse
+for line in json.loads(sys.argv[2]):
+  if not os.fork():
+    sys.argv = [sys.argv[1], *line]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    sys.exit("does not parse its flags by app.run")
+  if os.wait()[1]:
+    sys.exit(f"{sys.argv[1]} {line}")
 """
 
 
@@ -65,7 +72,7 @@ def with_python():
 COMMANDS = [
   line
   for line in dict.fromkeys(line for page in PAGES for line in lines(page))
-  if re.search(r"\bpython3? -m (experiments|tests)\.?", line)
+  if re.search(r"\bpython3? -m experiments\b", line)
 ]
 MODULES = sorted({re.search(r"-m ([\w.]+)", line)[1] for line in COMMANDS})
 
