@@ -34,6 +34,11 @@ nb_execution_timeout = 120
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+# Shown by name: what they allow is in `peftjax.core.ranges`.
+_RANGES = ("Count", "Fraction", "Length", "NotNegative", "Positive", "Size")
+autodoc_type_aliases = {name: name for name in _RANGES}
+python_use_unqualified_type_names = True
 autosummary_generate = False  # tables alone: the pages are those of `generate`
 napoleon_numpy_docstring = False
 default_role = "code"  # docstrings write `name`

@@ -137,7 +137,7 @@ def contract(found: dict[str, Any]) -> str:
   for name, layouts in subjects.items():
     laws = next(iter(layouts.values()))
     whole = [
-      verdict(layouts[layers].values()) if layers in layouts else ""
+      verdict(set(layouts[layers].values()) - {"refused"}) if layers in layouts else ""
       for layers in ("unrolled", "scanned")
     ]
     cells = [verdict([laws[test]]) for test in columns.values()]
@@ -178,11 +178,12 @@ def api() -> dict[str, str]:
     value = getattr(peftjax, name)
     if not isinstance(value, ModuleType):
       parts.setdefault(value.__module__.split(".")[1], []).append(f"peftjax.{name}")
-  pages = {part: page(f"peftjax: {part}", names) for part, names in sorted(parts.items())}
+  intro = "Public names of `peftjax` that `peftjax.{}` makes.".format
+  pages = {part: page(f"peftjax: {part}", names, intro(part)) for part, names in parts.items()}
   for module in MODULES:
     names = [f"{module}.{name}" for name in public(importlib.import_module(module))]
-    intro = (importlib.import_module(module).__doc__ or "").strip()
-    pages[module.removeprefix("peftjax.")] = page(module, names, intro)
+    told = (importlib.import_module(module).__doc__ or "").strip()
+    pages[module.removeprefix("peftjax.")] = page(module, names, told)
   return pages
 
 
@@ -212,7 +213,9 @@ def write_llms(app: Any, error: Exception | None) -> None:
     return
   from docutils import nodes
 
-  lines = ["# peftjax", "", "> Parameter-efficient fine-tuning in JAX.", "", "## Pages", ""]
+  import peftjax
+
+  lines = ["# peftjax", "", f"> {(peftjax.__doc__ or '').strip()}", "", "## Pages", ""]
   for name in sorted(app.env.found_docs):
     tree = app.env.get_doctree(name)
     first = next(iter(tree.findall(nodes.paragraph)), None)
