@@ -45,11 +45,18 @@ default_role = "code"  # docstrings write `name`
 
 
 def as_rest(app, what, name, obj, options, lines):
-  """Docstrings are plain text: there |x| is an absolute value, which reST would substitute."""
-  lines[:] = [re.sub(r"(?<!\\)\|", r"\\|", line) if "``" not in line else line for line in lines]
+  """Docstrings are plain text: |x| is no substitution, and the "r." of an argument no list."""
+  lines[:] = [re.sub(r"^(\s+)(?=[A-Za-z]\.( |$))", r"\1\\", x.replace("|", r"\|")) for x in lines]
+
+
+def by_name(app, what, name, obj, options, signature, returned):
+  """`autodoc_type_aliases` reach into unions only so far."""
+  plain = lambda text: text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
+  return plain(signature), plain(returned)
 
 
 def setup(app):
   app.connect("builder-inited", lambda app: generate.write(FOLDER / "generated"), priority=100)
-  app.connect("autodoc-process-docstring", as_rest)
+  app.connect("autodoc-process-docstring", as_rest, priority=900)  # napoleon's comes before
+  app.connect("autodoc-process-signature", by_name)
   app.connect("build-finished", generate.write_llms)

@@ -100,7 +100,7 @@ def claims() -> str:
     [row["says"], row["verdict"], row.get("correction") or ""] for row in rows("claims.jsonl")
   ]
   counts = {verdict: sum(line[1] == verdict for line in lines) for _, verdict, _ in lines}
-  told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+  told = ", ".join(f"{verdict}: {count}" for verdict, count in sorted(counts.items()))
   title = f"{len(lines)} claims: {told}"
   clean = [[cell.replace("|", r"\|") for cell in line] for line in lines]
   return markdown(Report(title, ["claim", "verdict", "correction"], clean))
@@ -189,8 +189,8 @@ def api() -> dict[str, str]:
 
 def public(module: ModuleType) -> list[str]:
   """Functions and classes made in a module, or below it where it is a package."""
-  own = lambda x: (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__.startswith(
-    module.__name__
+  own = lambda x: (
+    (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__.startswith(module.__name__)
   )
   return [n for n, x in vars(module).items() if own(x) and not n.startswith("_")]
 

@@ -101,7 +101,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_command_lines_parse(module):
-  """The module of every `python -m` line exists and knows each of its flags, its config included."""
+  """The module of every `python -m` line exists and knows each flag, the config's too."""
   assert importlib.util.find_spec(module), module
   found = [line.partition(f"-m {module}")[2] for line in COMMANDS if f"-m {module} " in f"{line} "]
   words = [shlex.split(line, comments=True) for line in found]

@@ -26,7 +26,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
   path = config.getoption("--matrix")
-  if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to this process
+  # A worker of pytest-xdist reports to its controller, which writes.
+  if path and not hasattr(config, "workerinput"):
     config.pluginmanager.register(Matrix(pathlib.Path(path)), "matrix")
 
 
