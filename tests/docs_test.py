@@ -159,3 +159,18 @@ def test_every_public_name_of_a_method_has_a_page():
 
   shown = "".join(page.read_text() for page in (ROOT / "docs" / "methods").glob("*.md"))
   assert [m for m in METHODS if f"autofunction:: peftjax.{m}\n" not in shown] == []
+
+
+def test_what_pages_include_is_made(tmp_path):
+  """docs/generate.py writes every fragment that a page includes, from the committed results."""
+  spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+  generate = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(generate)
+  generate.write(tmp_path)
+  texts = "".join(page.read_text() for page in PAGES)
+  wanted = set(re.findall(r"\{include\} \S*?generated/(\S+)", texts))
+  assert wanted
+  made = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*.md")}
+  assert [part for part in wanted if "|" not in made.get(part, "")] == []
+  with pytest.raises(ValueError, match="0 files none.jsonl"):
+    generate.result("none.jsonl")

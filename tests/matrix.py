@@ -3,14 +3,13 @@
   python -m pytest -p tests.matrix --matrix=docs/matrix.json tests/method_contract_test.py
 
 Of the files in `SUBJECT` alone. A test that finds that a method has no place for what the law is
-about says so by `record_property("refused", ...)`. Outcomes of tests that did not run stay.
+about says so by `record_property("refused", ...)`. Outcomes of tests that did not run stay,
+and a run that is stopped keeps its own.
 """
 
 import json
 import pathlib
 import re
-
-import pytest
 
 # How the id of a test names its subject.
 SUBJECT = {
@@ -57,7 +56,4 @@ class Matrix:
     if where not in self.run or tests.get(test) != "failed":
       tests[test] = "refused" if refused else report.outcome
     self.run.add(where)
-
-  @pytest.hookimpl(trylast=True)
-  def pytest_sessionfinish(self):
     self.path.write_text(json.dumps(self.outcomes, indent=1, sort_keys=True) + "\n")
