@@ -1,5 +1,6 @@
 """What README and docs show works: Python blocks run, commands parse, links lead somewhere."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -174,3 +175,23 @@ def test_what_pages_include_is_made(tmp_path):
   assert [part for part in wanted if "|" not in made.get(part, "")] == []
   with pytest.raises(ValueError, match="0 files none.jsonl"):
     generate.result("none.jsonl")
+
+
+def test_imports_point_down_the_diagram():
+  """docs/architecture.md draws the folders in the order in which they import each other."""
+  text = (ROOT / "docs" / "architecture.md").read_text()
+  drawn = next(block for _, language, block in BLOCK.findall(text) if language == "text")
+  names = [re.findall(r"[a-z]+", line.partition("   ")[0]) for line in drawn.splitlines()]
+  level = {name: i for i, line in enumerate(names) for name in line}
+  wrong, seen = [], set[str]()
+  for file in (ROOT / "peftjax").rglob("*.py"):
+    own = file.relative_to(ROOT / "peftjax").parts[0].removesuffix(".py")
+    if own == "__init__":
+      continue
+    seen.add(own)
+    for node in ast.walk(ast.parse(file.read_text())):
+      if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftjax"):
+        below = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+        wrong += [f"{own} imports {name}" for name in below if level[name] < level[own]]
+  assert not wrong
+  assert seen == set(level) - {"experiments"}
