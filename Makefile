@@ -121,21 +121,22 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 	echo "Installed into .venv: download $$((t1 - t0)) s, installation $$((t2 - t1)) s."
 	@touch $@
 
+.venv/constraints.txt: .venv/.installed
+	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > $@
+
 # torch goes first and by its exact name, so that pip's own settings (find-links, index) choose the
 # build: the default one on Linux brings gigabytes of CUDA. The constraints hold the locked versions.
-.venv/.parity: .venv/.tpu
+.venv/.parity: .venv/.tpu .venv/constraints.txt
 	@echo "Adding torch, transformers, peft and bitsandbytes to .venv ..."
-	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > .venv/constraints.txt
 	@set -e; t0=$$(date +%s); \
 	$(PIP) install -c .venv/constraints.txt $(TORCH); \
 	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[parity]'; \
 	echo "Added in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-# Held to the locked versions, so that pages are built with the packages that the tests ran with.
-.venv/.docs: .venv/.installed
+# The packages that the tests ran with stay at their versions.
+.venv/.docs: .venv/constraints.txt
 	@echo "Adding Sphinx, its theme and the notebooks' kernel to .venv ..."
-	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > .venv/constraints.txt
 	@$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
