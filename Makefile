@@ -73,6 +73,15 @@ plan: .venv/.tpu ## Say what steps take of TPUs that are not there (65B on one c
 	$(PLAN):quant=none,method=lora --model=llama-7b --topology=v5e:2x4 --mesh=fsdp:-1 $(BFLOAT16) \
 	  --config.method.rank=64 --config.train.batch_size=8 --config.data.max_length=4096 $(ARGS)
 
+docs: .venv/.docs ## Build the site into build/docs, its notebooks run, any warning an error
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs build/docs $(ARGS)
+
+matrix: .venv/.installed ## Run the laws of every method anew and write docs/matrix.json (an hour)
+	rm -f docs/matrix.json
+	$(BIN)/python -m pytest $(WORKERS) -p tests.matrix --matrix=docs/matrix.json \
+	  tests/method_contract_test.py tests/training/together_test.py tests/training/every_step_test.py \
+	  -k "law or parameters_are or on_eight" $(ARGS)
+
 claims: .venv/.installed ## Measure what the text this project started from says (ARGS=--only=lora)
 	$(BIN)/python -m experiments.claims $(ARGS)
 
@@ -112,15 +121,23 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 	echo "Installed into .venv: download $$((t1 - t0)) s, installation $$((t2 - t1)) s."
 	@touch $@
 
+.venv/constraints.txt: .venv/.installed
+	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > $@
+
 # torch goes first and by its exact name, so that pip's own settings (find-links, index) choose the
 # build: the default one on Linux brings gigabytes of CUDA. The constraints hold the locked versions.
-.venv/.parity: .venv/.tpu
+.venv/.parity: .venv/.tpu .venv/constraints.txt
 	@echo "Adding torch, transformers, peft and bitsandbytes to .venv ..."
-	@sed -n 's/^\([A-Za-z0-9._-]*==[^\\]*\) \\$$/\1/p' requirements.lock > .venv/constraints.txt
 	@set -e; t0=$$(date +%s); \
 	$(PIP) install -c .venv/constraints.txt $(TORCH); \
 	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[parity]'; \
 	echo "Added in $$(($$(date +%s) - t0)) s."
+	@touch $@
+
+# The packages that the tests ran with stay at their versions.
+.venv/.docs: .venv/constraints.txt
+	@echo "Adding Sphinx, its theme and the notebooks' kernel to .venv ..."
+	@$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # The TPU compiler, in the version that the locked jax asks for, lies apart: jax warns where it sees it.
@@ -143,4 +160,4 @@ build/oldest/.installed: pyproject.toml
 	echo "Installed in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart qlora install test test-all oldest fuzz lint format parity bench plan claims lock clean
+.PHONY: help quickstart qlora install test test-all oldest fuzz lint format parity bench plan docs matrix claims lock clean

@@ -102,7 +102,8 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
 
   Args:
     model: any linen module.
-    *args, **kwargs: example inputs; `jax.ShapeDtypeStruct` will do.
+    *args: example inputs; `jax.ShapeDtypeStruct` will do.
+    **kwargs: likewise, by name.
 
   Returns:
     A dict from path to axes or site, for `method.attach(key, params, layout)`.

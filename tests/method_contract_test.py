@@ -410,7 +410,7 @@ def test_law_2_einsum_and_take_equal_those_of_the_dense_array(subject):
       chex.assert_trees_all_close(pj.einsum(eqn, value, weight), want, rtol=2e-5, atol=2e-5)
 
 
-def test_law_3_merge_preserves_outputs_and_unmerge_gives_the_base_back(subject):
+def test_law_3_merge_preserves_outputs_and_unmerge_gives_the_base_back(subject, record_property):
   """A merged tree is a plain tree of the model; unmerging it is attaching again.
 
   What changes no weight is refused.
@@ -418,6 +418,7 @@ def test_law_3_merge_preserves_outputs_and_unmerge_gives_the_base_back(subject):
   if attachments(subject.live):
     with pytest.raises(ValueError, match="cannot be merged"):
       merge(subject.live)
+    record_property("refused", "no change of a weight")
     return
   merged = merge(subject.live)
   assert not any(isinstance(leaf, Weight) for leaf in paths.leaves(merged).values())
@@ -583,7 +584,7 @@ def test_law_9_everything_works_on_shapes_alone(subject):
   assert pj.count(abstract) >= pj.count(subject.attached)
 
 
-def test_law_10_the_files_of_a_method_give_the_model_back(subject, tmp_path):
+def test_law_10_the_files_of_a_method_give_the_model_back(subject, tmp_path, record_property):
   """Where a file format exists: PEFT directories. The others are refused, saying why."""
   weights = subject.weights(subject.live).values()
   save = lambda: hf_peft.save(tmp_path, subject.live, subject.model, rslora=True)
@@ -592,6 +593,7 @@ def test_law_10_the_files_of_a_method_give_the_model_back(subject, tmp_path):
     with pytest.raises(ValueError, match="PiSSA" if changed else "no adapter that PEFT knows"):
       save()
     assert not list(tmp_path.iterdir())
+    record_property("refused", "no file of PEFT's says it")
     return
   save()
   loaded, mask = hf_peft.load(tmp_path, subject.params, subject.model)

@@ -83,7 +83,7 @@ def load_pretrained(
     key: of the new head's weights; by default `jax.random.key(0)`.
 
   Returns:
-    `(model, params)`; `model.apply({"params": params}, tokens, mask, ...)` gives logits.
+    The model and its parameters; `peftjax.apply(model, params, tokens, mask)` gives logits.
 
   Raises:
     ValueError: before any weight is read, an unknown model_type, a damaged file, a tensor missing,
