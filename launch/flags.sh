@@ -35,6 +35,17 @@ read_flags() {
   fi
 }
 
+# Refuses flags that the script itself sets.
+without_distributed() {
+  local flag
+  for flag in "$@"; do
+    [[ $flag != --distributed* && $flag != -distributed* ]] || {
+      echo "${0##*/}: leave out $flag: this script says how the processes find each other" >&2
+      exit 2
+    }
+  done
+}
+
 # One line that a shell reads as these words.
 quoted() {
   local words

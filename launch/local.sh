@@ -12,10 +12,11 @@ set -euo pipefail
 source launch/flags.sh
 read_dry_run "$@"
 count=${rest[0]-}
-[[ $count =~ ^[1-9][0-9]*$ ]] || {
-  echo "local.sh: write how many processes first: launch/local.sh 2 --config=... --workdir=..." >&2
+[[ $count =~ ^[1-9][0-9]{0,2}$ ]] || {
+  echo "local.sh: write how many processes first, 1 to 999: launch/local.sh 2 --config=... --workdir=..." >&2
   exit 2
 }
+without_distributed "${rest[@]:1}"
 read_flags "${rest[@]:1}"
 
 port=PORT
@@ -68,6 +69,7 @@ while ((${#alive[@]})); do
       echo "local.sh: process $number ended with $code; the others end now, and the same command goes on" >&2
       { sleep "$patience"; pass KILL; } &
       reaper=$!
+      disown "$reaper" # or bash tells that it was ended
     fi
   done
 done

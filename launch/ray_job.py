@@ -97,17 +97,24 @@ def attempt(count, resource, amount, flags):
 def main(argv):
   dry_run = argv[:1] == ["--dry_run"]
   count, takes, *flags = argv[dry_run:] if len(argv) >= 2 + dry_run else ("", "")
-  asked = re.fullmatch(r"(\w+):([1-9]\d*)", takes)
-  if not (re.fullmatch(r"[1-9]\d*", count) and asked):
-    sys.exit("ray_job.py: write how many nodes and what each gives: ray_job.py 4 GPU:8 FLAGS")
+  asked = re.fullmatch(r"(CPU|GPU|TPU):([1-9]\d{0,5})", takes)
+  if not (re.fullmatch(r"[1-9]\d{0,5}", count) and asked):
+    sys.exit(
+      "ray_job.py: write how many nodes and what each gives, CPU, GPU or TPU: "
+      "ray_job.py 4 GPU:8 FLAGS"
+    )
   if not any(flag.startswith("--workdir=") for flag in flags):
     sys.exit("ray_job.py: write --workdir=DIR, on a file system of all nodes, or gs://")
+  if own := [flag for flag in flags if flag.lstrip("-").startswith("distributed")]:
+    sys.exit(f"ray_job.py: leave out {own[0]}: this script says how the processes find each other")
   if dry_run:
     for index in range(int(count)):
       print(f"{takes}: {shlex.join(command('HOST:PORT', count, index, flags))}")
     return
-  import ray
-
+  try:
+    import ray
+  except ImportError:
+    sys.exit("ray_job.py: Ray is not installed here: pip install 'peftjax[ray]'")
   ray.init()
   failures = 0
   while code := attempt(int(count), asked[1], float(asked[2]), flags):

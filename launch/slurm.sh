@@ -16,6 +16,7 @@
 set -euo pipefail
 source launch/flags.sh # not beside this file: SLURM runs a copy of it, in the folder of sbatch
 read_dry_run "$@"
+without_distributed "${rest[@]}"
 read_flags "${rest[@]}"
 
 command=(srun "$python" -m experiments.train --distributed=auto "${flags[@]}")
@@ -23,6 +24,10 @@ if $dry_run; then
   quoted "${command[@]}"
   exit
 fi
+command -v srun > /dev/null || {
+  echo "slurm.sh: there is no srun here; submit it where SLURM is: sbatch --nodes=2 launch/slurm.sh ..." >&2
+  exit 1
+}
 "${command[@]}"
 if ! finished; then # it was asked to stop, and has saved
   scontrol requeue "$SLURM_JOB_ID"

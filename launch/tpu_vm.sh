@@ -127,12 +127,14 @@ case $verb in
   create) create ;;
   setup) setup ;;
   run)
+    without_distributed "${rest[@]:1}"
     read_flags "${rest[@]:1}"
     start "${rest[@]:1}"
     follow
     ;;
   logs) follow "${rest[@]:1:1}" ;;
   resume)
+    without_distributed "${rest[@]:1}"
     read_flags "${rest[@]:1}"
     resume "${rest[@]:1}"
     ;;

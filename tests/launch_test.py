@@ -142,12 +142,17 @@ def test_the_commands_of_the_page_are_there():
     (["slurm.sh", "--config=a.py"], "slurm.sh: write --workdir=DIR"),
     (["local.sh", "2", "--config=a.py"], "local.sh: write --workdir=DIR"),
     (["local.sh", *FLAGS], "write how many processes first"),
+    (["local.sh", "99999999", *FLAGS], "write how many processes first, 1 to 999"),
+    (["local.sh", "2", *FLAGS, "--distributed=auto"], "local.sh: leave out --distributed=auto"),
+    (["slurm.sh", *FLAGS, "--distributed=auto"], "slurm.sh: leave out --distributed=auto"),
     (["container.sh"], "write --workdir=DIR"),
     (["tpu_vm.sh", "start"], "tpu_vm.sh create "),
     (["tpu_vm.sh", "create"], "TPU_NAME is not set"),
     (["tpu_worker.sh"], "tpu_worker.sh install "),
     (["ray_job.py", "GPU:8", "2", *FLAGS], "write how many nodes and what each gives"),
     (["ray_job.py", "2", "GPU:8"], "write --workdir=DIR"),
+    (["ray_job.py", "2", "DISK:8", *FLAGS], "what each gives, CPU, GPU or TPU"),
+    (["ray_job.py", "2", "GPU:8", *FLAGS, "--distributed=off"], "leave out --distributed=off"),
   ],
 )
 def test_what_is_missing_is_told(command, told):

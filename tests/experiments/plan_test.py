@@ -180,7 +180,7 @@ def test_what_no_step_can_be_is_refused(change, told, settings):
 def test_an_encoder_is_no_language_model(settings, tmp_path):
   given = settings(model__directory=str(tiny.model_dir(tmp_path / "bert")))
   with pytest.raises(ValueError, match="is of a bert, which is no language model; .* takes llama"):
-    planned(given, "", "float32", 8, 24, sharding.make_mesh(""))
+    planned(given, "", "float32", 8, 24, sharding.make_mesh("data:8"))
 
 
 def test_chips_that_are_not_known_are_refused():
