@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import mesh, paths
@@ -38,6 +36,7 @@ class LoRA(Adapted):
   """
 
   trained: ClassVar[frozenset[str]] = frozenset({"a", "b"})
+  ranked: ClassVar[Mapping[str, int]] = {"a": -2, "b": -1}
 
   a: Any
   b: Any
@@ -63,14 +62,7 @@ class LoRA(Adapted):
 
   def true_size(self) -> int:
     """Parameters of the base and the factors that are here (not None), padding left out."""
-    size = self.base_size()
-    for factor, rank_axis, other in ((self.a, -2, -1), (self.b, -1, -2)):
-      if factor is not None:
-        known = isinstance(self.rank, (jax.Array, np.ndarray))
-        layers = math.prod(factor.shape[:-2])
-        ranks = int(np.sum(self.rank)) if known else layers * factor.shape[rank_axis]
-        size += ranks * factor.shape[other]
-    return size
+    return self.base_size() + self.ranked_size()
 
   def delta(self) -> jax.Array:
     """ΔW = scale · (b a)ᵀ in the kernel's shape and the factors' dtype."""
@@ -130,17 +122,12 @@ class LoRA(Adapted):
     return self.replace(key=jnp.stack(keys).reshape(self.stack))
 
   def child_specs(self, spec: P) -> LoRA:
-    """A is split along its inputs as the kernel is, B along its outputs; the rank never.
-
-    A flattened group of several axes is split as its first one.
-    """
-    ndim = len(self.stack) + len(self.axes.ins) + len(self.axes.outs)
-    full = (*spec, *[None] * (ndim - len(spec)))
-    stack = full[: len(self.stack)]
+    """A is split along its inputs as the kernel is, B along its outputs; the rank never."""
+    stack, ins, outs = self.axes.places(spec, self.ndim)
     return self.replace(
       base=self.base_specs(spec),
-      a=P(*stack, None, full[self.axes.ins[0]]),
-      b=P(*stack, full[self.axes.outs[0]], None),
+      a=P(*stack, None, ins),
+      b=P(*stack, outs, None),
       scale=P(*stack),
       rank=P(*stack),
       key=None if self.key is None else P(*stack),
@@ -176,3 +163,27 @@ class LoRA(Adapted):
     batch = "".join(c for c in stack if c not in x_s)
     low = "".join(c for c in x_s if c not in contracted) + batch + r
     return f"{x_s},{down}->{low}", f"{low},{up}->{out_s}", transposed
+
+
+class AsLoRA(Adapted):
+  """A weight that is a LoRA whose factors are computed from its own children."""
+
+  def as_lora(self) -> LoRA:
+    """The same weight as a `LoRA`."""
+    raise NotImplementedError
+
+  def materialize(self) -> jax.Array:
+    """See `LoRA.materialize`."""
+    return self.as_lora().materialize()
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """See `LoRA.einsum`."""
+    return self.as_lora().einsum(eqn, x)
+
+  def unmerged(self, dense: jax.Array) -> jax.Array:
+    """The base that this adapter was merged into: `materialize` the other way round."""
+    return self.as_lora().unmerged(dense)
+
+  def with_key(self, key: jax.Array, path: str) -> AsLoRA:
+    keys = [paths.fold_in_path(key, p) for p in paths.layer_paths(path, self.stack)]
+    return self.replace(key=jnp.stack(keys).reshape(self.stack))
