@@ -24,6 +24,7 @@ from peftjax.methods.base import Method, chain
 from peftjax.methods.dora import dora
 from peftjax.methods.ia3 import ia3
 from peftjax.methods.loha import loha
+from peftjax.methods.lokr import lokr
 from peftjax.methods.lora import lora
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
@@ -54,6 +55,7 @@ __all__ = [
   "load_peft",
   "load_pretrained",
   "loha",
+  "lokr",
   "lora",
   "losses",
   "merge",

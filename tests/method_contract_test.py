@@ -213,6 +213,23 @@ ENTRIES = [
     base=pj.quant.nf4(32),
     **_NONE,
   ),
+  Entry("loha", lambda: pj.loha(4, 8), r".*/(query|value)/kernel/[ab][12]", lambda: pj.loha(2, 3)),
+  Entry(
+    "loha nf4",
+    lambda: pj.loha(2, 4, "all-linear", dropout=0.2),
+    r"bert/.*/kernel/[ab][12]",
+    lambda: pj.loha(1, 9, "all-linear", dropout=0.2),
+    base=pj.quant.nf4(32),
+    **_NONE,
+  ),
+  Entry("lokr", lambda: pj.lokr(3, 6), r".*/(query|value)/kernel/w[12](_[ab])?"),
+  Entry(
+    "lokr both nf4",
+    lambda: pj.lokr(2, 4, "all-linear", dropout=0.2, decompose_both=True),
+    r"bert/.*/kernel/w[12](_[ab])?",
+    base=pj.quant.nf4(32),
+    **_NONE,
+  ),
   Entry("full", lambda: unfreeze(".*"), ".*"),
   Entry("head", lambda: unfreeze("head/.*"), "head/.*", **_NONE),
   Entry("bitfit", lambda: unfreeze([".*/bias", "head/.*"]), ".*/bias|head/.*", **_NONE),
@@ -452,9 +469,10 @@ def test_law_4_rows_beyond_the_rank_stay_zero(subject):
   """Padding to a common rank is not trained."""
   for params in (subject.live, subject.run(subject.swapped[0])[0]):
     for weight in (w for w in subject.weights(params).values() if w.rank is not None):
-      beyond = np.arange(weight.a.shape[-2]) >= np.asarray(weight.rank)[..., None]
-      assert not np.any(np.where(beyond[..., :, None], weight.a, 0))
-      assert not np.any(np.where(beyond[..., None, :], weight.b, 0))
+      for layer in np.ndindex(np.shape(weight.rank)):
+        for name, axis in weight.ranked.items():
+          rows = np.moveaxis(np.asarray(getattr(weight, name))[layer], axis, 0)
+          assert not np.any(rows[int(weight.rank[layer]) :]), name
 
 
 def test_law_5_combine_undoes_partition_and_a_step_keeps_the_structure(subject):

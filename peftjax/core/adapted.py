@@ -14,6 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from peftjax.core.weight import Weight
 
+SKIPS_DROPOUT = (
+  "an adapter with dropout was used as a dense array, which would skip its dropout: the module "
+  "that reads it is none that peftjax.linen bridges.\n"
+  "Write dropout=0.0 for its method, or call peftjax.core.einsum.einsum in that module."
+)
+
 
 class Adapted(Weight):
   """A weight with the shape and dtype of its `base`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import PartitionSpec as P
 
 
@@ -16,6 +17,13 @@ class Axes(NamedTuple):
 
   def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[: len(shape) - len(self.ins) - len(self.outs)])
+
+  def as_kernel(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[*stack, out, in]` as a kernel of `shape`."""
+    groups = (*self.outs, *self.ins)
+    x = x.reshape(*self.stack(shape), *(shape[axis] for axis in groups))
+    order = [*range(len(shape) - len(groups)), *(len(shape) + axis for axis in groups)]
+    return x.transpose([order.index(i) for i in range(len(shape))])
 
   def places(self, spec: P, ndim: int) -> tuple[tuple[Any, ...], Any, Any]:
     """Where the stack, the inputs and the outputs of a kernel of `ndim` axes lie by its spec.

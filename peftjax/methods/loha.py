@@ -178,7 +178,7 @@ class LoHaMethod(LowRank):
 
   def _factors(
     self, key: jax.Array, rank: int, n_in: int, n_out: int, is_table: bool
-  ) -> dict[str, jax.Array]:
+  ) -> dict[str, tuple[jax.Array, int | None]]:
     """A1, B1 and B2 uniform as by He et al. 2015, A2 zero (as PEFT)."""
     one, two, three = jax.random.split(key, 3)
 
@@ -187,10 +187,10 @@ class LoHaMethod(LowRank):
       return jax.random.uniform(key, (rows, columns), self.dtype, -bound, bound)
 
     return {
-      "a1": uniform(one, rank, n_in),
-      "b1": uniform(two, n_out, rank),
-      "a2": jnp.zeros((rank, n_in), self.dtype),
-      "b2": uniform(three, n_out, rank),
+      "a1": (uniform(one, rank, n_in), -2),
+      "b1": (uniform(two, n_out, rank), -1),
+      "a2": (jnp.zeros((rank, n_in), self.dtype), -2),
+      "b2": (uniform(three, n_out, rank), -1),
     }
 
   def _finish(self, path: str, weight: Any) -> Any:

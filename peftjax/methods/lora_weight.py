@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import mesh, paths
-from peftjax.core.adapted import Adapted
+from peftjax.core.adapted import SKIPS_DROPOUT, Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
 from peftjax.core.layout import Axes
@@ -66,11 +66,7 @@ class LoRA(Adapted):
 
   def delta(self) -> jax.Array:
     """ΔW = scale · (b a)ᵀ in the kernel's shape and the factors' dtype."""
-    s = len(self.stack)
-    low = self._up() @ mesh.whole(self.a)
-    low = low.reshape(*self.stack, *self._dims(self.axes.outs), *self._dims(self.axes.ins))
-    order = [*range(s), *(self.ndim + i for i in (*self.axes.outs, *self.axes.ins))]
-    return low.transpose([order.index(i) for i in range(self.ndim)])
+    return self.axes.as_kernel(self._up() @ mesh.whole(self.a), self.shape)
 
   def materialize(self) -> jax.Array:
     """base + scale · (b a)ᵀ.
@@ -79,11 +75,7 @@ class LoRA(Adapted):
       ValueError: with a dropout key inside: dropout acts on the branch's input, not on W.
     """
     if self.key is not None:
-      raise ValueError(
-        "an adapter with dropout was used as a dense array, which would skip its dropout: the "
-        "module that reads it is none that peftjax.linen bridges.\n"
-        "Write dropout=0.0 for its method, or call peftjax.core.einsum.einsum in that module."
-      )
+      raise ValueError(SKIPS_DROPOUT)
     base = materialize(self.base)
     return base + self.delta().astype(base.dtype)
 

@@ -82,10 +82,10 @@ class LowRank(Method):
 
   def _factors(
     self, key: jax.Array, rank: int, n_in: int, n_out: int, is_table: bool
-  ) -> dict[str, jax.Array]:
-    """What the leaf has of one layer beside its base, by name; their product is zero."""
+  ) -> dict[str, tuple[jax.Array, int | None]]:
+    """What the leaf has of one layer beside its base, whose product is zero, with r's axis."""
     a, b = lora_init.factors(key, self._init(), rank, n_in, n_out, is_table, self.dtype)
-    return {"a": a, "b": b}
+    return {"a": (a, -2), "b": (b, -1)}
 
   def _init(self) -> str:
     """How A and B begin; see `lora_init.factors`."""
@@ -124,11 +124,11 @@ class LowRank(Method):
       ]
 
       def stacked(name: str) -> jax.Array:
-        axis = self.leaf.ranked[name]
+        axis = drawn[0][name][1]
         pad = lambda x: jnp.pad(
           x, [(0, width - x.shape[i] if i == axis else 0) for i in range(-x.ndim, 0)]
         )
-        rows = jnp.stack([pad(factors[name]) for factors in drawn])
+        rows = jnp.stack([pad(factors[name][0]) for factors in drawn])
         return rows.reshape(*stack, *rows.shape[1:])
 
       weight = self.leaf(
