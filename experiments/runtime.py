@@ -9,18 +9,15 @@ import logging as stdlib_logging
 import os
 import re
 import runpy
-import shlex
-import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_PATIENCE = 300.0  # seconds for the processes of a run to find each other, as JAX has it
+from experiments import processes
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -44,129 +41,20 @@ sys.excepthook, sys.unraisablehook = _uncaught, _unraisable
 
 def set_up(compilation_cache: str | None) -> None:
   """For a command: quiet logging, and `keep_programs`."""
-  from absl import flags, logging
-
-  if not flags.FLAGS["verbosity"].present:
-    # Which accelerators are absent, and how Orbax reads its own options, is no news; what its
-    # threads fail at, and gcsfs in the end, is raised here too.
-    logging.set_verbosity(logging.FATAL)
-    stdlib_logging.getLogger("gcsfs").setLevel(stdlib_logging.CRITICAL)
+  quiet()
   keep_programs(compilation_cache)
 
 
-def join(distributed: str) -> None:
-  """Makes this process one of several that share a run, before JAX does anything.
+def quiet() -> None:
+  """Of libraries: which accelerators are absent, and how Orbax reads its own options, is no news.
 
-  Args:
-    distributed: "off", "auto", or "ADDRESS,COUNT,ID": where process 0 listens (HOST:PORT), how many
-      processes there are, and which one this is.
-
-  Raises:
-    ValueError: it is none of these, no cluster is found, or the others do not come.
+  What their threads fail at, and gcsfs in the end, is raised here too.
   """
-  if distributed == "off":
-    return
-  import jax
+  from absl import flags, logging
 
-  match = re.fullmatch(r"([^,/\s]+:\d{1,5}),(\d{1,6}),(\d{1,6})", distributed)
-  given: dict[str, Any] = {}
-  if match:
-    given = dict(
-      coordinator_address=match[1], num_processes=int(match[2]), process_id=int(match[3])
-    )
-    if not given["process_id"] < given["num_processes"]:
-      raise ValueError(
-        f"--distributed={distributed}: the {match[2]} processes are numbered from 0 to "
-        f"{int(match[2]) - 1}"
-      )
-    if int(match[1].rpartition(":")[2]) not in range(1, 2**16):
-      raise ValueError(f"--distributed={distributed}: ports are numbered from 1 to 65535")
-    if given["process_id"]:
-      _find(match[1])
-  elif distributed != "auto":
-    raise ValueError(
-      f"--distributed={distributed} is not off, auto or ADDRESS,COUNT,ID, such as "
-      "--distributed=localhost:9876,2,0"
-    )
-  # Without it JAX aborts where a peer is gone; so its collectives fail, and `watch` sees the rest.
-  jax.config.update("jax_enable_recoverability", True)
-  try:
-    jax.distributed.initialize(**given)
-  except ValueError as error:
-    raise ValueError(
-      f"--distributed={distributed} finds no cluster ({error}). Write --distributed=off, or "
-      "ADDRESS,COUNT,ID in each process."
-    ) from None
-  except RuntimeError as error:
-    told = (str(error).splitlines() or [""])[0][:300]
-    raise ValueError(
-      f"--distributed={distributed}: the other processes are not there: {told}"
-    ) from None
-  from peftjax.training import peers
-
-  peers.watch(_end_alone)
-
-
-def _end_alone(why: str = "") -> None:
-  """Ends this process where a peer is gone: at once, as JAX would wait for it in the end."""
-  _say(
-    f"error: a process that shares this run is gone{why}, and without it this one ends. Run the "
-    f"same command in every process again to go on from the last checkpoint: {_command()}"
-  )
-  os._exit(1)
-
-
-def _command() -> str:
-  module = getattr(sys.modules.get("__main__"), "__spec__", None)
-  named = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
-  return shlex.join([*named, *sys.argv[1:]])
-
-
-def _find(address: str) -> None:
-  """Waits until somebody listens at HOST:PORT; JAX would end this process without a word of ours.
-
-  Raises:
-    ValueError: nobody does in `_PATIENCE` seconds.
-  """
-  host, _, port = address.rpartition(":")
-  until = time.monotonic() + _PATIENCE
-  told = False
-  while True:
-    try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-      return
-    except OSError as error:
-      if time.monotonic() > until:
-        raise ValueError(
-          f"no process 0 listens at {address} ({error}), {_PATIENCE:.0f} s long. Start it, or name "
-          "where it is: --distributed=ADDRESS,COUNT,ID"
-        ) from None
-    if not told and time.monotonic() > until - _PATIENCE + 5:
-      _say(f"waiting for process 0 at {address}, at most {_PATIENCE:.0f} s ...")
-      told = True
-    time.sleep(0.2)
-
-
-def is_main() -> bool:
-  """Whether this process speaks for all that share a run."""
-  import jax
-
-  return jax.process_index() == 0
-
-
-def shared() -> bool:
-  """Whether several processes share this run."""
-  import jax
-
-  return jax.distributed.is_initialized()
-
-
-def _leave(code: int) -> None:
-  """Before a command ends with this exit code."""
-  if "jax" in sys.modules and shared():
-    from peftjax.training import peers
-
-    peers.leave(code)
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.FATAL)
+    stdlib_logging.getLogger("gcsfs").setLevel(stdlib_logging.CRITICAL)
 
 
 def keep_programs(directory: str | None) -> None:
@@ -196,7 +84,7 @@ def readable_errors() -> Iterator[None]:
   try:
     yield
     sys.stdout.flush()
-    _leave(0)
+    processes.leave(0)
   except BaseException as error:
     if os.environ.get("PEFTJAX_TRACEBACK"):
       raise
@@ -205,7 +93,7 @@ def readable_errors() -> Iterator[None]:
       raise
     with contextlib.suppress(OSError):
       sys.stderr.flush()
-    _leave(code)
+    processes.leave(code)
     sys.exit(code)
 
 
@@ -215,40 +103,35 @@ def _end(error: BaseException) -> int | None:
 
   loop = sys.modules.get("peftjax.training.loop")
   if loop is not None and isinstance(error, loop.Stopped):
-    if is_main():
-      _say(str(error), sys.stdout)
+    if processes.is_main():
+      processes.say(str(error), sys.stdout)
     return 0
   if isinstance(error, BrokenPipeError):  # whoever read has had enough; Python flushes once more
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   if isinstance(error, KeyboardInterrupt):
-    _say(str(error) or "stopped")
+    processes.say(str(error) or "stopped")
     return 130
   if isinstance(error, app.UsageError | flags.Error) or not isinstance(error, Exception):
     return None
   if isinstance(error, OSError):
     from peftjax.io import disk
 
-    _say(f"error: {disk.sentence(error)}")
+    processes.say(f"error: {disk.sentence(error)}")
   elif isinstance(error, ValueError | FloatingPointError):
-    _say(f"error: {error}")
-  elif type(error).__name__ == "JaxRuntimeError" and shared():
-    _end_alone(f" ({(str(error).splitlines() or [''])[0][:200]})")
+    processes.say(f"error: {error}")
+  elif type(error).__name__ == "JaxRuntimeError" and processes.shared():
+    processes.end_alone(f" ({(str(error).splitlines() or [''])[0][:200]})")
   elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
     told = (str(error).splitlines() or [""])[0][:300]
-    _say(f"error: out of memory. Try a smaller batch or model. {told}".rstrip())
+    processes.say(f"error: out of memory. Try a smaller batch or model. {told}".rstrip())
   else:
-    _say("".join(traceback.format_exception(error)))
-    _say(
+    processes.say("".join(traceback.format_exception(error)))
+    processes.say(
       f"error: this is a bug of peftjax ({type(error).__name__}). Please report it, with the lines "
       "above and the command, in the issue tracker of the repository it came from."
     )
   return 1
-
-
-def _say(text: str, file: Any = None) -> None:
-  with contextlib.suppress(OSError):  # of a terminal that is closed
-    print(text, file=file or sys.stderr)
 
 
 @readable_errors()
@@ -267,7 +150,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     for field in given:
       if config is not None and field.startswith("config."):
         check_field(config, field.removeprefix("config."))
-    raise ValueError(f"{error}\nPass --helpshort to see all flags.") from error
+    raise ValueError(f"{_in_words(str(error))}\nPass --helpshort to see all flags.") from error
+
+
+def _in_words(told: str) -> str:
+  """absl's "flag --NAME=VALUE: invalid literal ...", with what is allowed in place of Python's."""
+  from absl import flags
+
+  match = re.match(r"flag (--([\w.]+)=.*?): ", told, re.DOTALL)
+  flag = flags.FLAGS[match[2]] if match and match[2] in flags.FLAGS else None
+  allowed = ""
+  if flag is not None:
+    allowed = "true or false" if flag.boolean else flag.parser.syntactic_help
+  return f"{match[1]} cannot be: write {allowed}" if match and allowed else told
 
 
 def _given(argv: list[str]) -> dict[str, str]:

@@ -52,7 +52,9 @@ EXECUTOR = flags.DEFINE_enum(
   ["local", "ray", "slurm"],
   "Where workers run: local is this process; ray and slurm start --workers on a cluster.",
 )
-WORKERS = flags.DEFINE_integer("workers", 1, "How many workers ray or slurm start.", lower_bound=1)
+WORKERS = flags.DEFINE_integer(
+  "workers", 1, "How many workers ray or slurm start.", lower_bound=1, upper_bound=10_000
+)
 RESOURCES = flags.DEFINE_string(
   "resources", "", "What each worker of ray or slurm gets: cpu, gpu and tpu, as in cpu:4,gpu:1."
 )

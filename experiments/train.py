@@ -16,7 +16,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import runtime
+from experiments import processes, runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGUMENT].")
 WORKDIR = flags.DEFINE_string(
@@ -36,7 +36,7 @@ DISTRIBUTED = flags.DEFINE_string(
 )
 
 PROFILE = flags.DEFINE_integer(
-  "profile", 0, "Trace so many warm steps into WORKDIR/profile (xprof, Perfetto)."
+  "profile", 0, "Trace so many warm steps into WORKDIR/profile (xprof, Perfetto).", lower_bound=0
 )
 
 
@@ -44,14 +44,15 @@ PROFILE = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
-  runtime.join(DISTRIBUTED.value)
+  runtime.quiet()
+  processes.join(DISTRIBUTED.value)
   runtime.set_up(CONFIG.value.get("compilation_cache"))
   from peftjax.training.loop import train_and_evaluate
 
   result = train_and_evaluate(
     CONFIG.value, WORKDIR.value, mesh=MESH.value, started=STARTED, traced=PROFILE.value
   )
-  if not runtime.is_main():
+  if not processes.is_main():
     return
   shown = ("method", "trainable_params", "total_params", "metrics", "best_step", "seconds")
   json.dump({key: result[key] for key in shown}, sys.stdout, indent=2)

@@ -56,7 +56,8 @@ def rules(given: Sequence[str]) -> Rules:
   The axes are those of the last axes of the dense array; "-" and nothing at all split none.
 
   Raises:
-    ValueError: a rule without "=", with a pattern that is none, or with an unknown axis.
+    ValueError: a rule without "=", with a pattern that is none, or with an axis that is unknown or
+      named twice.
   """
   made = []
   for rule in given:
@@ -71,6 +72,8 @@ def rules(given: Sequence[str]) -> Rules:
         f"rules: {rule[:200]!r} is not PATTERN=AXIS,AXIS, with a pattern of paths and axes of "
         f'{", ".join(AXES)}, or "-" for none'
       )
+    if len(set(split := [name for name in axes if name])) < len(split):
+      raise ValueError(f"rules: {rule[:200]!r} names an axis twice; an array is split over it once")
     made.append((pattern, axes))
   return (*made, *RULES)
 
@@ -212,9 +215,11 @@ def places(params: Any, mesh: Mesh, rules: Rules = RULES) -> list[Place]:
 def check_split(params: Any, mesh: Mesh, rules: Rules = RULES) -> None:
   """Raises `ValueError` if a large array lies whole on devices that should split it between them.
 
-  It may where a rule before `RULES` matches its path.
+  It may where a rule before `RULES` matches its path. Each such rule has to match one, and arrays
+  that have the axes it names.
   """
   own = rules[: len(rules) - len(RULES)]
+  _check_rules(own, params)
   if ways(("fsdp", "tensor"), mesh) == 1:
     return
   for path, leaf, shape, dtype, spec, size in places(params, mesh, rules):
@@ -227,6 +232,22 @@ def check_split(params: Any, mesh: Mesh, rules: Rules = RULES) -> None:
       f"{mesh.size} devices: {cut} divides none of the axes that its rule splits. Take another "
       f"mesh, or say so by a rule for it: --config.rules=\"('{leaf}=',)\""
     )
+
+
+def _check_rules(own: Rules, params: Any) -> None:
+  leaves = paths.leaves(params)
+  for pattern, names in own:
+    shapes = {path: x.shape for path, x in leaves.items() if re.fullmatch(pattern, path)}
+    if not shapes:
+      raise ValueError(
+        f"rules: {pattern!r} matches no path of this model, such as {max(leaves, key=len)}"
+      )
+    path, shape = min(shapes.items(), key=lambda item: len(item[1]))
+    if len(shape) < len(names):
+      raise ValueError(
+        f"rules: {pattern!r} names {len(names)} axes and matches {path}, whose shape is "
+        f"{list(shape)}; write one that matches larger arrays alone"
+      )
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:

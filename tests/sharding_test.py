@@ -50,14 +50,19 @@ def test_one_axis_may_be_what_is_left():
     ("data:-1,tensor:3", "has 6 places for 8 devices"),
     ("data:-1,tensor:16", "has 16 places for 8 devices"),
     ("data:-1,fsdp:-1", "only one axis can be what is left, not data and fsdp"),
+    ("data:-1,data:-1", "names data twice"),
   ):
     with pytest.raises(ValueError, match=told):
       make_mesh(text)
 
 
 def test_a_mesh_of_another_size_than_the_devices_raises():
-  with pytest.raises(ValueError, match="has 4 places for 8 devices"):
+  with pytest.raises(
+    ValueError, match="has 4 places for 8 devices; write sizes whose product is 8"
+  ):
     make_mesh("data:2,tensor:2")
+  with pytest.raises(ValueError, match="names data twice; write it once"):
+    make_mesh("data:2,tensor:2,data:2")
 
 
 def test_between_slices_go_rows_alone():
@@ -252,6 +257,20 @@ def test_every_kernel_of_large_models_is_split_by_all_devices(name, quant):
 def test_a_rule_that_is_not_written_so_raises(rule):
   with pytest.raises(ValueError, match=r"rules: .* is not PATTERN=AXIS,AXIS"):
     sharding.rules([rule])
+
+
+@pytest.mark.parametrize(
+  ("rule", "told"),
+  [
+    ("kernel=fsdp,fsdp", "'kernel=fsdp,fsdp' names an axis twice"),
+    ("up/krnel=fsdp", "'up/krnel' matches no path of this model, such as up/kernel"),
+    (".*=fsdp,tensor", r"'\.\*' names 2 axes and matches up/bias, whose shape is \[8\]"),
+  ],
+)
+def test_a_rule_that_does_nothing_or_too_much_raises(rule, told):
+  params = {"up": {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros(8)}}
+  with pytest.raises(ValueError, match=told):
+    sharding.check_split(params, make_mesh(MESH), sharding.rules([rule]))
 
 
 def test_rules_of_a_config_come_before_the_usual():

@@ -244,6 +244,7 @@ class Settings:
 
   def __post_init__(self) -> None:
     ranges.check(type(self), vars(self), "--config.")
+    self.sharding_rules()
 
   def sharding_rules(self) -> sharding.Rules:
     return sharding.rules(self.rules)

@@ -3,13 +3,14 @@
 import errno
 import os
 import signal
+import socket
 import types
 
 import pytest
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import private, runtime
+from experiments import private, processes, runtime
 from experiments.sweeping import trials
 from peftjax.io import disk
 from peftjax.training import loop, process
@@ -113,6 +114,46 @@ def test_a_config_file_is_refused_by_file_and_line(tmp_path, capsys, name):
   with pytest.raises(ValueError, match="base") as error:
     trials.expand(sweep)
   assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("given", "told"),
+  [
+    ("--count=x", "--count=x cannot be: write a positive integer"),
+    ("--count=0", "--count=0 cannot be: write a positive integer"),
+    ("--share=", "--share= cannot be: write a number"),
+    ("--dry=perhaps", "--dry=perhaps cannot be: write true or false"),
+    ("--where=here", "value should be one of <local|ray>"),
+  ],
+)
+def test_a_flag_that_is_no_number(capsys, given, told):
+  """What came, and what to write, in place of Python's words."""
+  values = flags.FlagValues()
+  flags.DEFINE_integer("count", 1, "", lower_bound=1, flag_values=values)
+  flags.DEFINE_float("share", 1.0, "", flag_values=values)
+  flags.DEFINE_bool("dry", False, "", flag_values=values)
+  flags.DEFINE_enum("where", "local", ["local", "ray"], "", flag_values=values)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(flags, "FLAGS", values)
+    with pytest.raises(SystemExit):
+      runtime.parse_flags(["plan", given])
+  assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("path", "told"),
+  [
+    ("", "--out= cannot be written; name a file in an existing folder"),
+    (".", "cannot be written"),
+    ("not/there/a.svg", "cannot be written"),
+    ("a.txt", "--out=a.txt: name a file that ends in .png, .svg"),
+  ],
+)
+def test_what_cannot_be_written_in_the_end_is_told_at_once(path, told):
+  runtime.check_output("--out", None, (".png",))
+  runtime.check_output("--out", "a.png", (".png",))
+  with pytest.raises(ValueError, match=told):
+    runtime.check_output("--out", path, (".png", ".svg"))
 
 
 def test_a_config_that_is_no_file(tmp_path):
@@ -225,11 +266,13 @@ def test_an_interrupted_import_is_no_trace(capsys):
     ("localhost:9876,2,2", "the 2 processes are numbered from 0 to 1"),
     ("localhost:9876,0,0", "numbered"),
     ("localhost:99999,2,1", "ports are numbered from 1 to 65535"),
+    ("http://localhost:9876,2,1", "is not off, auto or"),
+    ("no.such.invalid:9876,2,0", "process 0 cannot listen there .* Name this machine"),
   ],
 )
 def test_processes_that_cannot_be_joined(given, told):
   with pytest.raises(ValueError, match=told):
-    runtime.join(given)
+    processes.join(given)
 
 
 def test_no_cluster_is_a_sentence(monkeypatch):
@@ -238,10 +281,18 @@ def test_no_cluster_is_a_sentence(monkeypatch):
 
   monkeypatch.setattr("jax.distributed.initialize", initialize)
   with pytest.raises(ValueError, match="--distributed=auto finds no cluster .coordinator_address"):
-    runtime.join("auto")
+    processes.join("auto")
+
+
+def test_a_port_that_is_taken():
+  """JAX crashes on it."""
+  with socket.create_server(("", 0)) as taken:
+    port = taken.getsockname()[1]
+    with pytest.raises(ValueError, match=rf"localhost:{port},2,0: .*a port that is free"):
+      processes.join(f"localhost:{port},2,0")
 
 
 def test_nobody_listens(monkeypatch):
-  monkeypatch.setattr(runtime, "_PATIENCE", 0.0)
+  monkeypatch.setattr(processes, "_PATIENCE", 0.0)
   with pytest.raises(ValueError, match="no process 0 listens at localhost:1 .*refused"):
-    runtime.join("localhost:1,2,1")
+    processes.join("localhost:1,2,1")
