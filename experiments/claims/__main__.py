@@ -6,7 +6,7 @@
 The verdict of each is computed from its numbers and compared with the one that it had before. Exit
 code 1 if one changed or could not be measured. Five minutes on two quiet CPU cores. --results=FILE
 writes a line a claim in place of that claim's old one, and leaves the lines of those that were not
-measured: experiments/results/claims.jsonl holds those of the last time.
+measured: experiments/results/claims/claims.jsonl holds those of the last time.
 """
 
 import json

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.tables import cells, trials
 from experiments.tables.trials import Trial
 
-FOLDER = Path(__file__).parents[1] / "results"
+FOLDER = Path(__file__).parents[1] / "results" / "tables"
 
 
 def rows(name: str) -> dict[str, dict[str, Any]]:

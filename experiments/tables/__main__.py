@@ -14,7 +14,7 @@ datatypes: perplexity of SmolLM2 and accuracy of MiniLM with their linear layers
 qlora_vs_lora: SmolLM2 fine-tuned whole, and by LoRA over a dense, int8, FP4 and NF4 base, beside
   QLoRA's table 3.
 
-What is in experiments/results (--results) is shown from there; cells that are missing
+What is in experiments/results/tables (--results) is shown from there; cells that are missing
 are computed and added one by one, so a killed run goes on where it was, and the same command in
 another terminal takes other cells. Take lines out to compute them again.
 """
@@ -32,7 +32,7 @@ from experiments.tables import report
 if TYPE_CHECKING:
   from experiments.tables.cells import Cell
 
-RESULTS = flags.DEFINE_string("results", "experiments/results", "Folder of the results.")
+RESULTS = flags.DEFINE_string("results", "experiments/results/tables", "Folder of the results.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/tables", "Folder for runs that cells need.")
 FORMAT = flags.DEFINE_enum("format", "terminal", report.FORMATS, "How the table is written.")
 PICTURES = flags.DEFINE_string(

@@ -18,7 +18,7 @@ from experiments.tables.cells import Cell
 from peftjax.training import workdir as workdirs
 from peftjax.training.loop import train_and_evaluate
 
-# Of the file in experiments/results.
+# Of the file in experiments/results/tables.
 RESULTS = "trials"
 SEEDS = (0, 1, 2)
 # What all runs have in common: 250 steps of at most 1,024 tokens on one subset.

@@ -54,8 +54,9 @@ def test_every_claim_has_its_fields():
 
 
 def test_the_committed_rows_are_those_of_the_catalogue():
-  """`make claims ARGS=--results=experiments/results/claims.jsonl` writes them."""
-  lines = (results.FOLDER / "claims.jsonl").read_text(encoding="utf-8").splitlines()
+  """`make claims ARGS=--results=experiments/results/claims/claims.jsonl` writes them."""
+  path = results.FOLDER.parent / "claims" / "claims.jsonl"
+  lines = path.read_text(encoding="utf-8").splitlines()
   fields = ("name", "says", "measured_by", "holds_if")
   written = [(*(row[f] for f in fields), row["verdict"]) for row in map(json.loads, lines)]
   assert written == [(*(getattr(c, f) for f in fields), c.expected) for c in catalogue.CLAIMS]

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.tables import cells, report, trials
 
-RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "tables"
 TABLES = (
   "datatypes",
   "qlora_vs_lora",
