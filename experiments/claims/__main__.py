@@ -11,7 +11,6 @@ measured: experiments/results/claims/claims.jsonl holds those of the last time.
 
 import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -138,15 +137,10 @@ def write(rows: list[dict[str, Any]], path: str) -> None:
   """
   from experiments.benchmarks import report
   from experiments.claims import catalogue
-  from peftjax.training import process, workdir
+  from peftjax.training import workdir
   from peftjax.training.logs import write_atomic
 
-  common = {
-    "command": shlex.join(["python", "-m", "experiments.claims", *sys.argv[1:]]),
-    "commit": process.commit(),
-    "machine": report.machine(),
-    "versions": report.versions(),
-  }
+  common = report.origin("claims")
   file = Path(path)
   named: dict[str, dict[str, Any]] = {}
   for where, row in workdir.rows(file, "Take the line out."):

@@ -13,9 +13,9 @@ import numpy as np
 import peftjax as pj
 from experiments.claims import results, runs, sample_models
 from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, claim, found
-from experiments.tables import rank_budget
-from experiments.tables.methods import accuracy, adalora, lora_all
+from experiments.tables.methods import adalora, lora_all
 from experiments.tables.rank_budget import BUDGETS, DATA
+from experiments.tables.runs import Row, accuracy
 from peftjax.core import paths
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.allocator import AllocatorState
@@ -233,11 +233,14 @@ def _returns(run: runs.Run) -> list[float]:
   expected=FAILS,
 )
 def better_than_lora() -> Finding:
-  table = results.runs("rank_budget", rank_budget.wanted())
+  wanted = [of(DATA, budget) for of in (lora_all, adalora) for budget in BUDGETS]
+  found_runs = results.classifier("rank_budget", wanted)
+  lora = dict(zip(BUDGETS, found_runs[: len(BUDGETS)], strict=True))
+  ada = dict(zip(BUDGETS, found_runs[len(BUDGETS) :], strict=True))
   numbers: dict[str, float] = {}
   clear = {}
   for label, times in (("twice the budget", 2), ("same budget", 1)):
-    pairs = {b: _against(table, b, times * b) for b in BUDGETS if times * b in BUDGETS}
+    pairs = {b: _against(ada[b], lora[times * b]) for b in BUDGETS if times * b in BUDGETS}
     by_seed = [statistics.mean(own) for own in zip(*(x.gains for x in pairs.values()), strict=True)]
     gain, error = statistics.mean(by_seed), statistics.stdev(by_seed) / len(by_seed) ** 0.5
     clear[times] = gain > 4.3 * error
@@ -262,9 +265,7 @@ class Pair(NamedTuple):
   parameters: float
 
 
-def _against(table: Any, budget: int, other: int) -> Pair:
-  """AdaLoRA of a budget beside LoRA of another."""
-  ada, lora = table[adalora(DATA, budget)], table[lora_all(DATA, other)]
+def _against(ada: list[Row], lora: list[Row]) -> Pair:
   gains = [accuracy(a) - accuracy(b) for a, b in zip(ada, lora, strict=True)]
   return Pair(gains, ada[0]["trainable_params"] / lora[0]["trainable_params"])
 
