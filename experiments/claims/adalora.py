@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import peftjax as pj
-from experiments.claims import results, runs, sample_models
-from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, claim, found
+from experiments.claims import results, runs
+from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, by_test, claim, found
 from experiments.tables.methods import adalora, lora_all
 from experiments.tables.rank_budget import BUDGETS, DATA
 from experiments.tables.runs import Row, accuracy
@@ -134,41 +133,17 @@ def _flat(masks: dict[str, Any]) -> np.ndarray:
   return np.concatenate([np.asarray(masks[path]).ravel() for path in sorted(masks)])
 
 
-@claim(
-  says="A pruned component has its λ and its vectors in P and Q set to zero, and important matrices"
-  " get components added.",
-  measured_by="gradients of P, λ and Q of all triplets, MiniLM on 16 texts: with λ = 0 alone, and"
-  " with P and Q zero too",
-  holds_if="with all three zero there is a gradient; mended if there is with λ = 0 alone",
-  expected=CORRECTED,
+zeroed_triplets = by_test(
+  "adalora.zeroed_triplets",
+  says="A pruned component has its λ and its vectors in P and Q set to zero, and important "
+  "matrices get components added.",
+  tests=(
+    "tests/methods/adalora_test.py::test_a_zeroed_triplet_has_no_gradient_and_can_come_back_only_if_redrawn",
+  ),
+  verdict=CORRECTED,
+  correction="the paper zeroes λ alone, so a triplet can come back; with P and Q zero it has no "
+  "gradient and never could",
 )
-def zeroed_triplets() -> Finding:
-  run = runs.minilm("adalora")
-  zero = lambda names: (
-    lambda _, x: (
-      x.replace(**{n: jnp.zeros_like(getattr(x, n)) for n in names})
-      if isinstance(x, SVDLoRA)
-      else x
-    )
-  )
-  numbers = {}
-  for label, names in (("λ zero", ("e",)), ("P, λ, Q zero", ("a", "b", "e"))):
-    params = paths.map_leaves(zero(names), run.params)
-    train, frozen = pj.partition(params, run.mask)
-    grads = triplets(_gradient()(train, frozen, sample_models.batch(0)))
-    numbers[label] = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
-  return found(
-    numbers,
-    holds=numbers["P, λ, Q zero"] > 0,
-    mended=numbers["λ zero"] > 0,
-    correction="the paper zeroes λ alone, so a triplet can come back; with P and Q zero it has no"
-    " gradient and never could",
-  )
-
-
-@functools.cache
-def _gradient() -> Any:
-  return jax.jit(jax.grad(runs.loss))
 
 
 @claim(

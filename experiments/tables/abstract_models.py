@@ -227,6 +227,7 @@ MODELS: Mapping[str, Callable[[], Abstract]] = {
   "GPT-3 175B": lambda: _gpt2(12288, 96, 96, 2048),
   "LLaMA-7B": lambda: _llama(4096, 32, 11008),
   "LLaMA-13B": lambda: _llama(5120, 40, 13824),
+  "LLaMA-65B": lambda: _llama(8192, 80, 22016),
   "LLaMA3-8B": lambda: _llama(4096, 32, 14336, 128256, 8),
   "DeBERTaV3-base": lambda: _tree(12, _deberta(768), 768, _ENCODER),
   "DeBERTaV2-XXL": lambda: _tree(48, _deberta(1536)),
