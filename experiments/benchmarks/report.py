@@ -109,6 +109,13 @@ def show(title: str, rows: list[Row]) -> None:
   console.print("ratio: the peer's cost over ours; above 1 we are ahead.", highlight=False)
 
 
+def end(title: str, rows: list[Row], out: str | None) -> None:
+  """Shows the rows and, if a file is named, adds them to it."""
+  show(f"{title}, {machine()}", rows)
+  if out:
+    write(out, rows)
+
+
 def write(path: str, rows: list[Row]) -> None:
   """Appends one JSON line a row, making the folder if need be."""
   Path(path).parent.mkdir(parents=True, exist_ok=True)

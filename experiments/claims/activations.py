@@ -12,7 +12,8 @@ import numpy as np
 from scipy.special import log_ndtr, ndtr
 
 import peftjax as pj
-from experiments.claims import characters, clock, cost, sample_models
+from experiments import timing
+from experiments.claims import characters, cost, sample_models
 from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
 from peftjax.nn import ffn
 
@@ -124,8 +125,8 @@ def relu_speed() -> Finding:
   blocks = [jax.jit(lambda x, act=act: act(x @ up) @ up.T).lower(small).compile() for act in acts]
   one, other, one_block, other_block = map(cost.of, (relu, gelu, *blocks))
   alone, inside = one.flops / other.flops, one_block.flops / other_block.flops
-  times = clock.medians([functools.partial(run, x) for run in (relu, gelu)])
-  block_times = clock.medians([functools.partial(run, small) for run in blocks])
+  times = timing.medians([functools.partial(run, x) for run in (relu, gelu)], uncounted=1)
+  block_times = timing.medians([functools.partial(run, small) for run in blocks], uncounted=1)
   cheap = one.transcendentals == 0 and alone < 0.85
   return found(
     {

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import peftjax as pj
-from experiments.claims import clock, deployment, runs, sample_models
+from experiments import timing
+from experiments.claims import deployment, runs, sample_models
 from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
 from experiments.claims.products import products_in_a_row
 from peftjax.core import paths
@@ -230,7 +231,7 @@ def latency() -> Finding:
   rows, original = deployment.one_text(), sample_models.minilm()[1]
   models = (original, attached(64)[0], deployment.merged())
   calls = [functools.partial(runs.program(), p, rows.tokens, rows.mask) for p in models]
-  base, adapters, merged = clock.medians(calls, turns=101)
+  base, adapters, merged = timing.medians(calls, turns=101, uncounted=1)
   same = deployment.program_text(original) == deployment.program_text(deployment.merged())
   return found(
     {

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 import peftjax as pj
-from experiments.claims import clock, runs, sample_models
+from experiments import timing
+from experiments.claims import runs, sample_models
 from experiments.claims.claim import HOLDS, Finding, by_test, claim, found
 from experiments.claims.sample_models import Classes
 from peftjax.methods.lora_weight import LoRA
@@ -50,7 +51,7 @@ def merge_costs_nothing() -> Finding:
   rows, original = one_text(), sample_models.minilm()[1]
   models = (original, merged(), runs.minilm("lora").params)
   calls = [functools.partial(runs.program(), p, rows.tokens, rows.mask) for p in models]
-  base, after, before = clock.medians(calls, turns=51)
+  base, after, before = timing.medians(calls, turns=51, uncounted=1)
   same = program_text(original) == program_text(merged())
   return found(
     {"same program": same, "merged": after / base, "not merged": before / base, "ms": base},
