@@ -23,7 +23,7 @@ from peftjax.training.classification import CLASSES
 from peftjax.training.settings import from_config
 from tests import tiny
 
-RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results" / "sweeps"
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 OTHERS = {"__init__", "arguments", "from_scratch"}  # not of experiments.train
 FILES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
