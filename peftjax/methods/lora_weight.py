@@ -14,6 +14,7 @@ from peftjax.core import mesh, paths
 from peftjax.core.adapted import SKIPS_DROPOUT, Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
+from peftjax.core.fence import cast
 from peftjax.core.layout import Axes
 from peftjax.core.weight import materialize
 
@@ -89,10 +90,10 @@ class LoRA(Adapted):
       a = mesh.whole(self.a).reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
       b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
       down, up = (b, a) if transposed else (a, b)
-      low = einsum(down_eqn, self.dropped(x), down)
+      low = jnp.einsum(down_eqn, self.dropped(x), cast(down, x))
     y = einsum(eqn, x, self.base)
     with jax.named_scope("adapter"):
-      return y + einsum(up_eqn, low, up)
+      return y + jnp.einsum(up_eqn, low, cast(up, x))
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
     return dense - self.delta().astype(dense.dtype)
