@@ -24,8 +24,10 @@ TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to write, at most.",
 TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "0 takes the likeliest token; above it tokens are drawn.", lower_bound=0.0
 )
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens that sum up to this.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.")
+TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Draw among the likeliest tokens that sum up to this.", 0.0, 1.0
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.", lower_bound=0, upper_bound=2**31 - 1)
 CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat template.")
 BASE = flags.DEFINE_bool("base", False, "Also show what the model wrote before training.")
 

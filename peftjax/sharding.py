@@ -121,7 +121,13 @@ def arranged(text: str, sizes: Mapping[str, int], devices: Sequence[Any]) -> np.
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
     if devices[0].platform == "tpu":
-      return mesh_utils.create_device_mesh([*sizes.values()], devices)
+      try:
+        return mesh_utils.create_device_mesh([*sizes.values()], devices)
+      except (AssertionError, NotImplementedError, ValueError):
+        raise ValueError(
+          f"mesh {text!r} cannot be laid over these {len(devices)} TPUs so that neighbours stay "
+          "neighbours; write other sizes, or take all devices of a slice"
+        ) from None
     return np.asarray(devices).reshape(tuple(sizes.values()))
   across = next((axis for axis in DATA if sizes[axis] % slices == 0), None)
   if across is None:

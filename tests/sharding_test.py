@@ -65,6 +65,16 @@ def test_a_mesh_of_another_size_than_the_devices_raises():
     make_mesh("data:2,tensor:2,data:2")
 
 
+def test_some_devices_of_a_slice_that_have_no_such_shape_raise():
+  """Three of the four corners of a square."""
+  kind = dict(platform="tpu", device_kind="TPU v5 lite", process_index=0, core_on_chip=0)
+  devices = [
+    types.SimpleNamespace(id=i, coords=(i % 2, i // 2, 0), slice_index=0, **kind) for i in range(3)
+  ]
+  with pytest.raises(ValueError, match="'fsdp:3' cannot be laid over these 3 TPUs"):
+    make_mesh("fsdp:3", devices)
+
+
 def test_between_slices_go_rows_alone():
   """On the axis of the data that they divide; each slice is a block of the mesh."""
   kind = dict(platform="cpu", device_kind="cpu", process_index=0)

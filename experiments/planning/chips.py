@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ class Chip(NamedTuple):
     bandwidth: bytes a second from HBM.
     links: bytes a second to other chips, over all links.
     accelerator: what the TPU library calls a slice of them, without the number.
+    config: how the TPU library has a chip be one device; by default it is.
   """
 
   name: str
@@ -26,13 +28,14 @@ class Chip(NamedTuple):
   bandwidth: float
   links: float
   accelerator: str
+  config: str = "default"
 
 
 GIB = 2**30
 
 # Cloud TPU's documentation of system architectures; links in one direction.
 CHIPS: dict[str, Chip] = {
-  "v4": Chip("TPU v4", 32 * GIB, 1228e9, 300e9, "v4"),
+  "v4": Chip("TPU v4", 32 * GIB, 1228e9, 300e9, "v4", config="megacore"),
   "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 200e9, "v5litepod"),
   "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 600e9, "v5p"),
   "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 448e9, "v6e"),
@@ -67,11 +70,11 @@ def prepare(topology: str) -> None:
 
 def chip_of(topology: str) -> Chip:
   """The chip of `"v5e:2x4"`."""
-  kind = topology.partition(":")[0]
-  if kind not in CHIPS:
+  kind, _, shape = topology.partition(":")
+  if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape):
     raise ValueError(
-      f"--topology={topology}: write local, or CHIP:SHAPE such as v5e:2x4, with a chip of "
-      f"{', '.join(CHIPS)}"
+      f"--topology={topology}: write local, or CHIP:SHAPE such as v5e:2x4 or v5p:2x2x1, with a "
+      f"chip of {', '.join(CHIPS)}"
     )
   return CHIPS[kind]
 
@@ -89,10 +92,15 @@ def devices_of(topology: str, count: int | None) -> Sequence[Any]:
     found = jax.devices()
   else:
     try:
-      found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+      found = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chip_config_name=chip_of(topology).config
+      ).devices
     except Exception as error:
       told = (str(error).splitlines() or [""])[0][:200]
-      raise ValueError(f"--topology={topology} is none that the TPU compiler has: {told}") from None
+      raise ValueError(
+        f"--topology={topology} is none that the TPU compiler has ({told}); write another shape, "
+        "such as v5e:2x4 or v5p:2x2x1"
+      ) from None
   if count is not None and not 0 < count <= len(found):
-    raise ValueError(f"--devices={count}: {topology} has {len(found)}")
+    raise ValueError(f"--devices={count}: {topology} has {len(found)}; write a number from 1 to it")
   return found[:count]

@@ -135,6 +135,7 @@ def _module(settings: Settings, name: str, length: int) -> Any:
     )
   else:
     path = settings.model.path()
+    pretrained.check_decoder(path)
     config, where = pretrained.config_of(path), str(path)
   fields = hf_config.read(config, where)
   family = pretrained.FAMILIES[fields.model_type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -57,8 +58,10 @@ def generate(
       f"{tokens.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit in the "
       f"{model.config.max_length} positions of this model"
     )
-  if temperature < 0 or not 0 < top_p <= 1:
-    raise ValueError(f"temperature {temperature} is negative or top_p {top_p} is not in (0, 1]")
+  if not 0 <= temperature < math.inf:
+    raise ValueError(f"temperature {temperature} is no number of at least 0")
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
   if temperature and key is None:
     raise ValueError("temperature above 0 draws tokens: pass key=jax.random.key(...)")
   limits.check(model.config, tokens, what="the prompts")

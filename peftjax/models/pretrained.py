@@ -273,6 +273,18 @@ def config_of(path: str | Path) -> dict[str, Any]:
   return config
 
 
+def check_decoder(directory: str | Path) -> None:
+  """ValueError if the model is no language model, going by its configuration alone."""
+  config, said = config_of(directory), _config_file(directory)
+  kind = hf_config.read(config, said).model_type
+  decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
+  if kind not in decoders:
+    raise ValueError(
+      f"{said} is of a {kind}, which is no language model; task=causal_lm takes "
+      f"{', '.join(decoders)}, and configs/classify.py the others"
+    )
+
+
 def end_ids(path: str | Path) -> tuple[int, ...]:
   """The token ids that end a text; what a file leaves out has its model type's default.
 

@@ -121,6 +121,7 @@ def load(settings: Settings) -> LanguageModelling:
   """Reads, tokenises and packs the corpus and, for what is forgotten, another one's test texts."""
   wanted = settings.data
   path = settings.model.path()
+  pretrained.check_decoder(path)
   tokenizer = data.load_tokenizer(str(path))
   ends = pretrained.end_ids(path)
   arguments = wanted.corpus_arguments()

@@ -13,7 +13,7 @@ from peftjax.quant.weight import Quantized
 from peftjax.training import process
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
-from tests import tiny_lm
+from tests import tiny, tiny_lm
 
 FEW = dict(train__batch_size=8, train__eval_batch_size=8)
 
@@ -177,19 +177,37 @@ def test_what_no_step_can_be_is_refused(change, told, settings):
     planned(settings(), **arguments, mesh=sharding.make_mesh("fsdp:4,sequence:2"))
 
 
+def test_an_encoder_is_no_language_model(settings, tmp_path):
+  given = settings(model__directory=str(tiny.model_dir(tmp_path / "bert")))
+  with pytest.raises(ValueError, match="is of a bert, which is no language model; .* takes llama"):
+    planned(given, "", "float32", 8, 24, sharding.make_mesh(""))
+
+
 def test_chips_that_are_not_known_are_refused():
-  with pytest.raises(ValueError, match="--topology=v9:2x2: write local, or CHIP:SHAPE"):
-    chips.prepare("v9:2x2")
-  with pytest.raises(ValueError, match="--devices=9: local has 8"):
-    chips.devices_of("local", 9)
+  for topology in ("", "v9:2x2", "v5e", "v5e:", "v5e:0x2", "v5e:-1x2", "v5e:2X4", "v5e:9999x9999"):
+    with pytest.raises(ValueError, match=f"--topology={topology}: write local, or CHIP:SHAPE"):
+      chips.prepare(topology)
+  for count in (0, -1, 9):
+    with pytest.raises(ValueError, match=f"--devices={count}: local has 8; write a number from 1"):
+      chips.devices_of("local", count)
 
 
-def test_the_committed_plans_are_of_one_commit():
-  """The documentation has the table that `python -m experiments.planning.report` prints of them."""
+def test_what_accumulates_says_nothing_of_what_does_not():
+  """It holds float32 sums of the gradients too."""
+  few = search.Candidate("data:1", 1, 1, "layer", 2, 4)
+  needs = search._needs_as_much(few, 1)
+  assert needs(few._replace(rows=4, accumulate=2))
+  assert not needs(few._replace(rows=8, accumulate=1))
+  assert search._needs_as_much(few._replace(accumulate=1), 1)(few)
+
+
+def test_the_documentation_has_the_committed_plans():
+  """All of one commit, each with what the table and the picture go by."""
   root = pathlib.Path(__file__).parents[2]
   text = (root / "experiments" / "results" / "plans" / "plan.jsonl").read_text()
   rows = [json.loads(line) for line in text.splitlines()]
-  assert len(report.table(rows).splitlines()) == 2 + len(rows)
+  assert "{include} generated/parts/plan.md" in (root / "docs" / "plan.md").read_text()
+  assert report.table(rows).count("\n") == len(rows) + 1
   assert len({row["commit"] for row in rows}) == 1
   assert report.series(rows, "length")[-1] == (8192, pytest.approx(11.07, abs=0.01))
   for axis in ("model", "rank", "devices"):
