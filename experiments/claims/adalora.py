@@ -182,7 +182,7 @@ def regrowth() -> Finding:
   )
 
 
-def _returns(run: runs.Run) -> list[float]:
+def _returns(run: runs.Trained) -> list[float]:
   """Of every return of a triplet: the cosine of its column of P when it was pruned and then."""
   cosines = []
   for path in run.history[0]:

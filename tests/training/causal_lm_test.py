@@ -60,7 +60,7 @@ def test_perplexity_falls_and_is_compared_with_before(finished):
 
 def test_the_base_is_quantised_and_in_no_checkpoint(finished, lm_config):
   settings = from_config(lm_config())
-  flat = paths.leaves(build.adapted(settings, None).params)
+  flat = paths.leaves(build.attached(settings, None).params)
   assert {type(leaf.base).__name__ for p, leaf in flat.items() if hasattr(leaf, "base")} == {
     "Quantized"
   }
@@ -70,7 +70,7 @@ def test_the_base_is_quantised_and_in_no_checkpoint(finished, lm_config):
 
 def test_a_run_leaves_the_base_as_it_was_loaded(trained, lm_config):
   """Codes, scales and all else that is frozen, byte for byte; what is trained has changed."""
-  made = build.adapted(from_config(lm_config()), None)
+  made = build.attached(from_config(lm_config()), None)
   train, frozen = tree.partition(made.params, made.mask)
   before, after = _bytes(frozen), _bytes(trained[2].frozen)
   assert after == before
