@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from configs.arguments import parse
 from peftjax.training import defaults
 
-METHODS = (*defaults.NAMES, "full")
+METHODS = (*defaults.names(), "full")
 # What differs from the methods' own defaults.
 CHANGES: dict[str, dict[str, Any]] = {
   "lora": dict(rank=16, targets="all-linear"),

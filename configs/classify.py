@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from configs.arguments import parse
 from peftjax.training import defaults
 
-METHODS = (*defaults.NAMES, "head", "full", "bitfit")
+METHODS = (*defaults.names(), "head", "full", "bitfit")
 # What differs from the methods' own defaults.
 CHANGES: dict[str, dict[str, Any]] = {
   "lora": dict(dropout=0.1),

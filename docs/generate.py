@@ -58,13 +58,12 @@ def write(folder: Path) -> None:
 def tables() -> dict[str, str]:
   """Every table of `experiments.tables`, as that command prints it."""
   from experiments.tables import __main__ as command
-  from experiments.tables import cells
 
   made = {}
-  for name, module in command.tables().items():
-    rows = cells.rows(result(f"{getattr(module, 'RESULTS', name)}.jsonl"))
-    wanted = [cell.name for cell in module.cells(Path("runs"))]
-    made[name] = markdown(module.table([rows[cell] for cell in wanted]))
+  for name in command.NAMES:
+    module = command.of(name)
+    rows = command.rows(module, result(f"{module.RESULTS}.jsonl"), Path("runs/tables"))
+    made[name] = markdown(module.table(rows))
   return made
 
 

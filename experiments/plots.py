@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from experiments.sweeping import fields
 
 Row = Mapping[str, Any]
+# What methods of configs/classify.py train in place, by their targets.
+_IN_PLACE = {".*": "full fine-tuning", "head/.*": "head only", ".*/bias, head/.*": "BitFit"}
 DOWN = ("loss", "perplexity")  # metrics of which less is better
 
 
@@ -142,11 +144,14 @@ def _by(rows: Iterable[Row], part: Any) -> list[tuple[dict[str, Any], list[Row]]
 
 
 def _method(row: Row) -> str:
-  """Its name, of adapters the placement's; what is trained in place tells by its targets."""
+  """Its name, of adapters the placement's; what is trained in place is told by its targets."""
   method = row["config"]["method"]
   if method["name"] == "unfreeze":
-    return f"train {', '.join(method['targets'])}"
-  return f"{method['placement']} adapters" if "placement" in method else method["name"]
+    targets = ", ".join(method["targets"])
+    return _IN_PLACE.get(targets, f"train {targets}")
+  return (
+    f"{method['placement'].replace('_', ' ')} adapters" if "placement" in method else method["name"]
+  )
 
 
 def _grid(runs: Sequence[Mapping[str, int]]) -> dict[tuple[str, str], float]:

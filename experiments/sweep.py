@@ -1,6 +1,6 @@
 """Runs many trials: a grid or a list over any fields of a config.
 
-  python -m experiments.sweep --config=configs/sweeps/rank_budget.py --workdir=DIR
+  python -m experiments.sweep --config=experiments/tables/rank_budget.py --workdir=DIR
 
 A sweep's file gives `base`, one `configs/NAME.py:ARGUMENT` or several, and what to change in it:
 `grid`, values by field, all combined, and `trials`, a list of fields set together (with a base of
@@ -36,9 +36,7 @@ from ml_collections import config_flags
 from experiments import runtime
 
 if TYPE_CHECKING:
-  from experiments.sweeping.executor import Executor
   from experiments.sweeping.folder import Folder
-  from experiments.sweeping.plan import Plan
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/sweeps/NAME.py[:ARGUMENT].")
 WORKDIR = flags.DEFINE_string(
@@ -64,7 +62,7 @@ RESOURCES = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
-  from experiments.sweeping import executor, plan, summary
+  from experiments.sweeping import driver, executor, plan, summary
   from experiments.sweeping.folder import Folder
   from experiments.sweeping.remote import Job
   from peftjax.training import build
@@ -73,51 +71,15 @@ def main(argv: list[str]) -> None:
   todo = plan.of(CONFIG.value, folder)
   runtime.set_up(todo.config.get("compilation_cache"))
   if DRY_RUN.value:
-    show_left(todo)
+    driver.show_left(todo)
     return
   job = Job(CONFIG.value.to_dict(), str(folder.root), os.getcwd())
   workers = executor.make(EXECUTOR.value, job, WORKERS.value, RESOURCES.value)
   folder.add(todo.trials())
   if RETRY_FAILED.value:
     folder.forget_failures(todo.trials())
-  work(todo, workers)
+  driver.work(todo, workers, WORKERS.value)
   report(folder, summary.write(folder))
-
-
-def show_left(plan: Plan) -> None:
-  """Prints the trials that are not done."""
-  from experiments.sweeping import fields, summary
-
-  todo = plan.trials()
-  listed = plan.folder.check(todo)
-  states = summary.states(plan.folder, {trial.id: listed[trial.id] for trial in todo})
-  apart = fields.varying(trial.overrides for trial in todo)
-  for trial in todo:
-    if (status := states[trial.id]["status"]) != "done":
-      print(f"  {trial.id}  {status}  {fields.label(trial.overrides, apart)}")
-  print(f"{len(todo)} trials: {summary.counts(states)}{plan.more}")
-
-
-def work(plan: Plan, workers: Executor | None) -> None:
-  """Runs what is left, here or by workers elsewhere; stopped, it says how to go on."""
-  from experiments.sweeping import executor, summary, view
-  from peftjax.training.loop import Stopped
-  from peftjax.training.process import Again
-
-  try:
-    with view.View(plan.folder) as watcher:
-      if workers is None:
-        plan.work(watcher)
-      else:
-        executor.drive(workers, WORKERS.value, plan, watcher)
-  except Again:
-    raise
-  except (Stopped, KeyboardInterrupt) as stopped:
-    states = summary.states(plan.folder, plan.folder.listed())
-    what = str(stopped) or "stopped"
-    raise Stopped(
-      f"{what}\n{len(states)} trials: {summary.counts(states)}; run the same command to go on"
-    ) from None
 
 
 def report(folder: Folder, written: list[str]) -> None:

@@ -23,6 +23,8 @@ from peftjax.methods.adapters import adapters
 from peftjax.methods.base import Method, chain
 from peftjax.methods.dora import dora
 from peftjax.methods.ia3 import ia3
+from peftjax.methods.loha import loha
+from peftjax.methods.lokr import lokr
 from peftjax.methods.lora import lora
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
@@ -52,6 +54,8 @@ __all__ = [
   "linen",
   "load_peft",
   "load_pretrained",
+  "loha",
+  "lokr",
   "lora",
   "losses",
   "merge",

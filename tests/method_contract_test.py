@@ -146,7 +146,13 @@ ENTRIES = [
   ),
   Entry("lora-fa", lambda: lora(4, 8, freeze_a=True), r".*/(query|value)/kernel/b", **_NONE),
   Entry("lora+", lambda: lora(4, 8, b_rate=4.0), _QV, lambda: lora(2, 3, b_rate=4.0), **_NONE),
-  Entry("ia3", lambda: ia3(["key", "value"], _FFN), _SCALES, None, **_ONE),
+  Entry(
+    "ia3",
+    lambda: ia3(["key", "value"], _FFN),
+    _SCALES,
+    layers=(),
+    slow=("unrolled", "scanned"),
+  ),
   Entry("ia3 int8", lambda: ia3(["key", "value"], _FFN), _SCALES, base=pj.quant.int8(32)),
   Entry("dora", lambda: dora(4, 8), _QV_M, lambda: dora(2, 3), identity=5e-6, **_ONE),
   Entry(
@@ -175,7 +181,7 @@ ENTRIES = [
     layers=("unrolled",),
     slow=("scanned",),
   ),
-  Entry("parallel", lambda: adapters(8, "parallel"), _BOTTLENECKS, identity=2e-2),
+  Entry("parallel", lambda: adapters(8, "parallel"), _BOTTLENECKS, identity=2e-2, **_NONE),
   Entry(
     "scaled parallel nf4",
     lambda: adapters(8, "scaled_parallel"),
@@ -210,6 +216,29 @@ ENTRIES = [
     "vera nf4",
     lambda: vera(6, "all-linear", d_initial=1.0, dropout=0.2),
     _VECTORS,
+    base=pj.quant.nf4(32),
+    **_NONE,
+  ),
+  Entry(
+    "loha",
+    lambda: pj.loha(4, 8),
+    r".*/(query|value)/kernel/[ab][12]",
+    lambda: pj.loha(2, 3),
+    **_NONE,
+  ),
+  Entry(
+    "loha nf4",
+    lambda: pj.loha(2, 4, "all-linear", dropout=0.2),
+    r"bert/.*/kernel/[ab][12]",
+    lambda: pj.loha(1, 9, "all-linear", dropout=0.2),
+    base=pj.quant.nf4(32),
+    **_NONE,
+  ),
+  Entry("lokr", lambda: pj.lokr(3, 6), r".*/(query|value)/kernel/w[12](_[ab])?"),
+  Entry(
+    "lokr both nf4",
+    lambda: pj.lokr(2, 4, "all-linear", dropout=0.2, decompose_both=True),
+    r"bert/.*/kernel/w[12](_[ab])?",
     base=pj.quant.nf4(32),
     **_NONE,
   ),
@@ -452,9 +481,10 @@ def test_law_4_rows_beyond_the_rank_stay_zero(subject):
   """Padding to a common rank is not trained."""
   for params in (subject.live, subject.run(subject.swapped[0])[0]):
     for weight in (w for w in subject.weights(params).values() if w.rank is not None):
-      beyond = np.arange(weight.a.shape[-2]) >= np.asarray(weight.rank)[..., None]
-      assert not np.any(np.where(beyond[..., :, None], weight.a, 0))
-      assert not np.any(np.where(beyond[..., None, :], weight.b, 0))
+      for layer in np.ndindex(np.shape(weight.rank)):
+        for name, axis in weight.ranked.items():
+          rows = np.moveaxis(np.asarray(getattr(weight, name))[layer], axis, 0)
+          assert not np.any(rows[int(weight.rank[layer]) :]), name
 
 
 def test_law_5_combine_undoes_partition_and_a_step_keeps_the_structure(subject):
@@ -507,7 +537,13 @@ def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
   close(subject, subject.programs.vmapped_forward(both, base), alone)
 
 
-@pytest.mark.parametrize("shape", ["data:2,fsdp:2,tensor:2", "fsdp:2,tensor:4"])
+@pytest.mark.parametrize(
+  "shape",
+  [
+    "data:2,fsdp:2,tensor:2",
+    pytest.param("fsdp:2,tensor:4", marks=pytest.mark.slow(reason="another mesh; 4 s a subject")),
+  ],
+)
 def test_law_7_a_sharded_model_computes_the_same(subject, shape):
   """Loss and gradients on one mesh, the outputs on another."""
   mesh = pj.sharding.make_mesh(shape)

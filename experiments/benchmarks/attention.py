@@ -44,9 +44,7 @@ def main(argv: list[str]) -> None:
   rows = [
     row for shape in SHAPES for length in LENGTHS.value for row in compare(shape, int(length))
   ]
-  report.show(f"Attention, blocks (ours) against whole rows (peer), {report.machine()}", rows)
-  if OUT.value:
-    report.write(OUT.value, rows)
+  report.end("Attention, blocks (ours) against whole rows (peer)", rows, OUT.value)
 
 
 def compare(shape: str, length: int) -> list[report.Row]:

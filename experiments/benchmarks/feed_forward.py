@@ -14,8 +14,7 @@ variant, at BERT-base's shape with as many parameters when gated:
 float32. About six minutes on two cores that nothing else uses.
 """
 
-import statistics
-import time
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import runtime
+from experiments import runtime, timing
 from experiments.benchmarks import report
 from peftjax.nn.feed_forward import VARIANTS, FeedForward, feed_forward, gated_width
 from peftjax.nn.ffn import activate
@@ -138,14 +137,8 @@ def times(blocks: Mapping[str, Block], of: tuple[int, ...], *args: Any) -> dict[
   """Milliseconds of value and gradients, of each way."""
   loss = lambda block: lambda p, x, g: (block(p, x) * g).sum()
   runs = {way: jax.jit(jax.value_and_grad(loss(b), of)) for way, b in blocks.items()}
-  seconds: dict[str, list[float]] = {way: [] for way in runs}
-  for turn in range(1 + TURNS.value):
-    for way, run in runs.items():
-      begun = time.perf_counter()
-      jax.block_until_ready(run(*args))
-      if turn:  # the first one compiles
-        seconds[way].append(time.perf_counter() - begun)
-  return {way: 1e3 * statistics.median(taken) for way, taken in seconds.items()}
+  calls = [functools.partial(run, *args) for run in runs.values()]
+  return dict(zip(runs, timing.medians(calls, TURNS.value), strict=True))
 
 
 def show(title: str, rows: list[report.Row]) -> None:

@@ -12,7 +12,6 @@ Heads: `frozen`, dense; `nf4`, frozen in four bits; `lora`, frozen with LoRA; `t
 with a gradient of its size. float32. About five minutes on two cores that nothing else uses.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import peftjax as pj
-from experiments import runtime
+from experiments import runtime, timing
 from experiments.benchmarks import report
 from peftjax import losses
 from peftjax.core.einsum import linear
@@ -116,14 +115,8 @@ def temporaries(program: Any) -> float:
 
 def times(programs: list[Any], args: tuple[Any, ...]) -> list[float]:
   """Milliseconds of each, the least of all turns: others may use the machine too."""
-  seconds: list[list[float]] = [[] for _ in programs]
-  for turn in range(1 + TURNS.value):
-    for program, taken in zip(programs, seconds, strict=True):
-      begun = time.perf_counter()
-      jax.block_until_ready(program(*args))
-      if turn:  # the first one warms up
-        taken.append(time.perf_counter() - begun)
-  return [1e3 * min(taken) for taken in seconds]
+  calls = [partial(program, *args) for program in programs]
+  return [1e3 * min(own) for own in timing.seconds(calls, TURNS.value)]
 
 
 if __name__ == "__main__":

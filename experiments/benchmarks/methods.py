@@ -9,16 +9,14 @@ allocation. About four minutes on two cores that
 nothing else uses.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import optax
 from absl import app, flags
 
 import peftjax as pj
-from experiments import runtime
+from experiments import runtime, timing
 from experiments.benchmarks import report
 from experiments.benchmarks.batch import example
 from peftjax.training import state, step
@@ -46,11 +44,10 @@ def main(argv: list[str]) -> None:
   if unknown := set(chosen) - set(methods):
     raise app.UsageError(f"unknown methods {sorted(unknown)}; there are {', '.join(methods)}")
   steps = {name: steps_of(methods[name]) for name in (PEER, *chosen)}
-  costs = times(steps)
+  taken = timing.medians([*steps.values()], TURNS.value, steps=STEPS.value, uncounted=1)
+  costs = dict(zip(steps, taken, strict=True))
   rows = [report.Row(f"step_{name}", costs[name], costs[PEER], "ms") for name in chosen]
-  report.show(f"Step against LoRA's, {BATCH.value} x {LENGTH.value}, {report.machine()}", rows)
-  if OUT.value:
-    report.write(OUT.value, rows)
+  report.end(f"Step against LoRA's, {BATCH.value} x {LENGTH.value}", rows, OUT.value)
 
 
 def made(rank: int) -> dict[str, pj.Method]:
@@ -75,7 +72,7 @@ def steps_of(method: pj.Method) -> Callable[[], None]:
   method = pj.chain(method, pj.unfreeze("head/.*"))
   params = method.attach(jax.random.key(1), params, pj.linen.layout(model, batch["tokens"]))
   train, frozen = pj.partition(params, method.trainable(params))
-  total = 1 + TURNS.value * (STEPS.value + 1)
+  total = 1 + (1 + TURNS.value) * (STEPS.value + 1)
   tx = method.optimizer(optax.adamw(1e-3, weight_decay=0.01), total_steps=total)
   current = jax.jit(lambda t: state.init(tx, t))(train)
   run = jax.jit(
@@ -89,19 +86,6 @@ def steps_of(method: pj.Method) -> Callable[[], None]:
 
   once()  # compiles
   return once
-
-
-def times(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-  """Milliseconds of a step of each."""
-  seconds: dict[str, list[float]] = {name: [] for name in steps}
-  for _ in range(TURNS.value):
-    for name, once in steps.items():
-      once()  # caches are another method's: not counted
-      begun = time.perf_counter()
-      for _ in range(STEPS.value):
-        once()
-      seconds[name].append((time.perf_counter() - begun) / STEPS.value)
-  return {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ def main(argv: list[str]) -> None:
     sides[1].append(_seconds([cores[:2]]))
   costs = [statistics.median(side) for side in sides]
   row = report.Row.of("two_processes_step", costs, "s", "two of one core, one of two")
-  report.show(f"Two processes (ours) against one (peer), {report.machine()}", [row])
-  if OUT.value:
-    report.write(OUT.value, [row])
+  report.end("Two processes (ours) against one (peer)", [row], OUT.value)
 
 
 def _seconds(cores: list[list[int]]) -> float:

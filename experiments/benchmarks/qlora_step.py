@@ -40,9 +40,7 @@ def main(argv: list[str]) -> None:
   for model in models:
     length = LENGTH.value or (1024 if model in shapes.RANDOM else 256)
     rows = compare(model, BATCH.value, length)
-    report.show(f"QLoRA of {model}, batch {BATCH.value} x {length}, {report.machine()}", rows)
-    if OUT.value:
-      report.write(OUT.value, rows)
+    report.end(f"QLoRA of {model}, batch {BATCH.value} x {length}", rows, OUT.value)
 
 
 def compare(model: str, batch: int, length: int) -> list[report.Row]:

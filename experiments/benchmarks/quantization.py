@@ -29,9 +29,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   rows = [compare(operation, dtype) for operation in OPERATIONS for dtype in DTYPES]
-  report.show(f"NF4 with double quantisation, {SIZE.value}², {report.machine()}", rows)
-  if OUT.value:
-    report.write(OUT.value, rows)
+  report.end(f"NF4 with double quantisation, {SIZE.value}²", rows, OUT.value)
 
 
 def compare(operation: str, dtype: str) -> report.Row:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -83,6 +84,19 @@ def versions() -> dict[str, str]:
   return found
 
 
+def origin(module: str) -> dict[str, Any]:
+  """Where the rows are from that a module of experiments writes."""
+  command = shlex.join(["python", "-m", f"experiments.{module}", *sys.argv[1:]])
+  if flags := os.environ.get("XLA_FLAGS"):
+    command = f"XLA_FLAGS={shlex.quote(flags)} {command}"
+  return {
+    "command": command,
+    "commit": process.commit(),
+    "machine": machine(),
+    "versions": versions(),
+  }
+
+
 def show(title: str, rows: list[Row]) -> None:
   table = Table(title=title)
   for column in COLUMNS:
@@ -95,20 +109,17 @@ def show(title: str, rows: list[Row]) -> None:
   console.print("ratio: the peer's cost over ours; above 1 we are ahead.", highlight=False)
 
 
+def end(title: str, rows: list[Row], out: str | None) -> None:
+  """Shows the rows and, if a file is named, adds them to it."""
+  show(f"{title}, {machine()}", rows)
+  if out:
+    write(out, rows)
+
+
 def write(path: str, rows: list[Row]) -> None:
   """Appends one JSON line a row, making the folder if need be."""
   Path(path).parent.mkdir(parents=True, exist_ok=True)
-  module = Path(sys.argv[0]).stem
-  command = shlex.join(["python", "-m", f"experiments.benchmarks.{module}", *sys.argv[1:]])
-  if flags := os.environ.get("XLA_FLAGS"):
-    command = f"XLA_FLAGS={shlex.quote(flags)} {command}"
-  common = {
-    "machine": machine(),
-    "versions": versions(),
-    "command": command,
-    "commit": process.commit(),
-    "seed": 0,
-  }
+  common = {**origin(f"benchmarks.{Path(sys.argv[0]).stem}"), "seed": 0}
   with open(path, "a", encoding="utf-8") as file:
     for row in rows:
       fields = {**dataclasses.asdict(row), "ratio": row.ratio, **common}

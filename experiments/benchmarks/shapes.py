@@ -10,14 +10,23 @@ from peftjax.models.llama import LlamaConfig
 from peftjax.training.settings import Model
 
 
-def _llama(width: int, layers: int, heads: int, ffn: int, positions: int) -> Mapping[str, Any]:
+def llama(
+  width: int,
+  layers: int,
+  heads: int,
+  ffn: int,
+  positions: int = 2048,
+  vocab: int = 32_000,
+  kv_heads: int | None = None,
+) -> Mapping[str, Any]:
+  """A Hugging Face configuration."""
   return {
     "model_type": "llama",
-    "vocab_size": 32_000,
+    "vocab_size": vocab,
     "hidden_size": width,
     "num_hidden_layers": layers,
     "num_attention_heads": heads,
-    "num_key_value_heads": heads,
+    "num_key_value_heads": kv_heads or heads,
     "intermediate_size": ffn,
     "max_position_embeddings": positions,
     "rms_norm_eps": 1e-5,
@@ -27,8 +36,8 @@ def _llama(width: int, layers: int, heads: int, ffn: int, positions: int) -> Map
 
 # Hugging Face configurations of models with random weights.
 RANDOM: Mapping[str, Mapping[str, Any]] = {
-  "llama-1.3b": _llama(2048, 24, 16, 5504, 2048),
-  "llama-7b": _llama(4096, 32, 32, 11008, 4096),
+  "llama-1.3b": llama(2048, 24, 16, 5504, 2048),
+  "llama-7b": llama(4096, 32, 32, 11008, 4096),
 }
 MODELS = ("smollm2", *RANDOM)
 

@@ -68,9 +68,7 @@ def main(argv: list[str]) -> None:
       rows.append(steps(method))
       if TOTAL.value:
         rows.append(total(method))
-  report.show(f"Eight trials together, {report.machine()}", rows)
-  if OUT.value:
-    report.write(OUT.value, rows)
+  report.end("Eight trials together", rows, OUT.value)
 
 
 def budget() -> dict[str, int]:

@@ -7,14 +7,13 @@ the same batch with the same threads, each in its own process, and take turns. C
 Needs `make parity`'s packages. About four minutes on two cores.
 """
 
-import statistics
 import tempfile
 
 from absl import app, flags
 
 from experiments import runtime
 from experiments.benchmarks import report
-from experiments.benchmarks.turns import Worker
+from experiments.benchmarks.turns import Worker, medians
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 MODEL = flags.DEFINE_string("model", "", "A Hugging Face directory; by default MiniLM.")
@@ -38,23 +37,17 @@ def main(argv: list[str]) -> None:
   with tempfile.TemporaryDirectory() as cache:
     for case in CASES.value:
       rows += compare(case, [case, directory, str(BATCH.value), str(LENGTH.value)], cache)
-  report.show(f"Training step, batch {BATCH.value} x {LENGTH.value}, {report.machine()}", rows)
-  if OUT.value:
-    report.write(OUT.value, rows)
+  report.end(f"Training step, batch {BATCH.value} x {LENGTH.value}", rows, OUT.value)
 
 
 def compare(case: str, args: list[str], cache: str) -> list[report.Row]:
   """Step, and for the first case also memory and start, cold and with programs kept."""
   env = {"PEFTJAX_BENCHMARK_CACHE": cache}
   ours, peer = Worker(OURS, *args, env=env), Worker(PEER, *args)
-  seconds: tuple[list[float], list[float]] = ([], [])
-  for _ in range(TURNS.value):
-    for worker, taken in zip((ours, peer), seconds, strict=True):
-      worker.run(1)  # caches are the other side's: not counted
-      taken += worker.run(STEPS.value)
-  medians = [1e3 * statistics.median(taken) for taken in seconds]
+  # A turn's first step finds the other side's caches: not counted.
+  seconds = medians([ours, peer], TURNS.value, STEPS.value, uncounted=1)
   peaks = ours.close(), peer.close()
-  rows = [report.Row(f"step_{case}", medians[0], medians[1], "ms")]
+  rows = [report.Row.of(f"step_{case}", [1e3 * s for s in seconds], "ms")]
   if case == CASES.value[0]:
     rows.append(report.Row("peak_mem", *peaks, "MiB", f"resident, {case}"))
     rows.append(

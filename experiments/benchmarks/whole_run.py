@@ -50,9 +50,7 @@ def main(argv: list[str]) -> None:
     report.Row("whole_run_short_lines_cold", cold, peer, "s", note),
     report.Row("whole_run_short_lines_warm", warm, peer, "s", note),
   ]
-  report.show(f"{LINES.value:,} lines, {EPOCHS.value} epochs, {report.machine()}", rows)
-  if OUT.value:
-    report.write(OUT.value, rows)
+  report.end(f"{LINES.value:,} lines, {EPOCHS.value} epochs", rows, OUT.value)
 
 
 def write_files(root: Path, lines: int) -> dict[str, str]:

@@ -6,12 +6,11 @@
 The verdict of each is computed from its numbers and compared with the one that it had before. Exit
 code 1 if one changed or could not be measured. Five minutes on two quiet CPU cores. --results=FILE
 writes a line a claim in place of that claim's old one, and leaves the lines of those that were not
-measured: experiments/results/claims.jsonl holds those of the last time.
+measured: experiments/results/claims/claims.jsonl holds those of the last time.
 """
 
 import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -138,15 +137,10 @@ def write(rows: list[dict[str, Any]], path: str) -> None:
   """
   from experiments.benchmarks import report
   from experiments.claims import catalogue
-  from peftjax.training import process, workdir
+  from peftjax.training import workdir
   from peftjax.training.logs import write_atomic
 
-  common = {
-    "command": shlex.join(["python", "-m", "experiments.claims", *sys.argv[1:]]),
-    "commit": process.commit(),
-    "machine": report.machine(),
-    "versions": report.versions(),
-  }
+  common = report.origin("claims")
   file = Path(path)
   named: dict[str, dict[str, Any]] = {}
   for where, row in workdir.rows(file, "Take the line out."):

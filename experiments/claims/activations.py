@@ -12,10 +12,10 @@ import numpy as np
 from scipy.special import log_ndtr, ndtr
 
 import peftjax as pj
-from experiments.claims import characters, clock, cost, sample_models
-from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
-from experiments.claims.float64 import CLOSE, error, in_float64
-from peftjax.nn import feed_forward, ffn
+from experiments import timing
+from experiments.claims import characters, cost, sample_models
+from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
+from peftjax.nn import ffn
 
 FAST = 1e-2  # a learning rate at which units die
 
@@ -44,19 +44,11 @@ def silent_units(variant: str, rate: float) -> float:
   return float((slope(act, pre_activations(variant, rate)) == 0).all(0).mean())
 
 
-@claim(
+ffn_formula = by_test(
+  "activations.ffn_formula",
   says="The first Transformer's feed-forward block is FFN(x) = max(0, x W1 + b1) W2 + b2.",
-  measured_by="peftjax.nn.feed_forward with ReLU against the formula in NumPy, float64",
-  holds_if="relative error under 1e-12",
-  expected=HOLDS,
+  tests=("tests/nn/feed_forward_test.py::test_backward_by_hand_is_autodiffs",),
 )
-@in_float64
-def ffn_formula() -> Finding:
-  draw = np.random.default_rng(0).normal
-  x, w1, b1, w2, b2 = (draw(size=size) for size in ((32, 8), (8, 24), 24, (24, 8), 8))
-  ours = feed_forward.feed_forward(*map(jnp.asarray, (x, w1, b1, w2, b2)), activation="relu")
-  off = error(ours, np.maximum(0, x @ w1 + b1) @ w2 + b2)
-  return found({"relative error": off}, holds=off < CLOSE)
 
 
 @claim(
@@ -133,8 +125,8 @@ def relu_speed() -> Finding:
   blocks = [jax.jit(lambda x, act=act: act(x @ up) @ up.T).lower(small).compile() for act in acts]
   one, other, one_block, other_block = map(cost.of, (relu, gelu, *blocks))
   alone, inside = one.flops / other.flops, one_block.flops / other_block.flops
-  times = clock.medians([functools.partial(run, x) for run in (relu, gelu)])
-  block_times = clock.medians([functools.partial(run, small) for run in blocks])
+  times = timing.medians([functools.partial(run, x) for run in (relu, gelu)], uncounted=1)
+  block_times = timing.medians([functools.partial(run, small) for run in blocks], uncounted=1)
   cheap = one.transcendentals == 0 and alone < 0.85
   return found(
     {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from typing import Any, NamedTuple
 
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import peftjax as pj
-from experiments.claims import results, runs, sample_models
-from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, claim, found
-from experiments.tables import rank_budget
-from experiments.tables.methods import accuracy, adalora, lora_all
+from experiments.claims import results, runs
+from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, by_test, claim, found
+from experiments.tables.methods import adalora, lora_all
 from experiments.tables.rank_budget import BUDGETS, DATA
+from experiments.tables.runs import Row, accuracy
 from peftjax.core import paths
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.allocator import AllocatorState
@@ -134,41 +133,17 @@ def _flat(masks: dict[str, Any]) -> np.ndarray:
   return np.concatenate([np.asarray(masks[path]).ravel() for path in sorted(masks)])
 
 
-@claim(
-  says="A pruned component has its λ and its vectors in P and Q set to zero, and important matrices"
-  " get components added.",
-  measured_by="gradients of P, λ and Q of all triplets, MiniLM on 16 texts: with λ = 0 alone, and"
-  " with P and Q zero too",
-  holds_if="with all three zero there is a gradient; mended if there is with λ = 0 alone",
-  expected=CORRECTED,
+zeroed_triplets = by_test(
+  "adalora.zeroed_triplets",
+  says="A pruned component has its λ and its vectors in P and Q set to zero, and important "
+  "matrices get components added.",
+  tests=(
+    "tests/methods/adalora_test.py::test_a_zeroed_triplet_has_no_gradient_and_can_come_back_only_if_redrawn",
+  ),
+  verdict=CORRECTED,
+  correction="the paper zeroes λ alone, so a triplet can come back; with P and Q zero it has no "
+  "gradient and never could",
 )
-def zeroed_triplets() -> Finding:
-  run = runs.minilm("adalora")
-  zero = lambda names: (
-    lambda _, x: (
-      x.replace(**{n: jnp.zeros_like(getattr(x, n)) for n in names})
-      if isinstance(x, SVDLoRA)
-      else x
-    )
-  )
-  numbers = {}
-  for label, names in (("λ zero", ("e",)), ("P, λ, Q zero", ("a", "b", "e"))):
-    params = paths.map_leaves(zero(names), run.params)
-    train, frozen = pj.partition(params, run.mask)
-    grads = triplets(_gradient()(train, frozen, sample_models.batch(0)))
-    numbers[label] = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
-  return found(
-    numbers,
-    holds=numbers["P, λ, Q zero"] > 0,
-    mended=numbers["λ zero"] > 0,
-    correction="the paper zeroes λ alone, so a triplet can come back; with P and Q zero it has no"
-    " gradient and never could",
-  )
-
-
-@functools.cache
-def _gradient() -> Any:
-  return jax.jit(jax.grad(runs.loss))
 
 
 @claim(
@@ -207,7 +182,7 @@ def regrowth() -> Finding:
   )
 
 
-def _returns(run: runs.Run) -> list[float]:
+def _returns(run: runs.Trained) -> list[float]:
   """Of every return of a triplet: the cosine of its column of P when it was pruned and then."""
   cosines = []
   for path in run.history[0]:
@@ -233,11 +208,14 @@ def _returns(run: runs.Run) -> list[float]:
   expected=FAILS,
 )
 def better_than_lora() -> Finding:
-  table = results.runs("rank_budget", rank_budget.wanted())
+  wanted = [of(DATA, budget) for of in (lora_all, adalora) for budget in BUDGETS]
+  found_runs = results.classifier("rank_budget", wanted)
+  lora = dict(zip(BUDGETS, found_runs[: len(BUDGETS)], strict=True))
+  ada = dict(zip(BUDGETS, found_runs[len(BUDGETS) :], strict=True))
   numbers: dict[str, float] = {}
   clear = {}
   for label, times in (("twice the budget", 2), ("same budget", 1)):
-    pairs = {b: _against(table, b, times * b) for b in BUDGETS if times * b in BUDGETS}
+    pairs = {b: _against(ada[b], lora[times * b]) for b in BUDGETS if times * b in BUDGETS}
     by_seed = [statistics.mean(own) for own in zip(*(x.gains for x in pairs.values()), strict=True)]
     gain, error = statistics.mean(by_seed), statistics.stdev(by_seed) / len(by_seed) ** 0.5
     clear[times] = gain > 4.3 * error
@@ -262,9 +240,7 @@ class Pair(NamedTuple):
   parameters: float
 
 
-def _against(table: Any, budget: int, other: int) -> Pair:
-  """AdaLoRA of a budget beside LoRA of another."""
-  ada, lora = table[adalora(DATA, budget)], table[lora_all(DATA, other)]
+def _against(ada: list[Row], lora: list[Row]) -> Pair:
   gains = [accuracy(a) - accuracy(b) for a, b in zip(ada, lora, strict=True)]
   return Pair(gains, ada[0]["trainable_params"] / lora[0]["trainable_params"])
 

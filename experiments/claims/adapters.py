@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 import peftjax as pj
-from experiments.claims import clock, deployment, runs, sample_models
-from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
+from experiments import timing
+from experiments.claims import deployment, runs, sample_models
+from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
 from experiments.claims.products import products_in_a_row
 from peftjax.core import paths
-from peftjax.methods.bottleneck import Bottleneck
 from peftjax.nn.residual import Residual
 
 SIZE = 8  # of MiniLM's 384: adapters of 64, the papers', would be over 1 % of so small a model
@@ -33,23 +33,11 @@ def attached(size: int = SIZE, seed: int = 0) -> tuple[Any, Any]:
   return params, method.trainable(params)
 
 
-@claim(
+formula = by_test(
+  "adapters.formula",
   says="An adapter is down-projection, activation, up-projection and a residual: h' = h + f(h).",
-  measured_by="our Bottleneck against the formula on 32 rows, ReLU and GELU",
-  holds_if="they differ by less than 1e-5",
-  expected=HOLDS,
+  tests=("tests/methods/adapters_test.py::test_a_placement_computes_its_formula",),
 )
-def formula() -> Finding:
-  numbers = {}
-  h = jax.random.normal(jax.random.key(1), (32, 384))
-  for name, act in (("relu", jax.nn.relu), ("gelu", lambda z: jax.nn.gelu(z, approximate=False))):
-    down, up = (
-      jax.random.normal(jax.random.key(i), s) / 20 for i, s in ((2, (384, 8)), (3, (8, 384)))
-    )
-    ours = Bottleneck(down, jnp.ones(8), up, jnp.ones(384), jnp.ones(()), name)
-    theirs = h + act(h @ down + jnp.ones((1, 8))) @ up + jnp.ones((1, 384))
-    numbers[name] = float(jnp.abs(ours.around(lambda x: x, (h,), {}) - theirs).max())
-  return found(numbers, holds=max(numbers.values()) < 1e-5)
 
 
 @claim(
@@ -243,7 +231,7 @@ def latency() -> Finding:
   rows, original = deployment.one_text(), sample_models.minilm()[1]
   models = (original, attached(64)[0], deployment.merged())
   calls = [functools.partial(runs.program(), p, rows.tokens, rows.mask) for p in models]
-  base, adapters, merged = clock.medians(calls, turns=101)
+  base, adapters, merged = timing.medians(calls, turns=101, uncounted=1)
   same = deployment.program_text(original) == deployment.program_text(deployment.merged())
   return found(
     {

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 import peftjax as pj
-from experiments.claims import characters, runs, sample_models
-from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
+from experiments.claims import characters, sample_models
+from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
 from experiments.claims.float64 import CLOSE, error, in_float64
 from peftjax.core import paths
 from peftjax.methods.lora_weight import LoRA
@@ -55,26 +55,14 @@ def filled(params: Any, name: str, value: Any) -> Any:
   return paths.map_leaves(lambda _, x: change(x), params)
 
 
-@claim(
+initial_factors = by_test(
+  "beginning.initial_factors",
   says="A is drawn from a Gaussian, say, or as Kaiming He has it; B is zero.",
-  measured_by="A [8, 384] by pj.lora's two inits (the default is PEFT's): excess kurtosis (0 if"
-  " Gaussian, −1.2 if uniform) and deviation over He's √(2/in); and the largest |B|",
-  holds_if="B is 0 and one A is Gaussian (kurtosis 0 ± 0.3) or of He's deviation (1 ± 0.1)",
-  expected=HOLDS,
+  tests=(
+    "tests/methods/lora_test.py::test_kaiming_draws_a_from_the_uniform_of_one_over_root_in",
+    "tests/methods/lora_test.py::test_gaussian_draws_a_with_deviation_one_over_rank",
+  ),
 )
-def initial_factors() -> Finding:
-  params = {"query": {"kernel": jnp.zeros((384, 384))}}
-  numbers: dict[str, float] = {}
-  fine, b = [], 0.0
-  for init in ("kaiming", "gaussian"):
-    leaf = pj.lora(rank=8, targets=["query"], init=init).attach(jax.random.key(0), params)
-    weight = leaf["query"]["kernel"]
-    a = np.asarray(weight.a, np.float64)
-    kurtosis, over = ((a / a.std()) ** 4).mean() - 3, a.std() / (2 / 384) ** 0.5
-    numbers |= {f"{init}, kurtosis": kurtosis, f"{init}, over He's": over}
-    fine.append(abs(kurtosis) < 0.3 or abs(over - 1) < 0.1)
-    b = max(b, float(jnp.abs(weight.b).max()))
-  return found({**numbers, "largest |B|": b}, holds=b == 0 and any(fine))
 
 
 @claim(
@@ -107,20 +95,11 @@ def gradients() -> Finding:
   return found({**numbers, "‖∇_A‖, B = 0": norm}, holds=max(numbers.values()) < CLOSE and norm == 0)
 
 
-@claim(
+identity = by_test(
+  "beginning.identity",
   says="At t = 0 the model with LoRA is exactly the pretrained one.",
-  measured_by="largest difference of the logits, MiniLM (16 texts) and the characters' model",
-  holds_if="exactly 0",
-  expected=HOLDS,
+  tests=("tests/method_contract_test.py::test_law_1_attach_is_the_identity_on_outputs",),
 )
-def identity() -> Finding:
-  rows = sample_models.batch(0)
-  start = runs.METHODS["small"]().attach(jax.random.key(0), sample_models.minilm()[1])
-  off = float(jnp.abs(runs.logits(start, rows) - runs.untrained_logits(rows)).max())
-  ids = characters.batches("sentiment", 1, seed=0)[0][:, :-1]
-  given = [characters.logits("gelu", p, ids) for p in (attached(), characters.trained("gelu"))]
-  small = float(jnp.abs(given[0] - given[1]).max())
-  return found({"MiniLM": off, "characters": small}, holds=max(off, small) == 0)
 
 
 @claim(

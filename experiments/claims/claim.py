@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 HOLDS = "holds"
 CORRECTED = "holds with a correction"
@@ -37,6 +37,7 @@ class Claim:
     holds_if: the rule of the verdict, with its thresholds.
     expected: the verdict that it had when it was last looked at.
     run: measures it.
+    tests: node ids of the tests that settle it, if it is not measured.
   """
 
   name: str
@@ -45,6 +46,7 @@ class Claim:
   holds_if: str
   expected: str
   run: Callable[[], Finding]
+  tests: tuple[str, ...] = ()
 
 
 def claim(
@@ -57,6 +59,15 @@ def claim(
     return Claim(name, says, measured_by, holds_if, expected, run)
 
   return of
+
+
+def by_test(
+  name: str, *, says: str, tests: Sequence[str], verdict: str = HOLDS, correction: str = ""
+) -> Claim:
+  """A claim that tests of ours prove or correct: it names them and computes nothing again."""
+  finding = Finding({}, verdict, correction)
+  told, passes = f"by {' and '.join(tests)}", "they pass" if tests[1:] else "it passes"
+  return Claim(name, says, told, passes, verdict, lambda: finding, tuple(tests))
 
 
 def found(

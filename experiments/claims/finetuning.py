@@ -7,6 +7,7 @@ import statistics
 from experiments.claims import results
 from experiments.claims.claim import FAILS, HOLDS, Finding, claim, found
 from experiments.tables import methods
+from experiments.tables.runs import accuracy
 
 LORAS = ("LoRA q,v, r=8", "LoRA all, r=8")
 
@@ -22,8 +23,8 @@ LORAS = ("LoRA q,v, r=8", "LoRA all, r=8")
   expected=HOLDS,
 )
 def near_full() -> Finding:
-  full = results.perplexity("none-full", "after", "test")
-  lora = results.perplexity("none-lora", "after", "test")
+  full = results.perplexity("full fine-tuning", "metrics", "test")
+  lora = results.perplexity("LoRA, dense", "metrics", "test")
   ratios = [lora[seed] / full[seed] for seed in full]
   shares = {name: {data: _share(name, data) for data in methods.CORPORA} for name in LORAS}
   few, every = (min(shares[name].values()) >= 0.9 for name in LORAS)
@@ -44,8 +45,8 @@ def _share(name: str, data: str) -> float:
   """Of what full fine-tuning gains on a task over the head alone, means over the seeds."""
   lines = {line.name: line.of(data) for line in methods.LINES}
   wanted = [lines[each] for each in ("head only", "full fine-tuning", name)]
-  of_trial = results.runs("methods", wanted)
-  head, full, own = (statistics.mean(map(methods.accuracy, of_trial[each])) for each in wanted)
+  found = results.classifier("methods", wanted)
+  head, full, own = (statistics.mean(map(accuracy, each)) for each in found)
   return (own - head) / (full - head)
 
 
@@ -59,8 +60,8 @@ def _share(name: str, data: str) -> float:
 )
 def forgets_less() -> Finding:
   risen = {}
-  for name, base in (("full", "none-full"), ("LoRA", "none-lora")):
-    before, after = (results.perplexity(base, when, "other") for when in ("before", "after"))
+  for name, base in (("full", "full fine-tuning"), ("LoRA", "LoRA, dense")):
+    before, after = (results.perplexity(base, when, "other") for when in ("before", "metrics"))
     risen[name] = {seed: after[seed] / before[seed] for seed in after}
   full, lora = risen["full"], risen["LoRA"]
   forgets = min(full.values()) > 1
@@ -83,11 +84,11 @@ def forgets_less() -> Finding:
 def qlora_keeps_quality() -> Finding:
   mean = lambda base, when: statistics.mean(results.perplexity(base, when, "test").values())
   numbers = {
-    name: mean(f"{base}-lora", "after")
-    for name, base in (("LoRA", "none"), ("int8", "int8"), ("NF4", "nf4"))
+    name: mean(base, "metrics")
+    for name, base in (("LoRA", "LoRA, dense"), ("int8", "LoRA, int8"), ("NF4", "LoRA, NF4 + DQ"))
   }
-  numbers["not tuned, dense"] = mean("none-lora", "before")
-  numbers["not tuned, NF4"] = mean("nf4-lora", "before")
+  numbers["not tuned, dense"] = mean("LoRA, dense", "before")
+  numbers["not tuned, NF4"] = mean("LoRA, NF4 + DQ", "before")
   return found(
     numbers,
     holds=numbers["NF4"] <= 1.02 * numbers["LoRA"],

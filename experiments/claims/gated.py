@@ -16,8 +16,8 @@ import numpy as np
 import peftjax as pj
 from experiments.claims import characters, cost, sample_models
 from experiments.claims.activations import test_rows
-from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, claim, found
-from experiments.claims.float64 import CLOSE, error, in_float64
+from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, by_test, claim, found
+from experiments.claims.float64 import error
 from peftjax.models import llama, pretrained
 from peftjax.nn import feed_forward, ffn
 from peftjax.training.settings import Model
@@ -65,34 +65,11 @@ def kernels(layer: Any) -> tuple[jax.Array, ...]:
   return tuple(layer[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
 
 
-@claim(
+swiglu_formula = by_test(
+  "gated.swiglu_formula",
   says="SwiGLU(x) = Swish_β(x W + b) ⊗ (x V + c) with Swish_β(x) = x σ(βx).",
-  measured_by="peftjax.nn.feed_forward, its last kernel the identity, against the formula in NumPy,"
-  " float64: β of 0.5, 1 and 2",
-  holds_if="relative errors under 1e-12",
-  expected=HOLDS,
+  tests=("tests/nn/feed_forward_test.py::test_backward_by_hand_is_autodiffs",),
 )
-@in_float64
-def swiglu_formula() -> Finding:
-  draw = np.random.default_rng(0).normal
-  x, w, b, v, c = (draw(size=size) for size in ((32, 8), (8, 24), 24, (8, 24), 24))
-  off = {}
-  for beta in (0.5, 1.0, 2.0):
-    z = x @ w + b
-    exact = z / (1 + np.exp(-beta * z)) * (x @ v + c)
-    ours = feed_forward.feed_forward(
-      jnp.asarray(x),
-      jnp.asarray(v),
-      jnp.asarray(c),
-      jnp.eye(24),
-      None,
-      w_gate=jnp.asarray(w),
-      b_gate=jnp.asarray(b),
-      activation="swish",
-      beta=beta,
-    )
-    off[f"β = {beta}"] = error(ours, exact)
-  return found(off, holds=max(off.values()) < CLOSE)
 
 
 @claim(

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import peftjax as pj
-from experiments.claims import clock, runs, sample_models
-from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
+from experiments import timing
+from experiments.claims import runs, sample_models
+from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
 from experiments.claims.products import products_like
 from peftjax.core import paths
 
@@ -94,21 +95,11 @@ def _product(b: tuple[int, int], a: tuple[int, int]) -> tuple[int, ...] | None:
     return None
 
 
-@claim(
+two_ways = by_test(
+  "lora.two_ways",
   says="h = W0 x + B A x is h = (W0 + B A) x.",
-  measured_by="MiniLM with trained LoRA: logits by the branch against those of the materialised"
-  " weights, 16 texts",
-  holds_if="they differ by less than 1e-4",
-  expected=HOLDS,
+  tests=("tests/methods/lora_test.py::test_einsum_equals_that_of_the_dense_array_and_builds_none",),
 )
-def two_ways() -> Finding:
-  params = runs.minilm("lora").params
-  model, rows = sample_models.minilm()[0], sample_models.batch(0)
-  branch = pj.apply(model, params, rows.tokens, rows.mask)
-  dense = model.apply({"params": pj.merge(params)}, rows.tokens, rows.mask)
-  off = float(jnp.abs(branch - dense).max())
-  moved = float(jnp.abs(branch - runs.untrained_logits(rows)).max())
-  return found({"largest difference": off, "LoRA moved logits by": moved}, holds=off < 1e-4)
 
 
 @claim(
@@ -190,7 +181,7 @@ def cheaper_steps() -> Finding:
   lora, full = runs.training(params, method.trainable(params)), runs.full_training()
   operations = lora.cost.flops / full.cost.flops
   memory = lora.cost.memory / full.cost.memory
-  times = clock.medians([lora.step, full.step], turns=5)
+  times = timing.medians([lora.step, full.step], turns=5, uncounted=1)
   return found(
     {
       "operations": operations,

@@ -11,39 +11,19 @@ import numpy as np
 import optax
 
 import peftjax as pj
-from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
+from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
+from experiments.tables.abstract_models import shapes_of
 from peftjax.core import paths
-from peftjax.models import llama
 from peftjax.quant.weight import Quantized
 
-# Width, feed-forward width, layers and heads of Llama (Touvron et al. 2023, table 2).
-SHAPES = {"7B": (4096, 11008, 32, 32), "65B": (8192, 22016, 80, 64)}
 GIGA = 1e9
 
 
 @functools.cache
 def abstract(size: str) -> Any:
-  """A Llama's parameters as shapes, bfloat16, its layers scanned."""
-  width, ffn, layers, heads = SHAPES[size]
-  config = llama.LlamaConfig.from_hf(
-    dict(
-      model_type="llama",
-      vocab_size=32_000,
-      hidden_size=width,
-      intermediate_size=ffn,
-      num_hidden_layers=layers,
-      num_attention_heads=heads,
-      max_position_embeddings=2048,
-      rms_norm_eps=1e-6,
-    ),
-    scan_layers=True,
-  )
-  model = llama.LlamaForCausalLM(config)
-  tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-  params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params), (
-    pj.linen.layout(model, tokens)
-  )
+  """A Llama's parameters as shapes, bfloat16, and its layout."""
+  params, layout = shapes_of(f"LLaMA-{size}")
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params), layout
 
 
 def nbytes(tree: Any) -> int:
@@ -98,24 +78,13 @@ def constants() -> Finding:
   return found({"MB": size}, holds=200 < size < 1000)
 
 
-@claim(
+double_quantisation = by_test(
+  "memory.double_quantisation",
   says="Double quantisation saves about 0.5 bits a parameter.",
-  measured_by="bits of a parameter of Llama-7B's linear layers without and with it; bits that a"
-  " 32-bit constant has left",
-  holds_if="0.45 to 0.55; mended if 0.3 to 0.45",
-  expected=CORRECTED,
+  tests=("tests/quant/formats_test.py::test_bits_per_weight",),
+  verdict=CORRECTED,
+  correction="0.37: constants cost 0.5 bits in all, of which 0.13 stay",
 )
-def double_quantisation() -> Finding:
-  saved = bits("7B", False) - bits("7B", True)
-  leaves = linear("7B", True)
-  count = sum(leaf.scales.codes.size for leaf in leaves)
-  each = 8 * sum(nbytes(leaf.scales) for leaf in leaves) / count
-  return found(
-    {"bits saved": saved, "of": bits("7B", False), "bits a constant": each},
-    holds=0.45 <= saved <= 0.55,
-    mended=0.3 <= saved < 0.45,
-    correction="0.37: constants cost 0.5 bits in all, of which 0.13 stay",
-  )
 
 
 @claim(

@@ -12,7 +12,7 @@ import optax
 
 import peftjax as pj
 from experiments.claims import characters
-from experiments.claims.claim import CORRECTED, HOLDS, Finding, claim, found
+from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
 from experiments.claims.products import products_like
 from peftjax.core import paths
 from peftjax.methods.lora_weight import LoRA
@@ -129,24 +129,13 @@ def gradient_path() -> Finding:
   )
 
 
-@claim(
+product = by_test(
+  "qlora.product",
   says="h = D(W) x + B A x: the weights are dequantised at use, and the rest is LoRA.",
-  measured_by="a 1024 x 1024 NF4 weight with LoRA in bfloat16: the leaf's product against the"
-  " formula with the dense D(W), relative to the largest entry",
-  holds_if="they differ by less than 2⁻⁷, bfloat16's spacing",
-  expected=HOLDS,
+  tests=(
+    "tests/method_contract_test.py::test_law_2_einsum_and_take_equal_those_of_the_dense_array",
+  ),
 )
-def product() -> Finding:
-  keys = jax.random.split(jax.random.key(0), 3)
-  base = quantize_leaf("w", jax.random.normal(keys[0], (1024, 1024), jnp.bfloat16), pj.quant.nf4())
-  leaf = pj.lora(rank=8, targets=["w"]).attach(keys[1], {"w": base})["w"]
-  leaf = leaf.replace(b=0.1 * jax.random.normal(keys[1], leaf.b.shape))
-  x = jax.random.normal(keys[2], (64, 1024), jnp.bfloat16)
-  ours = pj.einsum("ti,io->to", x, leaf).astype(jnp.float32)
-  wide = lambda a: a.astype(jnp.float32)
-  exact = wide(x) @ wide(base.materialize()) + leaf.scale * (wide(x) @ leaf.a.T) @ leaf.b.T
-  off = float(jnp.abs(ours - exact).max() / jnp.abs(exact).max())
-  return found({"relative difference": off}, holds=off < 2**-7)
 
 
 @claim(
@@ -172,97 +161,32 @@ def compute_precision() -> Finding:
   return found(numbers, holds=numbers["bfloat16"] < 1.05 * best and numbers["int4"] > 1.2 * best)
 
 
-@claim(
+nothing_dense_stays = by_test(
+  "qlora.nothing_dense_stays",
   says="A dequantised weight is thrown away right after its product.",
-  measured_by="temporaries of a compiled forward and backward pass of 8 layers less those of 2, a"
-  " layer, over the bytes of one dense 512 x 512 weight",
-  holds_if="under half a dense weight a layer",
-  expected=HOLDS,
+  tests=("tests/quant/residency_test.py::test_no_dense_weight_stays",),
 )
-def nothing_dense_stays() -> Finding:
-  size = 512
-  weight = jax.eval_shape(
-    lambda: quantize_leaf("w", jnp.zeros((size, size)), pj.quant.nf4(double_quant=False))
-  )
-
-  def net(x: jax.Array, weights: list[Any]) -> jax.Array:
-    for w in weights:
-      x = x + jnp.tanh(pj.einsum("ti,io->to", x, w))
-    return x.sum()
-
-  def temporaries(layers: int) -> int:
-    x = jax.ShapeDtypeStruct((32, size), jnp.float32)
-    compiled = jax.jit(jax.grad(net)).lower(x, [weight] * layers).compile()
-    stats: Any = compiled.memory_analysis()
-    return stats.temp_size_in_bytes
-
-  growth = (temporaries(8) - temporaries(2)) / 6 / (4 * size * size)
-  return found({"dense weights a layer": growth}, holds=growth < 0.5)
 
 
-@claim(
-  says="Paged optimizers keep their state in CPU memory and bring it to the GPU for the update: the"
-  " training is the same.",
-  measured_by="largest difference of the factors after 10 steps with and without optim.paged, over"
-  " the largest entry, and the share of the state's bytes in host memory",
-  holds_if="under 1e-4 (the programs round differently), and over 99 %",
-  expected=HOLDS,
+paged_is_the_same = by_test(
+  "qlora.paged_is_the_same",
+  says="Paged optimizers keep their state in CPU memory and bring it to the GPU for the update: "
+  "the training is the same.",
+  tests=(
+    "tests/optim/paged_test.py::test_the_trajectory_is_the_same_bit_for_bit",
+    "tests/optim/paged_test.py::test_arrays_are_in_host_memory_and_scalars_are_not",
+  ),
 )
-def paged_is_the_same() -> Finding:
-  paged = pj.optim.paged(optax.adam(1e-3))
-  train, frozen = pj.partition(attached(), method().trainable(attached()))
-  rows = characters.batches("sentiment", 10, seed=0)
-
-  def run(tx: Any) -> tuple[Any, Any]:
-    now, state = train, tx.init(train)
-
-    @jax.jit
-    def step(now: Any, state: Any, batch: jax.Array) -> Any:
-      grads = jax.grad(lambda t: characters.loss("gelu", pj.combine(t, frozen), batch))(now)
-      updates, state = tx.update(grads, state, now)
-      return optax.apply_updates(now, updates), state
-
-    for batch in rows:
-      now, state = step(now, state, batch)
-    return now, state
-
-  (one, _), (two, state) = run(optax.adam(1e-3)), run(paged)
-  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
-  differ = max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in pairs)
-  leaves = jax.tree.leaves(state)
-  away = sum(x.nbytes for x in leaves if "host" in str(x.sharding.memory_kind))
-  share = away / sum(x.nbytes for x in leaves)
-  return found(
-    {"difference": differ, "share in host memory": share}, holds=differ < 1e-4 and share > 0.99
-  )
 
 
-@claim(
+paged_when_needed = by_test(
+  "qlora.paged_when_needed",
   says="When GPU memory runs short, the state is paged out automatically, and back on demand.",
-  measured_by="optim.decide_paging of a compiled step, on a device with twice what it needs, and"
-  " with half",
-  holds_if="it pages only where memory is short, and during the step; mended if before it",
-  expected=CORRECTED,
+  tests=("tests/optim/paged_test.py::test_paging_is_decided_by_what_the_program_needs",),
+  verdict=CORRECTED,
+  correction="here it is decided before the first step, from the compiled program, and then is"
+  " part of every update; on-demand paging is CUDA's unified memory",
 )
-def paged_when_needed() -> Finding:
-  train, frozen = pj.partition(attached(), method().trainable(attached()))
-  rows = characters.batches("sentiment", 1, seed=0)[0]
-  loss = lambda t: characters.loss("gelu", pj.combine(t, frozen), rows)
-  compiled = jax.jit(jax.grad(loss)).lower(train).compile()
-  stats: Any = compiled.memory_analysis()
-  needed = sum(
-    getattr(stats, f"{part}_size_in_bytes")
-    for part in ("argument", "output", "temp", "generated_code")
-  )
-  decide = lambda size: pj.optim.decide_paging(compiled, jax.devices()[0], int(size))[0]
-  short, ample = decide(needed / 2), decide(2 * needed)
-  return found(
-    {"pages at half": short, "pages at double": ample, "pages during a step": False},
-    holds=False,
-    mended=short and not ample,
-    correction="here it is decided before the first step, from the compiled program, and then is"
-    " part of every update; on-demand paging is CUDA's unified memory",
-  )
 
 
 CLAIMS = (

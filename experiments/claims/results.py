@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.tables import cells, trials
-from experiments.tables.trials import Trial
+from ml_collections import ConfigDict
 
-FOLDER = Path(__file__).parents[1] / "results"
+from experiments.sweeping import trials
+from experiments.tables import cells, qlora_vs_lora, runs
+from experiments.tables.runs import Overrides, Row
+
+FOLDER = Path(__file__).parents[1] / "results" / "tables"
 
 
 def rows(name: str) -> dict[str, dict[str, Any]]:
-  """The rows of a table by cell.
+  """The rows of a table of cells by name.
 
   Raises:
     ValueError: if there are none.
@@ -24,35 +27,26 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
   return found
 
 
-def runs(table: str, wanted: Iterable[Trial]) -> dict[Trial, list[dict[str, Any]]]:
-  """The rows of a table of runs by trial, a seed each.
-
-  Raises:
-    ValueError: one is missing, or of another config than the table asks for.
-  """
-  wanted, file = list(wanted), FOLDER / f"{trials.RESULTS}.jsonl"
-  missing = [cell.name for cell in cells.left(trials.cells(wanted, FOLDER), file)]
-  if missing:
-    rest = f" and {len(missing) - 1} more" if missing[1:] else ""
-    raise ValueError(
-      f"no result of {missing[0]!r}{rest}: `python -m experiments.tables {table}` computes it"
-    )
-  return trials.by_trial(wanted, list(cells.rows(file).values()))
+def classifier(table: str, wanted: Sequence[Overrides]) -> list[list[Row]]:
+  """The runs of a table of the classifier: of each trial the rows, a seed each."""
+  return runs.by_trial(_runs(table, runs.CLASSIFIER, runs.sweep(wanted)))
 
 
 def perplexity(base: str, when: str, part: str) -> dict[int, float]:
-  """By seed, of table qlora_vs_lora: "before" or "after", on "test" or "other".
+  """By seed, of table qlora_vs_lora: "before" or "metrics", on "test" or "other"."""
+  name = qlora_vs_lora.RESULTS
+  found = qlora_vs_lora.by_base(_runs(name, name, qlora_vs_lora.get_config()))
+  return {row["config"]["seed"]: row[when][part]["perplexity"] for row in found[base]}
 
-  Raises:
-    ValueError: if it has no run over that base.
-  """
-  found = {
-    row["seed"]: row[when][part]["perplexity"]
-    for name, row in rows("qlora_vs_lora").items()
-    if name == f"{base}-{row['seed']}"
-  }
-  if not found:
+
+def _runs(table: str, file: str, sweep: ConfigDict) -> list[Row]:
+  """ValueError if one is missing."""
+  listed = trials.expand(sweep)
+  found = runs.found(listed, FOLDER / f"{file}.jsonl")
+  missing = [one.id for one, row in zip(listed, found, strict=True) if row is None]
+  if missing:
     raise ValueError(
-      f"no result of '{base}-0': `python -m experiments.tables qlora_vs_lora` computes it"
+      f"{len(missing)} runs have no result, {missing[0]} the first: `python -m experiments.tables "
+      f"{table}` computes them"
     )
-  return found
+  return [row for row in found if row]

@@ -33,7 +33,7 @@ METHODS: Mapping[str, Callable[[], Any]] = {
 RATES = {"lora": 2e-3, "adalora": 5e-3, "full": 2e-4}
 
 
-class Run(NamedTuple):
+class Trained(NamedTuple):
   """A fine-tuned model.
 
   Attributes:
@@ -66,7 +66,7 @@ def step(tx: Any, train: Any, frozen: Any, state: Any, rows: Classes) -> Any:
 
 
 @functools.cache
-def minilm(name: str) -> Run:
+def minilm(name: str) -> Trained:
   """The run of a method."""
   method = METHODS[name]()
   start = method.attach(jax.random.key(0), sample_models.minilm()[1])
@@ -83,7 +83,7 @@ def minilm(name: str) -> Run:
       weights.append({path: leaves[path] for path in allocator.kept})
       history.append({path: np.asarray(on) for path, on in allocator.kept.items()})
       budgets.append(int(allocator.budget))
-  return Run(start, pj.combine(train, frozen), mask, state, weights, history, budgets)
+  return Trained(start, pj.combine(train, frozen), mask, state, weights, history, budgets)
 
 
 class Training(NamedTuple):

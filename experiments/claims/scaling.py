@@ -10,7 +10,7 @@ import numpy as np
 
 import peftjax as pj
 from experiments.claims import characters
-from experiments.claims.claim import FAILS, HOLDS, Finding, claim, found
+from experiments.claims.claim import FAILS, Finding, by_test, claim, found
 
 RANKS = (2, 8, 32, 128)
 RATES = tuple(1e-3 * 2.0**i for i in range(7))  # 1e-3 to 6.4e-2
@@ -112,24 +112,11 @@ def alpha_is_rank() -> Finding:
   )
 
 
-@claim(
+alpha_over_rank = by_test(
+  "scaling.alpha_over_rank",
   says="The branch is scaled by α/r.",
-  measured_by="the scale of pj.lora's leaves at r = 4 and 16, α = 16; and with rslora=True",
-  holds_if="16/4 and 16/16 by default (rsLoRA: 16/√r)",
-  expected=HOLDS,
+  tests=("tests/methods/lora_test.py::test_the_scale_is_alpha_over_the_rank_or_its_root",),
 )
-def alpha_over_rank() -> Finding:
-  scale = lambda rank, rslora: float(
-    pj.lora(rank=rank, alpha=16, rslora=rslora, targets=["w"])
-    .attach(jax.random.key(0), {"w": jax.numpy.zeros((32, 32))})["w"]
-    .scale
-  )
-  numbers = {
-    f"r = {rank}{', rsLoRA' if rslora else ''}": scale(rank, rslora)
-    for rslora in (False, True)
-    for rank in (4, 16)
-  }
-  return found(numbers, holds=list(numbers.values()) == [4.0, 1.0, 8.0, 4.0])
 
 
 CLAIMS = (alpha_over_rank, alpha_is_rank)

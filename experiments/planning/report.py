@@ -2,8 +2,8 @@
 
   python -m experiments.planning.report
 
-The picture has of the plans in experiments/results/plan.jsonl those that differ in one thing alone:
-the model, the rank, the length of a row or the devices.
+The picture has of the plans in experiments/results/plans/plan.jsonl those that differ in one thing
+alone: the model, the rank, the length of a row or the devices.
 """
 
 import json
@@ -17,7 +17,7 @@ from absl import app, flags
 from experiments import runtime
 from experiments.planning.chips import GIB
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "results" / "plans"
 PLANS = flags.DEFINE_string("plans", str(RESULTS / "plan.jsonl"), "What --out of plans wrote.")
 PICTURE = flags.DEFINE_string("picture", str(RESULTS / "plan_growth.png"), "Where to draw it.")
 

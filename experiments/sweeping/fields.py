@@ -9,6 +9,7 @@ from typing import Any
 from peftjax.io.records import clip
 from peftjax.training import resume
 
+_WORDS = {"data.name": "dataset:"}  # where the last part of a path says too little
 # What a sweep compares. Trials that differ in anything else answer different questions.
 _COMPARED = ("method.", "optimizer.")
 
@@ -38,8 +39,9 @@ def question(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label(config: Mapping[str, Any], paths: Iterable[str]) -> str:
-  """Some fields for people: `target_rank 4, gamma 0.1`; of a base its argument."""
-  given = [(path.rpartition(".")[2], config[path]) for path in paths if path in config]
+  """Some fields for people: `target rank 4, gamma 0.1`; of a base its argument."""
+  word = lambda path: _WORDS.get(path, path.rpartition(".")[2].replace("_", " "))
+  given = [(word(path), config[path]) for path in paths if path in config]
   shown = (
     x.partition(":")[2] if name == "base" else f"{name} {clip(x, 80, quote=False)}"
     for name, x in given

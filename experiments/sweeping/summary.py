@@ -14,8 +14,17 @@ from experiments.sweeping.folder import Folder
 from peftjax.training.logs import write_atomic
 
 _KEPT = (
-  *("method", "seed", "metrics", "trainable_params", "total_params", "ranks", "best_step"),
-  *("steps", "seconds", "together", "device", "commit", "config"),
+  *(
+    "method",
+    "seed",
+    "before",
+    "metrics",
+    "trainable_params",
+    "total_params",
+    "ranks",
+    "best_step",
+  ),
+  *("best_step", "steps", "seconds", "together", "device", "commit", "config"),
 )
 _STYLES = {"done": "green", "failed": "red", "running": "bold"}
 Listed = Mapping[str, Mapping[str, Any]]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import peftjax as pj
+from experiments.benchmarks.shapes import llama as llama_config
 from peftjax.core.layout import Axes, Layout, Site
 from peftjax.models import bert, gpt2, llama
 
@@ -97,30 +98,9 @@ def _gpt2(
   return Abstract(params, {**layout, **apart})
 
 
-def _llama(
-  width: int, layers: int, ffn: int, vocab: int = 32000, kv_heads: int | None = None
-) -> Abstract:
+def _llama(*sizes: int, **others: int) -> Abstract:
   """Touvron et al. 2023 (table 2) and, with fewer heads of keys, Llama 3."""
-  heads = width // 128
-  config = llama.LlamaConfig(
-    vocab=vocab,
-    width=width,
-    layers=layers,
-    heads=heads,
-    kv_heads=kv_heads or heads,
-    head_size=128,
-    ffn=ffn,
-    positions=2048,
-    eps=1e-6,
-    theta=10_000.0,
-    rope_scaling=(),
-    window=None,
-    qkv_bias=False,
-    out_bias=False,
-    ffn_bias=False,
-    tied=False,
-    scan_layers=True,
-  )
+  config = llama.LlamaConfig.from_hf(llama_config(*sizes, **others), scan_layers=True)
   return _init(llama.LlamaForCausalLM(config))
 
 
@@ -225,9 +205,10 @@ MODELS: Mapping[str, Callable[[], Abstract]] = {
   "GPT-2 M": lambda: _gpt2(1024, 24, 16, scan=False),  # a row trains two layers of it
   "GPT-2 L": lambda: _gpt2(1280, 36, 20),
   "GPT-3 175B": lambda: _gpt2(12288, 96, 96, 2048),
-  "LLaMA-7B": lambda: _llama(4096, 32, 11008),
-  "LLaMA-13B": lambda: _llama(5120, 40, 13824),
-  "LLaMA3-8B": lambda: _llama(4096, 32, 14336, 128256, 8),
+  "LLaMA-7B": lambda: _llama(4096, 32, 32, 11008),
+  "LLaMA-13B": lambda: _llama(5120, 40, 40, 13824),
+  "LLaMA-65B": lambda: _llama(8192, 80, 64, 22016),
+  "LLaMA3-8B": lambda: _llama(4096, 32, 32, 14336, vocab=128_256, kv_heads=8),
   "DeBERTaV3-base": lambda: _tree(12, _deberta(768), 768, _ENCODER),
   "DeBERTaV2-XXL": lambda: _tree(48, _deberta(1536)),
   "BART-large": lambda: _tree(12, _bart(1024), 1024, _HALVES),

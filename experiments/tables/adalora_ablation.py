@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from configs import classify
-from experiments.tables import trials
-from experiments.tables.cells import Cell
-from experiments.tables.methods import accuracy, adalora, lora_all
-from experiments.tables.report import Report, mean
-from experiments.tables.trials import Trial, trial
+from ml_collections import ConfigDict
 
-RESULTS = trials.RESULTS
+from configs import classify
+from experiments.tables.methods import adalora, lora_all
+from experiments.tables.report import Report, mean
+from experiments.tables.runs import (
+  CLASSIFIER,
+  HEADER,
+  Overrides,
+  Row,
+  accuracy,
+  by_trial,
+  sweep,
+  trial,
+)
+
+RESULTS = CLASSIFIER
 BUDGET = 2
 DATA = "sentiment"
 
@@ -21,7 +29,7 @@ DATA = "sentiment"
 _PAIRS: dict[str, Any] = {"form": "lora", "learning_rate": classify.LEARNING_RATES["lora"]}
 
 
-def _unpruned(**changes: Any) -> Trial:
+def _unpruned(**changes: Any) -> Overrides:
   return trial(DATA, "adalora", target_rank=float(BUDGET), rank=BUDGET, **changes)
 
 
@@ -44,24 +52,20 @@ VARIANTS = (
 )
 
 
-def wanted() -> list[Trial]:
-  return [one for _, one, _ in VARIANTS]
+def get_config() -> ConfigDict:
+  return sweep(one for _, one, _ in VARIANTS)
 
 
-def cells(folder: Path) -> list[Cell]:
-  return trials.cells(wanted(), folder)
-
-
-def table(rows: list[dict[str, Any]]) -> Report:
-  found = trials.by_trial(wanted(), rows)
-  whole = found[adalora(DATA, BUDGET)]
+def table(rows: list[Row]) -> Report:
+  scores = [[*map(accuracy, own)] for own in by_trial(rows)]
+  names = [name for name, _, _ in VARIANTS]
+  whole = scores[names.index("AdaLoRA")]
   lines = []
-  for name, one, printed in VARIANTS:
-    own = [accuracy(row) for row in found[one]]
-    apart = [score - accuracy(row) for score, row in zip(own, whole, strict=True)]
+  for (name, _, printed), own in zip(VARIANTS, scores, strict=True):
+    apart = [score - other for score, other in zip(own, whole, strict=True)]
     lines.append([name, mean(own), mean(apart, "+.2f"), printed])
   columns = ["variant", "accuracy", "- AdaLoRA, by seed", "t. 4, 5 (SST-2)"]
-  title = f"Test accuracy on {DATA}, %, all linear layers, budget {BUDGET}. {trials.HEADER}."
+  title = f"Test accuracy on {DATA}, %, all linear layers, budget {BUDGET}. {HEADER}."
   return Report(title, columns, lines, NOTES)
 
 

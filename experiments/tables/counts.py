@@ -17,7 +17,7 @@ WHOLE = {"model": r".*", "layers": r".*/layers(_\d+)?/.*"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Cell:
   """A number of a table.
 
   Attributes:

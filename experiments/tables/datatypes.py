@@ -32,6 +32,7 @@ from peftjax.training.loop import train_and_evaluate
 from peftjax.training.predict import Predictor, probabilities
 from peftjax.training.settings import from_config
 
+RESULTS = "datatypes"
 # Name, double quantisation, QLoRA's table 2.
 TYPES = (
   ("int8", False, None),
@@ -50,13 +51,13 @@ ROWS = 64  # of 256 tokens: held-out BBC news
 
 def cells(folder: Path) -> list[Cell]:
   made = []
-  for model, minutes in (("smollm2", 0.7), ("minilm", 0.2)):
-    score = functools.cache(functools.partial(_SCORES[model], folder))
-    made.append(Cell(f"{model}-dense", functools.partial(_dense, model, score), minutes + 3))
+  for model, load in _SCORES.items():
+    score = functools.cache(functools.partial(load, folder))
+    made.append(Cell(f"{model}-dense", functools.partial(_dense, model, score)))
     for (name, double, paper), block in itertools.product(TYPES, BLOCKS):
       fmt = Format(name, block, double)
       label = f"{model}-{name}{'-dq' if double else ''}-{block}"
-      made.append(Cell(label, functools.partial(_quantised, model, score, fmt, paper), minutes))
+      made.append(Cell(label, functools.partial(_quantised, model, score, fmt, paper)))
   return made
 
 

@@ -7,16 +7,26 @@ table 2) and of DeBERTaV3-base (Zhang et al. 2023, table 1).
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import plots
-from experiments.tables import trials
-from experiments.tables.cells import Cell
-from experiments.tables.report import Report, mean
-from experiments.tables.trials import Trial, trial
+from ml_collections import ConfigDict
 
-RESULTS = trials.RESULTS
+from experiments import plots
+from experiments.tables.report import Report, mean
+from experiments.tables.runs import (
+  CLASSIFIER,
+  HEADER,
+  Overrides,
+  Row,
+  accuracy,
+  by_trial,
+  sweep,
+  trial,
+)
+
+RESULTS = CLASSIFIER
 CORPORA = ("sentiment", "bbc")
 
 
@@ -24,7 +34,7 @@ class Line(NamedTuple):
   """A method by name, its trial on a corpus, and what the papers print."""
 
   name: str
-  of: Any
+  of: Callable[[str], Overrides]
   lora: str = ""
   adalora: str = ""
 
@@ -49,35 +59,32 @@ LINES = (
 )
 
 
-def adapter(data: str, placement: str, size: int, *, learning_rate: float | None = None) -> Trial:
+def adapter(
+  data: str, placement: str, size: int, *, learning_rate: float | None = None
+) -> Overrides:
   return trial(data, "adapters", learning_rate=learning_rate, placement=placement, size=size)
 
 
-def lora_all(data: str, rank: int) -> Trial:
+def lora_all(data: str, rank: int) -> Overrides:
   return trial(data, "lora", targets=("all-linear",), rank=rank, dropout=0.0)
 
 
-def adalora(data: str, budget: int, **changes: Any) -> Trial:
+def adalora(data: str, budget: int, **changes: Any) -> Overrides:
   """From 1.5 times the budget a matrix, at least one more, down to it; `changes` as of `trial`."""
   rank = max(budget + 1, budget * 3 // 2)
   return trial(data, "adalora", target_rank=float(budget), rank=rank, **changes)
 
 
-def wanted() -> list[Trial]:
-  return [line.of(data) for data in CORPORA for line in LINES]
+def get_config() -> ConfigDict:
+  return sweep(line.of(data) for line in LINES for data in CORPORA)
 
 
-def cells(folder: Path) -> list[Cell]:
-  return trials.cells(wanted(), folder)
-
-
-def table(rows: list[dict[str, Any]]) -> Report:
-  found = trials.by_trial(wanted(), rows)
-  lines = []
-  for line in LINES:
-    own = {data: found[line.of(data)] for data in CORPORA}
-    scores = [[accuracy(row) for row in own[data]] for data in CORPORA]
-    trained = own["sentiment"][0]["trainable_params"]
+def table(rows: list[Row]) -> Report:
+  found, lines = by_trial(rows), []
+  for i, line in enumerate(LINES):
+    own = found[2 * i : 2 * i + 2]
+    scores = [[*map(accuracy, each)] for each in own]
+    trained = own[0][0]["trainable_params"]
     of_means, of_medians = (
       f"{statistics.mean(map(rule, scores)):.2f}" for rule in (statistics.mean, statistics.median)
     )
@@ -86,10 +93,10 @@ def table(rows: list[dict[str, Any]]) -> Report:
     )
   columns = ["method", "trained", *CORPORA]
   columns += ["medians", "LoRA t. 2", "means", "AdaLoRA t. 1"]
-  return Report(f"Test accuracy, %. {trials.HEADER}.", columns, lines, NOTES)
+  return Report(f"Test accuracy, %. {HEADER}.", columns, lines, NOTES)
 
 
-def pictures(rows: list[dict[str, Any]], folder: Path) -> None:
+def pictures(rows: list[Row], folder: Path) -> None:
   plots.pareto(rows, folder / "methods_pareto.png")
 
 
@@ -100,8 +107,3 @@ NOTES = (
   "LoRA q,v and DoRA have a dropout of 0.1, all other methods none of their own.",
   "medians, means: over the seeds, averaged over the tasks, as LoRA's and AdaLoRA's table do it.",
 )
-
-
-def accuracy(row: dict[str, Any]) -> float:
-  """Of the test split, in percent."""
-  return 100 * row["metrics"]["test"]["accuracy"]

@@ -16,9 +16,11 @@ from experiments.tables.cells import Cell
 from experiments.tables.printed_counts import ROWS
 from experiments.tables.report import Report
 
+RESULTS = "parameters"
+
 
 def cells(folder: Path) -> list[Cell]:
-  return [Cell(row.cell, row.run, 0.01) for row in ROWS]
+  return [Cell(row.cell, row.run) for row in ROWS]
 
 
 def table(rows: list[dict[str, Any]]) -> Report:

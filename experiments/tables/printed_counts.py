@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 
 import peftjax as pj
-from experiments.tables.counts import Row
+from experiments.tables.counts import Cell
 
 QV = ("query", "value")
 ATTENTION = (*QV, "key", r".*/attention/output/dense/kernel")
@@ -29,7 +29,7 @@ def _adapters(size: int, placement: str) -> pj.Method:
   return pj.adapters(size, placement, norms=False)
 
 
-def _of_lora() -> list[Row]:
+def _of_lora() -> list[Cell]:
   """Hu et al. 2021, arXiv 2106.09685v2."""
   t2, t3, t4, t5 = (f"LoRA table {i}" for i in (2, 3, 4, 5))
   base, large, gpt3 = "RoBERTa-base", "RoBERTa-large", "GPT-3 175B"
@@ -37,20 +37,20 @@ def _of_lora() -> list[Row]:
   out = r".*/attn/c_proj/kernel"
   rank_4 = "r = 4 of table 11; the PreLayer row prints the same number"
   made = [
-    Row(t2, base, "FT", "125.0M", pj.unfreeze(".*"), nominal, off="nominal"),
-    Row(t2, base, "BitFit", "0.1M", pj.unfreeze(".*/bias")),
-    Row(t2, base, "LoRA", "0.3M", _lora(8)),
-    Row(t2, large, "FT", "355.0M", pj.unfreeze(".*"), nominal, off="nominal"),
-    Row(t2, large, "LoRA", "0.8M", _lora(8)),
-    Row(
+    Cell(t2, base, "FT", "125.0M", pj.unfreeze(".*"), nominal, off="nominal"),
+    Cell(t2, base, "BitFit", "0.1M", pj.unfreeze(".*/bias")),
+    Cell(t2, base, "LoRA", "0.3M", _lora(8)),
+    Cell(t2, large, "FT", "355.0M", pj.unfreeze(".*"), nominal, off="nominal"),
+    Cell(t2, large, "LoRA", "0.8M", _lora(8)),
+    Cell(
       t2, "DeBERTaV2-XXL", "LoRA", "4.7M", _lora(8), meant=("r = 16, as in the scripts", _lora(16))
     ),
-    Row(t3, "GPT-2 M", "FT", "354.92M", pj.unfreeze(".*"), "one digit is off: 354.82M"),
-    Row(t3, "GPT-2 M", "FT-Top2", "25.19M", pj.unfreeze(r".*/layers_2[23]/.*")),
-    Row(t3, "GPT-2 M", "LoRA", "0.35M", _lora(4), rank_4),
-    Row(t3, "GPT-2 L", "FT", "774.03M", pj.unfreeze(".*")),
-    Row(t3, "GPT-2 L", "LoRA", "0.77M", _lora(4), rank_4),
-    Row(
+    Cell(t3, "GPT-2 M", "FT", "354.92M", pj.unfreeze(".*"), "one digit is off: 354.82M"),
+    Cell(t3, "GPT-2 M", "FT-Top2", "25.19M", pj.unfreeze(r".*/layers_2[23]/.*")),
+    Cell(t3, "GPT-2 M", "LoRA", "0.35M", _lora(4), rank_4),
+    Cell(t3, "GPT-2 L", "FT", "774.03M", pj.unfreeze(".*")),
+    Cell(t3, "GPT-2 L", "LoRA", "0.77M", _lora(4), rank_4),
+    Cell(
       t4,
       gpt3,
       "FT",
@@ -59,7 +59,7 @@ def _of_lora() -> list[Row]:
       "more than its 96 layers and its tables; it is not said what",
       off="unexplained",
     ),
-    Row(
+    Cell(
       t4,
       gpt3,
       "BitFit",
@@ -68,15 +68,15 @@ def _of_lora() -> list[Row]:
       "12 vectors of 12,288 a layer, which has 11",
       off="unexplained",
     ),
-    Row(
+    Cell(
       t4, gpt3, "PreEmbed, 256 + 8 tokens", "3.2M", pj.prompt(264, init="normal"), "length inferred"
     ),
-    Row(t4, gpt3, "AdapterH, size 1", "7.1M", _adapters(1, "houlsby"), "size inferred"),
-    Row(t4, gpt3, "AdapterH, size 8", "40.1M", _adapters(8, "houlsby"), "size inferred"),
-    Row(t4, gpt3, "LoRA, r = 1", "4.7M", _lora(1)),
-    Row(t4, gpt3, "LoRA, r = 8", "37.7M", _lora(8)),
+    Cell(t4, gpt3, "AdapterH, size 1", "7.1M", _adapters(1, "houlsby"), "size inferred"),
+    Cell(t4, gpt3, "AdapterH, size 8", "40.1M", _adapters(8, "houlsby"), "size inferred"),
+    Cell(t4, gpt3, "LoRA, r = 1", "4.7M", _lora(1)),
+    Cell(t4, gpt3, "LoRA, r = 8", "37.7M", _lora(8)),
     *(
-      Row(t5, gpt3, f"{name}, r = {rank}", "18M", _lora(rank, *targets))
+      Cell(t5, gpt3, f"{name}, r = {rank}", "18M", _lora(rank, *targets))
       for name, rank, targets in (
         ("Wq", 8, ("query",)),
         ("Wk", 8, ("key",)),
@@ -96,18 +96,18 @@ def _of_lora() -> list[Row]:
   ):
     note = "a whole million" if size == 64 else ""
     method = _adapters(size, placement)
-    made.append(Row(t2, large, f"{name}, size {size}", printed, method, note, off="nominal"))
+    made.append(Cell(t2, large, f"{name}, size {size}", printed, method, note, off="nominal"))
   return made
 
 
-def _of_adalora() -> list[Row]:
+def _of_adalora() -> list[Cell]:
   """Zhang et al. 2023, arXiv 2303.10512; six matrices a layer, as the scripts have it."""
   t1, t2, t3 = (f"AdaLoRA table {i}" for i in (1, 2, 3))
   base, bart, six = "DeBERTaV3-base", "BART-large", (*ATTENTION, *FFN)
   five = (*QV, "key", *FFN)
   made = [
-    Row(t1, base, "Full FT", "184M", pj.unfreeze(".*")),
-    Row(t1, base, "BitFit", "0.1M", pj.unfreeze(".*/bias")),
+    Cell(t1, base, "Full FT", "184M", pj.unfreeze(".*")),
+    Cell(t1, base, "BitFit", "0.1M", pj.unfreeze(".*/bias")),
   ]
   for size, houlsby, pfeiffer in (
     (32, "1.22M", "1.18M"),
@@ -116,8 +116,8 @@ def _of_adalora() -> list[Row]:
   ):
     note = "1.20M by the paper's own d = 32" if size == 32 else ""
     made += [
-      Row(t1, base, f"HAdapter, d = {size}", houlsby, _adapters(size, "houlsby"), note),
-      Row(t1, base, f"PAdapter, d = {2 * size}", pfeiffer, _adapters(2 * size, "pfeiffer")),
+      Cell(t1, base, f"HAdapter, d = {size}", houlsby, _adapters(size, "houlsby"), note),
+      Cell(t1, base, f"PAdapter, d = {2 * size}", pfeiffer, _adapters(2 * size, "pfeiffer")),
     ]
   for rank, lora, adalora in ((8, "1.33M", "1.27M"), (2, "0.33M", "0.32M")):
     evenly = pj.adalora(rank, target_rank=None, targets=six)
@@ -126,15 +126,15 @@ def _of_adalora() -> list[Row]:
       "figure 3 shows more"
     )
     made += [
-      Row(t1, base, f"LoRA, r = {rank}", lora, _lora(rank, *six)),
-      Row(t1, base, f"AdaLoRA, b = {72 * rank}", adalora, evenly, note, off="learned"),
+      Cell(t1, base, f"LoRA, r = {rank}", lora, _lora(rank, *six)),
+      Cell(t1, base, f"AdaLoRA, b = {72 * rank}", adalora, evenly, note, off="learned"),
     ]
   label = "a label for a budget, not a count"
   for rank, printed in ((1, "0.08%"), (2, "0.16%"), (4, "0.32%"), (8, "0.65%")):
     meant = ("five matrices, which the text lists", _lora(rank, *five))
     off = "nominal" if rank == 8 else "misprint"
     made += [
-      Row(
+      Cell(
         t2,
         base,
         f"HAdapter, d = {4 * rank}",
@@ -143,7 +143,7 @@ def _of_adalora() -> list[Row]:
         label,
         off="nominal",
       ),
-      Row(
+      Cell(
         t2,
         base,
         f"PAdapter, d = {8 * rank}",
@@ -152,17 +152,17 @@ def _of_adalora() -> list[Row]:
         label,
         off="nominal",
       ),
-      Row(t2, base, f"LoRA, r = {rank}", printed, _lora(rank, *six), label, meant=meant, off=off),
+      Cell(t2, base, f"LoRA, r = {rank}", printed, _lora(rank, *six), label, meant=meant, off=off),
     ]
   for rank, printed in ((16, "2.20%"), (8, "1.10%"), (2, "0.26%"), (1, "0.13%")):
     note = "the rank is inferred; the scripts have 8 and 2"
     made.append(
-      Row(t3, bart, f"LoRA, r = {rank}", printed, _lora(rank, *BART), note, off="unexplained")
+      Cell(t3, bart, f"LoRA, r = {rank}", printed, _lora(rank, *BART), note, off="unexplained")
     )
   return made
 
 
-def _of_dora() -> list[Row]:
+def _of_dora() -> list[Cell]:
   """Liu et al. 2024, arXiv 2402.09353; of all parameters, the new ones included."""
   made = []
   for model, lora, half, dora in (
@@ -173,19 +173,19 @@ def _of_dora() -> list[Row]:
     meant = (
       ("LoRA of r = 16, without magnitudes", _lora(16, *DORA)) if model == "LLaMA3-8B" else None
     )
-    share = functools.partial(Row, "DoRA table 1", model, of="all")
+    share = functools.partial(Cell, "DoRA table 1", model, of="all")
     made += [
       share("LoRA, r = 32", lora, _lora(32, *DORA)),
       share("DoRA†, r = 16", half, pj.dora(16, targets=DORA), meant=meant),
       share("DoRA, r = 32", dora, pj.dora(32, targets=DORA)),
     ]
-  share = functools.partial(Row, "DoRA table 5", "LLaMA-7B", of="all")
+  share = functools.partial(Cell, "DoRA table 5", "LLaMA-7B", of="all")
   made.append(share("LoRA, r = 64", "2.31%", _lora(64, "all-linear")))
   made.append(share("DoRA, r = 64", "2.33%", pj.dora(64, targets="all-linear")))
   return made
 
 
-def _of_vera() -> list[Row]:
+def _of_vera() -> list[Cell]:
   """Kopiczko et al. 2024, arXiv 2310.11454; table 4's LoRA is QLoRA's setting."""
   made = []
   for model, printed in (
@@ -195,17 +195,17 @@ def _of_vera() -> list[Row]:
   ):
     for rank, number in zip((1, 16, 256), printed, strict=True):
       method = _lora(rank, "query", "key")
-      made.append(Row("VeRA table 1", model, f"LoRA, r = {rank}", number, method))
+      made.append(Cell("VeRA table 1", model, f"LoRA, r = {rank}", number, method))
   for model, number in (("LLaMA-7B", "159.9M"), ("LLaMA-13B", "250.3M")):
-    made.append(Row("VeRA table 4", model, "LoRA, r = 64", number, _lora(64, "all-linear")))
+    made.append(Cell("VeRA table 4", model, "LoRA, r = 64", number, _lora(64, "all-linear")))
   return made
 
 
-def _of_others() -> list[Row]:
+def _of_others() -> list[Cell]:
   """Liu et al. 2022 (IA3), He et al. 2021, Houlsby et al. 2019, Ben Zaken et al. 2021."""
   norms = pj.unfreeze(r".*norm/scale")
   every = _lora(4, "q", "k", "v", "o", "wi_0", "wi_1", "wo")
-  t4 = functools.partial(Row, "IA3 table 4", "T0-3B")
+  t4 = functools.partial(Cell, "IA3 table 4", "T0-3B")
   pfeiffer = _adapters(600, "pfeiffer")
   layers = "a share of the layers, without embeddings"
   return [
@@ -218,9 +218,9 @@ def _of_others() -> list[Row]:
       every,
       meant=("with LayerNorms, as in the release", pj.chain(every, norms)),
     ),
-    Row("He table 2", "RoBERTa-base", "BitFit", "0.1%", pj.unfreeze(".*/bias")),
-    Row("He table 6", "BART-large", "Pfeiffer, r = 600", "7.2%", pfeiffer),
-    Row(
+    Cell("He table 2", "RoBERTa-base", "BitFit", "0.1%", pj.unfreeze(".*/bias")),
+    Cell("He table 6", "BART-large", "Pfeiffer, r = 600", "7.2%", pfeiffer),
+    Cell(
       "He table 6",
       "BART-large",
       "LoRA (ffn), r = 102",
@@ -228,7 +228,7 @@ def _of_others() -> list[Row]:
       _lora(102, "fc1", "fc2"),
       meant=("the row of the Pfeiffer adapters", pfeiffer),
     ),
-    Row(
+    Cell(
       "He table 6",
       "BART-large",
       "Parallel, r = 1024",
@@ -237,8 +237,8 @@ def _of_others() -> list[Row]:
       "12.39 % without biases, which would be cut to 12.3",
       off="unexplained",
     ),
-    Row("BitFit release", "BERT-large", "BitFit", "0.08%", pj.unfreeze(".*/bias")),
-    Row("Houlsby table 1", "BERT-large", "size 64", "2.1%", pj.adapters(64), layers, of="layers"),
+    Cell("BitFit release", "BERT-large", "BitFit", "0.08%", pj.unfreeze(".*/bias")),
+    Cell("Houlsby table 1", "BERT-large", "size 64", "2.1%", pj.adapters(64), layers, of="layers"),
   ]
 
 

@@ -7,19 +7,14 @@ is in float32, of one small model and of 60 steps, so only the differences down 
 
 from __future__ import annotations
 
-import functools
-import itertools
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
+from ml_collections import ConfigDict
 
-from configs import causal_lm
-from experiments.tables.cells import Cell
 from experiments.tables.report import Report, mean
-from peftjax.training.loop import train_and_evaluate
+from experiments.tables.runs import SEEDS, Row, by_trial, sweep
 
-SEEDS = (0, 1, 2)
+RESULTS = "qlora_vs_lora"
 STEPS = 60  # of 4 rows of 256 tokens
 EVAL_ROWS = 64  # of 256 tokens
 
@@ -53,51 +48,39 @@ BASES = (
 )
 
 
-def cells(folder: Path) -> list[Cell]:
-  made = []
-  for seed, base in itertools.product(SEEDS, BASES):
-    label = base.arg.replace("quant=", "").replace(",method=", "-") + f"-{seed}"
-    made.append(Cell(label, functools.partial(_train, base, seed, folder / label), 6.5))
-  return made
+def get_config() -> ConfigDict:
+  listed = (
+    {
+      "base": f"configs/causal_lm.py:model=smollm2,data=bbc,{base.arg}",
+      "quant.double_quant": base.double_quant,
+    }
+    for base in BASES
+  )
+  return sweep(listed, train={"steps": (STEPS,)}, data={"eval_rows": (EVAL_ROWS,)})
 
 
-def _train(base: Base, seed: int, workdir: Path) -> dict[str, Any]:
-  config = causal_lm.get_config(f"model=smollm2,data=bbc,{base.arg}")
-  config.seed, config.train.steps, config.data.eval_rows = seed, STEPS, EVAL_ROWS
-  config.quant.double_quant = base.double_quant
-  jax.clear_caches()  # the programs of the run before are of no use to this one
-  result = train_and_evaluate(config, workdir)
-  return {
-    "base": base.name,
-    "seed": seed,
-    "before": result["before"],
-    "after": {part: result["metrics"][part] for part in result["before"]},
-    "best_step": result["best_step"],
-    "trainable_params": result["trainable_params"],
-    "predicted_tokens": result["predicted_tokens"],
-    "config": result["config"],
-    "run_commit": result["commit"],
-  }
+def by_base(rows: list[Row]) -> dict[str, list[Row]]:
+  """The rows of each base, a seed each."""
+  return dict(zip((base.name for base in BASES), by_trial(rows), strict=True))
 
 
-def table(rows: list[dict[str, Any]]) -> Report:
+def table(rows: list[Row]) -> Report:
   """A line a base: mean and standard deviation over the seeds."""
-  dense = {
-    row["seed"]: row["after"]["test"]["perplexity"] for row in rows if row["base"] == "LoRA, dense"
-  }
+  found = by_base(rows)
+  score = lambda own, when, part: [row[when][part]["perplexity"] for row in own]
+  dense = score(found["LoRA, dense"], "metrics", "test")
   lines = []
   for base in BASES:
-    own = [row for row in rows if row["base"] == base.name]
-    value = lambda when, part, own=own: [row[when][part]["perplexity"] for row in own]
-    apart = [row["after"]["test"]["perplexity"] - dense[row["seed"]] for row in own]
+    own = found[base.name]
+    news = score(own, "metrics", "test")
     lines.append(
       [
         base.name,
-        mean(value("before", "test")),
-        mean(value("after", "test")),
-        mean(apart, "+.2f"),
-        mean(value("before", "other")),
-        mean(value("after", "other")),
+        mean(score(own, "before", "test")),
+        mean(news),
+        mean([a - b for a, b in zip(news, dense, strict=True)], "+.2f"),
+        mean(score(own, "before", "other")),
+        mean(score(own, "metrics", "other")),
         "" if base.glue is None else f"{base.glue}",
         f"{base.rouge}",
       ]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from ml_collections import ConfigDict
 
-from experiments.tables import trials
-from experiments.tables.cells import Cell
-from experiments.tables.methods import accuracy
 from experiments.tables.report import Report, mean
-from experiments.tables.trials import Trial
+from experiments.tables.runs import CLASSIFIER, HEADER, Row, accuracy, by_trial, sweep
 from experiments.tables.which_matrices import DATA, OUT, lora
 
-RESULTS = trials.RESULTS
+RESULTS = CLASSIFIER
 RANKS = (1, 4, 8, 64)
 # The matrices and what LoRA's table 6 prints of MultiNLI at these ranks.
 CHOICES = (
@@ -22,22 +18,18 @@ CHOICES = (
 )
 
 
-def wanted() -> list[Trial]:
-  return [lora(targets, rank) for rank in RANKS for _, targets, _ in CHOICES]
+def get_config() -> ConfigDict:
+  return sweep(lora(targets, rank) for _, targets, _ in CHOICES for rank in RANKS)
 
 
-def cells(folder: Path) -> list[Cell]:
-  return trials.cells(wanted(), folder)
-
-
-def table(rows: list[dict[str, Any]]) -> Report:
-  found = trials.by_trial(wanted(), rows)
-  lines = []
-  for name, targets, printed in CHOICES:
-    score = lambda rank, t=targets: mean([*map(accuracy, found[lora(t, rank)])])
-    lines.append([name, *map(score, RANKS), printed])
+def table(rows: list[Row]) -> Report:
+  scores = [mean([*map(accuracy, own)]) for own in by_trial(rows)]
+  lines = [
+    [name, *scores[i * len(RANKS) :][: len(RANKS)], printed]
+    for i, (name, _, printed) in enumerate(CHOICES)
+  ]
   columns = ["matrices", *(f"r={rank}" for rank in RANKS), "LoRA t. 6 (MultiNLI)"]
-  title = f"Test accuracy of LoRA on {DATA}, %, alpha 16 at every rank. {trials.HEADER}."
+  title = f"Test accuracy of LoRA on {DATA}, %, alpha 16 at every rank. {HEADER}."
   return Report(title, columns, lines, NOTES)
 
 

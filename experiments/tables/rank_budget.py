@@ -7,45 +7,39 @@ more.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from experiments import plots
-from experiments.tables import trials
-from experiments.tables.cells import Cell
-from experiments.tables.methods import accuracy, adalora, lora_all
+from experiments.tables.methods import adalora, lora_all
 from experiments.tables.report import Report, mean
-from experiments.tables.trials import Trial
+from experiments.tables.runs import CLASSIFIER, HEADER, Row, accuracy, by_trial, sweep
 
-RESULTS = trials.RESULTS
+RESULTS = CLASSIFIER
 BUDGETS = (1, 2, 4, 8)
 DATA = "sentiment"
 # Zhang et al. 2023, table 5, SST-2 at .08, .16, .32 and .65 % of the parameters.
 PRINTED = {"LoRA": ("94.38", "94.95", "", "94.95"), "AdaLoRA": ("95.64", "95.80", "96.10", "96.10")}
 
 
-def wanted() -> list[Trial]:
-  return [of(DATA, budget) for budget in BUDGETS for of in (lora_all, adalora)]
+def get_config() -> ConfigDict:
+  return sweep(of(DATA, budget) for budget in BUDGETS for of in (lora_all, adalora))
 
 
-def cells(folder: Path) -> list[Cell]:
-  return trials.cells(wanted(), folder)
-
-
-def table(rows: list[dict[str, Any]]) -> Report:
-  found = trials.by_trial(wanted(), rows)
-  lines = []
+def table(rows: list[Row]) -> Report:
+  found, lines = by_trial(rows), []
   for i, budget in enumerate(BUDGETS):
-    lora, ada = found[lora_all(DATA, budget)], found[adalora(DATA, budget)]
+    lora, ada = found[2 * i], found[2 * i + 1]
     apart = [accuracy(b) - accuracy(a) for a, b in zip(lora, ada, strict=True)]
     scores = [mean([accuracy(row) for row in own]) for own in (lora, ada)]
     printed = [values[i] for values in PRINTED.values()]
     lines.append([str(budget), *scores, mean(apart, "+.2f"), *printed])
   columns = ["budget", "LoRA", "AdaLoRA", "difference by seed", "LoRA, t. 5", "AdaLoRA, t. 5"]
-  title = f"Test accuracy on {DATA}, %, all linear layers. {trials.HEADER}."
+  title = f"Test accuracy on {DATA}, %, all linear layers. {HEADER}."
   return Report(title, columns, lines, NOTES)
 
 
-def pictures(rows: list[dict[str, Any]], folder: Path) -> None:
+def pictures(rows: list[Row], folder: Path) -> None:
   plots.pareto(rows, folder / "rank_budget_pareto.png")
   plots.ranks(rows, folder / "rank_budget_ranks.png")
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from ml_collections import ConfigDict
 
-from experiments.tables import trials
-from experiments.tables.cells import Cell
-from experiments.tables.methods import accuracy
 from experiments.tables.report import Report, mean
-from experiments.tables.trials import Trial, trial
+from experiments.tables.runs import (
+  CLASSIFIER,
+  HEADER,
+  Overrides,
+  Row,
+  accuracy,
+  by_trial,
+  sweep,
+  trial,
+)
 
-RESULTS = trials.RESULTS
+RESULTS = CLASSIFIER
 DATA = "sentiment"
 OUT = r".*/attention/output/dense/kernel"
 # The matrices, the rank that gives all lines one number of parameters, and what LoRA's table 5
@@ -27,27 +32,21 @@ CHOICES = (
 )
 
 
-def lora(targets: tuple[str, ...], rank: int) -> Trial:
+def lora(targets: tuple[str, ...], rank: int) -> Overrides:
   return trial(DATA, "lora", targets=targets, rank=rank, dropout=0.0)
 
 
-def wanted() -> list[Trial]:
-  return [lora(targets, rank) for _, targets, rank, _ in CHOICES]
+def get_config() -> ConfigDict:
+  return sweep(lora(targets, rank) for _, targets, rank, _ in CHOICES)
 
 
-def cells(folder: Path) -> list[Cell]:
-  return trials.cells(wanted(), folder)
-
-
-def table(rows: list[dict[str, Any]]) -> Report:
-  found = trials.by_trial(wanted(), rows)
+def table(rows: list[Row]) -> Report:
   lines = []
-  for name, targets, rank, printed in CHOICES:
-    own = found[lora(targets, rank)]
+  for (name, _, rank, printed), own in zip(CHOICES, by_trial(rows), strict=True):
     trained = own[0]["trainable_params"]
     lines.append([name, str(rank), f"{trained:,}", mean([*map(accuracy, own)]), printed])
   columns = ["matrices", "r", "trained", "accuracy", "LoRA t. 5 (MultiNLI)"]
-  title = f"Test accuracy of LoRA on {DATA}, %. {trials.HEADER}."
+  title = f"Test accuracy of LoRA on {DATA}, %. {HEADER}."
   return Report(title, columns, lines, NOTES)
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core.weight import Weight
+
+SKIPS_DROPOUT = (
+  "an adapter with dropout was used as a dense array, which would skip its dropout: the module "
+  "that reads it is none that peftjax.linen bridges.\n"
+  "Write dropout=0.0 for its method, or call peftjax.core.einsum.einsum in that module."
+)
 
 
 class Adapted(Weight):
@@ -31,6 +40,8 @@ class Adapted(Weight):
 
   # Children that a method trains.
   trained: ClassVar[frozenset[str]] = frozenset()
+  # Children with an axis of the rank, padded where layers or adapters differ in it: which one.
+  ranked: ClassVar[Mapping[str, int]] = {}
 
   rank = None
   key = None
@@ -42,6 +53,31 @@ class Adapted(Weight):
   def rates(self) -> Mapping[str, float]:
     """By how much children learn faster than the optimizer's rate, where they do."""
     return {}
+
+  @property
+  def width(self) -> int:
+    """The rank that the children are padded to; 0 without any."""
+    arrays = ((getattr(self, name), axis) for name, axis in self.ranked.items())
+    return next((x.shape[axis] for x, axis in arrays if x is not None), 0)
+
+  def of_width(self, width: int) -> Adapted:
+    """The same weight with its ranked children padded by zeros, or cut, to that."""
+
+    def fitted(x: jax.Array, axis: int) -> jax.Array:
+      more = [(0, 0)] * x.ndim
+      more[axis] = (0, max(0, width - x.shape[axis]))
+      return jax.lax.slice_in_dim(jnp.pad(x, more), 0, width, axis=axis)
+
+    given = {name: (getattr(self, name), axis) for name, axis in self.ranked.items()}
+    return self.replace(**{k: fitted(x, i) for k, (x, i) in given.items() if x is not None})
+
+  def ranked_size(self) -> int:
+    """Parameters of the ranked children that are here, padding left out."""
+    here = [(x, i) for name, i in self.ranked.items() if (x := getattr(self, name)) is not None]
+    if not isinstance(self.rank, (jax.Array, np.ndarray)):
+      return sum(math.prod(x.shape) for x, _ in here)
+    row = lambda x, axis: math.prod(x.shape) // max(self.rank.size * x.shape[axis], 1)
+    return sum(int(np.sum(self.rank)) * row(x, axis) for x, axis in here)
 
   def with_key(self, key: jax.Array, path: str) -> Adapted:
     """With a key of `dropout` for each layer; only asked of weights that have a rate."""

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import mesh
-from peftjax.core.fence import cast
 from peftjax.core.weight import Weight
 
 
@@ -22,7 +21,7 @@ def einsum(eqn: str, x: jax.Array, w: jax.Array | Weight) -> jax.Array:
   """
   if isinstance(w, Weight):
     return w.einsum(eqn, x)
-  return jnp.einsum(eqn, x, cast(w, x))
+  return jnp.einsum(eqn, x, w.astype(x.dtype))
 
 
 def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
@@ -48,7 +47,7 @@ def attend(w: jax.Array | Weight, x: jax.Array) -> jax.Array:
   """Logits `x Wᵀ`, `[..., V]`, of a tied `[V, D]` table, in the dtype of `x`."""
   if isinstance(w, Weight):
     return w.attend(x)
-  return jnp.einsum("...d,vd->...v", x, cast(w, x))
+  return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype))
 
 
 def split_subscripts(eqn: str) -> tuple[str, str, str]:

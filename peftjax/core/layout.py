@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec as P
 
 
 class Axes(NamedTuple):
@@ -14,6 +17,22 @@ class Axes(NamedTuple):
 
   def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[: len(shape) - len(self.ins) - len(self.outs)])
+
+  def as_kernel(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[*stack, out, in]` as a kernel of `shape`."""
+    groups = (*self.outs, *self.ins)
+    x = x.reshape(*self.stack(shape), *(shape[axis] for axis in groups))
+    order = [*range(len(shape) - len(groups)), *(len(shape) + axis for axis in groups)]
+    return x.transpose([order.index(i) for i in range(len(shape))])
+
+  def places(self, spec: P, ndim: int) -> tuple[tuple[Any, ...], Any, Any]:
+    """Where the stack, the inputs and the outputs of a kernel of `ndim` axes lie by its spec.
+
+    A flattened group of several axes lies as its first one; no axes of a group lie nowhere.
+    """
+    full = (*spec, *[None] * (ndim - len(spec)))
+    first = lambda group: full[group[0]] if group else None
+    return full[: ndim - len(self.ins) - len(self.outs)], first(self.ins), first(self.outs)
 
 
 class Site(NamedTuple):

@@ -53,7 +53,6 @@ def build(
   names = lambda targets: suffixes(targets, modules)
   config: dict[str, Any] = {
     "base_model_name_or_path": base_model or None,
-    "fan_in_fan_out": conv1d,
     "inference_mode": True,
     "modules_to_save": list(modules_to_save) or None,
     "peft_type": codec.kind,
@@ -61,6 +60,8 @@ def build(
     "task_type": task_type,
     **codec.constants,
   }
+  if "fan_in_fan_out" not in codec.lacks:
+    config["fan_in_fan_out"] = conv1d
   for field in next(iter(adapters.values())).fields:
     values = {module: x.fields[field] for module, x in adapters.items()}
     usual = Counter(values.values()).most_common(1)[0][0]

@@ -14,27 +14,30 @@ from peftjax.hf_peft.fields import VIRTUAL
 from peftjax.methods.codec import Codec, Common
 from peftjax.methods.registry import METHODS
 
-CODECS: tuple[Codec, ...] = tuple(m.codec for m in METHODS.values() if m.codec is not None)
+
+def codecs() -> tuple[Codec, ...]:
+  """Of all methods that have one."""
+  return tuple(method.codec for method in METHODS.values() if method.codec is not None)
 
 
 def codec_of(leaf: Any) -> Codec | None:
   """The codec of a parameter, by its very type; None if it is no adapter that PEFT knows."""
-  return next((codec for codec in CODECS if type(leaf) is codec.leaf), None)
+  return next((codec for codec in codecs() if type(leaf) is codec.leaf), None)
 
 
 def schema_of(kind: str) -> type[Common] | None:
   """The fields that are read of a `peft_type`; None if it is not read."""
-  return VIRTUAL.get(kind) or next((c.schema for c in CODECS if c.kind == kind), None)
+  return VIRTUAL.get(kind) or next((c.schema for c in codecs() if c.kind == kind), None)
 
 
 def kinds() -> list[str]:
   """Every `peft_type` that is read."""
-  return list(dict.fromkeys([*(codec.kind for codec in CODECS), *VIRTUAL]))
+  return list(dict.fromkeys([*(codec.kind for codec in codecs()), *VIRTUAL]))
 
 
 def reader_of(config: Common) -> Codec | None:
   """The codec that reads a config; None of prefixes and prompts."""
-  of_kind = (codec for codec in CODECS if codec.kind == config.peft_type)
+  of_kind = (codec for codec in codecs() if codec.kind == config.peft_type)
   return next((codec for codec in of_kind if codec.takes(config)), None)
 
 
@@ -57,4 +60,4 @@ def changes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def _first(kind: str) -> Codec | None:
-  return next((codec for codec in CODECS if codec.kind == kind), None)
+  return next((codec for codec in codecs() if codec.kind == kind), None)

@@ -97,7 +97,8 @@ class Plan:
 
   def adapted(self, site: Site) -> Module:
     """A targeted layer as its codec sees it."""
-    return Module(self.module(site), site.kind, *site.shape)
+    n_in, n_out = (1, *site.shape)[-2:]  # a bias has outputs alone
+    return Module(self.module(site), site.kind, n_in, n_out)
 
   def given(self, site: Site) -> list[str]:
     """The tensors in the file that are the base of a site: none, one, or of both names."""

@@ -28,7 +28,7 @@ from peftjax.core import paths, shared, tree
 from peftjax.core.attachment import attachments
 from peftjax.core.weight import Weight
 from peftjax.hf_peft import build, virtual, whole
-from peftjax.hf_peft.codecs import CODECS, codec_of
+from peftjax.hf_peft.codecs import codec_of, codecs
 from peftjax.hf_peft.config import NAME
 from peftjax.hf_peft.fields import Virtual
 from peftjax.hf_peft.plan import EMBEDDINGS, STEM
@@ -87,7 +87,7 @@ def save(
     elif isinstance(leaf, Weight) and any(jax.tree.leaves(tree.made_mask(leaf))):
       raise ValueError(
         f"{path} is a {type(leaf).__name__}, which is not written; allowed: "
-        f"{', '.join(codec.leaf.__name__ for codec in CODECS)}"
+        f"{', '.join(codec.leaf.__name__ for codec in codecs())}"
       )
   codec = _one_kind(params, adapted)
   bare, flags = virtual.without(params), virtual.without(trained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.allocator import Allocator
 from peftjax.methods.base import Outer
 from peftjax.methods.lora_codec import AdaLoraCodec
-from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.low_rank import LowRank
 from peftjax.methods.orthogonality import PENALTIES
 
@@ -66,7 +65,7 @@ class AdaLoRAMethod(LowRank):
     ValueError: on an unknown name, a number out of range, or a target above the rank.
   """
 
-  leaf: ClassVar[type[LoRA]] = SVDLoRA
+  leaf = SVDLoRA
   codec = AdaLoraCodec()
 
   rank: Size = 12

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core.weight import children
@@ -30,13 +29,9 @@ class SVDLoRA(LoRA):
 
   owned: ClassVar[bool] = True
 
-  def true_size(self) -> int:
-    """As of LoRA, and λ."""
-    size = super().true_size()
-    if self.e is None:
-      return size
-    known = isinstance(self.rank, (jax.Array, np.ndarray))
-    return size + (int(np.sum(self.rank)) if known else math.prod(self.e.shape))
+  @property
+  def ranked(self) -> Mapping[str, int]:  # type: ignore[override]
+    return LoRA.ranked if self.e is None else {**LoRA.ranked, "e": -1}
 
   def child_specs(self, spec: P) -> SVDLoRA:
     made = super().child_specs(spec)

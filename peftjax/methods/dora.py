@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
 from peftjax.core.weight import Weight
 from peftjax.methods.dora_weight import DoRA, squares
 from peftjax.methods.lora_codec import DoraCodec
-from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.low_rank import RankStabilized
 
 
@@ -30,7 +29,7 @@ class DoRAMethod(RankStabilized):
       weight without `from_quantised`.
   """
 
-  leaf: ClassVar[type[LoRA]] = DoRA
+  leaf = DoRA
   codec = DoraCodec()
 
   from_quantised: bool = False

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import mesh, paths
-from peftjax.core.adapted import Adapted
+from peftjax.core.adapted import SKIPS_DROPOUT, Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
+from peftjax.core.fence import cast
 from peftjax.core.layout import Axes
 from peftjax.core.weight import materialize
 
@@ -38,6 +37,7 @@ class LoRA(Adapted):
   """
 
   trained: ClassVar[frozenset[str]] = frozenset({"a", "b"})
+  ranked: ClassVar[Mapping[str, int]] = {"a": -2, "b": -1}
 
   a: Any
   b: Any
@@ -63,22 +63,11 @@ class LoRA(Adapted):
 
   def true_size(self) -> int:
     """Parameters of the base and the factors that are here (not None), padding left out."""
-    size = self.base_size()
-    for factor, rank_axis, other in ((self.a, -2, -1), (self.b, -1, -2)):
-      if factor is not None:
-        known = isinstance(self.rank, (jax.Array, np.ndarray))
-        layers = math.prod(factor.shape[:-2])
-        ranks = int(np.sum(self.rank)) if known else layers * factor.shape[rank_axis]
-        size += ranks * factor.shape[other]
-    return size
+    return self.base_size() + self.ranked_size()
 
   def delta(self) -> jax.Array:
     """ΔW = scale · (b a)ᵀ in the kernel's shape and the factors' dtype."""
-    s = len(self.stack)
-    low = self._up() @ mesh.whole(self.a)
-    low = low.reshape(*self.stack, *self._dims(self.axes.outs), *self._dims(self.axes.ins))
-    order = [*range(s), *(self.ndim + i for i in (*self.axes.outs, *self.axes.ins))]
-    return low.transpose([order.index(i) for i in range(self.ndim)])
+    return self.axes.as_kernel(self._up() @ mesh.whole(self.a), self.shape)
 
   def materialize(self) -> jax.Array:
     """base + scale · (b a)ᵀ.
@@ -87,11 +76,7 @@ class LoRA(Adapted):
       ValueError: with a dropout key inside: dropout acts on the branch's input, not on W.
     """
     if self.key is not None:
-      raise ValueError(
-        "an adapter with dropout was used as a dense array, which would skip its dropout: the "
-        "module that reads it is none that peftjax.linen bridges.\n"
-        "Write dropout=0.0 for its method, or call peftjax.core.einsum.einsum in that module."
-      )
+      raise ValueError(SKIPS_DROPOUT)
     base = materialize(self.base)
     return base + self.delta().astype(base.dtype)
 
@@ -105,10 +90,10 @@ class LoRA(Adapted):
       a = mesh.whole(self.a).reshape(*self.a.shape[:-1], *self._dims(self.axes.ins))
       b = self._up().reshape(*self.stack, *self._dims(self.axes.outs), -1)
       down, up = (b, a) if transposed else (a, b)
-      low = einsum(down_eqn, self.dropped(x), down)
+      low = jnp.einsum(down_eqn, self.dropped(x), cast(down, x))
     y = einsum(eqn, x, self.base)
     with jax.named_scope("adapter"):
-      return y + einsum(up_eqn, low, up)
+      return y + jnp.einsum(up_eqn, low, cast(up, x))
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
     return dense - self.delta().astype(dense.dtype)
@@ -130,17 +115,12 @@ class LoRA(Adapted):
     return self.replace(key=jnp.stack(keys).reshape(self.stack))
 
   def child_specs(self, spec: P) -> LoRA:
-    """A is split along its inputs as the kernel is, B along its outputs; the rank never.
-
-    A flattened group of several axes is split as its first one.
-    """
-    ndim = len(self.stack) + len(self.axes.ins) + len(self.axes.outs)
-    full = (*spec, *[None] * (ndim - len(spec)))
-    stack = full[: len(self.stack)]
+    """A is split along its inputs as the kernel is, B along its outputs; the rank never."""
+    stack, ins, outs = self.axes.places(spec, self.ndim)
     return self.replace(
       base=self.base_specs(spec),
-      a=P(*stack, None, full[self.axes.ins[0]]),
-      b=P(*stack, full[self.axes.outs[0]], None),
+      a=P(*stack, None, ins),
+      b=P(*stack, outs, None),
       scale=P(*stack),
       rank=P(*stack),
       key=None if self.key is None else P(*stack),
@@ -176,3 +156,27 @@ class LoRA(Adapted):
     batch = "".join(c for c in stack if c not in x_s)
     low = "".join(c for c in x_s if c not in contracted) + batch + r
     return f"{x_s},{down}->{low}", f"{low},{up}->{out_s}", transposed
+
+
+class AsLoRA(Adapted):
+  """A weight that is a LoRA whose factors are computed from its own children."""
+
+  def as_lora(self) -> LoRA:
+    """The same weight as a `LoRA`."""
+    raise NotImplementedError
+
+  def materialize(self) -> jax.Array:
+    """See `LoRA.materialize`."""
+    return self.as_lora().materialize()
+
+  def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
+    """See `LoRA.einsum`."""
+    return self.as_lora().einsum(eqn, x)
+
+  def unmerged(self, dense: jax.Array) -> jax.Array:
+    """The base that this adapter was merged into: `materialize` the other way round."""
+    return self.as_lora().unmerged(dense)
+
+  def with_key(self, key: jax.Array, path: str) -> AsLoRA:
+    keys = [paths.fold_in_path(key, p) for p in paths.layer_paths(path, self.stack)]
+    return self.replace(key=jnp.stack(keys).reshape(self.stack))

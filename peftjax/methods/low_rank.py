@@ -34,7 +34,7 @@ class LowRank(Method):
   """
 
   # What every targeted weight becomes.
-  leaf: ClassVar[type[LoRA]] = LoRA
+  leaf: ClassVar[Any] = LoRA
 
   rank: Size = 8
   alpha: Positive = 16.0
@@ -80,8 +80,15 @@ class LowRank(Method):
   def varies(self) -> frozenset[str]:
     return frozenset({"rank", "alpha"})
 
+  def _factors(
+    self, key: jax.Array, rank: int, n_in: int, n_out: int, is_table: bool
+  ) -> dict[str, tuple[jax.Array, int | None]]:
+    """What the leaf has of one layer beside its base, whose product is zero, with r's axis."""
+    a, b = lora_init.factors(key, self._init(), rank, n_in, n_out, is_table, self.dtype)
+    return {"a": (a, -2), "b": (b, -1)}
+
   def _init(self) -> str:
-    """How the factors begin; see `lora_init.factors`."""
+    """How A and B begin; see `lora_init.factors`."""
     return "kaiming"
 
   def _scale(self, alpha: float, rank: int) -> float:
@@ -91,7 +98,7 @@ class LowRank(Method):
     """The leaf with all that depends on its base or its kind."""
     return weight
 
-  def _wrap(self, key: jax.Array, path: str, leaf: Any, axes: Axes, layers: list[str]) -> LoRA:
+  def _wrap(self, key: jax.Array, path: str, leaf: Any, axes: Axes, layers: list[str]) -> Any:
     check_bare(path, leaf)
     shape = tuple(bare(leaf).shape)
     stack = axes.stack(shape)
@@ -110,17 +117,23 @@ class LowRank(Method):
     is_table = path.split("/")[-1] == "embedding"
     width = max(ranks)
 
-    def make(key: jax.Array, base: Any) -> LoRA:
-      a, b = [], []
-      for layer, rank in zip(layers, ranks, strict=True):
-        layer_key = paths.fold_in_path(key, layer)
-        pair = lora_init.factors(layer_key, self._init(), rank, n_in, n_out, is_table, self.dtype)
-        a.append(jnp.pad(pair[0], ((0, width - rank), (0, 0))))
-        b.append(jnp.pad(pair[1], ((0, 0), (0, width - rank))))
+    def make(key: jax.Array, base: Any) -> Any:
+      drawn = [
+        self._factors(paths.fold_in_path(key, layer), rank, n_in, n_out, is_table)
+        for layer, rank in zip(layers, ranks, strict=True)
+      ]
+
+      def stacked(name: str) -> jax.Array:
+        axis = drawn[0][name][1]
+        pad = lambda x: jnp.pad(
+          x, [(0, width - x.shape[i] if i == axis else 0) for i in range(-x.ndim, 0)]
+        )
+        rows = jnp.stack([pad(factors[name][0]) for factors in drawn])
+        return rows.reshape(*stack, *rows.shape[1:])
+
       weight = self.leaf(
         base=base,
-        a=jnp.stack(a).reshape(*stack, width, n_in),
-        b=jnp.stack(b).reshape(*stack, n_out, width),
+        **{name: stacked(name) for name in drawn[0]},
         scale=jnp.asarray(scales, jnp.float32).reshape(stack),
         rank=jnp.asarray(ranks, jnp.int32).reshape(stack),
         axes=axes,

@@ -9,6 +9,8 @@ from peftjax.methods.adapters import AdaptersMethod
 from peftjax.methods.base import Method
 from peftjax.methods.dora import DoRAMethod
 from peftjax.methods.ia3 import IA3Method
+from peftjax.methods.loha import LoHaMethod
+from peftjax.methods.lokr import LoKrMethod
 from peftjax.methods.lora import LoRAMethod
 from peftjax.methods.prefix import PrefixMethod
 from peftjax.methods.prompt import PromptMethod
@@ -19,6 +21,8 @@ from peftjax.methods.vera import VeRAMethod
 METHODS: Mapping[str, type[Method]] = {
   "lora": LoRAMethod,
   "dora": DoRAMethod,
+  "loha": LoHaMethod,
+  "lokr": LoKrMethod,
   "adalora": AdaLoRAMethod,
   "ia3": IA3Method,
   "adapters": AdaptersMethod,

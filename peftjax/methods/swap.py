@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tree
 from peftjax.core.adapted import Adapted
 from peftjax.core.tied import is_tied
-from peftjax.methods.adalora_weight import SVDLoRA
-from peftjax.methods.lora_weight import LoRA
 
 
 def align_ranks(*adapters: Any) -> tuple[Any, ...]:
@@ -40,11 +37,11 @@ def align_ranks(*adapters: Any) -> tuple[Any, ...]:
           "nothing), or merge each with pj.merge."
         )
   width = {
-    path: max(flat[path].a.shape[-2] for flat in flats)
+    path: max(flat[path].width for flat in flats)
     for path, leaf in (flats[0] if flats else {}).items()
-    if isinstance(leaf, LoRA)
+    if _is_ranked(leaf)
   }
-  pad = lambda path, leaf: _pad(width.get(paths.name(path), 0), leaf)
+  pad = lambda path, leaf: leaf.of_width(width[paths.name(path)]) if _is_ranked(leaf) else leaf
   made = tuple(
     jax.tree_util.tree_map_with_path(pad, adapter, is_leaf=_is_node) for adapter in adapters
   )
@@ -57,6 +54,10 @@ def align_ranks(*adapters: Any) -> tuple[Any, ...]:
           "Attach both to one model with one dtype and one dropout (leaf.replace(dropout=...))."
         )
   return made
+
+
+def _is_ranked(leaf: Any) -> bool:
+  return isinstance(leaf, Adapted) and bool(leaf.ranked)
 
 
 def _is_node(node: Any) -> bool:
@@ -73,7 +74,7 @@ def _kind(flat: dict[str, Any], path: str) -> str:
   if path not in flat:
     return "no such place"
   leaf = flat[path]
-  if isinstance(leaf, LoRA) and (leaf.a is None or leaf.b is None):
+  if _is_ranked(leaf) and any(getattr(leaf, name) is None for name in leaf.ranked):
     raise ValueError(
       f"{path} lacks a factor, so what it is padded to is not known; pass adapters as "
       "pj.partition(params, pj.adapter_mask(params, method.trainable(params))) gives them"
@@ -95,31 +96,11 @@ def _shown(leaf: Any) -> str:
   return f"{type(leaf).__name__} of {arrays}, dropout {rate}"
 
 
-def _pad(width: int, leaf: Any) -> Any:
-  if not isinstance(leaf, LoRA):
-    return leaf
-  extra = width - leaf.a.shape[-2]
-  lead = [(0, 0)] * (leaf.a.ndim - 2)
-  a = jnp.pad(leaf.a, [*lead, (0, extra), (0, 0)])
-  b = jnp.pad(leaf.b, [*lead, (0, 0), (0, extra)])
-  if isinstance(leaf, SVDLoRA) and leaf.e is not None:
-    leaf = leaf.replace(e=jnp.pad(leaf.e, [*lead, (0, extra)]))
-  return leaf.replace(a=a, b=b)
-
-
 def cut_ranks(adapter: Any) -> Any:
   """Undoes `align_ranks`: every weight with no more rows than its largest rank."""
 
-  def cut(leaf: Any) -> Any:
-    if not isinstance(leaf, LoRA):
-      return leaf
-    width = int(leaf.rank.max())
-    made = leaf.replace(a=leaf.a[..., :width, :], b=leaf.b[..., :width])
-    if isinstance(leaf, SVDLoRA) and leaf.e is not None:
-      return made.replace(e=leaf.e[..., :width])
-    return made
-
-  return jax.tree.map(cut, adapter, is_leaf=lambda n: n is None or paths.is_leaf(n))
+  cut = lambda leaf: leaf.of_width(int(leaf.rank.max())) if _is_ranked(leaf) else leaf
+  return jax.tree.map(cut, adapter, is_leaf=_is_node)
 
 
 def unmerge(merged: Any, params: Any) -> Any:

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import mesh, paths
-from peftjax.core.adapted import Adapted
+from peftjax.core import mesh
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
 from peftjax.core.shared import GROUP, Shared, lent
-from peftjax.methods.lora_weight import LoRA
+from peftjax.methods.lora_weight import AsLoRA, LoRA
 
 # Where the pair lies: one in a tree, as one in a PEFT directory.
 PAIR = f"{GROUP}/vera"
@@ -33,7 +32,7 @@ class Projections(Shared):
   b: Any
 
 
-class VeRA(Adapted):
+class VeRA(AsLoRA):
   """W = base + (Λ_b B Λ_d A)ᵀ (Kopiczko et al. 2023, eq. 2), for a kernel `[*stack, in, out]`.
 
   A and B are the first columns and the first rows of the shared pair. A leaf has them only between
@@ -80,14 +79,6 @@ class VeRA(Adapted):
     tied = self._tied()
     return tied._lora(tied.d[..., None] * tied.a, tied.b[..., None] * tied.b_proj)
 
-  def materialize(self) -> jax.Array:
-    """base + (Λ_b B Λ_d A)ᵀ.
-
-    Raises:
-      ValueError: without A and B; with a dropout key inside: it acts on the branch's input.
-    """
-    return self.as_lora().materialize()
-
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
     """einsum(eqn, x, base) + b ⊙ B (d ⊙ A dropout(x)), in the dtype of `x`.
 
@@ -114,24 +105,15 @@ class VeRA(Adapted):
     with jax.named_scope("adapter"):
       return y + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
 
-  def unmerged(self, dense: jax.Array) -> jax.Array:
-    return self.as_lora().unmerged(dense)
-
-  def with_key(self, key: jax.Array, path: str) -> VeRA:
-    keys = [paths.fold_in_path(key, p) for p in paths.layer_paths(path, self.stack)]
-    return self.replace(key=jnp.stack(keys).reshape(self.stack))
-
   def child_specs(self, spec: P) -> VeRA:
-    """b is split as the kernel's outputs are (the first of several), d never."""
-    ndim = len(self.stack) + len(self.axes.ins) + len(self.axes.outs)
-    full = (*spec, *[None] * (ndim - len(spec)))
-    stack, out = full[: len(self.stack)], full[self.axes.outs[0]]
+    """b is split as the kernel's outputs are, d never."""
+    stack, ins, out = self.axes.places(spec, self.ndim)
     given = lambda child, *lies: None if child is None else P(*stack, *lies)
     return self.replace(
       base=self.base_specs(spec),
       d=P(*stack, None),
       b=P(*stack, out),
-      a=given(self.a, None, full[self.axes.ins[0]]),
+      a=given(self.a, None, ins),
       b_proj=given(self.b_proj, out, None),
       key=given(self.key),
     )

@@ -25,7 +25,7 @@ from peftjax.training.task import Task
 TASKS: Mapping[str, Any] = {"classify": classification, "causal_lm": causal_lm}
 
 
-class Adapted(NamedTuple):
+class Attached(NamedTuple):
   """A model with a method attached; `mask` is what trains."""
 
   module: nn.Module
@@ -40,7 +40,7 @@ def task(settings: Settings) -> Task:
   return TASKS[settings.task].load(settings)
 
 
-def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -> Adapted:
+def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -> Attached:
   """Loads the model and attaches the method; on a mesh every array is made in its place."""
   key = jax.random.key(settings.seed)
   model = settings.model
@@ -65,7 +65,7 @@ def adapted(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -
     params = sharding.born(attach, mesh, key, params, rules=rules)
     sharding.check_split(params, mesh, rules)
     params = sharding.named(params, mesh, rules)
-  return Adapted(module, params, method.trainable(params), method, new)
+  return Attached(module, params, method.trainable(params), method, new)
 
 
 @functools.lru_cache(maxsize=16)  # a sweep attaches to one model many times

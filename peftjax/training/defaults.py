@@ -17,8 +17,11 @@ MASKS: Mapping[str, tuple[str, ...]] = {
   "full": (".*",),
   "bitfit": (".*/bias", "head/.*"),
 }
-# What a config may call its method, `MASKS` apart.
-NAMES = tuple(name for name in METHODS if name != "unfreeze")
+
+
+def names() -> tuple[str, ...]:
+  """What a config may call its method, `MASKS` apart."""
+  return tuple(name for name in METHODS if name != "unfreeze")
 
 
 def config(
@@ -28,7 +31,7 @@ def config(
 
   Args:
     task: of `settings.DATA`.
-    method: of `NAMES` or `MASKS`.
+    method: of `names()` or `MASKS`.
     changes: to the method's own defaults.
     head: train the task's head beside the method; a mask says itself what it trains.
     **sections: changes to the others, by the names of `settings.SECTIONS`.

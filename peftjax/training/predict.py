@@ -61,7 +61,7 @@ class Predictor:
       known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
       workdirs.check_model(known, self.settings.model.path(), workdir)
       self.labels: list[str] = known.labels
-      model = build.adapted(self.settings, len(self.labels) or 1)
+      model = build.attached(self.settings, len(self.labels) or 1)
       keep = tree.adapter_mask(model.params, model.mask)
       adapter, base = tree.partition(model.params, keep)
       adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]

@@ -44,7 +44,7 @@ class Run:
     self._check_batch("train.eval_batch_size", settings.train.eval_batch_size)
     self.task = build.task(settings)
     self._check_lengths()
-    model = build.adapted(settings, self.task.outputs, self.mesh)
+    model = build.attached(settings, self.task.outputs, self.mesh)
     positions, extra = model.module.config.max_length, virtual.length(model.params)
     if self.task.lengths[-1] + extra > positions:
       room = f"{positions} positions" + (f", {extra} of them for virtual tokens" if extra else "")
@@ -79,7 +79,7 @@ class Run:
     self._shapes: dict[tuple[int, int], flops.Work] = {}
     self._pending: list[tuple[int, tuple[int, int], dict[str, jax.Array]]] = []
 
-  def _use(self, model: build.Adapted, train: Any, *, paged: bool) -> None:
+  def _use(self, model: build.Attached, train: Any, *, paged: bool) -> None:
     """The functions of the run, and its initial state."""
     program = Program(
       self.settings,

@@ -29,7 +29,7 @@ from peftjax.training.settings import from_config
 
 # Fields in which runs of one group may differ, beside those of `Method.varies`: arrays in the
 # compiled step.
-FREE = ("seed", "optimizer.learning_rate")
+VARIES = ("seed", "optimizer.learning_rate")
 
 
 def free(config: Mapping[str, Any]) -> set[str]:
@@ -38,7 +38,7 @@ def free(config: Mapping[str, Any]) -> set[str]:
   varies = {f"method.{name}" for name in settings.own_method().varies()}
   if settings.optimizer.name == "adamw8bit":  # which moments take a byte, and in what blocks
     varies -= {"method.rank"}
-  return {*FREE, *varies}
+  return {*VARIES, *varies}
 
 
 def group_of(config: Mapping[str, Any]) -> str:
@@ -205,7 +205,7 @@ def train_together(
     )
   as_json = [json.loads(config.to_json()) for config in configs]
   if len(set(map(group_of, as_json))) != 1:
-    names = ", ".join(sorted({*FREE}.union(*map(free, as_json))))
+    names = ", ".join(sorted({*VARIES}.union(*map(free, as_json))))
     raise ValueError(f"configs trained together may differ in {names} alone")
   with contextlib.ExitStack() as stack:
     paths = [Path(folder) for folder in folders]

@@ -56,7 +56,7 @@ class Writer:
         raise untrained
       known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
       workdirs.check_model(known, self.path, workdir)
-      made = build.adapted(settings, None)
+      made = build.attached(settings, None)
       adapter, base = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
       if adapted:  # an adapter as `attach` makes it changes nothing
         adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]

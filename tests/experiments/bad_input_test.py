@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from peftjax.training import defaults
+
 ROOT = pathlib.Path(__file__).parents[2]
 TWENTY = b"text,label\n" + b"".join(b"a%d,x\n" % i for i in range(20))
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
@@ -183,15 +185,14 @@ def test_flags_of_the_command_itself(workdir, arguments, named):
     (
       "classify",
       "method=lor",
-      "method='lor' is not one of lora, dora, adalora, ia3, adapters, vera, prefix, prompt, head, "
-      "full, bitfit",
+      "method='lor' is not one of " + ", ".join((*defaults.names(), "head", "full", "bitfit")),
     ),
     (
       "causal_lm",
       "quant=nf4,method=",
-      "method='' is not one of lora, dora, adalora, ia3, adapters, vera, prefix, prompt, full",
+      "method='' is not one of " + ", ".join((*defaults.names(), "full")),
     ),
-    ("classify", "methd=lora", "classify.py takes method=... and data=..., not 'methd=lora'"),
+    ("classify", "methd=lora", "classify.py takes method=..., data=..., not 'methd=lora'"),
   ],
 )
 def test_argument_of_a_config_file(workdir, name, argument, message):

@@ -1,19 +1,23 @@
 """`experiments.claims`: the cheap claims hold, and a verdict that changes is not missed."""
 
+import ast
 import importlib
+import itertools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments.claims import adalora, catalogue, finetuning, results
-from experiments.claims.claim import CORRECTED, FAILS, HOLDS, VERDICTS, Claim, claim, found
+from experiments.claims.claim import CORRECTED, FAILS, HOLDS, VERDICTS, Claim, by_test, claim, found
 from experiments.claims.products import products_like
-from experiments.tables import methods, rank_budget, trials
+from experiments.sweeping import trials
+from experiments.tables import methods, qlora_vs_lora, rank_budget, runs
 
 CHEAP = (
-  r"^backprop\.|lora\.(param|break|shape)|scaling\.alpha_over|finetuning\.|better_than|^memory\."
+  r"^backprop\.|lora\.(param|break|shape)|finetuning\.|better_than|^memory\."
   r"|quantiles|formula$"
 )
 
@@ -48,14 +52,32 @@ def test_every_claim_has_its_fields():
   for each in catalogue.CLAIMS:
     assert each.expected in VERDICTS
     assert min(map(len, (each.says, each.measured_by, each.holds_if))) > 5
+    if each.tests:
+      continue
     assert each.name == f"{each.run.__module__.rpartition('.')[2]}.{each.run.__name__}"
     if each.expected == CORRECTED:
       assert "mended" in each.holds_if, each.name
 
 
+def test_every_test_that_a_claim_names_exists():
+  cited = [(each.name, test) for each in catalogue.CLAIMS for test in each.tests]
+  assert len(cited) > 10
+  for name, test in cited:
+    path, function = test.split("::")
+    tree = ast.parse((pathlib.Path(__file__).parents[2] / path).read_text())
+    assert function in {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}, name
+
+
+def test_a_claim_by_a_test_is_computed_nowhere():
+  made = by_test("a.b", says="it is so", tests=("tests/a_test.py::test_b",), verdict=FAILS)
+  assert made.measured_by == "by tests/a_test.py::test_b" and made.holds_if == "it passes"
+  assert made.run().verdict == made.expected == FAILS and not made.run().numbers
+
+
 def test_the_committed_rows_are_those_of_the_catalogue():
-  """`make claims ARGS=--results=experiments/results/claims.jsonl` writes them."""
-  lines = (results.FOLDER / "claims.jsonl").read_text(encoding="utf-8").splitlines()
+  """`make claims ARGS=--results=experiments/results/claims/claims.jsonl` writes them."""
+  path = results.FOLDER.parent / "claims" / "claims.jsonl"
+  lines = path.read_text(encoding="utf-8").splitlines()
   fields = ("name", "says", "measured_by", "holds_if")
   written = [(*(row[f] for f in fields), row["verdict"]) for row in map(json.loads, lines)]
   assert written == [(*(getattr(c, f) for f in fields), c.expected) for c in catalogue.CLAIMS]
@@ -64,8 +86,8 @@ def test_the_committed_rows_are_those_of_the_catalogue():
 def test_no_claim_is_left_out():
   """A function with the decorator is in its file's list, and the file in the catalogue."""
   listed = set(catalogue.CLAIMS)
-  for theme in {each.run.__module__ for each in catalogue.CLAIMS}:
-    module = importlib.import_module(theme)
+  for theme in {each.name.partition(".")[0] for each in catalogue.CLAIMS}:
+    module = importlib.import_module(f"experiments.claims.{theme}")
     assert {x for x in vars(module).values() if isinstance(x, Claim)} <= listed
 
 
@@ -137,16 +159,15 @@ def bracketed():
 
 
 def lines_of(wanted, accuracy):
-  """Results of trials, as the tables write them, with `accuracy(trial)` of three seeds."""
+  """Results of trials, as the tables write them, with `accuracy(number)` of three seeds."""
+  made = trials.expand(runs.sweep(wanted))
   return [
     {
-      "cell": f"{one.name} seed={seed}",
-      "config": json.loads(one.config(seed).to_json()),
-      "metrics": {"test": {"accuracy": score}},
+      "config": json.loads(one.config.to_json()),
+      "metrics": {"test": {"accuracy": accuracy(i % len(wanted))[one.config.seed]}},
       "trainable_params": 1,
     }
-    for one in dict.fromkeys(wanted)
-    for seed, score in zip(trials.SEEDS, accuracy(one), strict=True)
+    for i, one in enumerate(made)
   ]
 
 
@@ -167,12 +188,12 @@ def committed(tmp_path, monkeypatch):
 )
 def test_adalora_is_compared_at_equal_and_at_twice_the_budget(committed, ahead, spread, verdict):
   """LoRA gains 0.02 by twice the budget."""
-  base = {}
+  wanted, scores = [], []
   for i, budget in enumerate(rank_budget.BUDGETS):
-    base[methods.lora_all(rank_budget.DATA, budget)] = [0.6 + 0.02 * i] * 3
     own = 0.6 + 0.02 * i + ahead
-    base[methods.adalora(rank_budget.DATA, budget)] = [own - spread, own, own + spread]
-  committed("trials", lines_of(base, base.get))
+    wanted += [of(rank_budget.DATA, budget) for of in (methods.lora_all, methods.adalora)]
+    scores += [[0.6 + 0.02 * i] * 3, [own - spread, own, own + spread]]
+  committed("trials", lines_of(wanted, scores.__getitem__))
   assert adalora.better_than_lora.run().verdict == verdict
 
 
@@ -188,31 +209,28 @@ def test_adalora_is_compared_at_equal_and_at_twice_the_budget(committed, ahead, 
 def test_lora_is_compared_with_what_full_fine_tuning_gains(committed, few, every, over, verdict):
   share = {"head only": 0.0, "full fine-tuning": 1.0}
   share |= dict(zip(finetuning.LORAS, (few, every), strict=True))
-  score = {
-    line.of(data): [0.6 + 0.2 * share[line.name]] * 3
-    for line in methods.LINES
-    if line.name in share
-    for data in methods.CORPORA
+  pairs = [(line, data) for line in methods.LINES if line.name in share for data in methods.CORPORA]
+  wanted = [line.of(data) for line, data in pairs]
+  committed("trials", lines_of(wanted, lambda i: [0.6 + 0.2 * share[pairs[i][0].name]] * 3))
+  value = {"full fine-tuning": 20.0, "LoRA, dense": 20.0 * over}
+  names = itertools.cycle(base.name for base in qlora_vs_lora.BASES)
+  line = lambda one, name: {
+    "config": json.loads(one.config.to_json()),
+    "metrics": {"test": {"perplexity": value.get(name, 90.0)}},
   }
-  committed("trials", lines_of(score, score.get))
-  after = {"none-full-0": 20.0, "none-lora-0": 20.0 * over, "none-lora-1": 90.0}
-  line = lambda name, x: {
-    "cell": name,
-    "seed": int(name[-1]),
-    "after": {"test": {"perplexity": x}},
-  }
-  committed("qlora_vs_lora", [line(*item) for item in after.items()])
+  made = trials.expand(qlora_vs_lora.get_config())
+  committed("qlora_vs_lora", list(map(line, made, names)))
   assert finetuning.near_full.run().verdict == verdict
 
 
 def test_a_run_that_is_missing_is_named_with_its_command(committed):
-  wanted = rank_budget.wanted()
-  lines = lines_of(wanted, lambda one: [0.5] * 3)
+  made = trials.expand(rank_budget.get_config())
+  lines = [{"config": json.loads(one.config.to_json())} for one in made]
   committed("trials", lines[:-2])
-  with pytest.raises(ValueError, match="adalora.* seed=1' and 1 more: `python -m .* rank_budget`"):
+  with pytest.raises(ValueError, match="2 runs .* lora-rank8-seed2.*`python -m .* rank_budget`"):
     adalora.better_than_lora.run()
-  committed("trials", [*lines[:-1], {**lines[-1], "config": {**lines[-1]["config"], "seed": 9}}])
-  with pytest.raises(ValueError, match="computed with seed=9"):
+  committed("trials", [*lines, lines[0]])
+  with pytest.raises(ValueError, match="line 25 is the run of .* line 1 again"):
     adalora.better_than_lora.run()
 
 

@@ -1,11 +1,14 @@
 """`experiments.from_scratch`: its fields are those of the block, and gated ones have no more."""
 
+import json
+
 import jax
 import pytest
 
 from configs import from_scratch as configs
 from experiments import from_scratch
-from experiments.tables import ffn
+from experiments.tables import cells, ffn
+from experiments.tables.runs import SEEDS
 from peftjax.nn.feed_forward import VARIANTS
 
 
@@ -51,11 +54,12 @@ def test_results_of_another_config_are_not_mixed_into_the_table(tmp_path):
       seed=seed,
       config={**configs.get_config(name).to_dict(), "seed": seed},
     )
-    for seed in ffn.SEEDS
+    for seed in SEEDS
     for name, _ in ffn.VARIANTS
   ]
   assert {row["cell"] for row in rows} == {cell.name for cell in ffn.cells(tmp_path)}
   assert len(ffn.table(rows).lines) == len(ffn.VARIANTS)
   rows[-1]["config"]["steps"] = 500
+  (tmp_path / "ffn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   with pytest.raises(ValueError, match="steps=500, but the table now asks for 250"):
-    ffn.table(rows)
+    cells.compute(ffn.cells(tmp_path), tmp_path / "ffn.jsonl")

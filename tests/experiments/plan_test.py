@@ -204,7 +204,7 @@ def test_what_accumulates_says_nothing_of_what_does_not():
 def test_the_documentation_has_the_committed_plans():
   """All of one commit, each with what the table and the picture go by."""
   root = pathlib.Path(__file__).parents[2]
-  text = (root / "experiments" / "results" / "plan.jsonl").read_text()
+  text = (root / "experiments" / "results" / "plans" / "plan.jsonl").read_text()
   rows = [json.loads(line) for line in text.splitlines()]
   assert "{include} generated/parts/plan.md" in (root / "docs" / "plan.md").read_text()
   assert report.table(rows).count("\n") == len(rows) + 1

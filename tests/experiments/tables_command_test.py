@@ -1,26 +1,16 @@
-"""`experiments.tables`: cells are computed once, and the committed results make whole tables."""
+"""`experiments.tables`: what is missing is computed once; the committed results are whole."""
 
-import importlib
 import json
-import threading
 from pathlib import Path
 
 import pytest
 
-from experiments.tables import cells, report, trials
+from experiments.sweeping import trials, worker
+from experiments.tables import __main__ as command
+from experiments.tables import cells, report, runs
+from experiments.tables.runs import SEEDS, found, sweep, trial
 
-RESULTS = Path(__file__).parents[2] / "experiments" / "results"
-TABLES = (
-  "datatypes",
-  "qlora_vs_lora",
-  "parameters",
-  "which_matrices",
-  "rank",
-  "rank_budget",
-  "adalora_ablation",
-  "methods",
-  "ffn",
-)
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "tables"
 
 
 def counting(name, calls, fails=False):
@@ -30,7 +20,7 @@ def counting(name, calls, fails=False):
     calls.append(name)
     return {"value": len(calls)}
 
-  return cells.Cell(name, run, 1.5)
+  return cells.Cell(name, run)
 
 
 def test_a_killed_table_goes_on_where_it_was(tmp_path):
@@ -48,108 +38,72 @@ def test_a_killed_table_goes_on_where_it_was(tmp_path):
   assert len(path.read_text().splitlines()) == 3
 
 
-def test_two_processes_share_the_cells(tmp_path):
-  """While the first is at a cell, a second one computes the others and waits for that one."""
-  calls, path, second, rows = [], tmp_path / "table.jsonl", [], []
-
-  def slow():
-    second.append(threading.Thread(target=lambda: rows.extend(cells.compute(todo, path))))
-    second[0].start()
-    while len(calls) < 2:
-      assert second[0].is_alive()
-    return {"value": 0}
-
-  todo = [cells.Cell("slow", slow, 1), counting("one", calls), counting("two", calls)]
-  cells.compute(todo, path)
-  second[0].join()
-  assert calls == ["one", "two"] and len(path.read_text().splitlines()) == 3
-  assert [row["cell"] for row in rows] == ["slow", "one", "two"]
+def row_of(config):
+  return {"config": json.loads(config.to_json())}
 
 
-def test_one_that_is_asked_to_stop_ends_after_its_cell(tmp_path):
-  """A signal at the last step of a run does not end that run; the next cell is not begun."""
-  calls, path = [], tmp_path / "table.jsonl"
-  todo = [counting("one", calls), counting("two", calls)]
-  with pytest.raises(KeyboardInterrupt):
-    cells.compute(todo, path, asked=lambda: True)
-  assert calls == ["one"] and list(cells.rows(path)) == ["one"]
-  cells.compute(todo, path)
-  assert calls == ["one", "two"]
+def write(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_runs_of_another_config_are_not_mixed_into_a_table():
-  """Whatever differs is named; a field that the row is older than had its default."""
-  one, other = (trials.trial("sentiment", "lora", rank=4, **x) for x in ({}, {"b_rate": 16.0}))
-  row = {"cell": "it", "config": json.loads(one.config(0).to_json())}
-  trials.check(row, one.config(0), one.default())
+def test_rows_are_found_by_their_config(tmp_path):
+  """Whatever differs is another run's; a field that the row is older than had its default."""
+  path = tmp_path / "rows.jsonl"
+  one, *_ = trials.expand(sweep([trial("sentiment", "lora", rank=4)]))
+  other, *_ = trials.expand(sweep([trial("sentiment", "lora", rank=4, b_rate=16.0)]))
+  row = row_of(one.config)
+  write(path, [row])
+  assert found([other, one], path) == [None, row]
   del row["config"]["method"]["b_rate"]
-  trials.check(row, one.config(0), one.default())
-  with pytest.raises(ValueError, match=r"it: .*method.b_rate=1.0, but the table now asks for 16.0"):
-    trials.check(row, other.config(0), other.default())
-  row["config"]["optimizer"]["learning_rate"] = 0.5
-  with pytest.raises(ValueError, match=r"it: .*optimizer.learning_rate=0.5.*Take its line out"):
-    trials.check(row, one.config(0), one.default())
-  row = {"cell": "it", "config": json.loads(one.config(1).to_json())}
-  with pytest.raises(ValueError, match=r"seed=1"):
-    trials.check(row, one.config(0), one.default())
+  write(path, [row])
+  assert found([other, one], path) == [None, row]
+  write(path, [row, row])
+  with pytest.raises(ValueError, match="line 2 is the run of .* line 1 again"):
+    found([one], path)
 
 
-def test_rows_of_another_config_stop_a_table_before_it_computes(tmp_path):
-  def refuse(row):
-    raise ValueError(f"{row['cell']} is old")
+def test_a_table_runs_what_its_file_lacks_as_a_sweep(monkeypatch, tmp_path):
+  """And adds its rows; a line that was taken out comes back from the folder of its run."""
+  ran, path = [], tmp_path / "rows.jsonl"
 
-  calls, path = [], tmp_path / "table.jsonl"
-  path.write_text(json.dumps({"cell": "two"}) + "\n")
-  todo = [counting("one", calls), counting("two", calls)._replace(check=refuse)]
-  with pytest.raises(ValueError, match="two is old"):
-    cells.compute(todo, path)
-  assert not calls
+  def run(config, folder):
+    ran.append(config.seed)
+    kept = dict.fromkeys(("trainable_params", "total_params", "best_step", "steps", "seconds"), 1)
+    scores = dict.fromkeys(("validation", "test"), {"accuracy": 0.5})
+    result = {**kept, **row_of(config), "metrics": scores, "commit": "abc"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(
+      json.dumps({**result, "method": "lora", "seed": config.seed})
+    )
 
-
-def test_a_line_that_was_taken_out_is_computed_again(monkeypatch, tmp_path):
-  """Though its run has finished and left its folder."""
-  seen = []
-
-  def run(config, workdir):
-    seen.append((workdir / "result.json").exists())
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "result.json").write_text("{}")
-    kept = ("trainable_params", "total_params", "metrics", "best_step", "seed", "seconds")
-    return {**dict.fromkeys((*kept, "commit"), 0), "config": json.loads(config.to_json())}
-
-  monkeypatch.setattr(trials, "train_and_evaluate", run)
-  [todo, *_] = trials.cells([trials.trial("sentiment", "lora")], tmp_path / "runs")
-  for _ in range(2):
-    [row] = cells.compute([todo], tmp_path / "trials.jsonl")
-    (tmp_path / "trials.jsonl").unlink()
-  assert seen == [False, False] and row["config"]["method"]["name"] == "lora"
+  monkeypatch.setattr(worker.loop, "train_and_evaluate", run)
+  asked = sweep([trial("sentiment", "lora")])
+  write(path, [row_of(trials.expand(asked)[0].config)])
+  rows = runs.rows(asked, path, tmp_path / "runs")
+  assert ran == [1, 2] and [row["config"]["seed"] for row in rows] == list(SEEDS)
+  assert {"command", "commit", "run_commit", "machine", "versions"} <= set(rows[1])
+  write(path, rows[:2])
+  assert runs.rows(asked, path, tmp_path / "runs")[2]["run_commit"] == "abc" and ran == [1, 2]
+  assert runs.left(asked, path, tmp_path / "runs") is None
 
 
-def test_what_is_left_is_told(tmp_path, capsys):
-  path = tmp_path / "table.jsonl"
-  path.write_text(json.dumps({"cell": "one"}) + "\n")
-  cells.show_left("table", [counting(name, []) for name in ("one", "two", "three")], path)
-  out = capsys.readouterr().out
-  assert "two  1.5 min" in out and "one  " not in out
-  assert "table: 2 of 3 cells left, about 0.1 hours" in out
-
-
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", command.NAMES)
 def test_committed_results_are_whole_and_say_where_they_are_from(name, capsys, tmp_path):
-  table = importlib.import_module(f"experiments.tables.{name}")
-  kept = getattr(table, "RESULTS", name)  # runs that tables share are in one file
-  todo, rows = table.cells(tmp_path), cells.rows(RESULTS / f"{kept}.jsonl")
-  wanted = {cell.name for cell in todo}
-  assert wanted and (wanted == set(rows) if kept == name else wanted <= set(rows))
-  for row in rows.values():
+  table = command.of(name)
+  file = RESULTS / f"{table.RESULTS}.jsonl"
+  before = file.read_bytes()
+  rows = command.rows(table, file, tmp_path)
+  assert rows and file.read_bytes() == before
+  if table.RESULTS == name:  # of runs that tables share each shows some
+    assert len(before.splitlines()) == len(rows)
+  for row in rows:
     assert "python -m experiments.tables " in row["command"]
     assert row["commit"] and "seed" in row and row["machine"]
-  listed = [rows[cell.name] for cell in todo]
-  made = table.table(listed)
+  made = table.table(rows)
   for form in report.FORMATS:
     report.write(made, form)
     assert made.lines[0][0] in capsys.readouterr().out.replace("\\", "")
   if hasattr(table, "pictures"):
-    table.pictures(listed, tmp_path)
+    table.pictures(rows, tmp_path)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {path.name for path in RESULTS.glob(f"{name}_*.png")}

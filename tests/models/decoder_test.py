@@ -71,7 +71,16 @@ def test_documents_in_one_row_do_not_see_each_other(name):
   assert np.abs(mixed[:, 5:] - packed[:, 5:]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama3_tiny", "qwen2_tiny", "gpt2_tiny"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "llama3_tiny",
+    *(
+      pytest.param(name, marks=pytest.mark.slow(reason="the same law for more models"))
+      for name in ("qwen2_tiny", "gpt2_tiny")
+    ),
+  ],
+)
 def test_remat_and_scan_have_the_same_gradients(name):
   """Gradients of every parameter, layers unrolled or scanned, kept or computed again."""
   _, _, expected = load(name)

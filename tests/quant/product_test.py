@@ -21,6 +21,9 @@ CASES = {
 }
 
 
+_SLOW = pytest.mark.slow(reason="the same law for more equations; several seconds each")
+
+
 def on_tpu(*args, default, tpu=None, cpu=None):
   del cpu
   return (tpu or default)(*args)
@@ -29,7 +32,10 @@ def on_tpu(*args, default, tpu=None, cpu=None):
 @pytest.mark.parametrize(
   "fmt", [pj.quant.nf4(), pj.quant.int4(32, double_quant=False), pj.quant.int8()], ids=str
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case",
+  [case if case in ("kernel", "table") else pytest.param(case, marks=_SLOW) for case in CASES],
+)
 def test_no_platform_has_another_product(case, fmt, monkeypatch):
   """Value and gradient, against the product with the dequantised array."""
   eqn, x_shape, w_shape, axis = CASES[case]

@@ -62,7 +62,7 @@ class Spy:
 def test_no_device_sees_more_than_its_share_and_a_leaf(quant, settings, monkeypatch):
   mesh = pj.sharding.make_mesh("fsdp:8")
   spy = Spy(monkeypatch)
-  made = build.adapted(settings(quant), None, mesh)
+  made = build.attached(settings(quant), None, mesh)
   share = most(jax.tree.leaves(made.params))
   assert spy.most <= share + spy.largest
   assert share < sum(x.nbytes for x in jax.tree.leaves(made.params)) / 3  # norms are everywhere
@@ -71,7 +71,7 @@ def test_no_device_sees_more_than_its_share_and_a_leaf(quant, settings, monkeypa
 def test_a_model_that_is_loaded_whole_breaks_that_bound(settings, monkeypatch):
   spy, load = Spy(monkeypatch), pretrained.load
   monkeypatch.setattr(pretrained, "load", lambda *a, mesh, **k: load(*a, **k))
-  made = build.adapted(settings("none"), None, pj.sharding.make_mesh("fsdp:8"))
+  made = build.attached(settings("none"), None, pj.sharding.make_mesh("fsdp:8"))
   assert spy.most > most(jax.tree.leaves(made.params)) + spy.largest
 
 
@@ -89,7 +89,7 @@ def test_what_is_born_sharded_is_what_attach_makes_of_a_dense_base(settings, met
 
 def check_born(given):
   alone, meshed = (
-    jax.tree.leaves(build.adapted(given, None, mesh).params)
+    jax.tree.leaves(build.attached(given, None, mesh).params)
     for mesh in (None, pj.sharding.make_mesh("fsdp:2,tensor:4"))
   )
   for one, two in zip(alone, meshed, strict=True):

@@ -60,7 +60,7 @@ def test_perplexity_falls_and_is_compared_with_before(finished):
 
 def test_the_base_is_quantised_and_in_no_checkpoint(finished, lm_config):
   settings = from_config(lm_config())
-  flat = paths.leaves(build.adapted(settings, None).params)
+  flat = paths.leaves(build.attached(settings, None).params)
   assert {type(leaf.base).__name__ for p, leaf in flat.items() if hasattr(leaf, "base")} == {
     "Quantized"
   }
@@ -70,7 +70,7 @@ def test_the_base_is_quantised_and_in_no_checkpoint(finished, lm_config):
 
 def test_a_run_leaves_the_base_as_it_was_loaded(trained, lm_config):
   """Codes, scales and all else that is frozen, byte for byte; what is trained has changed."""
-  made = build.adapted(from_config(lm_config()), None)
+  made = build.attached(from_config(lm_config()), None)
   train, frozen = tree.partition(made.params, made.mask)
   before, after = _bytes(frozen), _bytes(trained[2].frozen)
   assert after == before
@@ -119,6 +119,7 @@ def test_loss_on_completions_counts_only_these(lm_config):
     assert everything.rows[part].weights.sum() == 11 * n - (pieces if pieces > n else n)
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_factors_of_bfloat16_learn_too(run_once, lm_config, finished, tmp_path):
   """With products kept, and written as they are for Hugging Face."""
   how = dict(method__dtype="bfloat16", model__remat="products")
@@ -198,10 +199,8 @@ def test_bad_settings_are_refused_before_anything_is_written(
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-  "name",
-  ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow(reason="as the other; 10 s"))],
-)
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_a_paged_run_is_the_run(name, run_once, lm_config, tmp_path, capsys):
   """Its state in host memory, decided by the program's size, changes no number."""
   short = dict(train__steps=4, optimizer__name=name)
@@ -217,6 +216,7 @@ def test_a_paged_run_is_the_run(name, run_once, lm_config, tmp_path, capsys):
       assert two[key] == pytest.approx(one[key], rel=1e-5)
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_a_step_that_fits_is_not_paged(run_once, lm_config, tmp_path, capsys):
   auto = dict(optimizer__paged="auto", optimizer__device_memory_bytes=10**12)
   run_once(lm_config(train__steps=1, **auto), tmp_path / "run")

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.flax import load_file, save_file
 
+from peftjax.training import defaults
 from tests import tiny, tiny_lm
 from tests.training import several_processes
 
 pytestmark = pytest.mark.slow(reason="compiles a step for each of fifty cases, twice")
 
 BASES = ("float32", "bfloat16", "nf4")
-METHODS = ("lora", "adalora", "dora", "ia3", "adapters", "vera", "prefix", "prompt", "full")
+METHODS = (*defaults.names(), "full")
 FAMILIES = ("mistral_tiny", "qwen2_tiny", "gpt2_tiny", "bert")
 CASES = [
   (family, method, base)

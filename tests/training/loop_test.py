@@ -301,6 +301,7 @@ def test_mesh_of_eight_devices_trains_to_the_same_numbers(finished, config, run_
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-3)
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_run_goes_on_under_another_mesh(finished, config, run_once, monkeypatch, tmp_path):
   """A checkpoint of eight devices is a checkpoint of one."""
   with monkeypatch.context() as patch:
@@ -319,6 +320,7 @@ def test_scanned_layers_train_to_the_same_numbers(finished, config, run_once, tm
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-3)
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters(finished, config, run_once, tmp_path):
   """bf16 changes the losses by a per cent at most, but no dtype of what is trained."""
   run_once(config(model__dtype="bfloat16"), tmp_path / "run")
@@ -332,6 +334,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters(finished, config, 
   assert dtypes == {np.dtype(np.float32), np.dtype(np.int32)}
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_accumulation_counts_updates_not_batches(config, run_once, tmp_path):
   """accumulate=2: the learning rate moves every second batch; interrupted between, it goes on."""
   run_once(config(optimizer__accumulate=2, optimizer__warmup=0.0), tmp_path / "run")
@@ -340,6 +343,7 @@ def test_accumulation_counts_updates_not_batches(config, run_once, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "updates"), [(3, [1, 1, 1]), (7, [1, 1, 1, 1, 2, 2, 2])])
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_the_last_update_is_of_the_batches_that_are_left(config, steps, updates):
   """accumulate=4: none is dropped, and the rates are those of as many updates."""
   settings = config(train__steps=steps, optimizer__accumulate=4, optimizer__warmup=0.0)
@@ -356,6 +360,7 @@ def test_the_last_update_is_of_the_batches_that_are_left(config, steps, updates)
   np.testing.assert_allclose(rates, [of[update] for update in updates], rtol=1e-5)
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_interrupted_between_two_batches_of_an_update(config, run_once, monkeypatch, tmp_path):
   """The gradient accumulated so far is part of the checkpoint."""
   settings = config(optimizer__accumulate=2, optimizer__warmup=0.0)
@@ -379,6 +384,7 @@ def adalora(config):
   return lambda **changes: config("adalora", **{**named, **changes})
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_adalora_ends_within_its_budget(adalora, run_once, monkeypatch, tmp_path):
   """The result says which ranks were left; interrupted while the budget falls it is the same."""
   result = run_once(adalora(), tmp_path / "whole")
@@ -398,6 +404,7 @@ def test_adalora_ends_within_its_budget(adalora, run_once, monkeypatch, tmp_path
   runs.assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_steps_go_before_epochs(config, run_once, tmp_path):
   """train.steps=5 is five batches: an epoch and a quarter, evaluated at both ends."""
   result = run_once(config(train__steps=5, train__epochs=9.0), tmp_path / "run")

@@ -84,7 +84,9 @@ _SLOW = pytest.mark.slow(reason="the same laws for more settings; 10 to 20 s eac
   ("name", "count", "chunk", "length", "accumulate"),
   [
     ("lora", 2, 2, 32, 1),
-    ("adalora", 2, 1, 16, 4),  # two updates of four batches and one of two
+    pytest.param(
+      "adalora", 2, 1, 16, 4
+    ),  # two updates of four batches and one of two, marks=_SLOW),
     *(
       pytest.param(name, 3, *case, 1, marks=_SLOW)
       for name, *case in (
