@@ -21,15 +21,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.arguments import parse
+from peftjax.methods.registry import METHODS as REGISTRY
 from peftjax.training import defaults
 
 METHODS = (*defaults.names(), "full")
-# What differs from the methods' own defaults.
+# What differs from the methods' own defaults, besides their targets.
 CHANGES: dict[str, dict[str, Any]] = {
-  "lora": dict(rank=16, targets="all-linear"),
-  "dora": dict(rank=16, targets="all-linear", from_quantised=True),
+  "lora": dict(rank=16),
+  "dora": dict(rank=16, from_quantised=True),
   "ia3": dict(outputs=("k_proj", "v_proj"), inputs=("down_proj",)),
-  "vera": dict(targets="all-linear"),
 }
 
 # The best of configs/sweeps/learning_rate.py:task=causal_lm on validation, the lower of two whose
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
   return defaults.config(
     "causal_lm",
     method,
-    CHANGES.get(method, {}),
+    {**_targets(method), **CHANGES.get(method, {})},
     head=False,
     model=dict(name=given["model"], scan_layers=True, remat="layer"),
     # Scales of eight bits would be coarser than the weights of int8.
@@ -71,3 +71,9 @@ def get_config(arg: str = "") -> ConfigDict:
       save_every=20,
     ),
   )
+
+
+def _targets(method: str) -> dict[str, Any]:
+  """All linear layers, where the method's own targets have the names that encoders give them."""
+  own = getattr(REGISTRY.get(method), "targets", None)
+  return {"targets": "all-linear"} if own == ("query", "value") else {}
