@@ -2,6 +2,7 @@
 
 from peftjax import linen, losses, optim, quant, sharding
 from peftjax.core.einsum import einsum
+from peftjax.core.factored import factored
 from peftjax.core.paths import select
 from peftjax.core.tree import (
   adapter_mask,
@@ -49,6 +50,7 @@ __all__ = [
   "describe",
   "dora",
   "einsum",
+  "factored",
   "generate",
   "ia3",
   "linen",

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from peftjax.core import paths, tree
 from peftjax.core.adapted import Adapted
+from peftjax.core.view import Uses
 from peftjax.core.weight import is_weight
-from peftjax.linen import apply
+from peftjax.linen import apply, noting
 from peftjax.nn.attention import kernels_used
 
 
@@ -28,7 +29,8 @@ class Leaf(NamedTuple):
   dtype: str
   bytes: int
   trainable: int  # parameters that are trained
-  computed: str  # "factored", "materialised", "unused", or "" for a plain array
+  # "factored", "materialised" (with what made it so, where known), "unused", or "" of an array.
+  computed: str
 
 
 class Description(tuple[Leaf, ...]):
@@ -144,6 +146,13 @@ class _Probe:
 
 
 def _trace(model: Any, params: Any, example: Iterable[Any]) -> dict[str, str]:
-  probe = _Probe()
-  jax.eval_shape(lambda p, *a: apply(model, p, *a), paths.map_leaves(probe.wrap, params), *example)
-  return probe.seen
+  probe, uses = _Probe(), Uses()
+  with noting(uses):
+    jax.eval_shape(
+      lambda p, *a: apply(model, p, *a), paths.map_leaves(probe.wrap, params), *example
+    )
+  named = {path: sorted(by - {"factored"}) for path, by in uses.by_path.items()}
+  return {
+    path: f"{how} ({', '.join(by)})" if (by := named.get(path)) and how != "factored" else how
+    for path, how in probe.seen.items()
+  }

@@ -1,23 +1,26 @@
-"""Flax linen: `apply`, the bridge to third-party modules, and the layout of their kernels."""
+"""Flax linen: `apply`, the bridge to linen's own layers, and the layout of any module's kernels."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, shared, tree
+from peftjax.core import paths, probe, shared, tree
+from peftjax.core.adapted import bare
 from peftjax.core.attachment import Attachment
 from peftjax.core.einsum import einsum, linear, split_subscripts, take
-from peftjax.core.layout import Axes, Layout, Site
-from peftjax.core.weight import Weight, materialize, reader
+from peftjax.core.factored import traced
+from peftjax.core.layout import Layout, Site
+from peftjax.core.view import Uses
+from peftjax.core.weight import Unboxed, Weight, materialize, refuse_unboxing
 from peftjax.nn import virtual
-from peftjax.nn.linear import Embedding, Head, Linear
 
 
 def apply(
@@ -31,8 +34,9 @@ def apply(
 ) -> Any:
   """`model.apply({"params": params}, ...)` where any leaf of `params` may be a `Weight`.
 
-  Dense, DenseGeneral, Einsum, MultiHeadDotProductAttention and Embed compute with the factors;
-  any other module that reads such a parameter gets the dense array.
+  Dense, DenseGeneral, Einsum, MultiHeadDotProductAttention and Embed, as linen has them, compute
+  with the factors. A model with any other module that reads such a parameter is traced, and its
+  products and lookups use the factors (`core.factored`).
 
   Args:
     model: a linen module, ours or not.
@@ -57,8 +61,30 @@ def apply(
     method = getattr(type(model), method)
   if "train" in inspect.signature(method).parameters:
     kwargs["train"] = train
+
+  def call(params: Any, variables: Any, rngs: Any, args: Any, kwargs: Any) -> Any:
+    return model.apply({"params": params, **variables}, *args, rngs=rngs, **kwargs)
+
+  inputs = (params, variables or {}, rngs, args, kwargs)
   with bridge(), shared.lending(params), virtual.all_read(read):
-    return model.apply({"params": params, **(variables or {})}, *args, rngs=rngs, **kwargs)
+    token = refuse_unboxing.set(True)
+    try:
+      return call(*inputs)
+    except Unboxed:
+      pass
+    finally:
+      refuse_unboxing.reset(token)
+    return traced(call, _uses.get() or Uses(), *inputs)
+
+
+@contextlib.contextmanager
+def noting(uses: Uses) -> Iterator[None]:
+  """Within it, `apply` tells `uses` what became of weights that the bridge does not know."""
+  token = _uses.set(uses)
+  try:
+    yield
+  finally:
+    _uses.reset(token)
 
 
 @contextlib.contextmanager
@@ -79,23 +105,19 @@ def bridge() -> Iterator[None]:
 
   def plain(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
-    if (type(module), context.method_name) in _HANDLERS:
+    if (type(module), context.method_name) in _HANDLERS and _is_plain(module):
       name, handler = _HANDLERS[type(module), context.method_name]
       weight = _param(module, name)
       if isinstance(weight, Weight):
         return handler(module, weight, *args, **kwargs)
-    token = reader.set("/".join(module.path))
-    try:
-      return next_fn(*args, **kwargs)
-    finally:
-      reader.reset(token)
+    return next_fn(*args, **kwargs)
 
   with nn.intercept_methods(intercept):
     yield
 
 
 def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
-  """Axes of every kernel and table, and widths of every module, from one abstract trace of `model`.
+  """Axes of every kernel and table, and widths of every module, from abstract traces of `model`.
 
   Inside its module a kernel has its own axes; what it has more of in the parameter tree is a
   stack of layers (`nn.scan`, `nn.vmap`) that lies before them.
@@ -103,19 +125,15 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
   Args:
     model: any linen module.
     *args: example inputs; `jax.ShapeDtypeStruct` will do.
-    **kwargs: likewise, by name.
+    **kwargs: likewise, by name; what is no array is given as it is.
 
   Returns:
     A dict from path to axes or site, for `method.attach(key, params, layout)`.
   """
-  found: dict[str, Axes] = {}
   sites: dict[str, Site] = {}
 
   def intercept(next_fn: Callable[..., Any], fargs: Any, fkwargs: Any, context: Any) -> Any:
     module = context.module
-    name, axes = _AXES.get(type(module), ("", None))
-    if axes is not None and context.method_name == "__call__":
-      found["/".join((*module.path, name))] = axes(module, *fargs, **fkwargs)
     result = next_fn(*fargs, **fkwargs)
     if context.method_name == "__call__" and module.path:
       # What lifts the module's parameters (scan, vmap) stacks this one too.
@@ -124,14 +142,25 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
       sites["/".join(module.path)] = Site(tuple(map(_width, fargs)), _width(first))
     return result
 
-  def init(*args: Any, **kwargs: Any) -> Any:
-    keys = {name: jax.random.key(0) for name in ("params", "dropout")}
-    with nn.intercept_methods(intercept):
-      return model.init(keys, *args, **kwargs)
+  keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+  init = lambda *args, **kwargs: model.init(keys, *args, **kwargs)
+  with nn.intercept_methods(intercept):
+    made = paths.leaves(probe.shapes(init, *args, **kwargs)["params"])
+  params, rest = _split(nn.unbox(probe.shapes(init, *args, **kwargs)))
 
-  made = paths.leaves(jax.eval_shape(init, *args, **kwargs)["params"])
+  def call(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+    variables = {"params": params, **rest}
+    return model.apply(variables, *args, rngs=keys, mutable=list(rest), **kwargs)
+
   stack = lambda path: tuple(made[f"{path}/{_MARK}"].shape)
-  return {**found, **{path: site._replace(stack=stack(path)) for path, site in sites.items()}}
+  axes = probe.layout(call, params, rest, args, kwargs)
+  return {**axes, **{path: site._replace(stack=stack(path)) for path, site in sites.items()}}
+
+
+def _split(variables: Any) -> tuple[Any, dict[str, Any]]:
+  """Parameters, and the other collections."""
+  rest = {name: collection for name, collection in variables.items() if name != "params"}
+  return variables["params"], rest
 
 
 def _width(x: Any) -> int | None:
@@ -153,7 +182,7 @@ def _param(module: nn.Module, name: str) -> Any:
 
 def _bias(module: nn.Module) -> Any:
   bias = _param(module, "bias")
-  return None if bias is None else materialize(bias)
+  return None if bias is None else materialize(bare(bias))
 
 
 def _finish(module: Any, y: jax.Array) -> jax.Array:
@@ -219,23 +248,21 @@ def _tuple(value: Any) -> tuple[int, ...]:
   return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _dense_general_axes(module: nn.DenseGeneral, x: jax.Array) -> Axes:
-  outs, ins = len(_tuple(module.features)), len(_tuple(module.axis))
-  return Axes(tuple(range(-outs - ins, -outs)), tuple(range(-outs, 0)))
+def _is_plain(module: nn.Module) -> bool:
+  """Whether a layer multiplies as linen does by default, in which case a handler knows how."""
+  return all(getattr(module, name, None) is getattr(type(module), name, None) for name in _OWN)
 
 
-def _einsum_axes(module: nn.Einsum, x: jax.Array, eqn: str | None = None) -> Axes:
-  x_s, w_s, out_s = split_subscripts(eqn or module.einsum_str or "")
-  at = lambda keep: tuple(i - len(w_s) for i, c in enumerate(w_s) if keep(c))
-  return Axes(at(lambda c: c not in out_s), at(lambda c: c in out_s and c not in x_s))
-
+# Fields by which a user changes how a layer of linen multiplies.
+_OWN = ("dot_general", "dot_general_cls", "precision", "promote_dtype", "preferred_element_type")
 
 # Of no parameter's name.
 _MARK = "<site>"
 
-_matrix_axes = lambda module, *args, **kwargs: Axes()
+# What became of weights that the bridge does not know, for `describe`.
+_uses: ContextVar[Uses | None] = ContextVar("uses", default=None)
 
-# Which module computes how with a `Weight`, and how its kernel's axes are found.
+# Which module computes how with a `Weight`.
 _HANDLERS: dict[Any, tuple[str, Callable[..., Any]]] = {
   (nn.Dense, "__call__"): ("kernel", _dense),
   (nn.DenseGeneral, "__call__"): ("kernel", _dense_general),
@@ -244,13 +271,4 @@ _HANDLERS: dict[Any, tuple[str, Callable[..., Any]]] = {
   (nn.Embed, "attend"): ("embedding", _attend),
   # `setup` would read, and so materialise, the table.
   (nn.Embed, "setup"): ("embedding", lambda module, weight: None),
-}
-_AXES: dict[Any, tuple[str, Callable[..., Axes]]] = {
-  nn.Dense: ("kernel", _matrix_axes),
-  nn.DenseGeneral: ("kernel", _dense_general_axes),
-  nn.Einsum: ("kernel", _einsum_axes),
-  nn.Embed: ("embedding", _matrix_axes),
-  Linear: ("kernel", _matrix_axes),
-  Head: ("kernel", _matrix_axes),
-  Embedding: ("embedding", _matrix_axes),
 }

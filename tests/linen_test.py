@@ -137,26 +137,24 @@ def test_the_bridge_builds_no_dense_array_and_linen_alone_does(case):
   assert producers(grad(lambda p: model.apply({"params": p}, x)), shapes, train, frozen)
 
 
-class ReadsDense(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    h = nn.Dense(64, use_bias=False, name="known")(x)
-    return Own(name="own")(h)
-
-
 class Own(nn.Module):
+  """Multiplies by one parameter itself, and by another after adding to it."""
+
   @nn.compact
   def __call__(self, x):
-    return x @ self.param("kernel", nn.initializers.ones, (64, 64))
+    read = lambda name: self.param(name, nn.initializers.ones, (64, 64))
+    return x @ read("own") @ (read("shifted") + 1)
 
 
-def test_a_module_that_reads_a_quantised_weight_densely_is_named():
+def test_a_quantised_weight_that_is_made_dense_is_named_with_what_does_it():
   x = jnp.ones((2, 64))
-  params = pj.quantize(ReadsDense().init(jax.random.key(0), x)["params"], pj.quant.nf4(), "kernel")
-  with pytest.warns(UserWarning, match=r"^own reads a quantised weight \(64, 64\)") as caught:
-    got = jax.jit(lambda p: pj.apply(ReadsDense(), p, x))(params)
-  assert len(caught) == 1  # nn.Dense computes with it
-  chex.assert_trees_all_close(got, pj.apply(ReadsDense(), pj.merge(params, dense=True), x))
+  params = pj.quantize(Own().init(KEY, x)["params"], pj.quant.nf4(), ["own", "shifted"])
+  with pytest.warns(UserWarning, match=r"^shifted is quantised and 'add' makes it") as caught:
+    got = jax.jit(lambda p: pj.apply(Own(), p, x))(params)
+  assert len(caught) == 1
+  chex.assert_trees_all_close(got, pj.apply(Own(), pj.merge(params, dense=True), x), rtol=1e-5)
+  with pytest.warns(UserWarning, match=r"a quantised weight \(64, 64\) is read as a dense array"):
+    Own().apply({"params": params}, x)
 
 
 def test_describe_says_factored(case):
@@ -253,13 +251,18 @@ def test_an_unmodified_module_reads_a_weight_through_plain_apply():
     chex.assert_trees_all_close(model.apply({"params": params}, X), want, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_in_a_module_that_no_bridge_knows_raises():
-  """Rather than training without it."""
-  params = Raw().init(KEY, X)["params"]
-  params = pj.lora(2, targets="w", dropout=0.5).attach(KEY, params)
-  pj.apply(Raw(), params, X)
-  with pytest.raises(ValueError, match="would skip its dropout"):
-    pj.apply(Raw(), params, X, train=True, rngs={"dropout": KEY})
+def test_dropout_of_a_weight_that_is_made_dense_raises():
+  """Rather than training without it; a product as such drops."""
+  x = jnp.ones((2, 64))
+  attached = lambda name: pj.lora(2, targets=name, dropout=0.5).attach(
+    KEY, Own().init(KEY, x)["params"]
+  )
+  step = lambda params: pj.apply(Own(), params, x, train=True, rngs={"dropout": KEY})
+  with pytest.raises(ValueError, match=r"shifted has dropout and is used by 'add'"):
+    step(attached("shifted"))
+  params = attached("own")
+  params["own"] = params["own"].replace(b=jnp.ones_like(params["own"].b))
+  assert np.abs(step(params) - pj.apply(Own(), params, x)).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["MultiHeadDotProductAttention", "DenseGeneral, batch"])

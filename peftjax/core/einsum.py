@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,20 @@ def attend(w: jax.Array | Weight, x: jax.Array) -> jax.Array:
   if isinstance(w, Weight):
     return w.attend(x)
   return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype))
+
+
+def conv(x: jax.Array, w: jax.Array | Weight, **how: Any) -> jax.Array:
+  """`lax.conv_general_dilated(x, W, **how)`, in the dtype of `x`."""
+  if isinstance(w, Weight):
+    return w.conv(x, **how)
+  return jax.lax.conv_general_dilated(x, w.astype(x.dtype), **how)
+
+
+def ragged_dot(x: jax.Array, w: jax.Array | Weight, group_sizes: jax.Array) -> jax.Array:
+  """`lax.ragged_dot(x, W, group_sizes)`, in the dtype of `x`."""
+  if isinstance(w, Weight):
+    return w.ragged_dot(x, group_sizes)
+  return jax.lax.ragged_dot(x, w.astype(x.dtype), group_sizes)
 
 
 def split_subscripts(eqn: str) -> tuple[str, str, str]:

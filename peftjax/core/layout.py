@@ -35,6 +35,10 @@ class Axes(NamedTuple):
     return full[: ndim - len(self.ins) - len(self.outs)], first(self.ins), first(self.outs)
 
 
+class ConvAxes(Axes):
+  """Axes of the kernel of a convolution: it contracts the window and the channels."""
+
+
 class Site(NamedTuple):
   """A module: the widths (last axes) of its arguments and of its result, and its stack of layers.
 

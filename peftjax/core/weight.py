@@ -14,14 +14,17 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
-# The path of the linen module that is being called, where `linen.bridge` is at work.
-reader: ContextVar[str] = ContextVar("reader", default="")
+# Whether a module that reads a matrix as an array is to be evaluated by `core.factored` instead.
+refuse_unboxing: ContextVar[bool] = ContextVar("refuse_unboxing", default=False)
 
 _DENSE = (
-  "{} reads a quantised weight {} as a dense array, which then may stay in memory from the forward "
-  "to the backward pass. Let its module be nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed or "
-  "pj.nn.Linear, or quantise without it (where=)."
+  "a quantised weight {} is read as a dense array, which then may stay in memory from the forward "
+  "to the backward pass. Call pj.apply(model, params, ...) instead of model.apply or nn.unbox."
 )
+
+
+class Unboxed(Exception):
+  """A module reads a `Weight` as an array."""
 
 
 class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
@@ -102,6 +105,14 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
     """Logits `x Wᵀ` of a tied `[V, D]` table: `[..., V]` for x `[..., D]`."""
     return self.einsum("...d,vd->...v", x)
 
+  def conv(self, x: jax.Array, **how: Any) -> jax.Array:
+    """`lax.conv_general_dilated(x, W, **how)` in the dtype of `x`."""
+    return jax.lax.conv_general_dilated(x, self.materialize().astype(x.dtype), **how)
+
+  def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """`lax.ragged_dot(x, W, group_sizes)` in the dtype of `x`: `[M, in]` by `[E, in, out]`."""
+    return jax.lax.ragged_dot(x, self.materialize().astype(x.dtype), group_sizes)
+
   def transposed(self) -> Weight:
     """The kernel `[D, V]` of a table `[V, D]`, in the same form.
 
@@ -113,10 +124,10 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
   def unbox(self) -> jax.Array:
+    if refuse_unboxing.get() and self.ndim >= 2:
+      raise Unboxed
     if self.quantised:
-      warnings.warn(
-        _DENSE.format(reader.get() or "nn.unbox, or a module", self.shape), stacklevel=2
-      )
+      warnings.warn(_DENSE.format(self.shape), stacklevel=2)
     return self.materialize()
 
   def replace_boxed(self, val: Any) -> Any:

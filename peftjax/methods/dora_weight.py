@@ -55,6 +55,18 @@ class DoRA(LoRA):
   def take(self, ids: jax.Array) -> jax.Array:
     return Weight.take(self, ids)
 
+  def conv(self, x: jax.Array, **how: Any) -> jax.Array:
+    """LoRA's, each channel times its m / ‖base + ΔW‖."""
+    if self.stack or self.axes.outs != (how["dimension_numbers"].rhs_spec[0] - self.ndim,):
+      return Weight.conv(self, x, **how)
+    channels = how["dimension_numbers"].out_spec[1]
+    y = super().conv(x, **how)
+    shape = [-1 if i == channels else 1 for i in range(y.ndim)]
+    return y * self._factor(x).astype(y.dtype).reshape(shape)
+
+  def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return Weight.ragged_dot(self, x, group_sizes)
+
   def unmerged(self, dense: jax.Array) -> jax.Array:
     """The base, as of LoRA, where ‖ΔW‖ < ‖base‖ for each output.
 

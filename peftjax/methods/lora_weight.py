@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 from peftjax.core import mesh, paths
 from peftjax.core.adapted import SKIPS_DROPOUT, Adapted
 from peftjax.core.dropout import dropout
-from peftjax.core.einsum import attend, einsum, free_letter, split_subscripts, take
+from peftjax.core.einsum import (
+  attend,
+  conv,
+  einsum,
+  free_letter,
+  ragged_dot,
+  split_subscripts,
+  take,
+)
 from peftjax.core.fence import cast
 from peftjax.core.layout import Axes
 from peftjax.core.weight import materialize
@@ -106,6 +114,34 @@ class LoRA(Adapted):
     with jax.named_scope("adapter"):
       return y + (rows @ self._up().T).astype(self.dtype)
 
+  def conv(self, x: jax.Array, **how: Any) -> jax.Array:
+    """conv(x, base) + s · B conv(dropout(x), A): A has the window and R channels, B is 1 x 1."""
+    dims = how["dimension_numbers"]
+    ungrouped = how["feature_group_count"] == how["batch_group_count"] == 1
+    if self.stack or not ungrouped or self.axes.outs != (dims.rhs_spec[0] - self.ndim,):
+      return super().conv(x, **how)
+    shape = list(self.shape)
+    shape[self.axes.outs[0]] = self.a.shape[-2]
+    with jax.named_scope("adapter"):
+      a = self.axes.as_kernel(mesh.whole(self.a), tuple(shape))
+      low = jax.lax.conv_general_dilated(self.dropped(x), cast(a, x), **how)
+    y = conv(x, self.base, **how)
+    with jax.named_scope("adapter"):
+      channels = dims.out_spec[1]
+      up = jnp.moveaxis(low, channels, -1) @ cast(self._up(), x).T
+      return y + jnp.moveaxis(up, -1, channels)
+
+  def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """ragged_dot(x, base) + s · B(A dropout(x)), each row with the factors of its group."""
+    if len(self.stack) != 1 or self.axes != Axes():
+      return super().ragged_dot(x, group_sizes)
+    with jax.named_scope("adapter"):
+      a, b = (jnp.swapaxes(w, -1, -2) for w in (mesh.whole(self.a), self._up()))
+      low = jax.lax.ragged_dot(x, cast(a, x), group_sizes)
+    y = ragged_dot(x, self.base, group_sizes)
+    with jax.named_scope("adapter"):
+      return y + jax.lax.ragged_dot(low, cast(b, x), group_sizes)
+
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits of the *base* table: an adapter on a tied table changes the lookup only (as PEFT)."""
     return attend(self.base, x)
@@ -168,6 +204,14 @@ class AsLoRA(Adapted):
   def materialize(self) -> jax.Array:
     """See `LoRA.materialize`."""
     return self.as_lora().materialize()
+
+  def conv(self, x: jax.Array, **how: Any) -> jax.Array:
+    """See `LoRA.conv`."""
+    return self.as_lora().conv(x, **how)
+
+  def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """See `LoRA.ragged_dot`."""
+    return self.as_lora().ragged_dot(x, group_sizes)
 
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
     """See `LoRA.einsum`."""

@@ -19,20 +19,22 @@ class Model(nn.Module):
   def __call__(self, x, use=True):
     x = nn.Dense(6, name="known")(x)
     w = self.param("raw", nn.initializers.ones, (6, 5))
+    doubled = self.param("doubled", nn.initializers.ones, (5, 5))
     unused = nn.Dense(3, name="unused")
-    return x @ w if use else unused(x)
+    return x @ w @ (2 * doubled) if use else unused(x)
 
 
 PARAMS = {
   "known": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6, jnp.bfloat16)},
   "raw": jnp.ones((6, 5)),
+  "doubled": jnp.ones((5, 5)),
   "unused": {"kernel": jnp.ones((6, 3)), "bias": jnp.ones(3)},
 }
 
 
 @pytest.fixture(scope="module")
 def rows():
-  method = pj.lora(2, targets=["known", "raw", "unused"])
+  method = pj.lora(2, targets=["known", "raw", "doubled", "unused"])
   params = method.attach(jax.random.key(0), PARAMS)
   found = pj.describe(params, method.trainable(params), model=Model(), example=[jnp.ones((3, 4))])
   return {row.path: row for row in found}
@@ -47,10 +49,11 @@ def test_the_columns(rows):
 
 
 def test_factored_materialised_or_unused(rows):
-  """By an abstract trace through the bridge."""
+  """By an abstract trace; what made an array of a weight is named."""
   computed = {path: row.computed for path, row in rows.items()}
   assert computed["known/kernel"] == "factored"
-  assert computed["raw"] == "materialised"
+  assert computed["doubled"] == "materialised (mul)"
+  assert computed["raw"] == "factored"
   assert computed["unused/kernel"] == "unused"
 
 
@@ -74,7 +77,7 @@ def test_it_prints_as_a_table_with_totals(rows):
   text = str(pj.describe(PARAMS, jax.tree.map(lambda _: True, PARAMS)))
   lines = text.splitlines()
   assert lines[0].split() == ["path", "type", "shape", "dtype", "bytes", "trainable", "computed"]
-  assert len(lines) == 1 + 5 + 1
+  assert len(lines) == 1 + 6 + 1
   assert lines[-1].split() == ["total", "312", f"{pj.count(PARAMS)}"]
 
 
