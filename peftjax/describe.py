@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftjax.core import paths, tree
-from peftjax.core.adapted import Adapted
+from peftjax.core.adapted import bare
 from peftjax.core.view import Uses
 from peftjax.core.weight import is_weight
 from peftjax.linen import apply, noting
@@ -75,10 +75,10 @@ def describe(
   """
   flags = trainable if trainable is not None else jax.tree.map(lambda _: False, params)
   chosen = tree.restore_ranks(tree.partition(params, flags)[0], params)
-  counts = {p: _count(leaf) for p, leaf in paths.leaves(chosen).items()}
+  counts = {p: _count(bare(leaf)) for p, leaf in paths.leaves(chosen).items()}
   with kernels_used() as kernels:
     computed = _trace(model, params, example) if model is not None else {}
-  flat = paths.leaves(params)
+  flat = {path: bare(leaf) for path, leaf in paths.leaves(params).items()}
   heads = [
     Leaf(path, f"tied to {head.of}", tuple(table.shape[::-1]), str(table.dtype), 0, 0, "")
     for path, head in paths.tied(params).items()
@@ -102,7 +102,7 @@ def describe(
 
 
 def _count(leaf: Any) -> int:
-  return leaf.true_size() if is_weight(leaf) else leaf.size
+  return leaf.true_size() if is_weight(leaf) else getattr(leaf, "size", 0)  # a box may be empty
 
 
 def _bytes(x: Any) -> int:
@@ -114,8 +114,8 @@ def _type_name(leaf: Any) -> str:
   if not is_weight(leaf):
     return "array"
   name = type(leaf).__name__
-  within = isinstance(leaf, Adapted) and is_weight(leaf.base)
-  return f"{name}({_type_name(leaf.base)})" if within else name
+  base = getattr(leaf, "base", None)
+  return f"{name}({_type_name(base)})" if is_weight(base) else name
 
 
 class _Probe:

@@ -152,9 +152,19 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
     variables = {"params": params, **rest}
     return model.apply(variables, *args, rngs=keys, mutable=list(rest), **kwargs)
 
+  params_of = paths.leaves(params)
   stack = lambda path: tuple(made[f"{path}/{_MARK}"].shape)
-  axes = probe.layout(call, params, rest, args, kwargs)
-  return {**axes, **{path: site._replace(stack=stack(path)) for path, site in sites.items()}}
+  sites = {path: site._replace(stack=stack(path)) for path, site in sites.items()}
+  found = {}
+  for path, axes in probe.layout(call, params, rest, args, kwargs).items():
+    site = sites.get(path.rpartition("/")[0])
+    # A map of a module over experts that all read one input makes its stack an axis of results.
+    outs = [
+      a for a in axes.outs if site is None or len(params_of[path].shape) + a >= len(site.stack)
+    ]
+    if outs:
+      found[path] = type(axes)(axes.ins, tuple(outs))
+  return {**found, **sites}
 
 
 def _split(variables: Any) -> tuple[Any, dict[str, Any]]:

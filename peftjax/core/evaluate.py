@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from peftjax.core import contraction
-from peftjax.core.view import View, dense, is_view
+from peftjax.core import contraction, joined
+from peftjax.core.joined import Joined
+from peftjax.core.view import View, dense
 
 # From an equation and its operands, one of which is a view, to its results; None if it cannot.
 Rule = Callable[[Any, list[Any]], Sequence[Any] | None]
@@ -35,13 +36,18 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any
 def _results(eqn: Any, operands: list[Any]) -> Sequence[Any]:
   name = eqn.primitive.name
   if any(map(is_view, operands)):
-    rule = _RULES.get(name)
+    joins = any(isinstance(x, Joined) for x in operands)
+    rule = _RULES.get(name) if name in _OF_JOINED or not joins else None
     results = None if rule is None else rule(eqn, operands)
     if results is not None:
       return results
     operands = [dense(x, name) for x in operands]
   results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
   return results if eqn.primitive.multiple_results else [results]
+
+
+def is_view(x: Any) -> bool:
+  return isinstance(x, View | Joined)
 
 
 def _or_none(view: View | None) -> list[View] | None:
@@ -124,6 +130,11 @@ def _dynamic_slice(eqn: Any, operands: list[Any]) -> list[Any] | None:
   return _or_none(view)
 
 
+def _concatenate(eqn: Any, operands: list[Any]) -> list[Any] | None:
+  nested = any(isinstance(x, Joined) for x in operands)
+  return None if nested else [Joined(tuple(operands), eqn.params["dimension"])]
+
+
 # Products and lookups.
 
 
@@ -132,7 +143,7 @@ def _dot_general(eqn: Any, operands: list[Any]) -> list[Any] | None:
   if is_view(left) and is_view(right):
     return None
   view, x = (left, right) if is_view(left) else (right, left)
-  y = contraction.dot_general(
+  y = joined.dot_general(
     x,
     view,
     eqn.params["dimension_numbers"],
@@ -140,9 +151,6 @@ def _dot_general(eqn: Any, operands: list[Any]) -> list[Any] | None:
     dtype=eqn.outvars[0].aval.dtype,
     precision=eqn.params["precision"],
   )
-  if y is None:
-    return None
-  view.uses.note(view.path, "factored")
   return [y]
 
 
@@ -224,7 +232,8 @@ def _scan(eqn: Any, operands: list[Any]) -> list[Any] | None:
   n_consts, n_carry = p["num_consts"], p["num_carry"]
   closed = p["jaxpr"]
   consts, carry, xs = _split(operands, n_consts, n_consts + n_carry)
-  xs = [dense(x, "scan") if is_view(x) and x.along_stack(0) != 0 else x for x in xs]
+  stacked = lambda x: isinstance(x, View) and x.along_stack(0) == 0
+  xs = [x if stacked(x) else dense(x, "scan") for x in xs]
   kept = _handed_on(closed.jaxpr, carry, n_consts)
   carried = [dense(x, "scan") for i, x in enumerate(carry) if i not in kept]
 
@@ -298,6 +307,7 @@ _RULES: dict[str, Rule] = {
   "sharding_constraint": _same,
   "convert_element_type": _convert_element_type,
   "transpose": _transpose,
+  "concatenate": _concatenate,
   "squeeze": _squeeze,
   "reshape": _reshape,
   "broadcast_in_dim": _broadcast_in_dim,
@@ -315,4 +325,10 @@ _RULES: dict[str, Rule] = {
   "scan": _scan,
   "while": _while,
   "cond": _cond,
+}
+
+# Those that take what is joined, too.
+_OF_JOINED = {
+  *("convert_element_type", "transpose", "dot_general"),
+  *("jit", "closed_call", "remat2", "checkpoint", "scan", "while", "cond"),
 }

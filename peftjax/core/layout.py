@@ -39,6 +39,10 @@ class ConvAxes(Axes):
   """Axes of the kernel of a convolution: it contracts the window and the channels."""
 
 
+class TableAxes(Axes):
+  """Axes of a table that is looked up, whether or not it is a head too."""
+
+
 class Site(NamedTuple):
   """A module: the widths (last axes) of its arguments and of its result, and its stack of layers.
 

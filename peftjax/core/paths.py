@@ -13,13 +13,15 @@ import jax
 from flax.core import meta
 
 from peftjax.core import patterns
-from peftjax.core.adapted import bare
+from peftjax.core.adapted import Adapted, bare
 from peftjax.core.attachment import is_attachment
+from peftjax.core.layout import Axes, ConvAxes, Layout, TableAxes
 from peftjax.core.shared import is_shared
 from peftjax.core.tied import Tied, is_tied
 
 # What holds the weight inside a module: Flax's own names.
 _WEIGHT_NAMES = ("kernel", "embedding")
+_NO_KERNELS = ("embedding", "bias")
 # Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
 _HEADS = ("head", "classifier", "score", "lm_head", "mlm_head", "qa_outputs", "regressor")
 
@@ -68,19 +70,37 @@ def matches(pattern: str, path: str) -> bool:
   return patterns.fullmatch(pattern, path)
 
 
-def is_body_linear(path: str, leaf: Any) -> bool:
-  """Whether "all-linear" means this leaf: a kernel of the body, not of a head."""
+def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
+  """Whether "all-linear" means this leaf: a kernel of the body, not of a head.
+
+  It is a kernel by its name, or because the layout has seen a product with it; or else, once there
+  is no layout, because a method has adapted it. What the layout has seen in a convolution or a
+  lookup is none.
+  """
   parts = path.split("/")
-  return parts[-1] == "kernel" and parts[0] not in _HEADS and len(bare(leaf).shape) >= 2
+  if parts[0] in _HEADS or len(bare(leaf).shape) < 2:
+    return False
+  axes = (layout or {}).get(path)
+  if isinstance(axes, Axes):
+    return not isinstance(axes, ConvAxes | TableAxes)
+  return parts[-1] == "kernel" or (isinstance(leaf, Adapted) and parts[-1] not in _NO_KERNELS)
 
 
-def select(params: Any, targets: str | Sequence[str], *, arrays: bool = False) -> list[str]:
+def select(
+  params: Any,
+  targets: str | Sequence[str],
+  *,
+  arrays: bool = False,
+  layout: Layout | None = None,
+) -> list[str]:
   """Paths that `targets` name, in tree order; never arrays of an `Attachment` or a `Shared` node.
 
   Args:
     params: any parameter tree.
     targets: `"all-linear"` (every linear kernel of the body: no embedding, no task or
-      language-model head), one pattern, or several (see `matches`).
+      language-model head; no convolution that `layout` knows as one), one pattern, or several
+      (see `matches`).
+    layout: of the kernels, where there is one; see `peftjax.linen.layout`.
     arrays: what is selected are arrays as such, to be trained or quantised. A tied head then goes
       with its table, if the same pattern names both.
 
@@ -97,7 +117,7 @@ def select(params: Any, targets: str | Sequence[str], *, arrays: bool = False) -
   chosen: set[str] = set()
   for pattern in patterns:
     if pattern == "all-linear":
-      found = [p for p, leaf in flat.items() if is_body_linear(p, leaf)]
+      found = [p for p, leaf in flat.items() if is_body_linear(p, leaf, layout)]
     else:
       found = [p for p in flat if matches(pattern, p)]
     if not found:

@@ -186,11 +186,7 @@ class View(flax.struct.PyTreeNode):
 
 def dense(x: Any, primitive: str) -> Any:
   """The array of a view; anything else as it is."""
-  return x.dense(primitive) if isinstance(x, View) else x
-
-
-def is_view(x: Any) -> bool:
-  return isinstance(x, View)
+  return x.dense(primitive) if hasattr(x, "dense") else x
 
 
 def _groups(shape: Sequence[int]) -> tuple[Group, ...]:

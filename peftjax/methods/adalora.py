@@ -106,8 +106,9 @@ class AdaLoRAMethod(LowRank):
     Raises:
       ValueError: as of `LowRank`; and if the ranks are fewer than the target asks for.
     """
-    attached, claimed = super().attach(key, params, layout), set(self.claims(params))
-    made = [w for p, w in paths.leaves(attached).items() if p in claimed]
+    attached, claimed = super().attach(key, params, layout), set(self.claims(params, layout))
+    flat = paths.leaves(attached).items()
+    made = [w for p, w in flat if p in claimed and isinstance(w, SVDLoRA)]
     ranks = [r for w in made for r in _ranks(w)]
     if self.target_rank is not None and self.target_rank * len(ranks) > sum(ranks):
       raise ValueError(

@@ -126,7 +126,7 @@ class AdaptersMethod(Method):
       if (given := getattr(self, name)) is not None:
         ranges.one_of(name, given, allowed)
 
-  def claims(self, params: Any) -> list[str]:
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
     own = _bottlenecks(params)
     norms = self._paper.norms if self.norms is None else self.norms
     claimed = lambda p: _module(p) in own or (norms and re.fullmatch(_NORMS, p))

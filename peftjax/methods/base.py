@@ -12,6 +12,7 @@ import optax
 from peftjax import optim
 from peftjax.core import paths, ranges
 from peftjax.core.adapted import Adapted
+from peftjax.core.layout import Layout
 from peftjax.core.ranges import Positive, Size, checked
 from peftjax.core.weight import children
 from peftjax.methods.codec import Codec
@@ -45,11 +46,16 @@ class Method:
         copy = tuple(value) if isinstance(value, list) else dict(value)
         object.__setattr__(self, name, copy)
 
-  def claims(self, params: Any) -> list[str]:
-    """Paths of the leaves this method changes or trains; raises if its rules match nothing."""
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+    """Paths of the leaves this method changes or trains; raises if its rules match nothing.
+
+    Args:
+      params: before or after `attach`.
+      layout: of the kernels, which tells what is linear in a model of other names.
+    """
     raise NotImplementedError
 
-  def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
     """`params` with the claimed leaves replaced; the model's outputs stay as they were."""
     raise NotImplementedError
 
@@ -116,10 +122,10 @@ class Chain(Method):
 
   methods: tuple[Method, ...]
 
-  def claims(self, params: Any) -> list[str]:
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
     owner: dict[str, Method] = {}
     for method in self.methods:
-      for path in method.claims(params):
+      for path in method.claims(params, layout):
         if path in owner:
           raise ValueError(
             f"two methods claim {path}:\n  {owner[path]}\n  {method}\n"
@@ -128,8 +134,8 @@ class Chain(Method):
         owner[path] = method
     return list(owner)
 
-  def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
-    self.claims(params)
+  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+    self.claims(params, layout)
     for method in self.methods:
       params = method.attach(key, params, layout)
     return params

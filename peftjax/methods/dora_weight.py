@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from peftjax.core import mesh
 from peftjax.core.einsum import einsum, free_letter, split_subscripts
 from peftjax.core.fence import tied
+from peftjax.core.layout import Axes
 from peftjax.core.weight import Weight, children, materialize
 from peftjax.methods.lora_weight import LoRA
 
@@ -65,7 +66,11 @@ class DoRA(LoRA):
     return y * self._factor(x).astype(y.dtype).reshape(shape)
 
   def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return Weight.ragged_dot(self, x, group_sizes)
+    if len(self.stack) != 1 or self.axes != Axes():
+      return Weight.ragged_dot(self, x, group_sizes)
+    y = super().ragged_dot(x, group_sizes)
+    rows = jnp.repeat(self._factor(x), group_sizes, axis=0, total_repeat_length=len(x))
+    return y * rows.astype(y.dtype)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
     """The base, as of LoRA, where ‖ΔW‖ < ‖base‖ for each output.

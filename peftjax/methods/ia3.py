@@ -47,8 +47,8 @@ class IA3Method(Method):
     if not self.outputs and not self.inputs:
       raise ValueError('ia3 scales nothing; write e.g. pj.ia3(["key", "value"], ["output.dense"])')
 
-  def claims(self, params: Any) -> list[str]:
-    flat, (outs, ins) = paths.leaves(params), self._kernels(params)
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+    flat, (outs, ins) = paths.leaves(params), self._kernels(params, layout)
     if both := set(outs) & set(ins):
       raise ValueError(f"{sorted(both)[0]} is named by outputs and by inputs: choose one")
     biases = [bias for path in outs if (bias := _bias(path)) in flat]
@@ -69,8 +69,8 @@ class IA3Method(Method):
         an adapter already; a kernel of more than two axes without `layout`.
     """
     flat = paths.leaves(params)
-    claimed = self.claims(params)
-    outs, ins = self._kernels(params)
+    claimed = self.claims(params, layout)
+    outs, ins = self._kernels(params, layout)
     shapes = {path: tuple(bare(flat[path]).shape) for path in (*outs, *ins)}
     axes = {path: axes_of(path, shape, layout) for path, shape in shapes.items()}
     for path in axes:
@@ -93,10 +93,10 @@ class IA3Method(Method):
   def trainable(self, params: Any) -> Any:
     return trainable_mask(params, set(self.claims(params)))
 
-  def _kernels(self, params: Any) -> tuple[list[str], list[str]]:
+  def _kernels(self, params: Any, layout: Layout | None) -> tuple[list[str], list[str]]:
     """Paths whose outputs, and whose inputs, are scaled."""
-    outs, ins = (paths.select(params, x) if x else [] for x in (self.outputs, self.inputs))
-    return outs, ins
+    select = lambda x: paths.select(params, x, layout=layout) if x else []
+    return select(self.outputs), select(self.inputs)
 
   def _kernel(self, leaf: Any, axes: Axes, inputs: bool) -> IA3:
     base = bare(leaf)

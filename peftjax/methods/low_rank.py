@@ -45,8 +45,8 @@ class LowRank(Method):
   alpha_pattern: Mapping[str, Positive] = dataclasses.field(default_factory=dict)
   dtype: DType = jnp.float32
 
-  def claims(self, params: Any) -> list[str]:
-    return paths.select(params, self.targets)
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+    return paths.select(params, self.targets, layout=layout)
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
     """Every targeted weight becomes a `leaf` around it; the branch is 0, so outputs stay.
@@ -62,7 +62,8 @@ class LowRank(Method):
         two axes without `layout`.
     """
     flat = paths.leaves(params)
-    shapes = {p: tuple(bare(flat[p]).shape) for p in self.claims(params)}
+    claimed = self.claims(params, layout)
+    shapes = {p: tuple(bare(flat[p]).shape) for p in claimed}
     axes = {p: axes_of(p, shape, layout) for p, shape in shapes.items()}
     layers = {p: paths.layer_paths(p, a.stack(shapes[p])) for p, a in axes.items()}
     every = [layer for group in layers.values() for layer in group]

@@ -46,7 +46,7 @@ class PrefixMethod(Method):
   deviation: NotNegative = 0.02
   dtype: DType = jnp.float32
 
-  def claims(self, params: Any) -> list[str]:
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
     return [p for p in paths.leaves(params) if re.fullmatch(r".*/prefix/(keys|values)", p)]
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:

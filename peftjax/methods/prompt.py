@@ -51,7 +51,7 @@ class PromptMethod(Method):
     super().__post_init__()
     ranges.one_of("init", self.init, INITS)
 
-  def claims(self, params: Any) -> list[str]:
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
     return [p for p in paths.leaves(params) if p.endswith("/prompt/embeddings")]
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:

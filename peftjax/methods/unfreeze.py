@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.adapted import bare
+from peftjax.core.layout import Layout
 from peftjax.methods.base import Method, claimed_mask
 
 
@@ -27,8 +28,8 @@ class UnfreezeMethod(Method):
 
   targets: str | Sequence[str]
 
-  def claims(self, params: Any) -> list[str]:
-    return paths.select(params, self.targets, arrays=True)
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+    return paths.select(params, self.targets, arrays=True, layout=layout)
 
   def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
     flat = paths.leaves(params)

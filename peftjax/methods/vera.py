@@ -55,8 +55,8 @@ class VeRAMethod(Method):
         "d_initial 0 leaves d and b both zero, which have no gradient then; write 0.1"
       )
 
-  def claims(self, params: Any) -> list[str]:
-    return paths.select(params, self.targets)
+  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+    return paths.select(params, self.targets, layout=layout)
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
     """Every targeted kernel becomes a `VeRA` around it; b = 0, so outputs stay.
@@ -78,7 +78,8 @@ class VeRAMethod(Method):
         f"{PAIR} is there already, and VeRA is one pair of factors for all that it adapts; write "
         "one pj.vera with the targets of both, or merge the other first: pj.merge(params)"
       )
-    flat, claimed = paths.leaves(params), self.claims(params)
+    flat = paths.leaves(params)
+    claimed = self.claims(params, layout)
     bases = {path: bare(flat[path]) for path in claimed}
     axes = {path: axes_of(path, tuple(base.shape), layout) for path, base in bases.items()}
     for path, base in bases.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tied, tree
-from peftjax.core.adapted import Adapted, lender
-from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.adapted import Adapted, bare, lender
+from peftjax.core.layout import Axes, ConvAxes, Layout, axes_of
 from peftjax.core.weight import Weight
-from peftjax.quant import blockwise, double
+from peftjax.quant import blockwise, double, folded
+from peftjax.quant.folded import Folded
 from peftjax.quant.formats import Format
 from peftjax.quant.weight import Quantized
 
@@ -39,11 +41,13 @@ def quantize(
       quantised or has an adapter already, or has an odd contraction size; and, before the tree is
       made, a weight with NaN or infinite entries.
   """
-  chosen = set(paths.select(params, where, arrays=True))
   flat = paths.leaves(params)
-  for path in sorted(chosen):
-    check(path, flat[path], fmt, layout)
-  make = lambda path, leaf: quantize_leaf(path, leaf, fmt) if path in chosen else leaf
+  chosen = paths.select(params, where, arrays=True, layout=layout)
+  axes = {path: check(path, flat[path], fmt, layout) for path in sorted(chosen)}
+
+  def make(path: str, leaf: Any) -> Any:
+    return quantize_kernel(path, bare(leaf), fmt, axes[path]) if path in axes else leaf
+
   return paths.map_leaves(make, params)
 
 
@@ -60,7 +64,7 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
   """
   errors: dict[str, float] = {}
   flat, whole = paths.leaves(params), paths.leaves(tree.tie(params))
-  folds = lambda leaf: isinstance(leaf, Adapted) and isinstance(leaf.base, Quantized)
+  folds = lambda leaf: isinstance(leaf, Adapted) and isinstance(leaf.base, Quantized | Folded)
 
   def fold(path: str, leaf: Any) -> Any:
     if folds(flat.get(lender(leaf))):
@@ -68,7 +72,8 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
     if not folds(leaf):
       return leaf
     base, dense = leaf.base, whole[path].materialize()
-    weight = quantize_leaf(path, dense, base.fmt)
+    axes, fmt = (base.axes, base.base.fmt) if isinstance(base, Folded) else (Axes(), base.fmt)
+    weight = quantize_kernel(path, dense, fmt, axes)
     errors[path] = float(relative_error(weight, dense))
     return weight
 
@@ -80,30 +85,43 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
 
 
 @jax.jit
-def relative_error(weight: Quantized, dense: jax.Array) -> jax.Array:
+def relative_error(weight: Weight, dense: jax.Array) -> jax.Array:
   """‖W_q − W‖ / ‖W‖ (Frobenius), float32."""
   dense = dense.astype(jnp.float32)
   off = weight.materialize().astype(jnp.float32) - dense
   return jnp.linalg.norm(off.ravel()) / jnp.linalg.norm(dense.ravel())
 
 
-def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> None:
-  """Raises `ValueError` if the leaf at `path` cannot be quantised."""
+def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> Axes:
+  """The axes of the kernel at `path`; raises `ValueError` if it cannot be quantised."""
+  leaf = bare(leaf)
   if isinstance(leaf, Weight):
-    what = "quantised" if isinstance(leaf, Quantized) else "a " + type(leaf).__name__
+    what = "quantised" if leaf.quantised else "a " + type(leaf).__name__
     raise ValueError(f"{path} is {what} already; quantise plain arrays, then attach adapters")
   axes = axes_of(path, tuple(leaf.shape), layout)
-  if axes != Axes():
+  if isinstance(axes, ConvAxes):
     raise ValueError(
-      f"{path} {tuple(leaf.shape)} has several input or output axes; only [*layers, in, out] "
-      "kernels can be quantised. Leave it out of `where`."
+      f"{path} {tuple(leaf.shape)} is the kernel of a convolution, which has no quantised form. "
+      "Leave it out of `where`."
     )
-  size = leaf.shape[axis_of(path)]
+  size = math.prod(leaf.shape[axis] for axis in axes.ins)
+  if axes == Axes():
+    size = leaf.shape[axis_of(path)]
   if fmt.bits == 4 and size % 2:
     raise ValueError(
       f"{path} {tuple(leaf.shape)} has the odd contraction size {size}: two codes share a byte. "
       "Use pj.quant.int8(), or leave it out of `where`."
     )
+  return axes
+
+
+def quantize_kernel(path: str, leaf: Any, fmt: Format, axes: Axes) -> Quantized | Folded:
+  """The quantised weight of a kernel; of several input or output axes that of a matrix."""
+  if axes == Axes():
+    return quantize_leaf(path, leaf, fmt)
+  sizes = tuple(leaf.shape[len(axes.stack(leaf.shape)) :])
+  base = quantize_leaf(path, folded.matrix(leaf, axes), fmt)
+  return Folded(base=base, axes=axes, sizes=sizes)
 
 
 def quantize_leaf(path: str, leaf: Any, fmt: Format) -> Quantized:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core.einsum import split_subscripts
+from peftjax.core.fence import tied
 from peftjax.core.weight import Weight
 from peftjax.quant.double import DoubleScales
 from peftjax.quant.formats import Format, absmax_of
@@ -78,6 +79,15 @@ class Quantized(Weight):
     absmax = absmax_of(self.scales, self.axis)
     codes, absmax = (jnp.take(rows, ids, axis=0) for rows in (self.codes, absmax))
     return self.fmt.dequantize(codes, absmax, -1, self.dtype)
+
+  def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Decodes all experts for the product, and again for its gradient: none stays in between."""
+
+    def run(x: jax.Array, weight: Quantized) -> jax.Array:
+      weight = tied(weight, jax.lax.stop_gradient(x))
+      return jax.lax.ragged_dot(x, weight.materialize().astype(x.dtype), group_sizes)
+
+    return jax.checkpoint(run)(x, self)
 
   def transposed(self) -> Quantized:
     """Wᵀ of a matrix, of the same codes: blocks and pairs run along the axis they ran along."""

@@ -78,7 +78,7 @@ def test_it_prints_as_a_table_with_totals(rows):
   lines = text.splitlines()
   assert lines[0].split() == ["path", "type", "shape", "dtype", "bytes", "trainable", "computed"]
   assert len(lines) == 1 + 6 + 1
-  assert lines[-1].split() == ["total", "312", f"{pj.count(PARAMS)}"]
+  assert lines[-1].split() == ["total", "412", f"{pj.count(PARAMS)}"]
 
 
 def test_the_kernel_of_attention_is_that_of_the_examples_length():

@@ -7,6 +7,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.core.layout import Axes
 from tests.models import tiny
 
 SELF = "bert/encoder/layers_{}/attention/self/{}/kernel"
@@ -104,7 +105,7 @@ def test_a_second_rule_does_not_reshuffle_the_first_ones_a():
 def test_scanned_and_unrolled_layers_get_the_same_a(init):
   key, method = jax.random.key(7), pj.lora(4, targets="query", init=init)
   unrolled = _a(method.attach(key, tiny.params()))
-  layout = {SELF.format(0, "query").replace("_0", ""): pj.linen.Axes()}
+  layout = {SELF.format(0, "query").replace("_0", ""): Axes()}
   (scanned,) = _a(method.attach(key, tiny.scanned_params(), layout)).values()
   np.testing.assert_array_equal(scanned, np.stack(list(unrolled.values())))
 

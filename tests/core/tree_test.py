@@ -10,7 +10,7 @@ import pytest
 
 import peftjax as pj
 from peftjax.core import paths
-from peftjax.core.layout import Site
+from peftjax.core.layout import Axes, Site
 from peftjax.models.bert import BertClassifier
 from tests.core.programs import equations, optimised
 from tests.models import tiny
@@ -192,7 +192,7 @@ def test_count_leaves_padding_scales_and_ranks_out(params):
   """Of a stack with ranks 1 and 3 the trained count is that of the two matrices."""
   kernel = jnp.ones((2, 12, 9))
   method = pj.lora(3, targets="kernel", rank_pattern={r"kernel\[0\]": 1})
-  layout = {"kernel": pj.linen.Axes()}
+  layout = {"kernel": Axes()}
   attached = method.attach(jax.random.key(0), {"kernel": kernel}, layout)
   mask = method.trainable(attached)
   assert pj.count(attached, mask) == (1 + 3) * (12 + 9)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
 from peftjax.core import tree
+from peftjax.core.layout import Axes
 from peftjax.nn.linear import Linear
 from tests.core.programs import fused, producers
 
@@ -184,7 +185,7 @@ def test_only_what_is_vera_s_leaves_the_tree():
 
 def test_vectors_lie_as_their_kernel_and_the_pair_everywhere():
   base = {"layers": {"query": {"kernel": jnp.ones((3, 8, 16))}}}
-  layout = {"layers/query/kernel": pj.linen.Axes()}
+  layout = {"layers/query/kernel": Axes()}
   params = pj.vera(4, "query").attach(KEY, base, layout)
   specs = pj.sharding.specs(params, pj.sharding.make_mesh("data:2,fsdp:2,tensor:2"))
   leaf = specs["layers"]["query"]["kernel"]

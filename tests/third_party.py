@@ -1,0 +1,193 @@
+"""Flax modules as other projects write them, small and in our own words.
+
+Each shows one way of holding and using a kernel that linen's own layers do not have.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.standard_normal((2, 5, 12)), jnp.float32)
+IDS = jnp.asarray(RNG.integers(0, 20, (2, 5)))
+IMAGE = jnp.asarray(RNG.standard_normal((2, 8, 8, 3)), jnp.float32)
+normal = nn.initializers.normal(0.2)
+
+
+class RawEinsum(nn.Module):
+  """A parameter of its own shape and an equation, as in DeepMind's gemma."""
+
+  shape: tuple
+  name_of_weight: str = "w"
+
+  @nn.compact
+  def __call__(self, eqn, x):
+    return jnp.einsum(eqn, x, self.param(self.name_of_weight, normal, self.shape))
+
+
+class GemmaBlock(nn.Module):
+  """Attention with stacked keys and values, and a gated feed-forward with stacked gates."""
+
+  heads: int = 4
+  size: int = 3
+
+  @nn.compact
+  def __call__(self, x):
+    n, h, d = self.heads, self.size, x.shape[-1]
+    q = RawEinsum((n, d, h), name="q_einsum")("BTD,NDH->BTNH", x)
+    k, v = RawEinsum((2, 1, d, h), name="kv_einsum")("BSD,CKDH->CBSKH", x)
+    logits = jnp.einsum("BTNH,BSKH->BTNS", q, k)
+    mixed = jnp.einsum("BTNS,BSKH->BTNH", nn.softmax(logits), v)
+    x = x + RawEinsum((n, h, d), name="attn_vec_einsum")("BTNH,NHD->BTD", mixed)
+    gating = self.param("gating_einsum", normal, (2, d, 16))
+    linear = self.param("linear", normal, (16, d))
+    return x + jnp.dot(nn.gelu(jnp.dot(x, gating[0])) * jnp.dot(x, gating[1]), linear)
+
+
+class Gemma(nn.Module):
+  """Scanned and rematerialised blocks, tables looked up by index and used as the head."""
+
+  @nn.compact
+  def __call__(self, ids):
+    table = self.param("input_embedding", normal, (20, 12))
+    x = table[ids] * jnp.sqrt(12.0)
+
+    class Step(nn.Module):
+      @nn.compact
+      def __call__(self, x, _):
+        return GemmaBlock(name="block")(x), None
+
+    step = nn.remat(Step, prevent_cse=False)
+    scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    x, _ = scan(name="layers")(x, None)
+    return jnp.dot(x, table.T)
+
+
+class T5Dense(nn.Module):
+  """A kernel kept flat, boxed with names of its axes, reshaped at its use, as in t5x."""
+
+  features: tuple
+  axis: tuple = (-1,)
+
+  @nn.compact
+  def __call__(self, x):
+    axis = tuple(a % x.ndim for a in self.axis)
+    ins = tuple(x.shape[a] for a in axis)
+    flat = (int(np.prod(ins)), int(np.prod(self.features)))
+    init = nn.with_partitioning(normal, ("embed", "joined"))
+    kernel = jnp.asarray(self.param("kernel", init, flat), x.dtype).reshape(*ins, *self.features)
+    return jax.lax.dot_general(x, kernel, ((axis, tuple(range(len(axis)))), ((), ())))
+
+
+class T5Block(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    q, k, v = (T5Dense((4, 3), name=name)(x) for name in ("query", "key", "value"))
+    weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    x = x + T5Dense((x.shape[-1],), (-2, -1), name="out")(mixed)
+    return x + T5Dense((x.shape[-1],), name="wo")(nn.gelu(T5Dense((16,), name="wi_0")(x)))
+
+
+class T5(nn.Module):
+  """A table looked up as a product with rows of the identity."""
+
+  @nn.compact
+  def __call__(self, ids):
+    table = self.param("embedding", nn.with_partitioning(normal, ("vocab", "embed")), (20, 12))
+    x = jnp.dot(jax.nn.one_hot(ids, 20), jnp.asarray(table, jnp.float32))
+    for i in range(2):
+      x = T5Block(name=f"layers_{i}")(x)
+    return x
+
+
+class OwnDense(nn.Dense):
+  """A subclass that does something more."""
+
+  @nn.compact
+  def __call__(self, x):
+    return 2 * super().__call__(x)
+
+
+class Subclass(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(6, name="after")(OwnDense(12, name="own")(x))
+
+
+class OwnProducts(nn.Module):
+  """Linen's layers with products, precision and promotion of the user's own."""
+
+  @nn.compact
+  def __call__(self, x):
+    halved = lambda x, w, dims, precision=None, preferred_element_type=None: (
+      0.5 * jax.lax.dot_general(x, w, dims, precision)
+    )
+    x = nn.Dense(12, dot_general=halved, name="halved")(x)
+    x = nn.DenseGeneral((3, 4), dot_general=halved, name="general")(x)
+    x = nn.Dense(4, precision="highest", name="precise")(x)
+    promote = lambda *args, dtype, inexact=True: [3 * args[0], *args[1:]]
+    return nn.Dense(4, use_bias=False, promote_dtype=promote, name="promoted")(x)
+
+
+class Experts(nn.Module):
+  """One module mapped over experts, each with its kernels."""
+
+  @nn.compact
+  def __call__(self, x):
+    gates = nn.softmax(nn.Dense(3, name="router")(x))
+
+    class Expert(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return RawEinsum((16, 12), name="down")("btf,fd->btd", nn.gelu(nn.Dense(16, name="up")(x)))
+
+    mapped = nn.vmap(Expert, {"params": 0}, {"params": True}, None, -1, axis_size=3)
+    return jnp.einsum("btde,bte->btd", mapped(name="experts")(x), gates)
+
+
+class Recurrent(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.RNN(nn.OptimizedLSTMCell(8, name="cell"), name="rnn")(x)
+
+
+class ConvNet(nn.Module):
+  """Convolutions, running means, and a switch for training without a default."""
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.Conv(6, (3, 3), name="conv")(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+    x = nn.Conv(6, (3, 3), strides=2, feature_group_count=2, name="grouped")(x)
+    return nn.Dense(5, name="dense")(x.mean((1, 2)))
+
+
+class Boxed(nn.Module):
+  """Kernels and biases in boxes, as in flax's lm1b example."""
+
+  @nn.compact
+  def __call__(self, x):
+    boxed = functools.partial(
+      nn.Dense,
+      kernel_init=nn.with_logical_partitioning(normal, ("embed", "mlp")),
+      bias_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ("mlp",)),
+    )
+    return boxed(12, name="out")(nn.gelu(boxed(16, name="wi")(x)))
+
+
+# By name: the model, its input, and other arguments.
+MODELS = {
+  "gemma": (GemmaBlock(), X, {}),
+  "gemma, scan of remat": (Gemma(), IDS, {}),
+  "t5x": (T5(), IDS, {}),
+  "subclass of Dense": (Subclass(), X, {}),
+  "own products": (OwnProducts(), X, {}),
+  "vmapped experts": (Experts(), X, {}),
+  "OptimizedLSTMCell": (Recurrent(), X, {}),
+  "convolutions": (ConvNet(), IMAGE, {"train": False}),
+  "lm1b": (Boxed(), X, {}),
+}

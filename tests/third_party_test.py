@@ -1,0 +1,104 @@
+"""Models as others write them: factored, merged, quantised and trained without a change."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peftjax as pj
+from peftjax.core import paths
+from peftjax.core.adapted import bare
+from peftjax.core.weight import is_weight
+from tests import third_party
+from tests.core.programs import jit, producers
+
+KEY = jax.random.key(0)
+
+
+class Case:
+  """A model with LoRA on every matrix that its layout knows, nothing zero in it."""
+
+  def __init__(self, name):
+    self.model, self.x, self.kwargs = third_party.MODELS[name]
+    self.layout = pj.linen.layout(self.model, self.x, **self.kwargs)
+    variables = jit(lambda: self.model.init(KEY, self.x, **self.kwargs))()
+    self.base = variables["params"]
+    self.rest = {k: v for k, v in variables.items() if k != "params"}
+    flat = paths.leaves(self.base)
+    self.targets = [p for p in flat if p in self.layout and len(bare(flat[p]).shape) >= 2]
+    self.method = pj.lora(2, 4, [rf"{p}" if "/" in p else p for p in self.targets])
+    rng = np.random.default_rng(0)
+    draw = lambda w: w.replace(b=jnp.asarray(0.2 * rng.standard_normal(w.b.shape), jnp.float32))
+    attached = self.method.attach(KEY, self.base, self.layout)
+    self.params = jax.tree.map(
+      lambda w: draw(w) if is_weight(w) else w, attached, is_leaf=paths.is_leaf
+    )
+
+  def apply(self, params):
+    return pj.apply(self.model, params, self.x, variables=self.rest, **self.kwargs)
+
+  def plain(self, params):
+    return self.model.apply({"params": params, **self.rest}, self.x, **self.kwargs)
+
+  def weights(self):
+    return {p: w for p, w in paths.leaves(self.params).items() if is_weight(w)}
+
+
+@pytest.fixture(scope="module", params=third_party.MODELS)
+def case(request):
+  return Case(request.param)
+
+
+def test_every_matrix_is_found_and_adapted(case):
+  matrices = [
+    path
+    for path, x in paths.leaves(case.base).items()
+    if len(bare(x).shape) >= 2 and not path.endswith("bias")
+  ]
+  assert set(case.targets) == set(matrices) - {"grouped/kernel"} == set(case.weights())
+
+
+def test_outputs_are_those_of_the_merged_model(case):
+  got, want, plain = jit(lambda p, b: (case.apply(p), case.plain(pj.merge(p)), case.plain(b)))(
+    case.params, case.base
+  )
+  chex.assert_trees_all_close(got, want, rtol=2e-5, atol=2e-5)
+  assert np.abs(got - plain).max() > 1e-3
+
+
+def test_no_dense_array_is_built(case):
+  """Forward and backward; the same check sees those of the merged model."""
+  train, frozen = pj.partition(case.params, case.method.trainable(case.params))
+  grad = lambda apply: jax.value_and_grad(lambda t, f: jnp.square(apply(pj.combine(t, f))).sum())
+  # The gradient of a table that is a head too has rows for every word, as have one-hot rows.
+  shapes = {w.shape for w in case.weights().values()}
+  shapes |= {w.shape[len(w.stack) :] for w in case.weights().values()}
+  # Of the base: a layer cut out of a stack, and what a convolution's gradient turns round.
+  allow = ("slice", "squeeze", "rev", "reshape")
+  assert producers(grad(case.apply), shapes, train, frozen, allow=allow) == []
+  dense = grad(lambda p: case.plain(pj.merge(p)))
+  assert producers(dense, shapes, train, frozen)
+
+
+def test_describe_says_factored(case):
+  model = case.model if not case.kwargs else case.model.clone()
+  rows = pj.describe(case.params, model=model, example=[case.x]) if not case.rest else ()
+  assert {row.computed for row in rows if row.type == "LoRA"} <= {"factored"}
+
+
+def test_four_bits_and_dropout_work_through_it(case):
+  """The kernels that can be in four bits; a step draws anew."""
+  layout = case.layout
+  flat = paths.leaves(case.base)
+  fits = [
+    p for p in case.targets if np.prod([bare(flat[p]).shape[a] for a in layout[p].ins]) % 2 == 0
+  ]
+  fits = [p for p in fits if "embed" not in p and "conv" not in p]
+  if not fits:
+    pytest.skip("no kernel of an even number of inputs")
+  params = pj.quantize(case.base, pj.quant.nf4(), fits, layout)
+  method = pj.lora(2, 4, fits, dropout=0.5)
+  params = method.attach(KEY, params, layout)
+  got, want = jit(lambda p: (case.apply(p), case.plain(pj.merge(p, dense=True))))(params)
+  chex.assert_trees_all_close(got, want, rtol=2e-5, atol=2e-5)
