@@ -91,6 +91,7 @@ def test_no_claim_is_left_out():
     assert {x for x in vars(module).values() if isinstance(x, Claim)} <= listed
 
 
+@pytest.mark.slow(reason="every cheap claim, 10 s")
 def test_cheap_claims_are_as_expected(claims_command, capsys):
   assert claims_command(only=CHEAP) == 0
   out = capsys.readouterr().out

@@ -384,6 +384,7 @@ def real(made, model_dir, corpus):
   )
 
 
+@pytest.mark.slow(reason="several groups of runs, 10 s")
 def test_trials_that_fit_are_trained_together(
   sweep, config, model_dir, corpus, capsys, monkeypatch, tmp_path
 ):

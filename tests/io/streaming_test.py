@@ -117,7 +117,7 @@ _SLOW = pytest.mark.slow(reason="gigabytes in a process of its own; 10 s each")
   ("name", "layers"),
   [
     pytest.param("float32", "unrolled", marks=_SLOW),
-    ("bfloat16", "scanned"),
+    pytest.param("bfloat16", "scanned", marks=_SLOW),
     pytest.param("gguf", "unrolled", marks=_SLOW),
   ],
 )

@@ -87,6 +87,7 @@ def _bytes(params):
   return {paths.name(path): (x.dtype.name, np.asarray(x).tobytes()) for path, x in flat}
 
 
+@pytest.mark.slow(reason="three runs; the classifier's twin is in the fast tests")
 def test_a_stopped_run_goes_on_to_the_same_bits(
   finished, run_once, lm_config, tmp_path, monkeypatch
 ):

@@ -145,7 +145,8 @@ def test_killed_run_ends_in_the_same_bits(command, whole, tmp_path):
   assert any(half for _, _, half in struck) and any(0 < step for _, step, _ in struck)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=_SLOW)])
+@_SLOW
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_asked_to_stop_it_saves_and_goes_on(name, command, whole, tmp_path):
   """SIGTERM and Ctrl-C: exit code 0, the step that was saved is named, the end is the same."""
   process = start(command(tmp_path))

@@ -89,6 +89,7 @@ def step_of(settings):
   return run, (run.state, run.frozen, next(iter(run.stream.iterate(0, 1))), run.dropout_key)
 
 
+@pytest.mark.slow(reason="a whole program, fused as users have it; 10 s")
 def test_every_stage_has_its_name(config, decoder):
   """In what a profile says of an operation, forward and backward."""
   common = ("loss", "optimizer/clip", "optimizer/update")
@@ -120,6 +121,7 @@ def multiplied(run, arguments):
   return total
 
 
+@pytest.mark.slow(reason="traces many programs; 6 s")
 def test_operations_are_those_of_the_products(config, decoder, monkeypatch):
   """Exactly, but for what lies below all that is trained, and for half of causal attention."""
   here = lambda *args, default, cpu=None, tpu=None: (cpu or default)(*args)

@@ -84,9 +84,8 @@ _SLOW = pytest.mark.slow(reason="the same laws for more settings; 10 to 20 s eac
   ("name", "count", "chunk", "length", "accumulate"),
   [
     ("lora", 2, 2, 32, 1),
-    pytest.param(
-      "adalora", 2, 1, 16, 4
-    ),  # two updates of four batches and one of two, marks=_SLOW),
+    # Two updates of four batches, and one of two.
+    pytest.param("adalora", 2, 1, 16, 4, marks=_SLOW),
     *(
       pytest.param(name, 3, *case, 1, marks=_SLOW)
       for name, *case in (
@@ -118,7 +117,8 @@ def test_parameters_are_those_of_single_runs(name, count, chunk, length, accumul
       assert pj.ranks(tree.combine(got, group._base)) == pj.ranks(tree.combine(want, group._base))
 
 
-@pytest.mark.parametrize("i", [0, pytest.param(2, marks=_SLOW)])
+@_SLOW
+@pytest.mark.parametrize("i", [0, 2])
 def test_folders_and_results_are_those_of_single_runs(i, files, tmp_path):
   """Scores, counts and files; each is the start of a prediction. One that diverges harms none."""
   wanted = configs(files, "lora")
