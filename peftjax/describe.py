@@ -142,6 +142,14 @@ class _Probe:
         seen.setdefault(path, "factored")
         return super().take(ids)
 
+      def conv(self, x: jax.Array, **how: Any) -> jax.Array:
+        seen.setdefault(path, "factored")
+        return super().conv(x, **how)
+
+      def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        seen.setdefault(path, "factored")
+        return super().ragged_dot(x, group_sizes)
+
     return Probed(**{f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)})
 
 

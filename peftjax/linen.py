@@ -105,6 +105,9 @@ def bridge() -> Iterator[None]:
 
   def plain(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
+    maps = isinstance(module, nn.WeightNorm | nn.SpectralNorm) or "map_variables(" in _scope(module)
+    if maps and refuse_unboxing.get():
+      raise Unboxed  # it would map over the children of a weight
     if (type(module), context.method_name) in _HANDLERS and _is_plain(module):
       name, handler = _HANDLERS[type(module), context.method_name]
       weight = _param(module, name)
@@ -137,7 +140,8 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
     result = next_fn(*fargs, **fkwargs)
     if context.method_name == "__call__" and module.path:
       # What lifts the module's parameters (scan, vmap) stacks this one too.
-      module.put_variable("params", _MARK, jnp.zeros(()))
+      if module.is_mutable_collection("params"):
+        module.put_variable("params", _MARK, jnp.zeros(()))
       first = result[0] if isinstance(result, tuple) and result else result
       sites["/".join(module.path)] = Site(tuple(map(_width, fargs)), _width(first))
     return result
@@ -153,7 +157,7 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
     return model.apply(variables, *args, rngs=keys, mutable=list(rest), **kwargs)
 
   params_of = paths.leaves(params)
-  stack = lambda path: tuple(made[f"{path}/{_MARK}"].shape)
+  stack = lambda path: tuple(made[mark].shape) if (mark := f"{path}/{_MARK}") in made else ()
   sites = {path: site._replace(stack=stack(path)) for path, site in sites.items()}
   found = {}
   for path, axes in probe.layout(call, params, rest, args, kwargs).items():
@@ -188,6 +192,10 @@ def _unadapted(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _param(module: nn.Module, name: str) -> Any:
   """The raw parameter, not unboxed; None where the module has none by that name (yet)."""
   return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def _scope(module: nn.Module) -> str:
+  return module.scope.path_text if module.scope else ""
 
 
 def _bias(module: nn.Module) -> Any:

@@ -166,6 +166,15 @@ class ConvNet(nn.Module):
     return nn.Dense(5, name="dense")(x.mean((1, 2)))
 
 
+class Normalised(nn.Module):
+  """Kernels that are divided by a norm before their use."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.WeightNorm(nn.Dense(8, name="weight"))(x)
+    return nn.SpectralNorm(nn.Dense(8, name="spectral"))(x, update_stats=False)
+
+
 class Boxed(nn.Module):
   """Kernels and biases in boxes, as in flax's lm1b example."""
 

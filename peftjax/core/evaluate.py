@@ -140,8 +140,8 @@ def _concatenate(eqn: Any, operands: list[Any]) -> list[Any] | None:
 
 def _dot_general(eqn: Any, operands: list[Any]) -> list[Any] | None:
   left, right = operands
-  if is_view(left) and is_view(right):
-    return None
+  if is_view(left):
+    right = dense(right, "dot_general")
   view, x = (left, right) if is_view(left) else (right, left)
   y = joined.dot_general(
     x,

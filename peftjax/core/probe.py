@@ -62,8 +62,7 @@ class Probe(Weight):
   def conv(self, x: jax.Array, **how: Any) -> jax.Array:
     out, *ins = how["dimension_numbers"].rhs_spec
     axes = sorted(axis - self.ndim for axis in ins)
-    if how["feature_group_count"] == how["batch_group_count"] == 1:
-      self.found.axes.setdefault(self.path, ConvAxes(tuple(axes), (out - self.ndim,)))
+    self.found.axes.setdefault(self.path, ConvAxes(tuple(axes), (out - self.ndim,)))
     return super().conv(x, **how)
 
   def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -45,7 +45,9 @@ class IA3Method(Method):
   def __post_init__(self) -> None:
     super().__post_init__()
     if not self.outputs and not self.inputs:
-      raise ValueError('ia3 scales nothing; write e.g. pj.ia3(["key", "value"], ["output.dense"])')
+      raise ValueError(
+        'ia3 scales nothing; write e.g. pj.ia3(["key", "value"], [r".*/output/dense/kernel"])'
+      )
 
   def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
     flat, (outs, ins) = paths.leaves(params), self._kernels(params, layout)
