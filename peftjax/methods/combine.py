@@ -110,7 +110,7 @@ def _leaf(path: str, own: list[tuple[LoRA, float]], make: Callable[..., Any]) ->
   width = max(ranks)
   a = np.stack([np.pad(a, ((0, width - len(a)), (0, 0))) for a, _ in made])
   b = np.stack([np.pad(b, ((0, 0), (0, width - b.shape[1]))) for _, b in made])
-  shaped = lambda x, dtype: jnp.asarray(x.reshape(*stack, *x.shape[1:]), dtype)
+  shaped = lambda x, dtype: jnp.asarray(x.reshape((*stack, *x.shape[1:])), dtype)
   return first.replace(
     a=shaped(a, first.a.dtype),
     b=shaped(b, first.b.dtype),
@@ -121,7 +121,7 @@ def _leaf(path: str, own: list[tuple[LoRA, float]], make: Callable[..., Any]) ->
 
 def _layer(leaf: LoRA, weight: float, i: int) -> _Layer:
   """Layer i of a leaf, without the rows of its padding."""
-  flat = lambda x, ndim: np.asarray(x).reshape(-1, *x.shape[x.ndim - ndim :])[i]
+  flat = lambda x, ndim: np.asarray(x).reshape((-1, *x.shape[x.ndim - ndim :]))[i]
   rank = int(flat(leaf.rank, 0))
   a, b = (flat(x, 2).astype(np.float32) for x in (leaf.a, leaf.b))
   return _Layer(a[:rank], b[:, :rank], float(flat(leaf.scale, 0)), weight)

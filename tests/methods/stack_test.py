@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,10 +47,9 @@ def three(methods, name="llama3_tiny", scan=True, fmt=None):
   return model, [attached(method, params, layout, i) for i, method in enumerate(methods)]
 
 
-def _loras(**options):
-  return [pj.lora(2, 4, "all-linear", **options), pj.lora(4, 8, "all-linear", **options)] + [
-    pj.lora(3, 9, "all-linear", rslora=True, **options)
-  ]
+def _loras(targets=("q_proj", "down_proj"), **options):
+  pairs = ((2, 4, False), (4, 8, False), (3, 9, True))
+  return [pj.lora(r, alpha, targets, rslora=rs, **options) for r, alpha, rs in pairs]
 
 
 _slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow(reason="repeats a law"))
@@ -64,14 +64,14 @@ _embed = lambda: [pj.lora(rank, 8, _TABLES) for rank in (2, 3, 4)]
   "methods, name, scan, fmt",
   [
     (_loras, "llama3_tiny", True, pj.quant.nf4(32)),
-    (_ia3, "bert_tiny", False, None),
-    _slow(_ia3, "bert_tiny", True, None),
+    _slow(_ia3, "bert_tiny", False, None),
+    (_ia3, "bert_tiny", True, None),
     _slow(_loras, "llama3_tiny", False, None),
-    _slow(_loras, "gpt2_tiny", True, None),
-    (_dora, "llama3_tiny", True, None),
+    _slow(lambda: _loras("all-linear"), "gpt2_tiny", True, None),
+    _slow(_dora, "llama3_tiny", True, None),
     _slow(lambda: _dora(from_quantised=True), "llama3_tiny", False, pj.quant.nf4(32)),
     _slow(_adalora, "llama3_tiny", True, None),
-    (_vera, "llama3_tiny", True, None),
+    _slow(_vera, "llama3_tiny", True, None),
     _slow(_vera, "llama3_tiny", False, None),
     _slow(_embed, "bert_tiny", True, None),
   ],
@@ -88,10 +88,6 @@ def test_each_row_has_its_adapter(methods, name, scan, fmt):
   assert np.abs(alone[0] - alone[1]).max() > 1e-2
   for tree, again in zip(trees, unstack_adapters(stacked), strict=True):
     jax.tree.map(np.testing.assert_array_equal, tree, again)
-  assert pj.count(stacked) - pj.count(trees[0]) == sum(
-    pj.count(tree, pj.adapter_mask(tree, method.trainable(tree)))
-    for tree, method in zip(trees[1:], methods()[1:], strict=True)
-  ) - (2 * 6 * max(methods()[0].rank and 0, 0) if False else 0)
 
 
 def test_gradients_reach_the_adapters_that_rows_have():
@@ -135,7 +131,7 @@ def _near(got, want):
       np.testing.assert_allclose(mine[:, : theirs.shape[1]], theirs, atol=3e-5 * size, rtol=0)
 
 
-@pytest.mark.parametrize("fmt", [None, pj.quant.nf4(32)])
+@pytest.mark.parametrize("fmt", [_slow(None), pj.quant.nf4(32)])
 def test_no_array_of_a_base_has_rows(fmt):
   """In the forward and the backward pass, and none is as large as a base with rows."""
   methods = _loras()
@@ -163,9 +159,7 @@ def test_no_array_of_a_base_has_rows(fmt):
 def test_generation_with_a_cache():
   """Each prompt continues as with its own tree alone, dense or in four bits."""
   model, trees = three(_loras(), fmt=pj.quant.nf4(32))
-  new, counts = pj.generate(
-    model, pj.stack_adapters(trees), TOKENS, rows=ROWS, max_new_tokens=5
-  )
+  new, counts = pj.generate(model, pj.stack_adapters(trees), TOKENS, rows=ROWS, max_new_tokens=5)
   assert counts.tolist() == [5] * 4
   alone = [pj.generate(model, tree, TOKENS, max_new_tokens=5)[0] for tree in trees]
   assert new.tolist() == [alone[adapter][i].tolist() for i, adapter in enumerate(ROWS)]
@@ -184,15 +178,15 @@ def test_dropout_is_drawn_for_each_row():
 
 def test_a_module_of_flax_and_a_number_of_no_adapter():
   """`nn.Dense` of the bridge; a traced number outside gives NaN in its row alone."""
-  import flax.linen as nn
-
   model = nn.Dense(3)
   x = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
   params = model.init(jax.random.key(0), x)["params"]
   methods = [pj.lora(2, 4, ["kernel"]), pj.lora(3, 9, ["kernel"])]
   trees = [attached(method, params, None, i) for i, method in enumerate(methods)]
   stacked = pj.stack_adapters(trees)
-  got = jit(lambda p, x, rows: pj.apply(model, p, x, rows=rows))(stacked, x, jnp.array([1, 0, 7, -1]))
+  got = jit(lambda p, x, rows: pj.apply(model, p, x, rows=rows))(
+    stacked, x, jnp.array([1, 0, 7, -1])
+  )
   for i, adapter in enumerate((1, 0)):
     want = pj.apply(model, trees[adapter], x)[i]
     np.testing.assert_allclose(got[i], want, atol=1e-5)
@@ -250,8 +244,6 @@ def test_what_cannot_be_stacked_is_refused(adapters, message):
   ],
 )
 def test_rows_that_do_not_fit_are_refused(rows, message):
-  import flax.linen as nn
-
   model, x = nn.Dense(8, use_bias=False), jnp.ones((4, 6))
   params = {"kernel": _PLAIN["query"]["kernel"]}
   trees = [_attach(pj.lora(2, 4, ["kernel"]), params)] * 2

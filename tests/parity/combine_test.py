@@ -94,6 +94,7 @@ _UNEQUAL = [_of(2, 8), _of(5, 3), _of(4, 1, "q_proj", "v_proj")]
 _PATTERNS = [_of(4, 8, alpha_pattern={"k_proj": 3}, rank_pattern={"down_proj": 2})] * 2
 _WIDE = [_of(4, 8, "c_attn", "wte"), _of(4, 5, "c_attn", "wte")]
 _MIXED = [_of(4, 8), _of(4, 3, "q_proj", "v_proj")]
+_FIVE = ("linear", "cat", "svd", "ties", "ties_svd")
 _PRUNING = [kind for kind in KINDS if kind not in ("svd", "cat", "linear")]
 # Random entries are peft's own; at a density of 1 there are none.
 _density = lambda kind: 1.0 if kind.startswith("dare") else 0.4 if kind in _PRUNING else None
@@ -105,8 +106,12 @@ _CASES = [
   *(("llama_tiny", _PATTERNS, (0.3, 0.6), kind, None) for kind in ("linear", "cat", "ties")),
   *(("llama_tiny", _UNEQUAL, (0.7, -0.4, 1.0), kind, None) for kind in ("cat", "svd", "ties_svd")),
   *(("llama_tiny", _UNEQUAL, (0.7, 0.4, 1.0), "svd", rank) for rank in (1, 9)),
-  *(("llama_tiny", _TABLE, (0.7, 0.4), kind, None) for kind in ("linear", "cat", "svd", "ties_svd")),
-  *(("gpt2_tiny", _WIDE, (-0.7, 0.4), k, None) for k in ("linear", "cat", "svd", "ties", "ties_svd")),
+  *(
+    ("llama_tiny", _TABLE, (0.7, 0.4), kind, None) for kind in ("linear", "cat", "svd", "ties_svd")
+  ),
+  *(
+    ("gpt2_tiny", _WIDE, (-0.7, 0.4), k, None) for k in ("linear", "cat", "svd", "ties", "ties_svd")
+  ),
   *(("llama_tiny", _EQUAL[:1], (0.7,), kind, None) for kind in ("linear", "cat", "svd")),
 ]
 
@@ -138,7 +143,7 @@ def test_logits_of_a_scanned_model(kind, density, tmp_path):
 
 
 def test_dare_drops_as_many_and_keeps_the_mean():
-  """Of one factor, over draws: peft's entries and ours are alike, and so are the shares of zeros."""
+  """Of one factor, over draws: peft's entries and ours are alike, and so the shares of zeros."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((2, 8, 12)).astype(np.float32)
   weights, density, draws = np.array([0.7, -0.4], np.float32), 0.3, 400
