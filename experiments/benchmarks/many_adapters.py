@@ -86,7 +86,7 @@ def worker(
 
   given = [pj.stack_adapters(trees)] if side == "rows" else trees
   parts = [pj.partition(p, method.trainable(p)) for p in given]
-  batches = np.split(tokens, len(given))
+  batches = jnp.split(jnp.asarray(tokens), len(given))
   index = rows if side == "rows" else None
 
   def once() -> float:

@@ -191,11 +191,11 @@ def _trees(adapters: Any) -> list[Any]:
     if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
       raise ValueError(f"tree {i} has no numbers: call combine_adapters outside jit, on arrays")
     shapes.append({path: tuple(bare(x).shape) for path, x in flat.items()})
-  for i, other in enumerate(shapes[1:], 2):
-    if differ := sorted({p for p, _ in shapes[0].items() ^ other.items()}):
+  for i, own in enumerate(shapes[1:], 2):
+    if differ := sorted({p for p, _ in shapes[0].items() ^ own.items()}):
       raise ValueError(
         f"at {differ[0]} the first tree has {shapes[0].get(differ[0], 'nothing')} and tree {i} "
-        f"{other.get(differ[0], 'nothing')}: adapters of one model, all scanned or all unrolled, "
+        f"{own.get(differ[0], 'nothing')}: adapters of one model, all scanned or all unrolled, "
         "can be combined"
       )
   return list(adapters)

@@ -68,10 +68,11 @@ def unstack_adapters(params: Any) -> list[Any]:
 
 def check_same(path: str, arrays: Sequence[Any]) -> None:
   """Raises ValueError unless what several trees have at `path` is the same: once, or in value."""
-  first, form = jax.tree.flatten(arrays[0])
+  first = jax.tree.leaves(arrays[0])
+  form = jax.tree.structure(arrays[0])
   for i, other in enumerate(arrays[1:], 2):
-    own, other_form = jax.tree.flatten(other)
-    if form != other_form or not all(map(_equal, first, own)):
+    alike = form == jax.tree.structure(other)
+    if not alike or not all(map(_equal, first, jax.tree.leaves(other))):
       raise ValueError(
         f"at {path} tree {i} has other pretrained or trained arrays than the first, and only "
         "adapters may differ: attach or load all of them on one tree, pj.load_peft(folder, params, "
