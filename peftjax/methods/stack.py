@@ -69,7 +69,7 @@ def unstack_adapters(params: Any) -> list[Any]:
 def check_same(path: str, arrays: Sequence[Any]) -> None:
   """Raises ValueError unless what several trees have at `path` is the same: once, or in value."""
   first = jax.tree.leaves(arrays[0])
-  form = jax.tree.structure(arrays[0])
+  form: Any = jax.tree.structure(arrays[0])
   for i, other in enumerate(arrays[1:], 2):
     alike = form == jax.tree.structure(other)
     if not alike or not all(map(_equal, first, jax.tree.leaves(other))):
