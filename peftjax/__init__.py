@@ -22,6 +22,7 @@ from peftjax.methods.adalora import adalora
 from peftjax.methods.adalora_ranks import ranks, to_lora
 from peftjax.methods.adapters import adapters
 from peftjax.methods.base import Method, chain
+from peftjax.methods.combine import combine_adapters
 from peftjax.methods.dora import dora
 from peftjax.methods.ia3 import ia3
 from peftjax.methods.loha import loha
@@ -29,6 +30,7 @@ from peftjax.methods.lokr import lokr
 from peftjax.methods.lora import lora
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
+from peftjax.methods.stack import stack_adapters
 from peftjax.methods.swap import align_ranks, unmerge
 from peftjax.methods.unfreeze import unfreeze
 from peftjax.methods.vera import vera
@@ -46,6 +48,7 @@ __all__ = [
   "apply",
   "chain",
   "combine",
+  "combine_adapters",
   "count",
   "describe",
   "dora",
@@ -71,6 +74,7 @@ __all__ = [
   "save_peft",
   "select",
   "sharding",
+  "stack_adapters",
   "to_lora",
   "unfreeze",
   "unmerge",

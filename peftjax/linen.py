@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, probe, shared, tree
+from peftjax.core import paths, per_row, probe, shared, tree
 from peftjax.core.adapted import bare
 from peftjax.core.attachment import Attachment
-from peftjax.core.einsum import einsum, linear, split_subscripts, take
+from peftjax.core.einsum import einsum, linear, shift, split_subscripts, take
 from peftjax.core.factored import traced
 from peftjax.core.layout import Layout, Site
 from peftjax.core.view import Uses
@@ -30,6 +30,7 @@ def apply(
   train: bool = False,
   rngs: dict[str, jax.Array] | None = None,
   variables: Mapping[str, Any] | None = None,
+  rows: Any | None = None,
   **kwargs: Any,
 ) -> Any:
   """`model.apply({"params": params}, ...)` where any leaf of `params` may be a `Weight`.
@@ -45,12 +46,17 @@ def apply(
     train: turns on the dropout of adapters, and is passed on to a module that takes `train`.
     rngs: passed on; `rngs["dropout"]` also feeds the adapters' dropout.
     variables: other collections, such as `batch_stats`.
+    rows: `[B]` int, which adapter of `pj.stack_adapters` each row of the batch has, the first axis
+      of what weights multiply; traced, a number that is none's gives NaN.
     **kwargs: passed on: `method`, `mutable`, the module's own arguments.
 
   Raises:
     ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing; if no
-      module reads a prefix or prompt, the model being called as a whole (without `method`).
+      module reads a prefix or prompt, the model being called as a whole (without `method`); if
+      `rows` do not fit the adapters or the batch.
   """
+  if rows is not None:
+    params = per_row.pick(params, rows)
   params = tree.tie(params, spread=False)
   if train:
     params = tree.with_dropout_keys(params, (rngs or {}).get("dropout"))
@@ -203,13 +209,6 @@ def _bias(module: nn.Module) -> Any:
   return None if bias is None else materialize(bare(bias))
 
 
-def _finish(module: Any, y: jax.Array) -> jax.Array:
-  bias = _bias(module)
-  if bias is None:
-    return y
-  return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-
-
 def _cast(module: Any, x: jax.Array, weight: Weight) -> jax.Array:
   """`x` in the module's compute dtype, as linen's `promote_dtype` would choose it."""
   return x.astype(module.dtype or jnp.result_type(x, weight.dtype))
@@ -217,7 +216,8 @@ def _cast(module: Any, x: jax.Array, weight: Weight) -> jax.Array:
 
 def _dense(module: nn.Dense, weight: Weight, x: jax.Array) -> jax.Array:
   y = linear(_cast(module, x, weight), weight)
-  return _finish(module, y)
+  bias = _param(module, "bias")
+  return y if bias is None else shift(y, bare(bias))
 
 
 def _dense_general(module: nn.DenseGeneral, weight: Weight, x: jax.Array) -> jax.Array:

@@ -79,6 +79,20 @@ class Adapted(Weight):
     row = lambda x, axis: math.prod(x.shape) // max(self.rank.size * x.shape[axis], 1)
     return sum(int(np.sum(self.rank)) * row(x, axis) for x, axis in here)
 
+  def trained_mask(self, frozen: frozenset[str] = frozenset()) -> Adapted:
+    """This node with true on the arrays of its children that are `trained` and not `frozen`."""
+    mask = jax.tree.map(lambda _: False, self)
+    chosen = {name: getattr(self, name) for name in self.trained - frozen}
+    return mask.replace(**{k: jax.tree.map(lambda _: True, x) for k, x in chosen.items()})
+
+  def at_own_rates(self) -> Adapted:
+    """This node of updates with each child times its rate."""
+    return self.replace(**{name: rate * getattr(self, name) for name, rate in self.rates.items()})
+
+  def with_ranks(self, part: Any) -> Any:
+    """`part`, a part of this weight that a partition took, with the recorded rank."""
+    return part if self.rank is None else part.replace(rank=self.rank)
+
   def with_key(self, key: jax.Array, path: str) -> Adapted:
     """With a key of `dropout` for each layer; only asked of weights that have a rate."""
     raise NotImplementedError

@@ -32,8 +32,17 @@ def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
   an ordinary product; over two, XLA:CPU first copies the activations transposed (measured on six
   BERT layers with LoRA on every kernel: 2.4 s a step against 0.7 s).
   """
+  if isinstance(w, Weight):
+    return w.linear(x)
   y = einsum("ti,io->to", x.reshape(-1, x.shape[-1]), w)
   return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def shift(y: jax.Array, b: jax.Array | Weight) -> jax.Array:
+  """y + b along the last axis, `[..., out]` and `[out]`, in the dtype of y."""
+  if isinstance(b, Weight):
+    return b.shift(y)
+  return y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def take(w: jax.Array | Weight, ids: jax.Array) -> jax.Array:

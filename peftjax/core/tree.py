@@ -206,8 +206,7 @@ def count(params: Any, mask: Any | None = None) -> int:
 
 def restore_ranks(chosen: Any, params: Any) -> Any:
   """Puts each weight's recorded rank back into a tree that a partition has taken it from."""
-  ranked = lambda leaf: isinstance(leaf, Adapted) and leaf.rank is not None
-  fill = lambda c, p: c.replace(rank=p.rank) if ranked(p) else c
+  fill = lambda c, p: p.with_ranks(c) if isinstance(p, Adapted) else c
   return jax.tree.map(fill, chosen, params, is_leaf=lambda n: n is None or paths.is_leaf(n))
 
 

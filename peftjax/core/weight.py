@@ -97,6 +97,15 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
     """`einsum(eqn, x, W)` in the dtype of `x`."""
     return jnp.einsum(eqn, x, self.materialize().astype(x.dtype))
 
+  def linear(self, x: jax.Array) -> jax.Array:
+    """x W over the last axis, `[..., out]`; the leading axes are one while multiplying."""
+    y = self.einsum("ti,io->to", x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+  def shift(self, y: jax.Array) -> jax.Array:
+    """y + b of a bias `[out]`, along the last axis, in the dtype of y."""
+    return y + self.materialize().astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
   def take(self, ids: jax.Array) -> jax.Array:
     """Rows `W[ids]` of a `[V, D]` table: `[..., D]` for integer ids `[...]`."""
     return jnp.take(self.materialize(), ids, axis=0)

@@ -14,7 +14,6 @@ from peftjax.core import paths, ranges
 from peftjax.core.adapted import Adapted
 from peftjax.core.layout import Layout
 from peftjax.core.ranges import Positive, Size, checked
-from peftjax.core.weight import children
 from peftjax.methods.codec import Codec
 
 # From clipping and an optimizer to what does both and more.
@@ -181,11 +180,8 @@ def trainable_mask(params: Any, claimed: set[str], frozen: frozenset[str] = froz
   """True on the children that are `trained`, and not `frozen`, of the claimed weights."""
 
   def of(path: str, leaf: Any) -> Any:
-    mask = jax.tree.map(lambda _: False, leaf)
-    if path not in claimed or not isinstance(leaf, Adapted):
-      return mask
-    chosen = leaf.trained - frozen
-    on = {f: jax.tree.map(lambda _: True, c) for f, c in children(leaf).items() if f in chosen}
-    return mask.replace(**on)
+    if path in claimed and isinstance(leaf, Adapted):
+      return leaf.trained_mask(frozen)
+    return jax.tree.map(lambda _: False, leaf)
 
   return paths.map_leaves(of, params)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from peftjax.core import per_row
 from peftjax.linen import apply
 from peftjax.models import limits
 from peftjax.models.cache import Cache
@@ -30,6 +31,7 @@ def generate(
   stop: Sequence[int] = (),
   pad_id: int = 0,
   key: jax.Array | None = None,
+  rows: Any | None = None,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
   """Continues each prompt until a stop token or for `max_new_tokens`.
 
@@ -44,13 +46,14 @@ def generate(
     stop: ids that end a text; they are part of the result.
     pad_id: what stands behind an ended text.
     key: for drawing.
+    rows: `[B]` int, which adapter of `pj.stack_adapters` each prompt has.
 
   Returns:
     The new tokens, N = `max_new_tokens`, and how many of them each text has.
 
   Raises:
     ValueError: if prompt and new tokens exceed the model's positions, an id its table, or a number
-      is out of range.
+      is out of range; if `rows` do not fit the adapters or the prompts.
   """
   length = tokens.shape[1] + max_new_tokens + virtual.length(params)
   if max_new_tokens < 1 or length > model.config.max_length:
@@ -65,6 +68,7 @@ def generate(
   if temperature and key is None:
     raise ValueError("temperature above 0 draws tokens: pass key=jax.random.key(...)")
   limits.check(model.config, tokens, what="the prompts")
+  index = None if rows is None else per_row.checked(params, rows)
   mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
   return _generate(
     model,
@@ -74,6 +78,7 @@ def generate(
     jax.random.key(0) if key is None else key,
     jnp.float32(temperature),
     jnp.float32(top_p),
+    index,
     max_new_tokens=max_new_tokens,
     stop=tuple(stop),
     pad_id=pad_id,
@@ -90,12 +95,15 @@ def _generate(
   key: jax.Array,
   temperature: jax.Array,
   top_p: jax.Array,
+  rows: jax.Array | None,
   *,
   max_new_tokens: int,
   stop: tuple[int, ...],
   pad_id: int,
   greedy: bool,
 ) -> tuple[jax.Array, jax.Array]:
+  if rows is not None:
+    params = per_row.pick(params, rows)  # once, and not for each token
   batch, length = tokens.shape
   stops = jnp.asarray(stop or (-1,), jnp.int32)
   pick = lambda logits, i: (

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from peftjax.core.einsum import attend, linear, take
+from peftjax.core.einsum import attend, linear, shift, take
+from peftjax.core.per_row import PerRow
 from peftjax.core.tied import Tied
 from peftjax.losses import Sums, next_token_sums
 from peftjax.nn.chunked_loss import chunk_length, chunked_sums
@@ -38,8 +39,7 @@ class Linear(nn.Module):
     y = checkpoint_name(linear(x, kernel), PRODUCT)
     if not self.use_bias:
       return y
-    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return shift(y, weight(self, "bias", nn.initializers.zeros, (self.features,)))
 
 
 class Embedding(nn.Module):
@@ -89,8 +89,10 @@ class Head(nn.Module):
     batch, length = tokens.shape
     size = chunk_length(batch, length, self.vocab)
     # A few logits take one product. An adapter beside the module needs them whole: it changes what
-    # the module's call returns.
-    if size >= length or self.is_initializing() or self.has_variable("params", "adapter"):
+    # the module's call returns. One that differs by row needs the rows, and chunks have none.
+    by_row = isinstance(self.get_variable("params", "kernel", None), PerRow)
+    beside = self.has_variable("params", "adapter")
+    if size >= length or self.is_initializing() or beside or by_row:
       return next_token_sums(self(x_BTD, table), dict(tokens=tokens, weights=weights))
     kernel = None if self._bare() else self.get_variable("params", "kernel")
     if kernel is None or isinstance(kernel, Tied):

@@ -14,7 +14,7 @@ from msgspec import Meta
 from peftjax.core import paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.ranges import Fraction, NotNegative, Positive, Size, check_one, checked
-from peftjax.core.weight import Weight, children
+from peftjax.core.weight import Weight
 from peftjax.optim.accumulate import AccumulatedState, accumulated
 
 # Last names of paths: biases, and what multiplies activations (IA3's l, DoRA's m).
@@ -201,10 +201,7 @@ def _at_own_rates(tx: optax.GradientTransformation) -> optax.GradientTransformat
   tx = optax.with_extra_args_support(tx)
 
   def of(path: str, update: Any) -> Any:
-    if not isinstance(update, Adapted):
-      return update
-    rates = update.rates
-    return update.replace(**{name: x * children(update)[name] for name, x in rates.items()})
+    return update.at_own_rates() if isinstance(update, Adapted) else update
 
   def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
     updates, state = tx.update(grads, state, params, **extra)
