@@ -34,6 +34,8 @@ from peftjax.methods.vera import vera
 from peftjax.models.generate import generate
 from peftjax.models.pretrained import load_pretrained
 from peftjax.quant.transform import quantize
+from peftjax.training.fit import fit
+from peftjax.training.texts import texts
 
 __all__ = [
   "Method",
@@ -49,6 +51,7 @@ __all__ = [
   "describe",
   "dora",
   "einsum",
+  "fit",
   "generate",
   "ia3",
   "linen",
@@ -69,6 +72,7 @@ __all__ = [
   "save_peft",
   "select",
   "sharding",
+  "texts",
   "to_lora",
   "unfreeze",
   "unmerge",
