@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, shared, tree
+from peftjax.core import given, paths, shared, tree
 from peftjax.core.attachment import Attachment
 from peftjax.core.einsum import einsum, linear, split_subscripts, take
 from peftjax.core.layout import Axes, Layout, Site
 from peftjax.core.weight import Weight, materialize, reader
 from peftjax.nn import virtual
 from peftjax.nn.linear import Embedding, Head, Linear
+
+# Bytes of parameters from which on a program that holds them as constants is a mistake.
+BAKED = 2**24
 
 
 def apply(
@@ -44,9 +49,10 @@ def apply(
     **kwargs: passed on: `method`, `mutable`, the module's own arguments.
 
   Raises:
-    ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing; if no
-      module reads a prefix or prompt, the model being called as a whole (without `method`).
+    ValueError: if `params` are no whole tree of parameters; if a leaf or the module has dropout,
+      `train` is true and `rngs["dropout"]` is missing; if no module reads a prefix or prompt, the model being called as a whole (without `method`).
   """
+  _check_given(params, args, kwargs)
   params = tree.tie(params, spread=False)
   if train:
     params = tree.with_dropout_keys(params, (rngs or {}).get("dropout"))
@@ -58,7 +64,39 @@ def apply(
   if "train" in inspect.signature(method).parameters:
     kwargs["train"] = train
   with bridge(), shared.lending(params), virtual.all_read(read):
-    return model.apply({"params": params, **(variables or {})}, *args, rngs=rngs, **kwargs)
+    try:
+      return model.apply({"params": params, **(variables or {})}, *args, rngs=rngs, **kwargs)
+    except flax.errors.InvalidRngError as error:
+      if not train or "dropout" in (rngs or {}):
+        raise
+      raise ValueError(
+        f'{type(model).__name__} draws at random with train=True, so it needs rngs={{"dropout": '
+        "key}; for evaluation leave train=False"
+      ) from error
+
+
+def _check_given(params: Any, args: Any, kwargs: Any) -> None:
+  """ValueError on what is no whole tree of parameters, and on inputs that are no arrays of numbers;
+  a warning if parameters become constants of the program that is being traced.
+  """
+  given.check_params(params)
+  if hole := given.first_hole(params):
+    raise ValueError(
+      f"params lacks {hole}: this is one half of pj.partition. Write pj.apply(model, "
+      "pj.combine(train, frozen), ...)"
+    )
+  inputs, arrays = jax.tree.leaves((args, kwargs)), jax.tree.leaves(params)
+  for x in inputs:
+    given.check_array("an input of the model", x)
+  is_traced = lambda x: isinstance(x, jax.core.Tracer)
+  constant = sum(x.nbytes for x in arrays if hasattr(x, "nbytes") and not is_traced(x))
+  # A gradient outside of jit traces as well, but computes with what is known at once.
+  if constant >= BAKED and any(map(is_traced, (*inputs, *arrays))) and is_traced(jnp.zeros(()) + 0):
+    warnings.warn(
+      f"{constant:,} bytes of parameters are constants of the program that is being compiled: a "
+      "jitted function closes over them. Pass them as an argument, step(train, frozen, ...)",
+      stacklevel=3,
+    )
 
 
 @contextlib.contextmanager
@@ -90,8 +128,12 @@ def bridge() -> Iterator[None]:
     finally:
       reader.reset(token)
 
-  with nn.intercept_methods(intercept):
-    yield
+  token = reader.set("")
+  try:
+    with nn.intercept_methods(intercept):
+      yield
+  finally:
+    reader.reset(token)
 
 
 def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:

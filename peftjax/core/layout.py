@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core import paths
+from peftjax.core.adapted import bare
+
 
 class Axes(NamedTuple):
   """Contracted and output axes of a kernel, counted from the end; the leading rest is a stack."""
@@ -50,11 +53,32 @@ class Site(NamedTuple):
 Layout = Mapping[str, Axes | Site]
 
 
+def of_stacks(params: Any, layout: Layout | None) -> Layout:
+  """`layout` with the axes of scanned kernels, as far as the tree alone tells them.
+
+  Below a module called `layers` all arrays have one first axis, among them a bias or a scale with
+  two axes: that axis is then the stack's, and a kernel of three axes a matrix `[in, out]` of each
+  layer. Scanned models of this library are so. Other kernels stay ambiguous.
+  """
+  groups: dict[str, dict[str, tuple[int, ...]]] = {}
+  for path, leaf in paths.leaves(params).items():
+    head, found, _ = f"/{path}".partition("/layers/")
+    if found:
+      groups.setdefault(head, {})[path] = tuple(bare(leaf).shape)
+  known: dict[str, Axes | Site] = {}
+  for shapes in groups.values():
+    vector = lambda path, shape: len(shape) == 2 and path.endswith(("/bias", "/scale"))
+    one = len({shape[:1] for shape in shapes.values()}) == 1
+    if one and any(vector(path, shape) for path, shape in shapes.items()):
+      known |= {p: Axes() for p, s in shapes.items() if len(s) == 3 and p.endswith("/kernel")}
+  return {**known, **(layout or {})}
+
+
 def axes_of(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
   """The axes of the kernel at `path`.
 
   A matrix contracts its first axis. A kernel of more axes is ambiguous, as `(4, 64, 64)` may be
-  four layers or four heads, so it has to be in `layout`.
+  four layers or four heads, so it has to be in `layout`; see `of_stacks`.
 
   Raises:
     ValueError: on a vector, or a kernel of more than two axes that `layout` does not know.

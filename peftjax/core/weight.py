@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
-# The path of the linen module that is being called, where `linen.bridge` is at work.
-reader: ContextVar[str] = ContextVar("reader", default="")
+# The path of the linen module that is being called, where `linen.bridge` is at work; else None.
+reader: ContextVar[str | None] = ContextVar("reader", default=None)
+# Kinds of weights that were read without the bridge.
+_told: set[str] = set()
 
 _DENSE = (
   "{} reads a quantised weight {} as a dense array, which then may stay in memory from the forward "
@@ -113,6 +115,7 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
   def unbox(self) -> jax.Array:
+    warn_unbridged(self, f"of shape {self.shape}")
     if self.quantised:
       warnings.warn(
         _DENSE.format(reader.get() or "nn.unbox, or a module", self.shape), stacklevel=2
@@ -150,6 +153,19 @@ def children(weight: Weight) -> dict[str, Any]:
   """The pytree children of a weight by field name (static fields left out)."""
   fields = dataclasses.fields(weight)
   return {f.name: getattr(weight, f.name) for f in fields if f.metadata.get("pytree_node", True)}
+
+
+def warn_unbridged(weight: Weight, where: str) -> None:
+  """Warns, once for each kind of weight, if a module reads it outside of `pj.apply`."""
+  kind = type(weight).__name__
+  if reader.get() is None and kind not in _told:
+    _told.add(kind)
+    warnings.warn(
+      f"a {kind} {where} was read without pj.apply, by model.apply or nn.unbox: most modules then "
+      "compute with a dense array, and an adapter's dropout and what weights share are left out. "
+      "Write pj.apply(model, params, ...)",
+      stacklevel=3,
+    )
 
 
 def is_weight(leaf: Any) -> bool:

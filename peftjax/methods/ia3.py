@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.adapted import axis_names, bare, check_bare
-from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.layout import Axes, Layout, axes_of, of_stacks
 from peftjax.core.ranges import DType
 from peftjax.methods.base import Method, trainable_mask
 from peftjax.methods.ia3_codec import IA3Codec
@@ -72,6 +72,7 @@ class IA3Method(Method):
     claimed = self.claims(params)
     outs, ins = self._kernels(params)
     shapes = {path: tuple(bare(flat[path]).shape) for path in (*outs, *ins)}
+    layout = of_stacks(params, layout)
     axes = {path: axes_of(path, shape, layout) for path, shape in shapes.items()}
     for path in axes:
       if path.split("/")[-1] == "embedding":

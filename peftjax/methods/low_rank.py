@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.core.adapted import axis_names, bare, check_bare
-from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.layout import Axes, Layout, axes_of, of_stacks
 from peftjax.core.ranges import DType, Fraction, Positive, Size
 from peftjax.methods import lora_init
 from peftjax.methods.base import Method, trainable_mask
@@ -63,6 +63,7 @@ class LowRank(Method):
     """
     flat = paths.leaves(params)
     shapes = {p: tuple(bare(flat[p]).shape) for p in self.claims(params)}
+    layout = of_stacks(params, layout)
     axes = {p: axes_of(p, shape, layout) for p, shape in shapes.items()}
     layers = {p: paths.layer_paths(p, a.stack(shapes[p])) for p, a in axes.items()}
     every = [layer for group in layers.values() for layer in group]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths, shared
 from peftjax.core.adapted import axis_names, bare, check_bare
-from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.layout import Axes, Layout, axes_of, of_stacks
 from peftjax.core.ranges import Count, DType, Finite, Fraction, Length
 from peftjax.methods.base import Method, trainable_mask
 from peftjax.methods.vera_codec import VeraCodec
@@ -80,6 +80,7 @@ class VeRAMethod(Method):
       )
     flat, claimed = paths.leaves(params), self.claims(params)
     bases = {path: bare(flat[path]) for path in claimed}
+    layout = of_stacks(params, layout)
     axes = {path: axes_of(path, tuple(base.shape), layout) for path, base in bases.items()}
     for path, base in bases.items():
       if path.split("/")[-1] == "embedding":

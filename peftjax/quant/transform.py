@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tied, tree
 from peftjax.core.adapted import Adapted, lender
-from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.layout import Axes, Layout, axes_of, of_stacks
 from peftjax.core.weight import Weight
 from peftjax.quant import blockwise, double
 from peftjax.quant.formats import Format
@@ -40,7 +40,7 @@ def quantize(
       made, a weight with NaN or infinite entries.
   """
   chosen = set(paths.select(params, where, arrays=True))
-  flat = paths.leaves(params)
+  flat, layout = paths.leaves(params), of_stacks(params, layout)
   for path in sorted(chosen):
     check(path, flat[path], fmt, layout)
   make = lambda path, leaf: quantize_leaf(path, leaf, fmt) if path in chosen else leaf
