@@ -50,7 +50,8 @@ def apply(
 
   Raises:
     ValueError: if `params` are no whole tree of parameters; if a leaf or the module has dropout,
-      `train` is true and `rngs["dropout"]` is missing; if no module reads a prefix or prompt, the model being called as a whole (without `method`).
+      `train` is true and `rngs["dropout"]` is missing; if no module reads a prefix or prompt, the
+      model being called as a whole (without `method`).
   """
   _check_given(params, args, kwargs)
   params = tree.tie(params, spread=False)

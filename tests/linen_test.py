@@ -124,6 +124,7 @@ def test_the_bridge_computes_what_the_merged_model_does(case):
   assert np.abs(got - plain).max() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:.*read without pj.apply")
 def test_the_bridge_builds_no_dense_array_and_linen_alone_does(case):
   """Forward and backward; the same check fails for `model.apply`, which unboxes."""
   _, model, x, params, method = case

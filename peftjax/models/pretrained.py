@@ -74,8 +74,9 @@ def load_pretrained(
 
   Args:
     directory: a path, or a name on the Hugging Face hub, `org/name` or `org/name@revision`, which
-      is looked up in the Hugging Face cache first. With `config.json` and `model.safetensors`, or shards and their index; or, of a
-      Llama model, a `.gguf` file. Linear layers that bitsandbytes quantised to 4 bits stay so.
+      is looked up in the Hugging Face cache first. With `config.json` and `model.safetensors`, or
+      shards and their index; or, of a Llama model, a `.gguf` file. Linear layers that bitsandbytes
+      quantised to 4 bits stay so.
     num_labels: of an encoder: outputs of the head, 1 for a regression. By default the checkpoint's.
       A head of this size in the checkpoint is loaded, otherwise a new one is drawn.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.

@@ -23,7 +23,7 @@ PRODUCT = "product"  # what policies of rematerialisation know the result of a `
 def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
   """The parameter as it is in the tree. (`Module.param` would unbox, so materialise, it.)"""
   if module.has_variable("params", name):
-    found = module.get_variable("params", name)
+    found: Any = module.get_variable("params", name)
     if isinstance(found, Weight):
       warn_unbridged(found, f"of {'/'.join(module.path)}")
     return found

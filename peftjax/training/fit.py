@@ -74,12 +74,11 @@ def fit(
     FloatingPointError: the loss or a gradient is not finite.
   """
   _check_new(workdir)
-  data, eval_data = _known(data, "data"), (
-    None if eval_data is None else _known(eval_data, "eval_data")
-  )
-  _check_kinds(model, data, eval_data)
-  task = data.task(eval_data, seed)
-  params = _attached(model, params, method, data, seed)
+  own = _known(data, "data")
+  held_out = None if eval_data is None else _known(eval_data, "eval_data")
+  _check_kinds(model, own, held_out)
+  task: Any = own.task(held_out, seed)
+  params = _attached(model, params, method, own, seed)
   mask = method.trainable(params)
   train, frozen = tree.partition(params, mask)
   # A step takes the memory of what it trains, which may be the caller's.
@@ -87,7 +86,7 @@ def fit(
   name = " + ".join(type(part).__name__.lower() for part in _parts(method))
   made = settings.Settings(
     seed=seed,
-    model=settings.Model(directory=data.source),
+    model=settings.Model(directory=own.source),
     quant=settings.Quant(),
     data=settings.Data(max_length=task.lengths[-1]),
     method={"name": name, "rslora": any(getattr(m, "rslora", False) for m in _parts(method))},
@@ -98,7 +97,7 @@ def fit(
   run = Run(made, None, task=task, model=build.Attached(model, params, mask, method, ()))
   with _logs(workdir) as logs, Bar(name, 0, run.total) as bar:
     run.announce(bar)
-    history, best = _train(run, bar, logs.write, scored=eval_data is not None)
+    history, best = _train(run, bar, logs.write, scored=held_out is not None)
     params = tree.combine(best, run.frozen)
     if workdir is not None:
       export(run, params, build.resolve(workdir), bar)
@@ -150,8 +149,8 @@ def _known(data: Any, what: str) -> Any:
 
 
 def _check_kinds(model: nn.Module, data: Any, eval_data: Any) -> None:
-  """ValueError unless the model takes such data, and both are of one kind and of the same classes."""
-  config = model.config if pretrained.ours(model) else None
+  """ValueError unless the model takes such data, and both are of one kind and the same classes."""
+  config: Any = getattr(model, "config", None) if pretrained.ours(model) else None
   wanted = Arrays if config is None else Plain if hasattr(config, "tied") else Labelled
   if type(data) is not wanted:
     takes = {
