@@ -95,17 +95,8 @@ def test_a_second_fit_goes_on(encoder, few):
     pj.fit(encoder[0], params, pj.ia3(["key"], []), few, steps=2)
 
 
-@pytest.mark.parametrize(
-  "quant, scan",
-  [
-    (None, False),
-    pytest.param(
-      pj.quant.nf4(block_size=32),
-      True,
-      marks=pytest.mark.slow(reason="compiles a scanned product with codes"),
-    ),
-  ],
-)
+@pytest.mark.slow(reason="compiles a decoder and, scanned, products with codes")
+@pytest.mark.parametrize("quant, scan", [(None, False), (pj.quant.nf4(block_size=32), True)])
 def test_a_decoder_learns_completions(decoder, quant, scan):
   """Dense, and in four bits with scanned layers: no layout is written."""
   model, params = pj.load_pretrained(decoder, quant=quant, scan_layers=scan)
