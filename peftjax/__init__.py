@@ -1,5 +1,8 @@
 """Parameter-efficient fine-tuning in JAX: a method is a pure transform of a parameter tree."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from peftjax import linen, losses, optim, quant, sharding
 from peftjax.core.einsum import einsum
 from peftjax.core.factored import factored
@@ -38,6 +41,10 @@ from peftjax.models.generate import generate
 from peftjax.models.pretrained import load_pretrained
 from peftjax.quant.transform import quantize
 
+if TYPE_CHECKING:
+  from peftjax.training.fit import fit
+  from peftjax.training.texts import texts
+
 __all__ = [
   "Method",
   "Weight",
@@ -54,6 +61,7 @@ __all__ = [
   "dora",
   "einsum",
   "factored",
+  "fit",
   "generate",
   "ia3",
   "linen",
@@ -75,6 +83,7 @@ __all__ = [
   "select",
   "sharding",
   "stack_adapters",
+  "texts",
   "to_lora",
   "unfreeze",
   "unmerge",
@@ -82,3 +91,12 @@ __all__ = [
   "value_and_grad",
   "vera",
 ]
+
+# Imported when asked for: scikit-learn, SciPy and grain take longer than all the rest.
+_LATER = {"fit": "peftjax.training.fit", "texts": "peftjax.training.texts"}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _LATER:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(_LATER[name]), name)

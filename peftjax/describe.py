@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from peftjax.core import paths, tree
+from peftjax.core import given, paths, tree
 from peftjax.core.adapted import bare
 from peftjax.core.view import Uses
 from peftjax.core.weight import is_weight
@@ -73,6 +73,7 @@ def describe(
       every `Weight` whether the model computes with its factors or with the dense array, and of
       attention which kernel rows of that length take.
   """
+  given.check_params(params)
   flags = trainable if trainable is not None else jax.tree.map(lambda _: False, params)
   chosen = tree.restore_ranks(tree.partition(params, flags)[0], params)
   counts = {p: _count(bare(leaf)) for p, leaf in paths.leaves(chosen).items()}

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, per_row, probe, shared, tree
+from peftjax.core import given, paths, per_row, probe, shared, tree
 from peftjax.core.adapted import bare
 from peftjax.core.attachment import Attachment
 from peftjax.core.einsum import einsum, linear, shift, split_subscripts, take
 from peftjax.core.factored import traced
 from peftjax.core.layout import Layout, Site
 from peftjax.core.view import Uses
-from peftjax.core.weight import Unboxed, Weight, materialize, refuse_unboxing
+from peftjax.core.weight import Unboxed, Weight, materialize, unboxing
 from peftjax.nn import virtual
+
+# Bytes of parameters from which on a program that holds them as constants is a mistake.
+BAKED = 2**24
 
 
 def apply(
@@ -51,10 +56,12 @@ def apply(
     **kwargs: passed on: `method`, `mutable`, the module's own arguments.
 
   Raises:
-    ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing; if no
-      module reads a prefix or prompt, the model being called as a whole (without `method`); if
-      `rows` do not fit the adapters or the batch.
+    ValueError: if `params` are no whole tree of parameters; if a leaf or the module has dropout,
+      `train` is true and `rngs["dropout"]` is missing; if no module reads a prefix or prompt, the
+      model being called as a whole (without `method`); if `rows` do not fit the adapters or the
+      batch.
   """
+  _check_given(params, args, kwargs)
   if rows is not None:
     params = per_row.pick(params, rows)
   params = tree.tie(params, spread=False)
@@ -71,16 +78,28 @@ def apply(
   def call(params: Any, variables: Any, rngs: Any, args: Any, kwargs: Any) -> Any:
     return model.apply({"params": params, **variables}, *args, rngs=rngs, **kwargs)
 
-  inputs = (params, variables or {}, rngs, args, kwargs)
   with bridge(), shared.lending(params), virtual.all_read(read):
-    token = refuse_unboxing.set(True)
     try:
-      return call(*inputs)
-    except Unboxed:
-      pass
-    finally:
-      refuse_unboxing.reset(token)
-    return traced(call, _uses.get() or Uses(), *inputs)
+      return _factored(call, (params, variables or {}, rngs, args, kwargs))
+    except flax.errors.InvalidRngError as error:
+      if not train or "dropout" in (rngs or {}):
+        raise
+      raise ValueError(
+        f'{type(model).__name__} draws at random with train=True, so it needs rngs={{"dropout": '
+        "key}; for evaluation leave train=False"
+      ) from error
+
+
+def _factored(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+  """`call(*inputs)`; if a module that the bridge does not know reads a weight, traced."""
+  token = unboxing.set("refuse")
+  try:
+    return call(*inputs)
+  except Unboxed:
+    pass
+  finally:
+    unboxing.reset(token)
+  return traced(call, _uses.get() or Uses(), *inputs)
 
 
 @contextlib.contextmanager
@@ -91,6 +110,30 @@ def noting(uses: Uses) -> Iterator[None]:
     yield
   finally:
     _uses.reset(token)
+
+
+def _check_given(params: Any, args: Any, kwargs: Any) -> None:
+  """ValueError on what is no whole tree of parameters, and on inputs that are no arrays of numbers;
+  a warning if parameters become constants of the program that is being traced.
+  """
+  given.check_params(params)
+  if hole := given.first_hole(params):
+    raise ValueError(
+      f"params lacks {hole}: this is one half of pj.partition. Write pj.apply(model, "
+      "pj.combine(train, frozen), ...)"
+    )
+  inputs, arrays = jax.tree.leaves((args, kwargs)), jax.tree.leaves(params)
+  for x in inputs:
+    given.check_array("an input of the model", x)
+  is_traced = lambda x: isinstance(x, jax.core.Tracer)
+  constant = sum(x.nbytes for x in arrays if hasattr(x, "nbytes") and not is_traced(x))
+  # A gradient outside of jit traces as well, but computes with what is known at once.
+  if constant >= BAKED and any(map(is_traced, (*inputs, *arrays))) and is_traced(jnp.zeros(()) + 0):
+    warnings.warn(
+      f"{constant:,} bytes of parameters are constants of the program that is being compiled: a "
+      "jitted function closes over them. Pass them as an argument, step(train, frozen, ...)",
+      stacklevel=3,
+    )
 
 
 @contextlib.contextmanager
@@ -112,7 +155,7 @@ def bridge() -> Iterator[None]:
   def plain(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
     maps = isinstance(module, nn.WeightNorm | nn.SpectralNorm) or "map_variables(" in _scope(module)
-    if maps and refuse_unboxing.get():
+    if maps and unboxing.get() == "refuse":
       raise Unboxed  # it would map over the children of a weight
     if (type(module), context.method_name) in _HANDLERS and _is_plain(module):
       name, handler = _HANDLERS[type(module), context.method_name]
@@ -121,8 +164,12 @@ def bridge() -> Iterator[None]:
         return handler(module, weight, *args, **kwargs)
     return next_fn(*args, **kwargs)
 
-  with nn.intercept_methods(intercept):
-    yield
+  token = unboxing.set("bridge")
+  try:
+    with nn.intercept_methods(intercept):
+      yield
+  finally:
+    unboxing.reset(token)
 
 
 def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:

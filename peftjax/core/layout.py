@@ -62,7 +62,7 @@ def axes_of(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
   """The axes of the kernel at `path`.
 
   A matrix contracts its first axis. A kernel of more axes is ambiguous, as `(4, 64, 64)` may be
-  four layers or four heads, so it has to be in `layout`.
+  four layers or four heads, so it has to be in `layout`; see `of_stacks`.
 
   Raises:
     ValueError: on a vector, or a kernel of more than two axes that `layout` does not know.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from peftjax.core import patterns
+from peftjax.core import given, patterns
 from peftjax.core.adapted import Adapted, bare
 from peftjax.core.attachment import is_attachment
 from peftjax.core.layout import Axes, ConvAxes, Layout, TableAxes
@@ -108,6 +108,7 @@ def select(
     ValueError: if any one pattern matches nothing; near misses are listed. If it names a tied head,
       which has no array.
   """
+  given.check_params(params)
   flat = _of_modules(params)
   patterns = [targets] if isinstance(targets, str) else list(targets)
   if not patterns:

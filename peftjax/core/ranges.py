@@ -29,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, lt=2**31)]
 Length = Annotated[int, Meta(ge=1, le=2**20)]  # of what is allocated as given: rows, tokens, ranks
+RowLength = Annotated[int, Meta(ge=2, le=2**20)]  # of rows in which a token is to be predicted
 Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]

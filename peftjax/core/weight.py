@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
-# Whether a module that reads a matrix as an array is to be evaluated by `core.factored` instead.
-refuse_unboxing: ContextVar[bool] = ContextVar("refuse_unboxing", default=False)
+# How a module may read a weight as an array: with a warning ("warn"), inside `linen.bridge`
+# ("bridge"), or not at all where it is a matrix ("refuse"), for `core.factored` to do it better.
+unboxing: ContextVar[str] = ContextVar("unboxing", default="warn")
+# Kinds of weights that were read without the bridge.
+_told: set[str] = set()
 
 _DENSE = (
   "a quantised weight {} is read as a dense array, which then may stay in memory from the forward "
@@ -133,8 +136,9 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
   def unbox(self) -> jax.Array:
-    if refuse_unboxing.get() and self.ndim >= 2:
+    if unboxing.get() == "refuse" and self.ndim >= 2:
       raise Unboxed
+    warn_unbridged(self, f"of shape {self.shape}")
     if self.quantised:
       warnings.warn(_DENSE.format(self.shape), stacklevel=2)
     return self.materialize()
@@ -170,6 +174,19 @@ def children(weight: Weight) -> dict[str, Any]:
   """The pytree children of a weight by field name (static fields left out)."""
   fields = dataclasses.fields(weight)
   return {f.name: getattr(weight, f.name) for f in fields if f.metadata.get("pytree_node", True)}
+
+
+def warn_unbridged(weight: Weight, where: str) -> None:
+  """Warns, once for each kind of weight, if a module reads it outside of `pj.apply`."""
+  kind = type(weight).__name__
+  if unboxing.get() == "warn" and kind not in _told:
+    _told.add(kind)
+    warnings.warn(
+      f"a {kind} {where} was read without pj.apply, by model.apply or nn.unbox: most modules then "
+      "compute with a dense array, and an adapter's dropout and what weights share are left out. "
+      "Write pj.apply(model, params, ...)",
+      stacklevel=3,
+    )
 
 
 def is_weight(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, ranges
+from peftjax.core import given, paths, ranges
 from peftjax.core.attachment import is_attachment
 from peftjax.core.layout import Layout, Site
 from peftjax.core.ranges import DType, Length, Positive
@@ -145,6 +145,7 @@ class AdaptersMethod(Method):
         does not read or return what the adapter needs; it has an adapter already, or something
         else of that name.
     """
+    given.check_params(params)
     sites = {path: s for path, s in (layout or {}).items() if isinstance(s, Site)}
     if not sites:
       raise ValueError(

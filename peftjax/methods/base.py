@@ -10,7 +10,7 @@ import jax
 import optax
 
 from peftjax import optim
-from peftjax.core import paths, ranges
+from peftjax.core import given, paths, ranges
 from peftjax.core.adapted import Adapted
 from peftjax.core.layout import Layout
 from peftjax.core.ranges import Positive, Size, checked
@@ -104,7 +104,8 @@ class Method:
         what is left.
 
     Raises:
-      ValueError: on a number out of range, or `batches` that are not `total_steps` updates.
+      ValueError: on a number out of range, or `batches` that are not `total_steps` updates; from
+        its init, on a whole tree in place of its trained half.
     """
     if batches is not None and (updates := -(-batches // accumulate)) != total_steps:
       raise ValueError(
@@ -112,7 +113,28 @@ class Method:
         f"total_steps={total_steps}"
       )
     outer = self.outer(total_steps)
-    return optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate, batches=batches, outer=outer)
+    tx = optim.wrap(tx, clip_norm=clip_norm, accumulate=accumulate, batches=batches, outer=outer)
+
+    def init(train: Any) -> Any:
+      self._check_half(train)
+      return tx.init(train)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+  def _check_half(self, train: Any) -> None:
+    """ValueError if `train` is a whole model of which this method trains but a part."""
+    if given.first_hole(train) is not None:
+      return
+    try:
+      mask = self.trainable(train)
+    except ValueError:  # of another tree than a model's there is nothing to say
+      return
+    frozen = [path for path, trained in jax.tree_util.tree_leaves_with_path(mask) if not trained]
+    if frozen:
+      raise ValueError(
+        f"this is the whole tree: {paths.name(frozen[0])} is not trained. Write train, frozen = "
+        "pj.partition(params, method.trainable(params)) and tx.init(train)"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

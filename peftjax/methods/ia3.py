@@ -14,6 +14,7 @@ from peftjax.core import paths
 from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.ranges import DType
+from peftjax.core.stacks import of_stacks
 from peftjax.methods.base import Method, trainable_mask
 from peftjax.methods.ia3_codec import IA3Codec
 from peftjax.methods.ia3_weight import IA3
@@ -74,6 +75,7 @@ class IA3Method(Method):
     claimed = self.claims(params, layout)
     outs, ins = self._kernels(params, layout)
     shapes = {path: tuple(bare(flat[path]).shape) for path in (*outs, *ins)}
+    layout = of_stacks(params, layout)
     axes = {path: axes_of(path, shape, layout) for path, shape in shapes.items()}
     for path in axes:
       if path.split("/")[-1] == "embedding":

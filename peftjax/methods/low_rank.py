@@ -14,6 +14,7 @@ from peftjax.core import paths
 from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.ranges import DType, Fraction, Positive, Size
+from peftjax.core.stacks import of_stacks
 from peftjax.methods import lora_init
 from peftjax.methods.base import Method, trainable_mask
 from peftjax.methods.lora_weight import LoRA
@@ -62,6 +63,7 @@ class LowRank(Method):
         two axes without `layout`.
     """
     flat = paths.leaves(params)
+    layout = of_stacks(params, layout)
     claimed = self.claims(params, layout)
     shapes = {p: tuple(bare(flat[p]).shape) for p in claimed}
     axes = {p: axes_of(p, shape, layout) for p, shape in shapes.items()}

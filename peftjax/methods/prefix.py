@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths
+from peftjax.core import given, paths
 from peftjax.core.layout import Layout, axes_of
 from peftjax.core.ranges import DType, Length, NotNegative
+from peftjax.core.stacks import of_stacks
 from peftjax.methods.adapters import put
 from peftjax.methods.base import Method, claimed_mask
 from peftjax.nn.virtual import Prefix
@@ -57,12 +58,13 @@ class PrefixMethod(Method):
       params: of an encoder or decoder of this library; plain, quantised or abstract. Another
         model's that names its modules alike is refused by `pj.apply`, as none of them reads a
         prefix.
-      layout: where layers are scanned; see `peftjax.linen.layout`.
+      layout: where layers are scanned, if the tree does not tell; see `peftjax.linen.layout`.
 
     Raises:
       ValueError: the model has no attention module that reads a prefix, or one has a prefix.
     """
-    flat, found = paths.leaves(params), False
+    given.check_params(params)
+    flat, found, layout = paths.leaves(params), False, of_stacks(params, layout)
     if self.claims(params):
       raise ValueError(f"{self.claims(params)[0]}: this model has a prefix already")
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths, ranges
+from peftjax.core import given, paths, ranges
 from peftjax.core.einsum import take
 from peftjax.core.layout import Layout
 from peftjax.core.ranges import DType, Length
@@ -67,6 +67,7 @@ class PromptMethod(Method):
     Raises:
       ValueError: the model has no table of words that is known, or a prompt already.
     """
+    given.check_params(params)
     tables = {p: leaf for p, leaf in paths.leaves(params).items() if _TABLE.fullmatch(p)}
     if not tables:
       raise ValueError(

@@ -14,6 +14,7 @@ from peftjax.core import paths, shared
 from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
 from peftjax.core.ranges import Count, DType, Finite, Fraction, Length
+from peftjax.core.stacks import of_stacks
 from peftjax.methods.base import Method, trainable_mask
 from peftjax.methods.vera_codec import VeraCodec
 from peftjax.methods.vera_weight import PAIR, Projections, VeRA
@@ -81,6 +82,7 @@ class VeRAMethod(Method):
     flat = paths.leaves(params)
     claimed = self.claims(params, layout)
     bases = {path: bare(flat[path]) for path in claimed}
+    layout = of_stacks(params, layout)
     axes = {path: axes_of(path, tuple(base.shape), layout) for path, base in bases.items()}
     for path, base in bases.items():
       if path.split("/")[-1] == "embedding":

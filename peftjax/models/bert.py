@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
-from peftjax.models import hf_config
+from peftjax.models import hf_config, limits
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
 from peftjax.nn import virtual
@@ -285,6 +285,7 @@ class BertClassifier(nn.Module):
       hidden: return the last hidden state and the head's input instead.
     """
     c = self.config
+    limits.check(c, tokens, types)
     virtual.check_length(self, tokens.shape[1], c.max_length)
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     types = jnp.zeros_like(tokens) if types is None else types

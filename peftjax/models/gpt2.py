@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
 from peftjax.losses import Sums
-from peftjax.models import hf_config
+from peftjax.models import hf_config, limits
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, layer_keys, run_layers
@@ -201,6 +201,7 @@ class GPT2LMHeadModel(nn.Module):
       train: applies dropout, from the `"dropout"` rng.
     """
     c = self.config
+    limits.check(c, tokens)
     positions, visible, cache = context(self, tokens, mask, positions, segments, cache)
     key = self.make_rng("dropout") if train else None
     x_BTD, table, pairs = Body(c, name="transformer")(tokens, positions, visible, cache, key)

@@ -13,7 +13,8 @@ def check(
 ) -> None:
   """Raises ValueError unless all ids are in the model's tables and there are enough positions.
 
-  Padding counts: a masked NaN is still NaN. Nothing is checked of what is traced.
+  Padding counts: a masked NaN is still NaN. Of what is traced, or lies on other processes' devices
+  too, the dtype alone is checked.
 
   Args:
     config: of one of our modules: `vocab`, `max_length` and, of encoders, `types`.
@@ -29,11 +30,16 @@ def check(
      "pairs of texts: give single ones, or another model."),
   )  # fmt: skip
   for kind, ids, size, field, hint in rows:
-    if ids is None or isinstance(ids, jax.core.Tracer) or not size or not np.size(ids):
+    if ids is None or not size or not np.size(ids):
+      continue
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+      raise ValueError(
+        f"{what}: {kind} ids are {ids.dtype}; they must be integers: write ids.astype(jnp.int32)."
+      )
+    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
       continue
     ids = np.asarray(ids)
-    if not np.issubdtype(ids.dtype, np.integer):
-      raise ValueError(f"{what}: {kind} ids are {ids.dtype}; they must be integers.")
     for worst in (int(ids.min()), int(ids.max())):
       if not 0 <= worst < size:
         raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.losses import Sums
-from peftjax.models import hf_config
+from peftjax.models import hf_config, limits
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
@@ -223,6 +223,7 @@ class LlamaForCausalLM(nn.Module):
       train: of no effect: this family has no dropout of its own.
     """
     c = self.config
+    limits.check(c, tokens)
     positions, visible, cache = context(self, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, visible, cache)
     head = Head(c.vocab, c.table if c.tied else "", name="lm_head")

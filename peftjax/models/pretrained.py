@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import paths
-from peftjax.io import bnb_reader, quantization
+from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
@@ -44,6 +44,11 @@ FAMILIES: Mapping[str, Any] = {
 }
 
 
+def ours(model: Any) -> bool:
+  """Whether a module is of one of these families, with a `config`."""
+  return isinstance(model, tuple(family.MODEL for family in FAMILIES.values()))
+
+
 class Pretrained(NamedTuple):
   """A module and its parameters; `new` lists what the checkpoint did not have."""
 
@@ -68,8 +73,10 @@ def load_pretrained(
   """A pretrained encoder with a head to classify or regress, or a pretrained decoder.
 
   Args:
-    directory: with `config.json` and `model.safetensors`, or shards and their index; or, of a
-      Llama model, a `.gguf` file. Linear layers that bitsandbytes quantised to 4 bits stay so.
+    directory: a path, or a name on the Hugging Face hub, `org/name` or `org/name@revision`, which
+      is looked up in the Hugging Face cache first. With `config.json` and `model.safetensors`, or
+      shards and their index; or, of a Llama model, a `.gguf` file. Linear layers that bitsandbytes
+      quantised to 4 bits stay so.
     num_labels: of an encoder: outputs of the head, 1 for a regression. By default the checkpoint's.
       A head of this size in the checkpoint is loaded, otherwise a new one is drawn.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
@@ -89,6 +96,7 @@ def load_pretrained(
     ValueError: before any weight is read, an unknown model_type, a damaged file, a tensor missing,
       left over or of another shape, or one that cannot be quantised; a NaN in one that is.
   """
+  directory = hub.local(directory)
   options: dict[str, Any] = dict(scan_layers=scan_layers, dtype=dtype)
   if remat:
     options["remat"] = remat

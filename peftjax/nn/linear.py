@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from peftjax.core.einsum import attend, linear, shift, take
 from peftjax.core.per_row import PerRow
 from peftjax.core.tied import Tied
+from peftjax.core.weight import Weight, warn_unbridged
 from peftjax.losses import Sums, next_token_sums
 from peftjax.nn.chunked_loss import chunk_length, chunked_sums
 
@@ -23,7 +24,10 @@ PRODUCT = "product"  # what policies of rematerialisation know the result of a `
 def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
   """The parameter as it is in the tree. (`Module.param` would unbox, so materialise, it.)"""
   if module.has_variable("params", name):
-    return module.get_variable("params", name)
+    found: Any = module.get_variable("params", name)
+    if isinstance(found, Weight):
+      warn_unbridged(found, f"of {'/'.join(module.path)}")
+    return found
   return module.param(name, init, shape, jnp.float32)
 
 

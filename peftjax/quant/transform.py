@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths, shared, tied, tree
 from peftjax.core.adapted import Adapted, bare, lender
 from peftjax.core.layout import Axes, ConvAxes, Layout, axes_of
+from peftjax.core.stacks import of_stacks
 from peftjax.core.weight import Weight
 from peftjax.quant import blockwise, double, folded
 from peftjax.quant.folded import Folded
@@ -41,7 +42,7 @@ def quantize(
       quantised or has an adapter already, or has an odd contraction size; and, before the tree is
       made, a weight with NaN or infinite entries.
   """
-  flat = paths.leaves(params)
+  flat, layout = paths.leaves(params), of_stacks(params, layout)
   chosen = paths.select(params, where, arrays=True, layout=layout)
   axes = {path: check(path, flat[path], fmt, layout) for path in sorted(chosen)}
 

@@ -55,9 +55,9 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
     **model.options(),
   )
   method = settings.build_method()
-  layout = _layout(module)
-  attach = lambda key, params: method.attach(key, params, layout)
-  key = jax.random.fold_in(key, 1)
+  axes = layout(module)
+  attach = lambda key, params: method.attach(key, params, axes)
+  key = attach_key(settings.seed)
   if mesh is None:
     params = attach(key, params)
   else:
@@ -68,9 +68,14 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
   return Attached(module, params, method.trainable(params), method, new)
 
 
+def attach_key(seed: int) -> jax.Array:
+  """What a method draws its arrays by."""
+  return jax.random.fold_in(jax.random.key(seed), 1)
+
+
 @functools.lru_cache(maxsize=16)  # a sweep attaches to one model many times
-def _layout(module: nn.Module) -> Layout:
-  """Only to be read."""
+def layout(module: nn.Module) -> Layout:
+  """Of a model of ours; only to be read."""
   return linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
 
 

@@ -136,8 +136,15 @@ def load(settings: Settings) -> LanguageModelling:
     packed = pack(documents, wanted.max_length, prompts, settings.seed)
     rows[part] = packed if part == "train" else packed.take(wanted.eval_rows)
   idle = 0
-  if wanted.loss == "completions":  # rows of prompts alone could be a batch, without a gradient
-    counting = rows["train"].weights.any(1)
-    if counting.any():
-      idle, rows["train"] = int((~counting).sum()), rows["train"].where(counting)
+  if wanted.loss == "completions":
+    rows["train"], idle = trainable_rows(rows["train"])
   return LanguageModelling(corpus.name, rows, idle)
+
+
+def trainable_rows(rows: Rows) -> tuple[Rows, int]:
+  """The rows with a token to predict, and how many are left out; all of them if none has one.
+
+  Rows of prompts alone could be a batch, without a gradient.
+  """
+  counting = rows.weights.any(1)
+  return (rows.where(counting), int((~counting).sum())) if counting.any() else (rows, 0)

@@ -48,7 +48,7 @@ def finish(
     params = run.on_host(params)
 
   def write() -> dict[str, Any]:
-    _export(run, params, workdir, bar)
+    export(run, params, workdir, bar)
     result = {
       "config": dict(config),
       "method": run.settings.method["name"],
@@ -72,7 +72,7 @@ def finish(
   return peers.told(write)
 
 
-def _export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
+def export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
   """Writes the adapter for Hugging Face PEFT too, where that format can say it."""
   if not hf_peft.has_adapter(params):
     return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rich
+import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from peftjax.io import disk
@@ -114,8 +116,14 @@ def write_atomic(path: Path, text: str) -> None:
     raise disk.refusal(error, path) from None
 
 
+def _is_notebook(console: rich.console.Console) -> bool:
+  """Whether it shows what moves: rich draws in notebooks by ipywidgets, and warns without."""
+  return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+
+
 class Bar:
-  """A progress bar with loss, examples/s and time left; plain lines where there is no terminal.
+  """A progress bar with loss, examples/s and time left; plain lines where there is no terminal
+  and no notebook.
 
   A terminal that is closed while the run goes on is no reason to lose the run. Of several processes
   that share a run one has it `shown`.
@@ -131,7 +139,7 @@ class Bar:
       TimeElapsedColumn(),
       TimeRemainingColumn(),
       console=self.console,
-      disable=not self.console.is_terminal,
+      disable=not (self.console.is_terminal or _is_notebook(self.console)),
     )
     self._task = self._bar.add_task(name, total=total, completed=start, numbers="compiling")
 

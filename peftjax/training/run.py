@@ -11,13 +11,14 @@ import jax.numpy as jnp
 
 from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
-from peftjax.models import limits
+from peftjax.models import limits, pretrained
 from peftjax.nn import virtual
 from peftjax.training import build, flops, state
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
 from peftjax.training.program import Program
 from peftjax.training.settings import Settings
+from peftjax.training.task import Task
 
 _DIVERGED = (
   "{} not finite. Try a lower --config.optimizer.learning_rate or a longer warm-up, in another "
@@ -33,24 +34,29 @@ class Run:
   """The compiled functions of a run and the state they pass on.
 
   With `rate_in_state` the learning rate is an array in the optimizer's state, so that the step is
-  the same program whatever it is. Without a mesh text (None, not "") it uses one device.
+  the same program whatever it is. Without a mesh text (None, not "") it uses one device. What the
+  settings say of data, model and method is not read where a `task` or a `model` is given.
   """
 
-  def __init__(self, settings: Settings, mesh_text: str | None, *, rate_in_state: bool = False):
+  def __init__(
+    self,
+    settings: Settings,
+    mesh_text: str | None,
+    *,
+    rate_in_state: bool = False,
+    task: Task | None = None,
+    model: build.Attached | None = None,
+  ):
     self.settings = settings
     self.rate_in_state = rate_in_state
     self.mesh = None if mesh_text is None else build.mesh_of(mesh_text)
     self._check_batch("train.batch_size", settings.train.batch_size)
     self._check_batch("train.eval_batch_size", settings.train.eval_batch_size)
-    self.task = build.task(settings)
+    self.task = build.task(settings) if task is None else task
     self._check_lengths()
-    model = build.attached(settings, self.task.outputs, self.mesh)
-    positions, extra = model.module.config.max_length, virtual.length(model.params)
-    if self.task.lengths[-1] + extra > positions:
-      room = f"{positions} positions" + (f", {extra} of them for virtual tokens" if extra else "")
-      raise ValueError(f"data.max_length={settings.data.max_length}, but this model has {room}")
-    for part, ids in self.task.ids().items():
-      limits.check(model.module.config, *ids, what=f"the {part} texts")
+    model = model or build.attached(settings, self.task.outputs, self.mesh)
+    if pretrained.ours(model.module):
+      self._check_texts(model)
     self.module, self.mask, self.new = model.module, model.mask, model.new
     self.method = model.method
     self.parameters = tree.count(model.params)
@@ -112,7 +118,8 @@ class Run:
     for batch in self.stream.iterate(self.steps_done, self.total):
       self.state, out = self._step(self.state, self.frozen, self.place(batch), self.dropout_key)
       self.steps_done += 1
-      self._pending.append((self.steps_done, batch["tokens"].shape, out))
+      shape = batch["tokens"].shape if "tokens" in batch else (len(batch["weights"]), 1)
+      self._pending.append((self.steps_done, shape, out))
       yield self.steps_done
 
   def fetch(self, *, all_of_them: bool) -> list[dict[str, Any]]:
@@ -134,10 +141,12 @@ class Run:
 
   def _count(self, rows: int, length: int) -> None:
     """Adds a batch to `done`: all of its tokens, padding included, as devices compute them."""
+    self.done["examples"] += rows
+    if not pretrained.ours(self.module):
+      return
     if (rows, length) not in self._shapes:
       config, train = self.module.config, self.state.train
       self._shapes[rows, length] = flops.step_work(config, train, self.frozen, rows, length)
-    self.done["examples"] += rows
     self.done["tokens"] += rows * length
     self.done["flops"] += self._shapes[rows, length].model
 
@@ -186,14 +195,14 @@ class Run:
     return {"adapter": tree.partition(params, keep)[0]}
 
   def everything(self) -> dict[str, Any]:
-    """All that a continuation needs.
+    """All that a continuation needs; see `check_finite`."""
+    self.check_finite()
+    return {**self.adapter(), "opt_state": self.state.opt_state, "step": self.state.step}
 
-    Raises:
-      FloatingPointError: a trained array is not finite, though its loss and gradient were.
-    """
+  def check_finite(self) -> None:
+    """FloatingPointError if a trained array is not finite, though its loss and gradient were."""
     if not _all_finite(self.state.train):
       raise FloatingPointError(self._diverged(f"step {self.steps_done}: parameters"))
-    return {**self.adapter(), "opt_state": self.state.opt_state, "step": self.state.step}
 
   def best(self, checkpoints: Checkpoints) -> Any:
     """The parameters of the best checkpoint."""
@@ -226,6 +235,16 @@ class Run:
         f"rows of {odd[0]} tokens cannot be split {ways} ways (sequence of the mesh); choose a "
         "divisor of it there, or another --config.data.max_length"
       )
+
+  def _check_texts(self, model: build.Attached) -> None:
+    """ValueError unless the model has places and rows in its tables for all texts."""
+    positions, extra = model.module.config.max_length, virtual.length(model.params)
+    if self.task.lengths[-1] + extra > positions:
+      room = f"{positions} positions" + (f", {extra} of them for virtual tokens" if extra else "")
+      length = self.settings.data.max_length
+      raise ValueError(f"data.max_length={length}, but this model has {room}")
+    for part, ids in self.task.ids().items():
+      limits.check(model.module.config, *ids, what=f"the {part} texts")
 
   def _check_batch(self, name: str, size: int) -> None:
     ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from peftjax import optim, sharding
 from peftjax.core import ranges
-from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, Size
+from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, RowLength, Size
 from peftjax.io.records import clip
 from peftjax.methods.base import Method, chain
 from peftjax.methods.registry import METHODS
@@ -133,7 +133,7 @@ class Text(Section):
   section = "data"
 
   name: str = "bbc"
-  max_length: Annotated[int, Meta(ge=2, le=2**20)] = 256  # tokens of a row
+  max_length: RowLength = 256  # tokens of a row
   train_file: str | None = None
   validation_file: str | None = None
   test_file: str | None = None

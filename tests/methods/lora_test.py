@@ -356,6 +356,7 @@ def test_attach_opens_a_box_and_keeps_its_names():
   assert pj.sharding.specs({"kernel": weight}, mesh)["kernel"].b == P(("tensor", "fsdp"), None)
 
 
+@pytest.mark.filterwarnings("ignore:.*read without pj.apply")
 def test_unbox_merges():
   weight = live((12, 8))
   tree = nn.unbox({"kernel": weight, "plain": jnp.ones(2)})

@@ -108,7 +108,6 @@ def test_weights_that_are_not_finite_are_refused(bad, fmt):
     ("odd", "odd contraction size 63.*int8"),
     ("offset", "is no matrix"),
     ("nothing", "matches no parameter"),
-    ("up", "has more than two axes"),
   ],
 )
 def test_what_cannot_be_quantised_is_refused(where, message):
