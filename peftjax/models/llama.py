@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.losses import Sums
-from peftjax.models import hf_config
+from peftjax.models import hf_config, rope_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
@@ -86,7 +86,7 @@ class LlamaConfig:
       ValueError: on a field this decoder does not have, or out of range; see `hf_config`.
     """
     said = hf_config.read(config, where)
-    theta, scaling = hf_config.rope(said, where)
+    theta, scaling = rope_config.read(said, where)
     if said.attention_dropout:
       warnings.warn(
         f"{where}: attention_dropout is {said.attention_dropout}, and this decoder has none: "

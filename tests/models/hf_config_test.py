@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftjax.models import hf_config, pretrained
+from peftjax.models import hf_config, pretrained, rope_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEFAULTS = json.loads((GOLDEN / "hf_defaults.json").read_text())
@@ -22,7 +22,7 @@ RESOLVED = {
 
 
 def _rotary(said):
-  theta, items = hf_config.rope(said)
+  theta, items = rope_config.read(said)
   return {"rope_theta": theta, **items}
 
 
@@ -58,7 +58,7 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
       try:
         said = hf_config.read({**whole, field: value}, "F/config.json")
         if "rope" in field:
-          hf_config.rope(said, "F/config.json")
+          rope_config.read(said, "F/config.json")
         accepted.add((field, repr(value)))
       except ValueError as error:
         told = str(error)
@@ -121,7 +121,7 @@ def test_what_does_not_go_together(name, change, message):
   made = {**config(name), **change}
   with pytest.raises(ValueError, match=message):
     said = hf_config.read(made)
-    hf_config.rope(said)
+    rope_config.read(said)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_what_does_not_go_together(name, change, message):
   ],
 )
 def test_spellings_of_rotary_parameters(spelled, theta, items):
-  assert hf_config.rope(hf_config.read({"model_type": "llama", **spelled})) == (theta, items)
+  assert rope_config.read(hf_config.read({"model_type": "llama", **spelled})) == (theta, items)
 
 
 def test_aliases_and_labels():

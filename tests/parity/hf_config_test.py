@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from peftjax.models import hf_config
+from peftjax.models import hf_config, rope_config
 from tests.golden import make_hf_defaults
 from tests.models.hf_config_test import DEFAULTS, RESOLVED
 
@@ -67,7 +67,7 @@ def test_each_field_left_out_or_null(kind):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_spellings_of_rotary_parameters(kind, fields):
   want = theirs({"model_type": kind, **fields}).rope_parameters
-  theta, items = hf_config.rope(hf_config.read({"model_type": kind, **fields}))
+  theta, items = rope_config.read(hf_config.read({"model_type": kind, **fields}))
   want = {key: value for key, value in want.items() if key != "type"}
   assert {"rope_theta": theta, **items} == want
 

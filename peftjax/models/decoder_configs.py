@@ -1,0 +1,163 @@
+"""Fields of a decoder's `config.json`, with the defaults of its model type in transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from peftjax.core.ranges import Count, Fraction, Positive, Size
+from peftjax.models.config_fields import (
+  MOST_OF_A_HEAD,
+  Common,
+  Eps,
+  Faults,
+  HeadSize,
+  Ids,
+  Theta,
+)
+from peftjax.nn.ffn import ACTIVATIONS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama(Common):
+  """`LlamaConfig`."""
+
+  vocab_size: Size = 32000
+  hidden_size: Size = 4096
+  intermediate_size: Size = 11008
+  num_hidden_layers: Size = 32
+  num_attention_heads: Size = 32
+  num_key_value_heads: Size | None = None
+  head_dim: HeadSize | None = None
+  hidden_act: str = "silu"
+  max_position_embeddings: Size = 2048
+  original_max_position_embeddings: Size | None = None
+  attention_dropout: Fraction | None = 0.0
+  rms_norm_eps: Eps = 1e-6
+  eos_token_id: Ids = 2
+  tie_word_embeddings: bool = False
+  rope_parameters: dict[str, Any] | None = None
+  rope_scaling: dict[str, Any] | None = None
+  rope_theta: Theta = 10_000.0
+  partial_rotary_factor: Positive | None = None
+  attention_bias: bool = False
+  mlp_bias: bool = False
+
+  # Whether heads of any width may be asked for, whatever `hidden_size` is.
+  free_heads: ClassVar[bool] = False
+
+  def faults(self) -> Faults:
+    if self.hidden_act not in ("silu", "swish"):
+      yield "hidden_act", "this decoder has SwiGLU, 'silu'"
+    free = self.free_heads and self.head_dim
+    if self.hidden_size % self.num_attention_heads and not free:
+      yield "num_attention_heads", f"it must divide hidden_size {self.hidden_size}"
+    if self.num_attention_heads % self.kv_heads:
+      yield "num_key_value_heads", f"it must divide num_attention_heads {self.num_attention_heads}"
+    if self.head_size % 2 or not 0 < self.head_size <= MOST_OF_A_HEAD:
+      yield (
+        "head_size",
+        "(head_dim, or hidden_size / num_attention_heads) it must be even, since pairs are "
+        f"rotated, and at most {MOST_OF_A_HEAD}",
+      )
+    yield from super().faults()
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_key_value_heads or self.num_attention_heads
+
+  @property
+  def head_size(self) -> int:
+    return self.head_dim or self.hidden_size // self.num_attention_heads
+
+  @property
+  def window(self) -> int | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mistral(Llama):
+  """`MistralConfig`."""
+
+  intermediate_size: Size = 14336
+  num_key_value_heads: Size = 8
+  attention_dropout: Fraction = 0.0
+  max_position_embeddings: Size = 4096 * 32
+  sliding_window: Size | None = 4096
+
+  free_heads: ClassVar[bool] = True
+
+  @property
+  def window(self) -> int | None:
+    return self.sliding_window
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2(Llama):
+  """`Qwen2Config`."""
+
+  vocab_size: Size = 151936
+  intermediate_size: Size = 22016
+  num_key_value_heads: Size | None = 32
+  attention_dropout: Fraction = 0.0
+  max_position_embeddings: Size = 32768
+  eos_token_id: Ids = None
+  use_sliding_window: bool = False
+  sliding_window: Size | None = 4096
+  max_window_layers: Count = 28
+  layer_types: list[str] | None = None
+
+  free_heads: ClassVar[bool] = True
+
+  def faults(self) -> Faults:
+    mixed = self.max_window_layers < self.num_hidden_layers
+    if self.layer_types is not None:
+      mixed = "sliding_attention" in self.layer_types
+      if len(self.layer_types) != self.num_hidden_layers:
+        yield "layer_types", f"it must have num_hidden_layers {self.num_hidden_layers} entries"
+      if set(self.layer_types) - {"full_attention", "sliding_attention"}:
+        yield "layer_types", "only full_attention is supported"
+    if self.use_sliding_window and self.sliding_window is not None and mixed:
+      yield "use_sliding_window", "Qwen2 models that mix windows are not supported"
+    yield from super().faults()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2(Common):
+  """`GPT2Config`."""
+
+  vocab_size: Size = 50257
+  n_positions: Size = 1024
+  n_embd: Size = 768
+  n_layer: Size = 12
+  n_head: Size = 12
+  n_inner: Size | None = None
+  activation_function: str = "gelu_new"
+  resid_pdrop: Fraction = 0.1
+  embd_pdrop: Fraction = 0.1
+  attn_pdrop: Fraction = 0.1
+  layer_norm_epsilon: Eps = 1e-5
+  scale_attn_weights: bool = True
+  scale_attn_by_inverse_layer_idx: bool = False
+  add_cross_attention: bool = False
+  eos_token_id: Ids = 50256
+
+  aliases: ClassVar[Mapping[str, str]] = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+  }
+
+  def faults(self) -> Faults:
+    if self.n_embd % self.n_head:
+      yield "n_head", f"it must divide n_embd {self.n_embd}"
+    if self.activation_function not in ACTIVATIONS:
+      yield "activation_function", f"it must be one of {', '.join(ACTIVATIONS)}"
+    if not self.scale_attn_weights:
+      yield "scale_attn_weights", "only true is supported"
+    for field in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+      if getattr(self, field):
+        yield field, "only false is supported"
+    yield from super().faults()
