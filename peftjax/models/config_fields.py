@@ -15,6 +15,7 @@ Eps = Annotated[float, Meta(gt=0, lt=1)]
 Theta = Annotated[float, Meta(gt=1, lt=1e15)]
 MOST_OF_A_HEAD = 2**16  # features: their frequencies are computed before any tensor is looked at
 HeadSize = Annotated[int, Meta(ge=1, le=MOST_OF_A_HEAD)]
+Layers = Annotated[int, Meta(ge=1, le=2**16)]  # that are listed before any tensor is looked at
 Labels = Annotated[int, Meta(ge=1, le=2**20)]
 # Padding of -1 is none. Whether an id has a row in the table is seen where the table is.
 PadId = Annotated[int, Meta(ge=-1, lt=2**31)]

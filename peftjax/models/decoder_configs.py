@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from peftjax.core.ranges import Count, Fraction, Positive, Size
+from peftjax.models import rope_config
 from peftjax.models.config_fields import (
   MOST_OF_A_HEAD,
   Common,
@@ -14,9 +15,13 @@ from peftjax.models.config_fields import (
   Faults,
   HeadSize,
   Ids,
+  Layers,
   Theta,
 )
 from peftjax.nn.ffn import ACTIVATIONS
+
+# Entries of `layer_types`.
+_ALL, _WINDOW = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,14 @@ class Llama(Common):
   def window(self) -> int | None:
     return None
 
+  def rope(self, where: str = "config.json") -> tuple[float, dict[str, Any]]:
+    """θ and the other rotary parameters: see `rope_config.read`."""
+    return rope_config.read(self, where)
+
+  def block(self, where: str) -> dict[str, Any]:
+    """What `llama.LlamaConfig` says of this model type's block alone; raises as `rope`."""
+    return dict(qkv_bias=self.attention_bias, out_bias=self.attention_bias, ffn_bias=self.mlp_bias)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mistral(Llama):
@@ -92,9 +105,49 @@ class Mistral(Llama):
   def window(self) -> int | None:
     return self.sliding_window
 
+  def block(self, where: str) -> dict[str, Any]:
+    return dict(window=self.window)  # it has no biases, whatever a file says
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen2(Llama):
+class Layered(Llama):
+  """A decoder in which each layer sees all earlier tokens, or those in a window."""
+
+  num_hidden_layers: Layers = 32
+  sliding_window: Size | None = 4096
+  layer_types: list[str] | None = None
+
+  def slides(self, layer: int) -> bool:
+    """Whether a layer has a window where `layer_types` says nothing."""
+    raise NotImplementedError
+
+  @property
+  def types(self) -> list[str]:
+    default = lambda i: _WINDOW if self.slides(i) else _ALL
+    return self.layer_types or [default(i) for i in range(self.num_hidden_layers)]
+
+  @property
+  def window(self) -> int | None:
+    return self.sliding_window
+
+  def faults(self) -> Faults:
+    if self.layer_types is not None:
+      if len(self.layer_types) != self.num_hidden_layers:
+        yield "layer_types", f"it must have num_hidden_layers {self.num_hidden_layers} entries"
+      if set(self.layer_types) - {_ALL, _WINDOW}:
+        yield "layer_types", f"only {_ALL} and {_WINDOW} are supported"
+    if self.window is None and _WINDOW in self.types:
+      yield "sliding_window", f"layers of {_WINDOW} need one, that is used"
+    yield from super().faults()
+
+  def block(self, where: str) -> dict[str, Any]:
+    full = tuple(i for i, kind in enumerate(self.types) if kind == _ALL)
+    slide = len(full) < self.num_hidden_layers
+    return dict(window=self.window, global_layers=full) if slide else {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2(Layered):
   """`Qwen2Config`."""
 
   vocab_size: Size = 151936
@@ -104,23 +157,30 @@ class Qwen2(Llama):
   max_position_embeddings: Size = 32768
   eos_token_id: Ids = None
   use_sliding_window: bool = False
-  sliding_window: Size | None = 4096
   max_window_layers: Count = 28
-  layer_types: list[str] | None = None
 
   free_heads: ClassVar[bool] = True
 
-  def faults(self) -> Faults:
-    mixed = self.max_window_layers < self.num_hidden_layers
-    if self.layer_types is not None:
-      mixed = "sliding_attention" in self.layer_types
-      if len(self.layer_types) != self.num_hidden_layers:
-        yield "layer_types", f"it must have num_hidden_layers {self.num_hidden_layers} entries"
-      if set(self.layer_types) - {"full_attention", "sliding_attention"}:
-        yield "layer_types", "only full_attention is supported"
-    if self.use_sliding_window and self.sliding_window is not None and mixed:
-      yield "use_sliding_window", "Qwen2 models that mix windows are not supported"
-    yield from super().faults()
+  @property
+  def window(self) -> int | None:
+    return self.sliding_window if self.use_sliding_window else None
+
+  def slides(self, layer: int) -> bool:
+    return self.window is not None and layer >= self.max_window_layers
+
+  def block(self, where: str) -> dict[str, Any]:
+    return dict(super().block(where), qkv_bias=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3(Qwen2):
+  """`Qwen3Config`."""
+
+  head_dim: HeadSize = 128
+
+  def block(self, where: str) -> dict[str, Any]:
+    bias = dict(qkv_bias=self.attention_bias, out_bias=self.attention_bias)
+    return dict(super().block(where), qk_norm=True, **bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ _NAMES: Mapping[str, str] = {
   "llama": "Llama",
   "mistral": "Mistral",
   "qwen2": "Qwen2",
+  "qwen3": "Qwen3",
   "gpt2": "GPT2",
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.losses import Sums
-from peftjax.models import hf_config, rope_config
+from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
@@ -62,11 +62,14 @@ class LlamaConfig:
   eps: float
   theta: float
   rope_scaling: tuple[tuple[str, Any], ...]  # items of Hugging Face's dictionary
-  window: int | None  # of sliding attention
-  qkv_bias: bool
-  out_bias: bool
-  ffn_bias: bool
   tied: bool  # whether `init` makes a head that is tied; of a model, its parameters tell
+  # Where a model type differs from Llama.
+  qkv_bias: bool = False
+  out_bias: bool = False
+  ffn_bias: bool = False
+  window: int | None = None  # of sliding attention
+  global_layers: tuple[int, ...] = ()  # those that see all tokens, where others have a window
+  qk_norm: bool = False  # queries and keys are normalised, head by head
   scan_layers: bool = False
   remat: bool | str = False  # compute layers again in the backward pass: see `stack.REMAT`
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
@@ -86,16 +89,13 @@ class LlamaConfig:
       ValueError: on a field this decoder does not have, or out of range; see `hf_config`.
     """
     said = hf_config.read(config, where)
-    theta, scaling = rope_config.read(said, where)
+    theta, scaling = said.rope(where)
     if said.attention_dropout:
       warnings.warn(
         f"{where}: attention_dropout is {said.attention_dropout}, and this decoder has none: "
         "training goes without.",
         stacklevel=2,
       )
-    # Only Llama reads these; Qwen2 has biases, Mistral none.
-    llama = said.model_type == "llama"
-    bias = llama and said.attention_bias
     fields = dict(
       vocab=said.vocab_size,
       width=said.hidden_size,
@@ -108,19 +108,20 @@ class LlamaConfig:
       eps=said.rms_norm_eps,
       theta=theta,
       rope_scaling=tuple(sorted(scaling.items())),
-      window=said.window,
-      qkv_bias=said.model_type == "qwen2" or bias,
-      out_bias=bias,
-      ffn_bias=llama and said.mlp_bias,
       tied=said.tie_word_embeddings,
     )
-    made = cls(**{**fields, **overrides})
+    made = cls(**{**fields, **said.block(where), **overrides})
     made.frequencies()  # says what it does not know before any weight is read
     return made
 
   @property
   def max_length(self) -> int:
     return self.positions
+
+  @property
+  def sees_all(self) -> np.ndarray | None:
+    """Of every layer, whether it has no window; None where all are alike."""
+    return np.isin(np.arange(self.layers), self.global_layers) if self.global_layers else None
 
   def frequencies(self) -> tuple[np.ndarray, float]:
     return rope.frequencies(self.head_size, self.theta, dict(self.rope_scaling), self.positions)
@@ -139,6 +140,10 @@ class SelfAttention(nn.Module):
     q = Linear(c.heads * c.head_size, c.qkv_bias, name="q_proj")(x_BTD)
     k = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="k_proj")(x_BTD)
     v = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="v_proj")(x_BTD)
+    if c.qk_norm:
+      heads = lambda x: x.reshape(*x.shape[:2], -1, c.head_size)
+      q = RMSNorm(c.eps, name="q_norm")(heads(q)).reshape(q.shape)
+      k = RMSNorm(c.eps, name="k_norm")(heads(k)).reshape(k.shape)
     q, k = rope.rotate(q, angles, c.heads), rope.rotate(k, angles, c.kv_heads)
     if cache is not None:
       k, v = cache = write(cache, (k, v), index)
@@ -160,14 +165,17 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-  """One block; a scan step: (x, cache, inputs) to (x, cache)."""
+  """One block; a scan step: (x, cache, whether it has no window, inputs) to (x, cache)."""
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, cache: Any, angles: Any, mask: AttentionMask, index: Any) -> Any:
+  def __call__(
+    self, x: jax.Array, cache: Any, sees_all: Any, angles: Any, mask: AttentionMask, index: Any
+  ) -> Any:
     c = self.config
     x = layer_input(x)
+    mask = mask.without_window(sees_all)
     h = RMSNorm(c.eps, name="input_layernorm")(x)
     y, cache = SelfAttention(c, name="self_attn")(h, angles, mask, index, cache)
     x = Residual(name="self_attn_residual")(y, x)
@@ -189,7 +197,8 @@ class Body(nn.Module):
     x = virtual.with_prompt(self, embed(tokens), positions)
     omega, factor = c.frequencies()
     shared = (rope.angles(positions, omega, factor, c.dtype), mask, cache and cache.index)
-    x, pairs = run_layers(Layer, c, x, (cache and cache.layers,), shared, remat=c.remat)
+    own = (cache and cache.layers, c.sees_all)
+    x, pairs = run_layers(Layer, c, x, own, shared, remat=c.remat)
     return RMSNorm(c.eps, name="norm")(x[:, -tokens.shape[1] :]), embed.table(), pairs
 
 

@@ -40,6 +40,7 @@ FAMILIES: Mapping[str, Any] = {
   "llama": llama,
   "mistral": llama,
   "qwen2": llama,
+  "qwen3": llama,
   "gpt2": gpt2,
 }
 

@@ -30,6 +30,8 @@ _LLAMA = {
   "max_position_embeddings": 32,
   "rms_norm_eps": 1e-2,  # large enough to show when it is not read
 }
+# A window shorter than the texts, in one of the layers.
+_MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _LLAMA3 = {
   "rope_type": "llama3",
   "rope_theta": 500.0,
@@ -70,6 +72,7 @@ CASES = {
       "layer_norm_epsilon": 1e-2,
     },
   ),
+  "qwen3_tiny": ("qwen3", {**_LLAMA, **_MIXED, "head_dim": 10, "use_sliding_window": True}),
 }
 
 
@@ -108,14 +111,20 @@ def make(kind: str, fields: dict, seed: int) -> torch.nn.Module:
   return model
 
 
+def write(name: str) -> None:
+  """The directory of one of `CASES`."""
+  seed, (kind, fields) = list(CASES).index(name), CASES[name]
+  shutil.rmtree(GOLDEN / name, ignore_errors=True)
+  make(kind, fields, seed).save_pretrained(GOLDEN / name)
+  # From a fresh load, so that the values are what the files give.
+  loaded = AutoModelForCausalLM.from_pretrained(GOLDEN / name, attn_implementation="eager")
+  inputs = batch(seed)
+  save_file({**inputs, "logits": run(loaded, inputs)}, GOLDEN / name / "expected.safetensors")
+
+
 def main() -> None:
-  for seed, (name, (kind, fields)) in enumerate(CASES.items()):
-    shutil.rmtree(GOLDEN / name, ignore_errors=True)
-    make(kind, fields, seed).save_pretrained(GOLDEN / name)
-    # From a fresh load, so that the values are what the files give.
-    loaded = AutoModelForCausalLM.from_pretrained(GOLDEN / name, attn_implementation="eager")
-    inputs = batch(seed)
-    save_file({**inputs, "logits": run(loaded, inputs)}, GOLDEN / name / "expected.safetensors")
+  for name in CASES:
+    write(name)
 
 
 if __name__ == "__main__":

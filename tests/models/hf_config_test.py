@@ -17,7 +17,7 @@ RESOLVED = {
   "sliding_window": lambda said: said.window,
   "rope_parameters": lambda said: _rotary(said),
   "rope_scaling": lambda said: _rotary(said),
-  "layer_types": lambda said: ["full_attention"] * said.num_hidden_layers,
+  "layer_types": lambda said: said.types,
 }
 
 
@@ -46,7 +46,7 @@ layer_types num_key_value_heads rope_parameters sliding_window n_inner attention
 
 @pytest.mark.parametrize(
   "name",
-  ["bert_tiny", "roberta_tiny", "llama3_tiny", "mistral_tiny", "qwen2_tiny", "gpt2_tiny"],
+  ["bert_tiny", "roberta_tiny", "llama3_tiny", "mistral_tiny", "qwen2_tiny", "qwen3_tiny", "gpt2_tiny"],
 )
 def test_damage_is_one_sentence_with_file_field_and_value(name):
   """Every field that is read, with values of every wrong kind; what is left is harmless."""
@@ -107,8 +107,11 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
       {"rope_scaling": {**config("llama3_tiny")["rope_parameters"], "high_freq_factor": 1.0}},
       "high_freq_factor is 1.0; it must be above low_freq_factor 1.0",
     ),
-    ("qwen2_tiny", {"use_sliding_window": True, "layer_types": None, "max_window_layers": 1,
-                    "sliding_window": 4}, "use_sliding_window is True; Qwen2 models that mix"),
+    ("qwen2_tiny", {"layer_types": ["full_attention", "sliding_attention"]},
+     "sliding_window is None; layers of sliding_attention need one"),
+    ("qwen3_tiny", {"layer_types": ["full_attention", "chunked_attention"]},
+     "layer_types is .*only full_attention and sliding_attention"),
+    ("qwen3_tiny", {"num_hidden_layers": 2**30}, "num_hidden_layers is .*whole number <= 65536"),
     ("qwen2_tiny", {"layer_types": ["full_attention"]}, "layer_types is .*must have num_h"),
     ("gpt2_tiny", {"n_head": 5}, "n_head is 5; it must divide n_embd 48"),
     ("gpt2_tiny", {"hidden_size": 64}, "hidden_size is 64; n_embd, the same thing, is 48"),

@@ -1,0 +1,72 @@
+"""Families of decoders equal transformers': random shapes, windows, generation."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import peftjax as pj
+from tests.golden.make_decoders import batch, make, run
+
+pytestmark = pytest.mark.parity
+
+
+def _shape(width, heads, kv_heads, head_dim, ffn, layers=4, **fields):
+  return {
+    "vocab_size": 96,
+    "hidden_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": kv_heads,
+    "head_dim": head_dim,
+    "intermediate_size": ffn,
+    "max_position_embeddings": 64,
+    **fields,
+  }
+
+
+_WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
+_TIED = {"tie_word_embeddings": True}
+CASES = {
+  "qwen3": ("qwen3", _shape(40, 6, 2, 10, 72, **_TIED)),
+  "qwen3 biases": ("qwen3", _shape(32, 4, 4, 8, 48, attention_bias=True)),
+  "qwen3 windows": ("qwen3", _shape(24, 4, 1, 12, 40, 5, **_WINDOWS, max_window_layers=2)),
+  "qwen3 all windows": ("qwen3", _shape(24, 4, 2, 4, 40, **_WINDOWS, max_window_layers=0)),
+  "qwen2 windows": ("qwen2", _shape(24, 4, 2, 6, 40, 5, **_WINDOWS, max_window_layers=3)),
+}
+
+
+def theirs_and_files(name, path):
+  theirs = make(*CASES[name], seed=list(CASES).index(name)).eval()
+  theirs.save_pretrained(path)
+  theirs.set_attn_implementation("eager")
+  return theirs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(name, tmp_path):
+  """Within 2e-5 of the largest, layers scanned and unrolled."""
+  theirs, inputs = theirs_and_files(name, tmp_path), batch(1)
+  real, want = inputs["mask"] > 0, run(theirs, inputs)
+  for scan in (False, True):
+    model, params = pj.load_pretrained(tmp_path, scan_layers=scan)
+    got = jax.jit(lambda p, m=model: pj.apply(m, p, inputs["tokens"], inputs["mask"]))(params)
+    np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generation(name, tmp_path):
+  """Greedy texts from a cache, past the window, of prompts padded on the left."""
+  theirs, inputs = theirs_and_files(name, tmp_path), batch(2)
+  model, params = pj.load_pretrained(tmp_path, scan_layers=True)
+  new, _ = pj.generate(model, params, inputs["tokens"], inputs["mask"], max_new_tokens=10)
+  with torch.no_grad():
+    want = theirs.generate(
+      input_ids=torch.from_numpy(inputs["tokens"]).long(),
+      attention_mask=torch.from_numpy(inputs["mask"]).long(),
+      max_new_tokens=10,
+      do_sample=False,
+      eos_token_id=None,
+      pad_token_id=0,
+    )
+  np.testing.assert_array_equal(new, want[:, 14:].numpy())
