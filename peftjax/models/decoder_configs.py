@@ -16,7 +16,9 @@ from peftjax.models.config_fields import (
   HeadSize,
   Ids,
   Layers,
+  PadId,
   Theta,
+  refused,
 )
 from peftjax.nn.ffn import ACTIVATIONS
 
@@ -51,10 +53,13 @@ class Llama(Common):
 
   # Whether heads of any width may be asked for, whatever `hidden_size` is.
   free_heads: ClassVar[bool] = False
+  # The field of what is applied to the gate, and what is allowed there.
+  gates: ClassVar[tuple[str, tuple[str, ...]]] = "hidden_act", ("silu", "swish")
 
   def faults(self) -> Faults:
-    if self.hidden_act not in ("silu", "swish"):
-      yield "hidden_act", "this decoder has SwiGLU, 'silu'"
+    field, known = self.gates
+    if getattr(self, field) not in known:
+      yield field, f"of this decoder's gate it must be {known[0]!r}"
     free = self.free_heads and self.head_dim
     if self.hidden_size % self.num_attention_heads and not free:
       yield "num_attention_heads", f"it must divide hidden_size {self.hidden_size}"
@@ -137,7 +142,7 @@ class Layered(Llama):
       if set(self.layer_types) - {_ALL, _WINDOW}:
         yield "layer_types", f"only {_ALL} and {_WINDOW} are supported"
     if self.window is None and _WINDOW in self.types:
-      yield "sliding_window", f"layers of {_WINDOW} need one, that is used"
+      yield "sliding_window", f"layers of {_WINDOW} need one"
     yield from super().faults()
 
   def block(self, where: str) -> dict[str, Any]:
@@ -168,6 +173,11 @@ class Qwen2(Layered):
   def slides(self, layer: int) -> bool:
     return self.window is not None and layer >= self.max_window_layers
 
+  def faults(self) -> Faults:
+    if not self.use_sliding_window and _WINDOW in self.types:
+      yield "use_sliding_window", f"layers of {_WINDOW} need it to be true"
+    yield from super().faults()
+
   def block(self, where: str) -> dict[str, Any]:
     return dict(super().block(where), qkv_bias=True)
 
@@ -181,6 +191,90 @@ class Qwen3(Qwen2):
   def block(self, where: str) -> dict[str, Any]:
     bias = dict(qkv_bias=self.attention_bias, out_bias=self.attention_bias)
     return dict(super().block(where), qk_norm=True, **bias)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma2(Layered):
+  """`Gemma2Config`."""
+
+  vocab_size: Size = 256000
+  hidden_size: Size = 2304
+  intermediate_size: Size = 9216
+  num_hidden_layers: Layers = 26
+  num_attention_heads: Size = 8
+  num_key_value_heads: Size = 4
+  head_dim: HeadSize = 256
+  hidden_activation: str = "gelu_pytorch_tanh"
+  max_position_embeddings: Size = 8192
+  pad_token_id: PadId | None = 0
+  eos_token_id: Ids = 1
+  tie_word_embeddings: bool = True
+  query_pre_attn_scalar: Size = 256
+  final_logit_softcapping: Positive | None = 30.0
+  attn_logit_softcapping: Positive | None = 50.0
+  use_bidirectional_attention: bool | None = None
+
+  gates: ClassVar[tuple[str, tuple[str, ...]]] = "hidden_activation", ("gelu_pytorch_tanh",)
+
+  def slides(self, layer: int) -> bool:
+    return layer % 2 == 0
+
+  def faults(self) -> Faults:
+    if self.use_bidirectional_attention:
+      yield "use_bidirectional_attention", "only decoders, which look back, are supported"
+    yield from super().faults()
+
+  def block(self, where: str) -> dict[str, Any]:
+    return dict(
+      super().block(where),
+      qkv_bias=self.attention_bias,
+      out_bias=self.attention_bias,
+      norm_offset=1.0,
+      four_norms=True,
+      gate="gelu_tanh",
+      embedding_scale=self.hidden_size**0.5,
+      query_size=self.query_pre_attn_scalar,
+      score_cap=self.attn_logit_softcapping,
+      logit_cap=self.final_logit_softcapping,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3(Gemma2):
+  """`Gemma3TextConfig`."""
+
+  vocab_size: Size = 262_208
+  max_position_embeddings: Size = 131_072
+  final_logit_softcapping: Positive | None = None
+  attn_logit_softcapping: Positive | None = None
+  use_bidirectional_attention: bool | None = False
+  rope_theta: Theta = 1e6
+  rope_local_base_freq: Theta = 1e4
+  sliding_window_pattern: Size = 6
+
+  def slides(self, layer: int) -> bool:
+    return (layer + 1) % self.sliding_window_pattern != 0
+
+  def faults(self) -> Faults:
+    if self.attn_logit_softcapping is not None:
+      yield "attn_logit_softcapping", "Gemma 3 caps no scores: leave it out, or null"
+    yield from super().faults()
+
+  def rope(self, where: str = "config.json") -> tuple[float, dict[str, Any]]:
+    """Of layers without a window."""
+    return rope_config.read_of_layers(self, _ALL, self.rope_theta, where)
+
+  def window_rope(self, where: str = "config.json") -> tuple[float, dict[str, Any]]:
+    """Of those with one."""
+    return rope_config.read_of_layers(self, _WINDOW, self.rope_local_base_freq, where)
+
+  def block(self, where: str) -> dict[str, Any]:
+    made = dict(super().block(where), qk_norm=True)
+    theta, stretch = self.window_rope(where)
+    if stretch != {"rope_type": "default"}:
+      kind = stretch["rope_type"]
+      raise refused(where, f"rope_parameters.{_WINDOW}.rope_type", kind, "it must be default")
+    return dict(made, window_theta=theta if "window" in made else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

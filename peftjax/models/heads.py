@@ -26,6 +26,8 @@ _NAMES: Mapping[str, str] = {
   "mistral": "Mistral",
   "qwen2": "Qwen2",
   "qwen3": "Qwen3",
+  "gemma2": "Gemma2",
+  "gemma3_text": "Gemma3",
   "gpt2": "GPT2",
 }
 

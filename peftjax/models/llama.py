@@ -1,4 +1,4 @@
-"""Decoders of the Llama family: Llama 2 and 3, Mistral, Qwen2, SmolLM2."""
+"""Decoders of the Llama family: Llama 2 and 3, Mistral, Qwen2 and 3, Gemma 2 and 3, SmolLM2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
 from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
-from peftjax.nn.ffn import swiglu
+from peftjax.nn.ffn import activate
 from peftjax.nn.linear import Embedding, Head, Linear
 from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import RMSNorm
@@ -70,6 +70,14 @@ class LlamaConfig:
   window: int | None = None  # of sliding attention
   global_layers: tuple[int, ...] = ()  # those that see all tokens, where others have a window
   qk_norm: bool = False  # queries and keys are normalised, head by head
+  norm_offset: float = 0.0  # what is added to the scales of norms
+  four_norms: bool = False  # what a block adds to its input is normalised, too
+  gate: str = "swish"  # of `nn.ffn.CURVES`
+  embedding_scale: float = 1.0
+  query_size: float | None = None  # scores are divided by its root; by default H
+  score_cap: float | None = None
+  logit_cap: float | None = None
+  window_theta: float | None = None  # of layers with a window, which are then not stretched
   scan_layers: bool = False
   remat: bool | str = False  # compute layers again in the backward pass: see `stack.REMAT`
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
@@ -121,10 +129,25 @@ class LlamaConfig:
   @property
   def sees_all(self) -> np.ndarray | None:
     """Of every layer, whether it has no window; None where all are alike."""
-    return np.isin(np.arange(self.layers), self.global_layers) if self.global_layers else None
+    if not self.global_layers and self.window_theta is None:
+      return None
+    return np.isin(np.arange(self.layers), self.global_layers)
 
   def frequencies(self) -> tuple[np.ndarray, float]:
+    """Of layers without a window: see `rope.frequencies`."""
     return rope.frequencies(self.head_size, self.theta, dict(self.rope_scaling), self.positions)
+
+
+def _norm(c: LlamaConfig, name: str) -> RMSNorm:
+  return RMSNorm(c.eps, c.norm_offset, name=name)
+
+
+def _angles(c: LlamaConfig, positions: jax.Array) -> Any:
+  """`rope.angles` of layers without a window and of those with one."""
+  wide = rope.angles(positions, *c.frequencies(), c.dtype)
+  if c.window_theta is None:
+    return wide, wide
+  return wide, rope.angles(positions, *rope.frequencies(c.head_size, c.window_theta), c.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -142,18 +165,21 @@ class SelfAttention(nn.Module):
     v = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="v_proj")(x_BTD)
     if c.qk_norm:
       heads = lambda x: x.reshape(*x.shape[:2], -1, c.head_size)
-      q = RMSNorm(c.eps, name="q_norm")(heads(q)).reshape(q.shape)
-      k = RMSNorm(c.eps, name="k_norm")(heads(k)).reshape(k.shape)
+      q, k = (
+        _norm(c, name)(heads(x)).reshape(x.shape) for name, x in (("q_norm", q), ("k_norm", k))
+      )
     q, k = rope.rotate(q, angles, c.heads), rope.rotate(k, angles, c.kv_heads)
     if cache is not None:
       k, v = cache = write(cache, (k, v), index)
     k, v, mask = virtual.with_prefix(self, k, v, mask)
-    y = attention(q, k, v, mask, c.heads, c.kv_heads)
+    if c.query_size is not None:
+      q = q * (c.head_size / c.query_size) ** 0.5
+    y = attention(q, k, v, mask, c.heads, c.kv_heads, cap=c.score_cap)
     return Linear(c.width, c.out_bias, name="o_proj")(y), cache
 
 
 class Mlp(nn.Module):
-  """down(silu(gate(x)) · up(x))."""
+  """down(f(gate(x)) · up(x)), f = silu or another."""
 
   config: LlamaConfig
 
@@ -161,7 +187,7 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
     gate, up = (Linear(c.ffn, c.ffn_bias, name=name)(x) for name in ("gate_proj", "up_proj"))
-    return Linear(c.width, c.ffn_bias, name="down_proj")(swiglu(gate, up))
+    return Linear(c.width, c.ffn_bias, name="down_proj")(activate(c.gate, up, gate))
 
 
 class Layer(nn.Module):
@@ -176,10 +202,18 @@ class Layer(nn.Module):
     c = self.config
     x = layer_input(x)
     mask = mask.without_window(sees_all)
-    h = RMSNorm(c.eps, name="input_layernorm")(x)
-    y, cache = SelfAttention(c, name="self_attn")(h, angles, mask, index, cache)
+    wide, narrow = angles
+    if sees_all is not None:
+      wide = jax.tree.map(lambda one, other: jnp.where(sees_all, one, other), wide, narrow)
+    h = _norm(c, "input_layernorm")(x)
+    y, cache = SelfAttention(c, name="self_attn")(h, wide, mask, index, cache)
+    if c.four_norms:
+      y = _norm(c, "post_attention_layernorm")(y)
     x = Residual(name="self_attn_residual")(y, x)
-    y = Mlp(c, name="mlp")(RMSNorm(c.eps, name="post_attention_layernorm")(x))
+    before = "pre_feedforward_layernorm" if c.four_norms else "post_attention_layernorm"
+    y = Mlp(c, name="mlp")(_norm(c, before)(x))
+    if c.four_norms:
+      y = _norm(c, "post_feedforward_layernorm")(y)
     return Residual(name="mlp_residual")(y, x), cache
 
 
@@ -194,12 +228,14 @@ class Body(nn.Module):
   ) -> Any:
     c = self.config
     embed = Embedding(c.vocab, c.width, c.dtype, name="embed_tokens")
-    x = virtual.with_prompt(self, embed(tokens), positions)
-    omega, factor = c.frequencies()
-    shared = (rope.angles(positions, omega, factor, c.dtype), mask, cache and cache.index)
+    x = embed(tokens)
+    if c.embedding_scale != 1.0:
+      x = x * jnp.asarray(c.embedding_scale, x.dtype)
+    x = virtual.with_prompt(self, x, positions)
+    shared = (_angles(c, positions), mask, cache and cache.index)
     own = (cache and cache.layers, c.sees_all)
     x, pairs = run_layers(Layer, c, x, own, shared, remat=c.remat)
-    return RMSNorm(c.eps, name="norm")(x[:, -tokens.shape[1] :]), embed.table(), pairs
+    return _norm(c, "norm")(x[:, -tokens.shape[1] :]), embed.table(), pairs
 
 
 class LlamaForCausalLM(nn.Module):
@@ -234,7 +270,7 @@ class LlamaForCausalLM(nn.Module):
     c = self.config
     positions, visible, cache = context(self, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, visible, cache)
-    head = Head(c.vocab, c.table if c.tied else "", name="lm_head")
+    head = Head(c.vocab, c.table if c.tied else "", cap=c.logit_cap, name="lm_head")
     result: Any
     if loss_weights is None:
       result = head(x_BTD, table).astype(jnp.float32)

@@ -41,6 +41,8 @@ FAMILIES: Mapping[str, Any] = {
   "mistral": llama,
   "qwen2": llama,
   "qwen3": llama,
+  "gemma2": llama,
+  "gemma3_text": llama,
   "gpt2": gpt2,
 }
 

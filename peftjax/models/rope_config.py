@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from peftjax.core.ranges import Positive, Size
 from peftjax.io import records
+from peftjax.io.records import clip
 from peftjax.models.config_fields import Faults, Theta, refused
 
 
@@ -69,7 +70,39 @@ def read(fields: Any, where: str = "config.json") -> tuple[float, dict[str, Any]
     ValueError: on a kind that is not known, or fields that it lacks or nobody has.
   """
   name = "rope_scaling" if fields.rope_scaling else "rope_parameters"
-  given = getattr(fields, name) or {}
+  return _typed(fields, getattr(fields, name) or {}, name, fields.rope_theta, where)
+
+
+def read_of_layers(
+  fields: Any, kind: str, theta: float, where: str = "config.json"
+) -> tuple[float, dict[str, Any]]:
+  """As `read`, of the layers of one kind, where each has `rope_parameters` of its own.
+
+  Args:
+    fields: in which `rope_scaling` of older files is meant for layers that see all tokens.
+    kind: an entry of `layer_types`.
+    theta: where the parameters name none.
+    where: the file, for messages.
+  """
+  kinds = ("full_attention", "sliding_attention")
+  nested = fields.rope_parameters or {}
+  if strange := [key for key in nested if key not in kinds]:
+    told = f"of this model type it has {' and '.join(kinds)}, with parameters in each"
+    raise refused(
+      where, f"rope_parameters.{clip(strange[0], quote=False)}", nested[strange[0]], told
+    )
+  name, given = f"rope_parameters.{kind}", nested.get(kind)
+  if not isinstance(given, dict | None):
+    raise refused(where, name, given, "it must be an object")
+  if kind == kinds[0] and fields.rope_scaling:
+    name, given = "rope_scaling", {**(given or {}), **fields.rope_scaling}
+  return _typed(fields, given or {}, name, theta, where)
+
+
+def _typed(
+  fields: Any, given: Mapping[str, Any], name: str, theta: float, where: str
+) -> tuple[float, dict[str, Any]]:
+  """θ and the other parameters of one object, `name` in the file."""
   if strange := records.unknown(given, Rope):
     raise refused(
       where, f"{name}.{next(iter(strange))}", given[next(iter(strange))], "it is unknown"
@@ -81,7 +114,7 @@ def read(fields: Any, where: str = "config.json") -> tuple[float, dict[str, Any]
   part = made.partial_rotary_factor or fields.partial_rotary_factor or 1.0
   if part != 1.0:
     raise refused(where, "partial_rotary_factor", part, "only whole heads are rotated")
-  theta = fields.rope_theta if made.rope_theta is None else made.rope_theta
+  theta = theta if made.rope_theta is None else made.rope_theta
   items, outside = made.items(), fields.original_max_position_embeddings
   if outside is not None and made.kind in ("llama3", "yarn"):  # goes before the one inside
     items["original_max_position_embeddings"] = outside

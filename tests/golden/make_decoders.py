@@ -46,6 +46,13 @@ _YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 8,
 }
+_GEMMA = {
+  **_LLAMA,
+  **_MIXED,
+  "head_dim": 10,
+  "query_pre_attn_scalar": 5,
+  "final_logit_softcapping": 3.0,
+}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 CASES = {
@@ -73,6 +80,17 @@ CASES = {
     },
   ),
   "qwen3_tiny": ("qwen3", {**_LLAMA, **_MIXED, "head_dim": 10, "use_sliding_window": True}),
+  "gemma2_tiny": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0}),
+  "gemma3_tiny": (
+    "gemma3_text",
+    {
+      **_GEMMA,
+      "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+      },
+    },
+  ),
 }
 
 

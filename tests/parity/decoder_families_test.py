@@ -27,11 +27,42 @@ def _shape(width, heads, kv_heads, head_dim, ffn, layers=4, **fields):
 
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
 _TIED = {"tie_word_embeddings": True}
+_GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 7, "final_logit_softcapping": 4.0}
+_THETAS = {"rope_theta": 900.0, "rope_local_base_freq": 40.0}
 CASES = {
   "qwen3": ("qwen3", _shape(40, 6, 2, 10, 72, **_TIED)),
   "qwen3 biases": ("qwen3", _shape(32, 4, 4, 8, 48, attention_bias=True)),
   "qwen3 windows": ("qwen3", _shape(24, 4, 1, 12, 40, 5, **_WINDOWS, max_window_layers=2)),
   "qwen3 all windows": ("qwen3", _shape(24, 4, 2, 4, 40, **_WINDOWS, max_window_layers=0)),
+  "gemma2": ("gemma2", _shape(40, 4, 2, 12, 72, 5, **_GEMMA, attn_logit_softcapping=3.0)),
+  "gemma2 untied": (
+    "gemma2",
+    _shape(24, 6, 1, 8, 40, tie_word_embeddings=False, sliding_window=4, attention_bias=True),
+  ),
+  "gemma2 uncapped": (
+    "gemma2",
+    _shape(
+      *(32, 4, 4, 6, 40, 4),
+      **{**_GEMMA, "final_logit_softcapping": None, "attn_logit_softcapping": None},
+      layer_types=["full_attention"] * 4,
+    ),
+  ),
+  "gemma3": ("gemma3_text", _shape(40, 4, 2, 12, 72, 7, **_GEMMA, **_THETAS)),
+  "gemma3 pattern": (
+    "gemma3_text",
+    _shape(
+      *(24, 4, 1, 10, 40, 5),
+      sliding_window=4,
+      sliding_window_pattern=2,
+      rope_scaling={"rope_type": "linear", "factor": 3.0},
+      tie_word_embeddings=False,
+    ),
+  ),
+  "gemma3 all windows": ("gemma3_text", _shape(24, 4, 4, 8, 40, **_GEMMA, **_THETAS)),
+  "gemma3 no windows": (
+    "gemma3_text",
+    _shape(24, 4, 2, 8, 40, **_THETAS, layer_types=["full_attention"] * 4),
+  ),
   "qwen2 windows": ("qwen2", _shape(24, 4, 2, 6, 40, 5, **_WINDOWS, max_window_layers=3)),
 }
 

@@ -1,0 +1,72 @@
+"""What every family of decoders gives for free: adapters, sharding, packing, gradients."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peftjax as pj
+from peftjax import sharding
+from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
+from tests.core.programs import jit
+from tests.models.decoder_test import load
+
+# The projections of a block, and the two that LoRA's authors adapt.
+SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = {
+  "qwen3_tiny": (SPLIT, ["q_proj", "v_proj"]),
+  "gemma2_tiny": (SPLIT, ["q_proj", "v_proj"]),
+  "gemma3_tiny": (SPLIT, ["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_and_sharding_of_each_kernel(name):
+  """All linear layers and the usual two; no kernel is left to the rule for what is unknown."""
+  modules, usual = FAMILIES[name]
+  _, params, _ = load(name)
+  found = pj.select(params, "all-linear")
+  assert sorted({path.split("/")[-2] for path in found}) == sorted(modules)
+  assert len(found) == 2 * len(modules)
+  adapted = pj.lora(2, 4, usual).attach(jax.random.key(0), params)
+  assert len(pj.select(adapted, usual)) == 2 * len(usual)
+  rules = [pattern for pattern, _ in sharding.RULES]
+  for path in found:
+    matched = next(i for i, pattern in enumerate(rules) if re.fullmatch(pattern, path))
+    assert matched < rules.index(r"(.*/)?kernel"), path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_documents_in_one_row_do_not_see_each_other(name):
+  """Through windows and all; the loss of the chunks is that of these logits."""
+  model, params, _ = load(name, scan_layers=True)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(1, 96, (1, 12)), jnp.int32)
+  segments = jnp.array([[1] * 5 + [2] * 7])
+  positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None]
+  forward = jit(lambda *given: pj.apply(model, params, *given))
+  packed = forward(tokens, None, positions, segments)
+  alone = [forward(part) for part in (tokens[:, :5], tokens[:, 5:])]
+  np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
+
+
+def test_the_scale_of_embeddings_is_rounded_in_their_dtype():
+  """√48 = 6.928 is 6.9375 in bfloat16, as Gemma was trained."""
+  said = {"model_type": "gemma2", "hidden_size": 48, "num_attention_heads": 4}
+  config = LlamaConfig.from_hf(said, layers=1, vocab=8, ffn=8, head_size=4, dtype=jnp.bfloat16)
+  assert config.embedding_scale == 48**0.5
+  model = LlamaForCausalLM(config)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  seen = []
+
+  def watch(next_fun, args, kwargs, context):
+    if context.module.name == "layers_0":
+      seen.append(args[0])
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    model.apply({"params": params}, jnp.array([[3]]))
+  row = params["model"]["embed_tokens"]["embedding"][3].astype(jnp.bfloat16)
+  np.testing.assert_array_equal(seen[0][0, 0], row * jnp.bfloat16(6.9375))
