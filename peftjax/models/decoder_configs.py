@@ -53,6 +53,8 @@ class Llama(Common):
 
   # Whether heads of any width may be asked for, whatever `hidden_size` is.
   free_heads: ClassVar[bool] = False
+  # Whether a part of each head may be rotated, and the rest not.
+  partial: ClassVar[bool] = False
   # The field of what is applied to the gate, and what is allowed there.
   gates: ClassVar[tuple[str, tuple[str, ...]]] = "hidden_act", ("silu", "swish")
 
@@ -275,6 +277,43 @@ class Gemma3(Gemma2):
       kind = stretch["rope_type"]
       raise refused(where, f"rope_parameters.{_WINDOW}.rope_type", kind, "it must be default")
     return dict(made, window_theta=theta if "window" in made else None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phi3(Llama):
+  """`Phi3Config`."""
+
+  vocab_size: Size = 32064
+  hidden_size: Size = 3072
+  intermediate_size: Size = 8192
+  attention_dropout: Fraction = 0.0
+  resid_pdrop: Fraction = 0.0
+  max_position_embeddings: Size = 4096
+  original_max_position_embeddings: Size = 4096
+  rms_norm_eps: Eps = 1e-5
+  eos_token_id: Ids = 32000
+  pad_token_id: PadId | None = 32000
+  sliding_window: Size | None = None
+
+  free_heads: ClassVar[bool] = True
+  partial: ClassVar[bool] = True
+
+  @property
+  def window(self) -> int | None:
+    return self.sliding_window
+
+  def rope(self, where: str = "config.json") -> tuple[float, dict[str, Any]]:
+    theta, items = super().rope(where)
+    if items["rope_type"] != "default":
+      raise refused(where, "rope_type", items["rope_type"], "of Phi-3 only default is supported")
+    rotated = self.head_size * items["partial_rotary_factor"]
+    if not 2 <= rotated <= self.head_size or int(rotated) % 2:
+      told = f"it must leave an even number of a head's {self.head_size} features, at least 2"
+      raise refused(where, "partial_rotary_factor", items["partial_rotary_factor"], told)
+    return theta, items
+
+  def block(self, where: str) -> dict[str, Any]:
+    return dict(window=self.window, fused=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

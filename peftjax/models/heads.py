@@ -28,6 +28,7 @@ _NAMES: Mapping[str, str] = {
   "qwen3": "Qwen3",
   "gemma2": "Gemma2",
   "gemma3_text": "Gemma3",
+  "phi3": "Phi3",
   "gpt2": "GPT2",
 }
 

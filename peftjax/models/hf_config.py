@@ -14,7 +14,7 @@ from peftjax.core.ranges import Fraction, Size
 from peftjax.io import records
 from peftjax.io.records import clip
 from peftjax.models.config_fields import Common, Eps, Faults, Ids, Labels, PadId, refused
-from peftjax.models.decoder_configs import GPT2, Gemma2, Gemma3, Llama, Mistral, Qwen2, Qwen3
+from peftjax.models.decoder_configs import GPT2, Gemma2, Gemma3, Llama, Mistral, Phi3, Qwen2, Qwen3
 from peftjax.nn.ffn import ACTIVATIONS
 
 
@@ -87,6 +87,7 @@ SCHEMAS: Mapping[str, type[Common]] = {
   "qwen3": Qwen3,
   "gemma2": Gemma2,
   "gemma3_text": Gemma3,
+  "phi3": Phi3,
   "gpt2": GPT2,
 }
 

@@ -1,4 +1,4 @@
-"""Decoders of the Llama family: Llama 2 and 3, Mistral, Qwen2 and 3, Gemma 2 and 3, SmolLM2."""
+"""Decoders of the Llama family: Llama, Mistral, Qwen2 and 3, Gemma 2 and 3, Phi-3, SmolLM2."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ class LlamaConfig:
   ffn_bias: bool = False
   window: int | None = None  # of sliding attention
   global_layers: tuple[int, ...] = ()  # those that see all tokens, where others have a window
+  fused: bool = False  # one kernel for queries, keys and values, one for gate and up
   qk_norm: bool = False  # queries and keys are normalised, head by head
   norm_offset: float = 0.0  # what is added to the scales of norms
   four_norms: bool = False  # what a block adds to its input is normalised, too
@@ -142,6 +143,14 @@ def _norm(c: LlamaConfig, name: str) -> RMSNorm:
   return RMSNorm(c.eps, c.norm_offset, name=name)
 
 
+def _linears(x: jax.Array, fused: str, bias: bool, **widths: int) -> list[jax.Array]:
+  """x through a `Linear` of each name and width, or through one that yields all side by side."""
+  if not fused:
+    return [Linear(width, bias, name=name)(x) for name, width in widths.items()]
+  *ends, width = np.cumsum([*widths.values()]).tolist()
+  return jnp.split(Linear(width, bias, name=fused)(x), ends, axis=-1)
+
+
 def _angles(c: LlamaConfig, positions: jax.Array) -> Any:
   """`rope.angles` of layers without a window and of those with one."""
   wide = rope.angles(positions, *c.frequencies(), c.dtype)
@@ -160,9 +169,9 @@ class SelfAttention(nn.Module):
     self, x_BTD: jax.Array, angles: Any, mask: AttentionMask, index: Any, cache: Any
   ) -> Any:
     c = self.config
-    q = Linear(c.heads * c.head_size, c.qkv_bias, name="q_proj")(x_BTD)
-    k = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="k_proj")(x_BTD)
-    v = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="v_proj")(x_BTD)
+    wide, narrow = c.heads * c.head_size, c.kv_heads * c.head_size
+    widths = dict(q_proj=wide, k_proj=narrow, v_proj=narrow)
+    q, k, v = _linears(x_BTD, "qkv_proj" if c.fused else "", c.qkv_bias, **widths)
     if c.qk_norm:
       heads = lambda x: x.reshape(*x.shape[:2], -1, c.head_size)
       q, k = (
@@ -186,7 +195,8 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
-    gate, up = (Linear(c.ffn, c.ffn_bias, name=name)(x) for name in ("gate_proj", "up_proj"))
+    widths = dict(gate_proj=c.ffn, up_proj=c.ffn)
+    gate, up = _linears(x, "gate_up_proj" if c.fused else "", c.ffn_bias, **widths)
     return Linear(c.width, c.ffn_bias, name="down_proj")(activate(c.gate, up, gate))
 
 

@@ -43,6 +43,7 @@ FAMILIES: Mapping[str, Any] = {
   "qwen3": llama,
   "gemma2": llama,
   "gemma3_text": llama,
+  "phi3": llama,
   "gpt2": gpt2,
 }
 

@@ -47,9 +47,7 @@ class Rope:
 
   def faults(self) -> Faults:
     """As `_Common.faults`."""
-    if self.kind not in self.kinds:
-      yield "kind", f"it must be one of {', '.join(self.kinds)}"
-    for field in self.kinds.get(self.kind, ()):
+    for field in self.kinds[self.kind]:
       if getattr(self, field) is None:
         yield field, f'rope_type "{self.kind}" needs a number there'
     low, high = self.low_freq_factor or 0.0, self.high_freq_factor or 0.0
@@ -103,19 +101,24 @@ def _typed(
   fields: Any, given: Mapping[str, Any], name: str, theta: float, where: str
 ) -> tuple[float, dict[str, Any]]:
   """θ and the other parameters of one object, `name` in the file."""
+  made = records.convert(given, Rope, f"{where}: {name}")
+  if made.kind not in Rope.kinds:
+    raise refused(
+      where, f"{name}.rope_type", made.kind, f"it must be one of {', '.join(Rope.kinds)}"
+    )
   if strange := records.unknown(given, Rope):
     raise refused(
       where, f"{name}.{next(iter(strange))}", given[next(iter(strange))], "it is unknown"
     )
-  made = records.convert(given, Rope, f"{where}: {name}")
   for field, allowed in made.faults():
-    named = "rope_type" if field == "kind" else field
-    raise refused(where, f"{name}.{named}", getattr(made, field), allowed)
+    raise refused(where, f"{name}.{field}", getattr(made, field), allowed)
   part = made.partial_rotary_factor or fields.partial_rotary_factor or 1.0
-  if part != 1.0:
+  if part != 1.0 and not fields.partial:
     raise refused(where, "partial_rotary_factor", part, "only whole heads are rotated")
   theta = theta if made.rope_theta is None else made.rope_theta
   items, outside = made.items(), fields.original_max_position_embeddings
+  if fields.partial:
+    items["partial_rotary_factor"] = part
   if outside is not None and made.kind in ("llama3", "yarn"):  # goes before the one inside
     items["original_max_position_embeddings"] = outside
   return float(theta), items

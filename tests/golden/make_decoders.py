@@ -46,6 +46,11 @@ _YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 8,
 }
+_PHI3 = {
+  "sliding_window": 4,
+  "pad_token_id": 0,
+  "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
 _GEMMA = {
   **_LLAMA,
   **_MIXED,
@@ -91,6 +96,7 @@ CASES = {
       },
     },
   ),
+  "phi3_tiny": ("phi3", {**_LLAMA, **_PHI3}),
 }
 
 

@@ -18,6 +18,7 @@ from tests.models.decoder_test import load
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = {
   "qwen3_tiny": (SPLIT, ["q_proj", "v_proj"]),
+  "phi3_tiny": (["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], ["qkv_proj"]),
   "gemma2_tiny": (SPLIT, ["q_proj", "v_proj"]),
   "gemma3_tiny": (SPLIT, ["q_proj", "v_proj"]),
 }

@@ -50,7 +50,7 @@ attn_logit_softcapping final_logit_softcapping use_bidirectional_attention""".sp
 @pytest.mark.parametrize(
   "name",
   """bert_tiny roberta_tiny llama3_tiny mistral_tiny qwen2_tiny qwen3_tiny gemma2_tiny gemma3_tiny
-  gpt2_tiny""".split(),
+  phi3_tiny gpt2_tiny""".split(),
 )
 def test_damage_is_one_sentence_with_file_field_and_value(name):
   """Every field that is read, with values of every wrong kind; what is left is harmless."""
@@ -122,6 +122,11 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
     ("gemma3_tiny", {"attn_logit_softcapping": 5.0}, "softcapping is 5.0; Gemma 3 caps no sc"),
     ("gemma3_tiny", {"rope_parameters": {"rope_type": "default"}}, "type is 'default'; of this mo"),
     ("gemma3_tiny", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3; it must be"),
+    ("phi3_tiny", {"rope_parameters": {"type": "longrope", "short_factor": [1.0]}},
+     "rope_parameters.rope_type is 'longrope'; it must be one of default"),
+    ("phi3_tiny", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "is 'yarn'; of Phi-3 only"),
+    ("phi3_tiny", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "factor is 1.5; it must"),
+    ("phi3_tiny", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "even number of a head's"),
     ("qwen3_tiny", {"num_hidden_layers": 2**30}, "num_hidden_layers is .*whole number <= 65536"),
     ("qwen2_tiny", {"layer_types": ["full_attention"]}, "layer_types is .*must have num_h"),
     ("gpt2_tiny", {"n_head": 5}, "n_head is 5; it must divide n_embd 48"),

@@ -18,7 +18,7 @@ def _shape(width, heads, kv_heads, head_dim, ffn, layers=4, **fields):
     "num_hidden_layers": layers,
     "num_attention_heads": heads,
     "num_key_value_heads": kv_heads,
-    "head_dim": head_dim,
+    **({"head_dim": head_dim} if head_dim else {}),
     "intermediate_size": ffn,
     "max_position_embeddings": 64,
     **fields,
@@ -29,11 +29,18 @@ _WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
 _TIED = {"tie_word_embeddings": True}
 _GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 7, "final_logit_softcapping": 4.0}
 _THETAS = {"rope_theta": 900.0, "rope_local_base_freq": 40.0}
+_PAD = {"pad_token_id": 0}
 CASES = {
   "qwen3": ("qwen3", _shape(40, 6, 2, 10, 72, **_TIED)),
   "qwen3 biases": ("qwen3", _shape(32, 4, 4, 8, 48, attention_bias=True)),
   "qwen3 windows": ("qwen3", _shape(24, 4, 1, 12, 40, 5, **_WINDOWS, max_window_layers=2)),
   "qwen3 all windows": ("qwen3", _shape(24, 4, 2, 4, 40, **_WINDOWS, max_window_layers=0)),
+  "phi3": ("phi3", _shape(40, 4, 2, None, 72, **_PAD, sliding_window=4)),
+  "phi3 part of a head": (
+    "phi3",
+    _shape(48, 4, 1, None, 40, 5, **_PAD, partial_rotary_factor=0.5, rope_theta=90.0, **_TIED),
+  ),
+  "phi3 wide heads": ("phi3", _shape(24, 4, 4, 10, 40, **_PAD, partial_rotary_factor=0.8)),
   "gemma2": ("gemma2", _shape(40, 4, 2, 12, 72, 5, **_GEMMA, attn_logit_softcapping=3.0)),
   "gemma2 untied": (
     "gemma2",
