@@ -13,7 +13,16 @@ from typing import Any
 from peftjax.core.ranges import Fraction, Size
 from peftjax.io import records
 from peftjax.io.records import clip
-from peftjax.models.config_fields import Common, Eps, Faults, Ids, Labels, PadId, refused
+from peftjax.models.config_fields import (
+  Common,
+  Eps,
+  Faults,
+  Ids,
+  Labels,
+  PadId,
+  check_foreign,
+  refused,
+)
 from peftjax.models.decoder_configs import GPT2, Gemma2, Gemma3, Llama, Mistral, Phi3, Qwen2, Qwen3
 from peftjax.nn.ffn import ACTIVATIONS
 
@@ -102,6 +111,7 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> Any:
   if not isinstance(kind, str) or kind not in SCHEMAS:
     raise ValueError(f"{where} has model_type {clip(kind)}; supported are {', '.join(SCHEMAS)}.")
   schema = SCHEMAS[kind]
+  check_foreign(config, schema, where)
   fields = records.convert(_own_names(config, schema, where), schema, where)
   for field, allowed in fields.faults():
     raise refused(where, field, getattr(fields, field), allowed)

@@ -143,6 +143,30 @@ def test_what_does_not_go_together(name, change, message):
     said.rope()
 
 
+@pytest.mark.parametrize("kind", "granite smollm3 olmo2 cohere cohere2 gemma gemma3 llama4".split())
+def test_families_that_look_like_others_are_refused(kind):
+  with pytest.raises(ValueError, match=f"model_type '{kind}'; supported are .*gemma3_text"):
+    hf_config.read({**config("llama_tiny"), "model_type": kind})
+
+
+@pytest.mark.parametrize(
+  "name, field, value",
+  [
+    ("llama_tiny", "attn_logit_softcapping", 50.0),
+    ("llama_tiny", "no_rope_layers", [1, 0]),
+    ("llama_tiny", "residual_multiplier", 0.22),
+    ("mistral_tiny", "num_local_experts", 8),
+    ("qwen3_tiny", "num_experts", 128),
+    ("phi3_tiny", "final_logit_softcapping", 30.0),
+  ],
+)
+def test_what_only_relatives_compute_is_refused(name, field, value):
+  """By the field's name; a value that turns it off is none."""
+  with pytest.raises(ValueError, match=f"F: {field} is .*are computed without it: leave it out"):
+    hf_config.read({**config(name), field: value}, "F")
+  hf_config.read({**config(name), field: None})
+
+
 @pytest.mark.parametrize(
   "spelled, theta, items",
   [
