@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -64,8 +64,30 @@ class Common:
     return self.pad_token_id if known else 0  # type: ignore[return-value]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Labelled(Common):
+  """What model types with a head for whole texts have besides."""
+
+  id2label: dict[str, Any] | None = None
+  num_labels: Labels = 2
+
+  def faults(self) -> Faults:
+    if self.id2label is not None and not (self.id2label and all(map(_is_index, self.id2label))):
+      yield "id2label", "it must give each output, 0, 1, ..., its name"
+    yield from super().faults()
+
+  @property
+  def labels(self) -> int:
+    return self.num_labels if self.id2label is None else len({int(key) for key in self.id2label})
+
+
+def classifies(architectures: Sequence[str] | None) -> bool:
+  """Whether a class is named whose head is one for whole texts."""
+  return any(name.endswith("ForSequenceClassification") for name in architectures or ())
+
+
 def check_foreign(config: Mapping[str, Any], schema: type[Common], where: str) -> None:
-  """Raises ValueError if one of `FOREIGN` that a schema lacks has a value, other than 0 or false."""
+  """Raises ValueError if one of `FOREIGN` that a schema lacks has a value, not 0 or false."""
   for field in FOREIGN:
     if config.get(field) and field not in schema.__dataclass_fields__:
       kind = config.get("model_type")
@@ -76,3 +98,7 @@ def check_foreign(config: Mapping[str, Any], schema: type[Common], where: str) -
 def refused(where: str, field: str, value: Any, why: str) -> ValueError:
   """The error of a field: the file, what it holds, and what is allowed."""
   return ValueError(f"{where}: {field} is {clip(value)}; {why}.")
+
+
+def _is_index(key: str) -> bool:
+  return key.isascii() and key.isdigit() and len(key) < 10

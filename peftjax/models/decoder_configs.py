@@ -15,6 +15,7 @@ from peftjax.models.config_fields import (
   Faults,
   HeadSize,
   Ids,
+  Labelled,
   Layers,
   PadId,
   Theta,
@@ -27,7 +28,7 @@ _ALL, _WINDOW = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama(Common):
+class Llama(Labelled):
   """`LlamaConfig`."""
 
   vocab_size: Size = 32000

@@ -18,7 +18,7 @@ from peftjax.models.config_fields import (
   Eps,
   Faults,
   Ids,
-  Labels,
+  Labelled,
   PadId,
   check_foreign,
   refused,
@@ -28,7 +28,7 @@ from peftjax.nn.ffn import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bert(Common):
+class Bert(Labelled):
   """`BertConfig`."""
 
   vocab_size: Size = 30522
@@ -47,8 +47,6 @@ class Bert(Common):
   is_decoder: bool = False
   add_cross_attention: bool = False
   position_embedding_type: str | None = "absolute"  # of files before transformers 5
-  id2label: dict[str, Any] | None = None
-  num_labels: Labels = 2
 
   def faults(self) -> Faults:
     if self.hidden_size % self.num_attention_heads:
@@ -61,15 +59,9 @@ class Bert(Common):
       yield "is_decoder", "only encoders are supported"
     if self.add_cross_attention:
       yield "add_cross_attention", "only encoders are supported"
-    if self.id2label is not None and not (self.id2label and all(map(_is_index, self.id2label))):
-      yield "id2label", "it must give each output, 0, 1, ..., its name"
     if (self.pad_token_id or 0) >= self.vocab_size:
       yield "pad_token_id", f"it must be below vocab_size {self.vocab_size}"
     yield from super().faults()
-
-  @property
-  def labels(self) -> int:
-    return self.num_labels if self.id2label is None else len({int(key) for key in self.id2label})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +124,3 @@ def _own_names(config: Mapping[str, Any], schema: type[Common], where: str) -> d
         raise refused(where, other, value, f"{own}, the same thing, is {clip(made[own])}")
       made[own] = value
   return made
-
-
-def _is_index(key: str) -> bool:
-  return key.isascii() and key.isdigit() and len(key) < 10

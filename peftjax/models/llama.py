@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from peftjax.losses import Sums
 from peftjax.models import hf_config
 from peftjax.models.cache import Cache, context, write
+from peftjax.models.config_fields import classifies
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
 from peftjax.nn import rope, virtual
@@ -26,8 +27,8 @@ from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.residual import Residual
 
-# Every tensor has to be there, ...
-NEW = r"(?!)"
+# Every tensor has to be there but those of a head that is new with a task, ...
+NEW = r"head/.*"
 # ... and these may be: buffers, and the head that a tied table makes redundant.
 UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
@@ -42,7 +43,7 @@ def hf_name(path: str) -> str:
   >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
   'model.layers.0.self_attn.q_proj.weight'
   """
-  return torch_name(path, "layers.")
+  return torch_name(path.removeprefix("head/"), "layers.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class LlamaConfig:
   eps: float
   theta: float
   rope_scaling: tuple[tuple[str, Any], ...]  # items of Hugging Face's dictionary
+  labels: int | None = None  # of whole texts, in place of the next token's logits
   tied: bool  # whether `init` makes a head that is tied; of a model, its parameters tell
   # Where a model type differs from Llama.
   qkv_bias: bool = False
@@ -118,6 +120,7 @@ class LlamaConfig:
       theta=theta,
       rope_scaling=tuple(sorted(scaling.items())),
       tied=said.tie_word_embeddings,
+      labels=said.labels if classifies(said.architectures) else None,
     )
     made = cls(**{**fields, **said.block(where), **overrides})
     made.frequencies()  # says what it does not know before any weight is read
@@ -289,5 +292,51 @@ class LlamaForCausalLM(nn.Module):
     return result if cache is None else (result, cache.after(pairs, positions.shape[1]))
 
 
+class Score(nn.Module):
+  """Features of a text to logits `[B, labels]`."""
+
+  labels: int
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array) -> jax.Array:
+    return Linear(self.labels, use_bias=False, name="score")(x_BD)
+
+
+class LlamaForSequenceClassification(nn.Module):
+  """A decoder that scores whole texts by their last token; parameters `{"model", "head"}`."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    types: Int[Array, "B T"] | None = None,
+    *,
+    train: bool = False,
+  ) -> Float[Array, "B K"]:
+    """Logits, float32; for a regression K = 1.
+
+    Args:
+      tokens: ids below the vocabulary's size.
+      mask: true on tokens, false on padding on either side; by default all true.
+      types: of no account: decoders do not tell the texts of a pair apart.
+      train: of no effect: this family has no dropout of its own.
+    """
+    c = self.config
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    positions, visible, _ = context(self, tokens, mask, None, None, None, c.window)
+    x_BTD, *_ = Body(c, name="model")(tokens, positions, visible, None)
+    last = (jnp.arange(tokens.shape[1])[None] * mask).max(1)
+    x_BD = jnp.take_along_axis(x_BTD, last[:, None, None], axis=1)[:, 0]
+    return Score(c.labels or 1, name="head")(x_BD).astype(jnp.float32)
+
+
+def model(config: LlamaConfig) -> nn.Module:
+  """The module of a configuration: with `labels` one that scores whole texts."""
+  return (LlamaForSequenceClassification if config.labels else LlamaForCausalLM)(config)
+
+
 # What `pretrained` makes a model of this family with.
-CONFIG, MODEL = LlamaConfig, LlamaForCausalLM
+CONFIG, MODEL = LlamaConfig, model

@@ -135,7 +135,8 @@ def _parts(
     part = "head" if path.startswith("lm_head/") else "first" if _of_first(path) else "body"
     sums[part][0] += sum(found.values())
     sums[part][1] += sum(size for name, size in found.items() if name in own)
-  if _decodes(c) and not any(path.startswith("lm_head/kernel") for path in paths.leaves(tied)):
+  words = _decodes(c) and not getattr(c, "labels", None)
+  if words and not any(path.startswith("lm_head/kernel") for path in paths.leaves(tied)):
     sums["head"][0] += c.vocab * c.width
     sums["head"][1] += c.vocab * c.width * bool(_arrays(trained.get(c.table)) & {"", "base"})
   tokens = {"body": rows * seen_length, "head": rows * length, "first": rows}

@@ -1,5 +1,6 @@
 """What every family of decoders gives for free: adapters, sharding, packing, gradients."""
 
+import csv
 import re
 
 import flax.linen as nn
@@ -7,12 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import peftjax as pj
 from peftjax import sharding
 from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
+from peftjax.models.pretrained import load as load_all
+from peftjax.training import build, loop
+from tests import tiny, tiny_lm
 from tests.core.programs import jit
-from tests.models.decoder_test import load
+from tests.models.decoder_test import GOLDEN, load
+
+_rng = np.random.default_rng(0)
 
 # The projections of a block, and the two that LoRA's authors adapt.
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -71,3 +78,37 @@ def test_the_scale_of_embeddings_is_rounded_in_their_dtype():
     model.apply({"params": params}, jnp.array([[3]]))
   row = params["model"]["embed_tokens"]["embedding"][3].astype(jnp.bfloat16)
   np.testing.assert_array_equal(seen[0][0, 0], row * jnp.bfloat16(6.9375))
+
+
+def test_the_score_of_a_text_is_its_last_tokens():
+  """Whatever padding stands behind or before it; the new head is drawn, and all else is read."""
+  model, params, new = load_all(GOLDEN / "gemma3_tiny", 3, scan_layers=True)
+  assert new == ("head/score/kernel",) and "lm_head" not in params
+  texts = np.array([[5, 6, 7, 0, 0], [0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
+  score = jit(lambda tokens, mask: pj.apply(model, params, tokens, mask))
+  one, two, other = np.asarray(score(texts, texts > 0))
+  np.testing.assert_allclose(one, two, atol=1e-6)
+  assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.slow(reason="trains a model")
+def test_a_decoder_learns_to_classify(tmp_path, monkeypatch):
+  """configs/classify.py on a tiny Llama; the exported adapter has the head beside it."""
+  monkeypatch.setattr(build, "mesh_of", lambda text: None)
+  folder = tiny_lm.model_dir(tmp_path / "model")
+  rows = [("text", "label")]
+  for high in (0, 1) * 48:
+    rows.append((" ".join(map(str, _rng.integers(0, 5, 6) + 5 * high)), ("low", "high")[high]))
+  with (tmp_path / "corpus.csv").open("w", newline="") as file:
+    csv.writer(file).writerows(dict.fromkeys(rows))
+  config = tiny.config(
+    *(folder, tmp_path / "corpus.csv"),
+    method__targets=("q_proj", "v_proj"),
+    data__max_length=8,
+    train__epochs=1.0,
+    optimizer__learning_rate=1e-2,
+  )
+  result = loop.train_and_evaluate(config, tmp_path / "run")
+  assert result["accuracy"] > 0.9
+  saved = load_file(tmp_path / "run" / "peft" / "adapter_model.safetensors")
+  assert "base_model.model.score.weight" in saved

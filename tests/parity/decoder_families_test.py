@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import peftjax as pj
-from tests.golden.make_decoders import batch, make, run
+from peftjax import hf_peft
+from tests.golden.make_decoders import batch, draw, make, run
 
 pytestmark = pytest.mark.parity
 
@@ -108,3 +111,51 @@ def test_generation(name, tmp_path):
       pad_token_id=0,
     )
   np.testing.assert_array_equal(new, want[:, 14:].numpy())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gemma2", "gemma3"])
+def test_scores_of_whole_texts(name, tmp_path):
+  """By the last token, padding on either side; a head of another size is new."""
+  kind, fields = CASES[name]
+  config = AutoConfig.for_model(kind, **{**fields, "pad_token_id": 0, "num_labels": 3})
+  theirs = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+  draw(theirs, 5)
+  theirs.save_pretrained(tmp_path)
+  inputs = batch(5)
+  model, params = pj.load_pretrained(tmp_path)
+  for side in (1, -1):
+    tokens, mask = (inputs[key][:, ::side].copy() for key in ("tokens", "mask"))
+    want = run(theirs, {"tokens": tokens, "mask": mask})
+    got = pj.apply(model, params, tokens, mask)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+  model, params = pj.load_pretrained(tmp_path, num_labels=5)
+  assert pj.apply(model, params, inputs["tokens"], inputs["mask"]).shape == (4, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_and_the_score_both_ways(tmp_path):
+  """PEFT saves the head whole beside the adapter, as here."""
+  kind, fields = CASES["qwen3"]
+  plain = AutoConfig.for_model(kind, **{**fields, "pad_token_id": 0, "num_labels": 3})
+  base = AutoModelForSequenceClassification.from_config(plain, attn_implementation="eager")
+  draw(base, 5)
+  base.save_pretrained(tmp_path / "base")
+  lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"])
+  theirs, inputs = get_peft_model(base, lora), batch(5)
+  draw(theirs, 6)
+  theirs.save_pretrained(tmp_path / "theirs")
+  model, params = pj.load_pretrained(tmp_path / "base", num_labels=3)
+  before = pj.apply(model, params, inputs["tokens"], inputs["mask"])
+  # Not all of what was drawn anew is in an adapter's file: the base is read again.
+  again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+  again.set_attn_implementation("eager")
+  want = run(PeftModel.from_pretrained(again, tmp_path / "theirs"), inputs)
+  loaded, mask = hf_peft.load(tmp_path / "theirs", params, model)
+  got = pj.apply(model, loaded, inputs["tokens"], inputs["mask"])
+  np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+  assert np.abs(before - want).max() > 0.05
+  hf_peft.save(tmp_path / "ours", loaded, model, trained=mask)
+  again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+  again.set_attn_implementation("eager")
+  ours = run(PeftModel.from_pretrained(again, tmp_path / "ours"), inputs)
+  np.testing.assert_allclose(ours, want, atol=1e-5)
