@@ -77,7 +77,7 @@ def test_documents_in_one_row_do_not_see_each_other(name):
     "llama3_tiny",
     *(
       pytest.param(name, marks=pytest.mark.slow(reason="the same law for more models"))
-      for name in ("qwen2_tiny", "gpt2_tiny")
+      for name in ("qwen2_tiny", "gemma2_tiny", "gemma3_tiny", "phi3_tiny", "gpt2_tiny")
     ),
   ],
 )
