@@ -289,6 +289,7 @@ class Phi3(Llama):
   intermediate_size: Size = 8192
   attention_dropout: Fraction = 0.0
   resid_pdrop: Fraction = 0.0
+  embd_pdrop: Fraction = 0.0  # which transformers does not apply
   max_position_embeddings: Size = 4096
   original_max_position_embeddings: Size = 4096
   rms_norm_eps: Eps = 1e-5

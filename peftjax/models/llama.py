@@ -101,12 +101,12 @@ class LlamaConfig:
     """
     said = hf_config.read(config, where)
     theta, scaling = said.rope(where)
-    if said.attention_dropout:
-      warnings.warn(
-        f"{where}: attention_dropout is {said.attention_dropout}, and this decoder has none: "
-        "training goes without.",
-        stacklevel=2,
-      )
+    for field in ("attention_dropout", "resid_pdrop"):
+      if rate := getattr(said, field, None):
+        warnings.warn(
+          f"{where}: {field} is {rate}, and this decoder has none: training goes without.",
+          stacklevel=2,
+        )
     fields = dict(
       vocab=said.vocab_size,
       width=said.hidden_size,
