@@ -284,16 +284,16 @@ def check_decoder(directory: str | Path) -> None:
   config, said = config_of(directory), _config_file(directory)
   fields = hf_config.read(config, said)
   kind = fields.model_type
-  if kind in FAMILIES and classifies(fields.architectures):
-    raise ValueError(
-      f"{said}: architectures is {' and '.join(fields.architectures)}, which is no language model; "
-      "configs/classify.py takes it"
-    )
   decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
   if kind not in decoders:
     raise ValueError(
       f"{said} is of a {kind}, which is no language model; task=causal_lm takes "
       f"{', '.join(decoders)}, and configs/classify.py the others"
+    )
+  if classifies(fields.architectures):
+    raise ValueError(
+      f"{said}: architectures is {' and '.join(fields.architectures)}, which is no language model; "
+      "configs/classify.py takes it"
     )
 
 

@@ -1,6 +1,7 @@
 """What every family of decoders gives for free: adapters, sharding, packing, gradients."""
 
 import csv
+import json
 import re
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 import peftjax as pj
 from peftjax import sharding
 from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
+from peftjax.models.pretrained import check_decoder
 from peftjax.models.pretrained import load as load_all
 from peftjax.training import build, loop
 from tests import tiny, tiny_lm
@@ -95,6 +97,15 @@ def test_the_score_of_a_text_is_its_last_tokens():
   one, two, other = np.asarray(score(texts, texts > 0))
   np.testing.assert_allclose(one, two, atol=1e-6)
   assert np.abs(one - other).max() > 1e-3
+
+
+def test_a_decoder_that_classifies_is_no_language_model(tmp_path):
+  said = json.loads((GOLDEN / "llama3_tiny" / "config.json").read_text())
+  said["architectures"] = ["LlamaForSequenceClassification"]
+  (tmp_path / "config.json").write_text(json.dumps(said))
+  with pytest.raises(ValueError, match="LlamaForSequenceClassification, which is no language mod"):
+    check_decoder(tmp_path)
+  assert LlamaConfig.from_hf(said).labels == 2
 
 
 @pytest.mark.slow(reason="trains a model")
