@@ -33,7 +33,7 @@ RULES: Rules = (
   (r".*/intermediate/dense/kernel", ("fsdp", "tensor")),
   (r".*/(query|key|value|intermediate/dense)/bias", ("tensor",)),
   (r".*/output/dense/kernel", ("tensor", "fsdp")),
-  (r".*/(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
+  (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", ("fsdp", "tensor")),
   (r".*/(q|k|v|gate|up)_proj/bias", ("tensor",)),
   (r".*/(o|down)_proj/kernel", ("tensor", "fsdp")),
   (r".*/c_fc/kernel", ("fsdp", "tensor")),

@@ -80,7 +80,7 @@ def digest(directory: str | Path) -> str:
 
 
 # Classes whose ids would be others than a tokenizer.json gives.
-_REBUILT = ("CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+_REBUILT = ("CodeLlamaTokenizer", "CohereTokenizer")
 
 
 def _kind(folder: Path, config: TokenizerConfig, data: bytes | None) -> tuple[str, Kind | None]:

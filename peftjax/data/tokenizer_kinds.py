@@ -161,6 +161,18 @@ def _llama(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str])
   return made
 
 
+def _gemma(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str]) -> Tokenizer:
+  """Gemma's: BPE on the whole text, whose spaces are ▁, without one before it."""
+  model = models.BPE(*vocabulary, unk_token=roles["unk_token"], fuse_unk=True, byte_fallback=True)
+  made = Tokenizer(model)
+  made.normalizer = normalizers.Replace(" ", "▁")
+  made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+  made.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  )
+  return made
+
+
 _END = "<|endoftext|>"
 
 KINDS: Mapping[str, Kind] = {
@@ -202,11 +214,29 @@ KINDS: Mapping[str, Kind] = {
   "LlamaTokenizer": Kind(
     ("tokenizer.model",), _llama, dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
   ),
+  "GemmaTokenizer": Kind(
+    ("tokenizer.json",),
+    _gemma,
+    dict(
+      unk_token="<unk>",
+      bos_token="<bos>",
+      eos_token="<eos>",
+      pad_token="<pad>",
+      mask_token="<mask>",
+    ),
+  ),
 }
 
 # Whatever a directory of these says, and what it is taken for where it says nothing.
-_FIXED = {"qwen2": "Qwen2Tokenizer", "mistral": ""}
-_REGISTERED = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer"}
+_FIXED = {"qwen2": "Qwen2Tokenizer", "mistral": "", "phi3": ""}
+_REGISTERED = {
+  "bert": "BertTokenizer",
+  "roberta": "RobertaTokenizer",
+  "gpt2": "GPT2Tokenizer",
+  "qwen3": "Qwen2Tokenizer",
+  "gemma2": "GemmaTokenizer",
+  "gemma3_text": "GemmaTokenizer",
+}
 _ALIASES = {
   **dict.fromkeys(
     ("ElectraTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer", "LayoutLMTokenizer"),

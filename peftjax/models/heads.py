@@ -17,7 +17,8 @@ _ENCODERS = (
   ("ForSequenceClassification",),
   ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM"),
 )
-_DECODERS = (("ForCausalLM", "LMHeadModel"), ("Model",))
+_DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
+_GPT2 = (("LMHeadModel",), ("Model",))
 # How they begin.
 _NAMES: Mapping[str, str] = {
   "bert": "Bert",
@@ -25,6 +26,10 @@ _NAMES: Mapping[str, str] = {
   "llama": "Llama",
   "mistral": "Mistral",
   "qwen2": "Qwen2",
+  "qwen3": "Qwen3",
+  "gemma2": "Gemma2",
+  "gemma3_text": "Gemma3",
+  "phi3": "Phi3",
   "gpt2": "GPT2",
 }
 
@@ -45,21 +50,21 @@ def of_another_task(fields: Any, where: str, *, new: bool) -> bool:
     return False
   named = " and ".join(fields.architectures)
   decoder = not isinstance(fields, hf_config.Bert)
-  own, neutral = _DECODERS if decoder else _ENCODERS
   prefix = _NAMES[fields.model_type]
+  own, neutral = (_GPT2 if prefix == "GPT2" else _DECODERS) if decoder else _ENCODERS
   kinds = [name for name in fields.architectures if name.lower().startswith(prefix.lower())]
   if not kinds:
     raise ValueError(
       f"{where}: architectures is {named}, and model_type {fields.model_type!r} means {prefix}...: "
       "other models differ from it, if only in a factor. It is not supported."
     )
-  ends = [name[len(prefix) :] for name in kinds]
+  ends = [name[len(prefix) :].removeprefix("Text") for name in kinds]  # Gemma 3's for texts alone
   if any(end in own for end in ends) or all(end in neutral for end in ends):
     return False
   if decoder:
     raise ValueError(
-      f"{where}: architectures is {named}, whose head is not a language model's; only "
-      f"{prefix}{own[prefix == 'GPT2']} is loaded. Take a checkpoint of that class."
+      f"{where}: architectures is {named}, whose head is not read; only "
+      f"{' and '.join(prefix + end for end in own)} are. Take a checkpoint of such a class."
     )
   if not new:
     raise ValueError(

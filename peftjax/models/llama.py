@@ -1,4 +1,4 @@
-"""Decoders of the Llama family: Llama 2 and 3, Mistral, Qwen2, SmolLM2."""
+"""Decoders of the Llama family: Llama, Mistral, Qwen2 and 3, Gemma 2 and 3, Phi-3, SmolLM2."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from jaxtyping import Array, Bool, Float, Int
 from peftjax.losses import Sums
 from peftjax.models import hf_config, limits
 from peftjax.models.cache import Cache, context, write
+from peftjax.models.config_fields import classifies
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
 from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
-from peftjax.nn.ffn import swiglu
+from peftjax.nn.ffn import activate
 from peftjax.nn.linear import Embedding, Head, Linear
 from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import RMSNorm
 from peftjax.nn.residual import Residual
 
-# Every tensor has to be there, ...
-NEW = r"(?!)"
+# Every tensor has to be there but those of a head that is new with a task, ...
+NEW = r"head/.*"
 # ... and these may be: buffers, and the head that a tied table makes redundant.
 UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
@@ -42,7 +43,7 @@ def hf_name(path: str) -> str:
   >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
   'model.layers.0.self_attn.q_proj.weight'
   """
-  return torch_name(path, "layers.")
+  return torch_name(path.removeprefix("head/"), "layers.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,24 @@ class LlamaConfig:
   eps: float
   theta: float
   rope_scaling: tuple[tuple[str, Any], ...]  # items of Hugging Face's dictionary
-  window: int | None  # of sliding attention
-  qkv_bias: bool
-  out_bias: bool
-  ffn_bias: bool
+  labels: int | None = None  # of whole texts, in place of the next token's logits
   tied: bool  # whether `init` makes a head that is tied; of a model, its parameters tell
+  # Where a model type differs from Llama.
+  qkv_bias: bool = False
+  out_bias: bool = False
+  ffn_bias: bool = False
+  window: int | None = None  # of sliding attention
+  global_layers: tuple[int, ...] = ()  # those that see all tokens, where others have a window
+  fused: bool = False  # one kernel for queries, keys and values, one for gate and up
+  qk_norm: bool = False  # queries and keys are normalised, head by head
+  norm_offset: float = 0.0  # what is added to the scales of norms
+  four_norms: bool = False  # what a block adds to its input is normalised, too
+  gate: str = "swish"  # of `nn.ffn.CURVES`
+  embedding_scale: float = 1.0
+  query_size: float | None = None  # scores are divided by its root; by default H
+  score_cap: float | None = None
+  logit_cap: float | None = None
+  window_theta: float | None = None  # of layers with a window, which are then not stretched
   scan_layers: bool = False
   remat: bool | str = False  # compute layers again in the backward pass: see `stack.REMAT`
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
@@ -86,16 +100,13 @@ class LlamaConfig:
       ValueError: on a field this decoder does not have, or out of range; see `hf_config`.
     """
     said = hf_config.read(config, where)
-    theta, scaling = hf_config.rope(said, where)
-    if said.attention_dropout:
-      warnings.warn(
-        f"{where}: attention_dropout is {said.attention_dropout}, and this decoder has none: "
-        "training goes without.",
-        stacklevel=2,
-      )
-    # Only Llama reads these; Qwen2 has biases, Mistral none.
-    llama = said.model_type == "llama"
-    bias = llama and said.attention_bias
+    theta, scaling = said.rope(where)
+    for field in ("attention_dropout", "resid_pdrop"):
+      if rate := getattr(said, field, None):
+        warnings.warn(
+          f"{where}: {field} is {rate}, and this decoder has none: training goes without.",
+          stacklevel=2,
+        )
     fields = dict(
       vocab=said.vocab_size,
       width=said.hidden_size,
@@ -108,13 +119,10 @@ class LlamaConfig:
       eps=said.rms_norm_eps,
       theta=theta,
       rope_scaling=tuple(sorted(scaling.items())),
-      window=said.window,
-      qkv_bias=said.model_type == "qwen2" or bias,
-      out_bias=bias,
-      ffn_bias=llama and said.mlp_bias,
       tied=said.tie_word_embeddings,
+      labels=said.labels if classifies(said.architectures) else None,
     )
-    made = cls(**{**fields, **overrides})
+    made = cls(**{**fields, **said.block(where), **overrides})
     made.frequencies()  # says what it does not know before any weight is read
     return made
 
@@ -122,8 +130,36 @@ class LlamaConfig:
   def max_length(self) -> int:
     return self.positions
 
+  @property
+  def sees_all(self) -> np.ndarray | None:
+    """Of every layer, whether it has no window; None where all are alike."""
+    if not self.global_layers and self.window_theta is None:
+      return None
+    return np.isin(np.arange(self.layers), self.global_layers)
+
   def frequencies(self) -> tuple[np.ndarray, float]:
+    """Of layers without a window: see `rope.frequencies`."""
     return rope.frequencies(self.head_size, self.theta, dict(self.rope_scaling), self.positions)
+
+
+def _norm(c: LlamaConfig, name: str) -> RMSNorm:
+  return RMSNorm(c.eps, c.norm_offset, name=name)
+
+
+def _linears(x: jax.Array, fused: str, bias: bool, **widths: int) -> list[jax.Array]:
+  """x through a `Linear` of each name and width, or through one that yields all side by side."""
+  if not fused:
+    return [Linear(width, bias, name=name)(x) for name, width in widths.items()]
+  *ends, width = np.cumsum([*widths.values()]).tolist()
+  return jnp.split(Linear(width, bias, name=fused)(x), ends, axis=-1)
+
+
+def _angles(c: LlamaConfig, positions: jax.Array) -> Any:
+  """`rope.angles` of layers without a window and of those with one."""
+  wide = rope.angles(positions, *c.frequencies(), c.dtype)
+  if c.window_theta is None:
+    return wide, wide
+  return wide, rope.angles(positions, *rope.frequencies(c.head_size, c.window_theta), c.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -136,42 +172,61 @@ class SelfAttention(nn.Module):
     self, x_BTD: jax.Array, angles: Any, mask: AttentionMask, index: Any, cache: Any
   ) -> Any:
     c = self.config
-    q = Linear(c.heads * c.head_size, c.qkv_bias, name="q_proj")(x_BTD)
-    k = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="k_proj")(x_BTD)
-    v = Linear(c.kv_heads * c.head_size, c.qkv_bias, name="v_proj")(x_BTD)
+    wide, narrow = c.heads * c.head_size, c.kv_heads * c.head_size
+    widths = dict(q_proj=wide, k_proj=narrow, v_proj=narrow)
+    q, k, v = _linears(x_BTD, "qkv_proj" if c.fused else "", c.qkv_bias, **widths)
+    if c.qk_norm:
+      heads = lambda x: x.reshape(*x.shape[:2], -1, c.head_size)
+      q, k = (
+        _norm(c, name)(heads(x)).reshape(x.shape) for name, x in (("q_norm", q), ("k_norm", k))
+      )
     q, k = rope.rotate(q, angles, c.heads), rope.rotate(k, angles, c.kv_heads)
     if cache is not None:
       k, v = cache = write(cache, (k, v), index)
     k, v, mask = virtual.with_prefix(self, k, v, mask)
-    y = attention(q, k, v, mask, c.heads, c.kv_heads)
+    if c.query_size is not None:
+      q = q * (c.head_size / c.query_size) ** 0.5
+    y = attention(q, k, v, mask, c.heads, c.kv_heads, cap=c.score_cap)
     return Linear(c.width, c.out_bias, name="o_proj")(y), cache
 
 
 class Mlp(nn.Module):
-  """down(silu(gate(x)) · up(x))."""
+  """down(f(gate(x)) · up(x)), f = silu or another."""
 
   config: LlamaConfig
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
-    gate, up = (Linear(c.ffn, c.ffn_bias, name=name)(x) for name in ("gate_proj", "up_proj"))
-    return Linear(c.width, c.ffn_bias, name="down_proj")(swiglu(gate, up))
+    widths = dict(gate_proj=c.ffn, up_proj=c.ffn)
+    gate, up = _linears(x, "gate_up_proj" if c.fused else "", c.ffn_bias, **widths)
+    return Linear(c.width, c.ffn_bias, name="down_proj")(activate(c.gate, up, gate))
 
 
 class Layer(nn.Module):
-  """One block; a scan step: (x, cache, inputs) to (x, cache)."""
+  """One block; a scan step: (x, cache, whether it has no window, inputs) to (x, cache)."""
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, cache: Any, angles: Any, mask: AttentionMask, index: Any) -> Any:
+  def __call__(
+    self, x: jax.Array, cache: Any, sees_all: Any, angles: Any, mask: AttentionMask, index: Any
+  ) -> Any:
     c = self.config
     x = layer_input(x)
-    h = RMSNorm(c.eps, name="input_layernorm")(x)
-    y, cache = SelfAttention(c, name="self_attn")(h, angles, mask, index, cache)
+    mask = mask.without_window(sees_all)
+    wide, narrow = angles
+    if sees_all is not None:
+      wide = jax.tree.map(lambda one, other: jnp.where(sees_all, one, other), wide, narrow)
+    h = _norm(c, "input_layernorm")(x)
+    y, cache = SelfAttention(c, name="self_attn")(h, wide, mask, index, cache)
+    if c.four_norms:
+      y = _norm(c, "post_attention_layernorm")(y)
     x = Residual(name="self_attn_residual")(y, x)
-    y = Mlp(c, name="mlp")(RMSNorm(c.eps, name="post_attention_layernorm")(x))
+    before = "pre_feedforward_layernorm" if c.four_norms else "post_attention_layernorm"
+    y = Mlp(c, name="mlp")(_norm(c, before)(x))
+    if c.four_norms:
+      y = _norm(c, "post_feedforward_layernorm")(y)
     return Residual(name="mlp_residual")(y, x), cache
 
 
@@ -186,11 +241,14 @@ class Body(nn.Module):
   ) -> Any:
     c = self.config
     embed = Embedding(c.vocab, c.width, c.dtype, name="embed_tokens")
-    x = virtual.with_prompt(self, embed(tokens), positions)
-    omega, factor = c.frequencies()
-    shared = (rope.angles(positions, omega, factor, c.dtype), mask, cache and cache.index)
-    x, pairs = run_layers(Layer, c, x, (cache and cache.layers,), shared, remat=c.remat)
-    return RMSNorm(c.eps, name="norm")(x[:, -tokens.shape[1] :]), embed.table(), pairs
+    x = embed(tokens)
+    if c.embedding_scale != 1.0:
+      x = x * jnp.asarray(c.embedding_scale, x.dtype)
+    x = virtual.with_prompt(self, x, positions)
+    shared = (_angles(c, positions), mask, cache and cache.index)
+    own = (cache and cache.layers, c.sees_all)
+    x, pairs = run_layers(Layer, c, x, own, shared, remat=c.remat)
+    return _norm(c, "norm")(x[:, -tokens.shape[1] :]), embed.table(), pairs
 
 
 class LlamaForCausalLM(nn.Module):
@@ -226,7 +284,7 @@ class LlamaForCausalLM(nn.Module):
     limits.check(c, tokens)
     positions, visible, cache = context(self, tokens, mask, positions, segments, cache, c.window)
     x_BTD, table, pairs = Body(c, name="model")(tokens, positions, visible, cache)
-    head = Head(c.vocab, c.table if c.tied else "", name="lm_head")
+    head = Head(c.vocab, c.table if c.tied else "", cap=c.logit_cap, name="lm_head")
     result: Any
     if loss_weights is None:
       result = head(x_BTD, table).astype(jnp.float32)
@@ -235,5 +293,51 @@ class LlamaForCausalLM(nn.Module):
     return result if cache is None else (result, cache.after(pairs, positions.shape[1]))
 
 
+class Score(nn.Module):
+  """Features of a text to logits `[B, labels]`."""
+
+  labels: int
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array) -> jax.Array:
+    return Linear(self.labels, use_bias=False, name="score")(x_BD)
+
+
+class LlamaForSequenceClassification(nn.Module):
+  """A decoder that scores whole texts by their last token; parameters `{"model", "head"}`."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    types: Int[Array, "B T"] | None = None,
+    *,
+    train: bool = False,
+  ) -> Float[Array, "B K"]:
+    """Logits, float32; for a regression K = 1.
+
+    Args:
+      tokens: ids below the vocabulary's size.
+      mask: true on tokens, false on padding on either side; by default all true.
+      types: of no account: decoders do not tell the texts of a pair apart.
+      train: of no effect: this family has no dropout of its own.
+    """
+    c = self.config
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    positions, visible, _ = context(self, tokens, mask, None, None, None, c.window)
+    x_BTD, *_ = Body(c, name="model")(tokens, positions, visible, None)
+    last = (jnp.arange(tokens.shape[1])[None] * mask).max(1)
+    x_BD = jnp.take_along_axis(x_BTD, last[:, None, None], axis=1)[:, 0]
+    return Score(c.labels or 1, name="head")(x_BD).astype(jnp.float32)
+
+
+def model(config: LlamaConfig) -> nn.Module:
+  """The module of a configuration: with `labels` one that scores whole texts."""
+  return (LlamaForSequenceClassification if config.labels else LlamaForCausalLM)(config)
+
+
 # What `pretrained` makes a model of this family with.
-CONFIG, MODEL = LlamaConfig, LlamaForCausalLM
+CONFIG, MODEL = LlamaConfig, model

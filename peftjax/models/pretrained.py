@@ -22,6 +22,7 @@ from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
 from peftjax.models import bert, gpt2, heads, hf_config, llama
+from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
 from peftjax.quant import stream, transform
@@ -40,6 +41,10 @@ FAMILIES: Mapping[str, Any] = {
   "llama": llama,
   "mistral": llama,
   "qwen2": llama,
+  "qwen3": llama,
+  "gemma2": llama,
+  "gemma3_text": llama,
+  "phi3": llama,
   "gpt2": gpt2,
 }
 
@@ -70,15 +75,16 @@ def load_pretrained(
   rules: sharding.Rules = sharding.RULES,
   key: jax.Array | None = None,
 ) -> tuple[nn.Module, Any]:
-  """A pretrained encoder with a head to classify or regress, or a pretrained decoder.
+  """A pretrained encoder or decoder with a head to classify or regress, or a language model.
 
   Args:
     directory: a path, or a name on the Hugging Face hub, `org/name` or `org/name@revision`, which
       is looked up in the Hugging Face cache first. With `config.json` and `model.safetensors`, or
       shards and their index; or, of a Llama model, a `.gguf` file. Linear layers that bitsandbytes
       quantised to 4 bits stay so.
-    num_labels: of an encoder: outputs of the head, 1 for a regression. By default the checkpoint's.
-      A head of this size in the checkpoint is loaded, otherwise a new one is drawn.
+    num_labels: outputs of the head, 1 for a regression; a decoder then scores texts by their last
+      token. By default the checkpoint's: of a decoder, none unless its class has such a head. A
+      head of this size in the checkpoint is loaded, otherwise a new one is drawn.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
     remat: of a decoder: keep only each layer's input for the backward pass and compute the rest
       again ("gradient checkpointing"); True or "layer". "products" keeps what products with weights
@@ -284,12 +290,18 @@ def config_of(path: str | Path) -> dict[str, Any]:
 def check_decoder(directory: str | Path) -> None:
   """ValueError if the model is no language model, going by its configuration alone."""
   config, said = config_of(directory), _config_file(directory)
-  kind = hf_config.read(config, said).model_type
+  fields = hf_config.read(config, said)
+  kind = fields.model_type
   decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
   if kind not in decoders:
     raise ValueError(
       f"{said} is of a {kind}, which is no language model; task=causal_lm takes "
       f"{', '.join(decoders)}, and configs/classify.py the others"
+    )
+  if classifies(fields.architectures):
+    raise ValueError(
+      f"{said}: architectures is {' and '.join(fields.architectures)}, which is no language model; "
+      "configs/classify.py takes it"
     )
 
 

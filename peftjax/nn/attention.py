@@ -48,12 +48,13 @@ def kernel_name(
   size: int = 64,
   dtype: Any = jnp.float32,
   dropout: bool = False,
+  capped: bool = False,
 ) -> str:
   """What `attention` computes `length` queries with, a key of `KERNELS`.
 
   Few scores, and those behind a cache, take whole rows. Many take, if it can, cuDNN on a GPU, and
   on a TPU, where the mesh is known (`jax.set_mesh`) or there is one device, JAX's splash attention;
-  else blocks.
+  else blocks, and those whose scores are capped.
 
   Args:
     size, dtype: of a head.
@@ -63,6 +64,8 @@ def kernel_name(
   """
   if mask.first is not None or length * mask.valid.shape[1] < MANY_SCORES:
     return "dense"
+  if capped:
+    return "blockwise"
   if _on_tpu() and splash.fits(mask, length, dropout=dropout):
     return "splash"
   if cudnn.here() and cudnn.fits(mask, length, size=size, dtype=dtype, dropout=dropout):
@@ -88,6 +91,7 @@ def attention(
   *,
   key: jax.Array | None = None,
   rate: float = 0.0,
+  cap: float | None = None,
 ) -> jax.Array:
   """dropout(softmax(q kᵀ/√H, where `mask` allows)) v per head, `[B, T, D]`.
 
@@ -102,10 +106,14 @@ def attention(
     num_kv_heads: K, a divisor of N, by default N: N/K heads in a row share keys and values
       (Ainslie et al. 2023, arXiv 2305.13245).
     key, rate: of the dropout.
+    cap: of the scores, which become `soft_cap(scores, cap)`.
   """
   key = None if keep_level(rate) == 256 else key
   size = q_BTD.shape[2] // num_heads
-  name = kernel_name(mask, q_BTD.shape[1], size=size, dtype=q_BTD.dtype, dropout=key is not None)
+  how: dict[str, Any] = dict(size=size, dropout=key is not None, capped=cap is not None)
+  name = kernel_name(mask, q_BTD.shape[1], dtype=q_BTD.dtype, **how)
   if (used := _used.get(None)) is not None:
     used.add(name)
-  return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, num_heads, num_kv_heads or num_heads, key, rate)
+  heads = num_heads, num_kv_heads or num_heads
+  capped = {} if cap is None else dict(cap=cap)
+  return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, *heads, key, rate, **capped)

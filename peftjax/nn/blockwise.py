@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from peftjax.core.dropout import drop, random_bytes
 from peftjax.core.fence import fence
 from peftjax.nn.mask import AttentionMask
+from peftjax.nn.soft_cap import soft_cap, soft_cap_slope
 
 # At most so many queries and keys make a block; where half of them are hidden, smaller blocks hide
 # more. Measured on two cores of a CPU: experiments/benchmarks/attention.py.
@@ -29,6 +30,7 @@ class _Layout(NamedTuple):
   source: int
   rows: int  # of a block of queries
   columns: int  # of a block of keys
+  cap: float | None  # of scores
 
   @property
   def row_blocks(self) -> int:
@@ -48,6 +50,7 @@ def blockwise_attention(
   kv_heads: int,
   key: jax.Array | None = None,
   rate: float = 0.0,
+  cap: float | None = None,
   *,
   rows: int | None = None,
   columns: int | None = None,
@@ -70,7 +73,7 @@ def blockwise_attention(
   length, source = q_BTD.shape[1], k_BSD.shape[1]
   columns = columns or (CAUSAL_COLUMNS if mask.causal else COLUMNS)
   sizes = _even(length, rows or ROWS), _even(source, columns)
-  layout = _Layout(num_heads, kv_heads, length, source, *sizes)
+  layout = _Layout(num_heads, kv_heads, length, source, *sizes, cap)
   more_rows = layout.row_blocks * layout.rows - length
   more_columns = layout.column_blocks * layout.columns - source
   mask = mask.padded(source + max(more_rows, more_columns))
@@ -111,11 +114,15 @@ def _allowed(mask: AttentionMask, layout: _Layout, i: Any, j: Any) -> jax.Array:
   return allowed[:, None, None]
 
 
-def _scores(q: jax.Array, k: jax.Array, allowed: jax.Array, layout: _Layout) -> jax.Array:
-  """float32 `[B, K, N/K·rows, columns]`, very negative where not allowed."""
-  scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
+def _scores(
+  q: jax.Array, k: jax.Array, allowed: jax.Array, layout: _Layout
+) -> tuple[jax.Array, jax.Array | float]:
+  """float32 `[B, K, N/K·rows, columns]`, very negative where not allowed, and the cap's slope."""
+  products = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
+  scores = soft_cap(products, layout.cap)
   by_head = scores.reshape(*scores.shape[:2], -1, layout.rows, layout.columns)
-  return jnp.where(allowed, by_head, _HIDDEN).reshape(scores.shape)
+  hidden = jnp.where(allowed, by_head, _HIDDEN).reshape(scores.shape)
+  return hidden, soft_cap_slope(scores, layout.cap)
 
 
 def _dropper(key: jax.Array | None, layout: _Layout, i: Any, j: Any, rate: float) -> Any:
@@ -144,7 +151,7 @@ def _forward(q_BTD, k_BSD, v_BSD, mask, key, layout, rate) -> Any:
 
       def update():
         top, total, out = carry
-        scores = _scores(q, k[j], allowed, layout)
+        scores, _ = _scores(q, k[j], allowed, layout)
         new = jnp.maximum(top, scores.max(-1))
         p = fence(jnp.exp(scores - new[..., None]))
         shrink = jnp.exp(top - new)
@@ -196,12 +203,13 @@ def _backward(layout, rate, saved, g_BTD) -> Any:
       allowed = _allowed(mask, layout, i, j)
 
       def update():
-        p = fence(jnp.exp(_scores(q[i], k, allowed, layout) - lse[i][..., None]))
+        scores, slope = _scores(q[i], k, allowed, layout)
+        p = fence(jnp.exp(scores - lse[i][..., None]))
         dropout = _dropper(key, layout, i, j, rate)
         add = partial(jnp.einsum, preferred_element_type=jnp.float32)
         more_v = add("bnts,bnth->bnsh", dropout(p).astype(g.dtype), g[i])
         dp = dropout(add("bnth,bnsh->bnts", g[i], v))
-        ds = fence((p * (dp - delta[i][..., None])).astype(g.dtype))
+        ds = fence((p * (dp - delta[i][..., None]) * slope).astype(g.dtype))
         more_k = add("bnts,bnth->bnsh", ds, q[i])
         return add("bnts,bnsh->bnth", ds, k), dk + more_k, dv + more_v
 

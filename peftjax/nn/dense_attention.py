@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from peftjax.core.dropout import drop, random_bytes
 from peftjax.core.fence import fence
 from peftjax.nn.mask import AttentionMask
+from peftjax.nn.soft_cap import soft_cap, soft_cap_slope
 
 
 def dense_attention(
@@ -22,6 +23,7 @@ def dense_attention(
   kv_heads: int,
   key: jax.Array | None,
   rate: float,
+  cap: float | None = None,
 ) -> jax.Array:
   """`attention`; a query that sees no key attends to all evenly, as in the reference."""
   batch, length, source = *q_BTD.shape[:2], k_BSD.shape[1]
@@ -32,12 +34,12 @@ def dense_attention(
   bias = mask.bias(length)
   if num_heads > kv_heads and bias.shape[2] > 1:  # the heads of a group are more rows of queries
     bias = jnp.tile(bias, (1, 1, num_heads // kv_heads, 1))
-  return _attention(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate)
+  return _attention(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate, cap)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, bias, random, num_heads, kv_heads, rate):
-  return _forward(q, k, v, bias, random, num_heads, kv_heads, rate)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _attention(q, k, v, bias, random, num_heads, kv_heads, rate, cap):
+  return _forward(q, k, v, bias, random, num_heads, kv_heads, rate, cap)[0]
 
 
 def _heads(x_BTD: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
@@ -59,25 +61,32 @@ def _join(x_BKTH: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
   return fence(x.reshape(batch, rows // group, num_heads * size))
 
 
-def _forward(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate) -> Any:
+def _scores(q: jax.Array, k: jax.Array, cap: float | None) -> jax.Array:
+  products = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
+  return soft_cap(products, cap)
+
+
+def _forward(q_BTD, k_BSD, v_BSD, bias, random, num_heads, kv_heads, rate, cap) -> Any:
   scale = (q_BTD.shape[-1] // num_heads) ** -0.5
   q = _heads(q_BTD * scale, num_heads, kv_heads)
   q, k, v = fence((q, _heads(k_BSD, kv_heads, kv_heads), _heads(v_BSD, kv_heads, kv_heads)))
-  scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) + bias
-  p = fence(jax.nn.softmax(scores).astype(q.dtype))
+  p = fence(jax.nn.softmax(_scores(q, k, cap) + bias).astype(q.dtype))
   dropped = p if random is None else drop(p, random, rate)
   out = _join(fence(jnp.einsum("bnts,bnsh->bnth", dropped, v)), num_heads, kv_heads)
   return out, (q, k, v, p, random)
 
 
-def _backward(num_heads, kv_heads, rate, saved, g_BTD) -> Any:
+def _backward(num_heads, kv_heads, rate, cap, saved, g_BTD) -> Any:
   q, k, v, p, random = saved
   undrop = lambda x: x if random is None else drop(x, random, rate)
   g = fence(_heads(fence(g_BTD), num_heads, kv_heads))
   dv = jnp.einsum("bnts,bnth->bnsh", fence(undrop(p)), g)
   dp = fence(undrop(jnp.einsum("bnth,bnsh->bnts", g, v)))
   wide = dp.astype(jnp.float32)
-  ds = fence((p * (wide - (wide * p).sum(-1, keepdims=True))).astype(p.dtype))
+  ds = p * (wide - (wide * p).sum(-1, keepdims=True))
+  if cap is not None:  # scores are computed again: they would take as much memory as p
+    ds = ds * soft_cap_slope(_scores(q, k, cap), cap)
+  ds = fence(ds.astype(p.dtype))
   dq = jnp.einsum("bnts,bnsh->bnth", ds, k) * (q.shape[-1] ** -0.5)
   dk = jnp.einsum("bnts,bnth->bnsh", ds, q)
   joined = (_join(x, kv_heads, kv_heads) for x in (dk, dv))

@@ -15,6 +15,7 @@ from peftjax.core.tied import Tied
 from peftjax.core.weight import Weight, warn_unbridged
 from peftjax.losses import Sums, next_token_sums
 from peftjax.nn.chunked_loss import chunk_length, chunked_sums
+from peftjax.nn.soft_cap import soft_cap
 
 normal = nn.initializers.normal(0.02)
 
@@ -67,18 +68,20 @@ class Head(nn.Module):
   """Logits x W with W `[D, V]`, or, where the tree has a `Tied` in its place, x Eᵀ.
 
   E is the table `[V, D]` that the module is given. A tree with nothing in that place is tied too.
+  With a cap, `soft_cap` of these, in float32.
   """
 
   vocab: int
   of: str = ""  # the path of the table, if `init` shall tie it
+  cap: float | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, table: Any) -> jax.Array:
     if self._bare():
-      return attend(table, x)
+      return self._capped(attend(table, x))
     init = (lambda *_: Tied(self.of)) if self.of else normal
     kernel = weight(self, "kernel", init, (x.shape[-1], self.vocab))
-    return attend(table, x) if isinstance(kernel, Tied) else linear(x, kernel)
+    return self._capped(attend(table, x) if isinstance(kernel, Tied) else linear(x, kernel))
 
   def sums(self, x_BTD: jax.Array, table: Any, tokens: jax.Array, weights: jax.Array) -> Sums:
     """`losses.next_token_sums` of the logits, a chunk of which exists at a time.
@@ -100,10 +103,13 @@ class Head(nn.Module):
       return next_token_sums(self(x_BTD, table), dict(tokens=tokens, weights=weights))
     kernel = None if self._bare() else self.get_variable("params", "kernel")
     if kernel is None or isinstance(kernel, Tied):
-      logits_of, head = (lambda w, x: attend(w, x)), table
+      logits_of, head = (lambda w, x: self._capped(attend(w, x))), table
     else:
-      logits_of, head = (lambda w, x: linear(x, w)), kernel
+      logits_of, head = (lambda w, x: self._capped(linear(x, w))), kernel
     return chunked_sums(logits_of, head, x_BTD, tokens, weights, size)
+
+  def _capped(self, logits: jax.Array) -> jax.Array:
+    return logits if self.cap is None else soft_cap(logits.astype(jnp.float32), self.cap)
 
   def _bare(self) -> bool:
     """Whether the tree has nothing in the place of a kernel."""

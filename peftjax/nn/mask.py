@@ -21,8 +21,8 @@ class AttentionMask(flax.struct.PyTreeNode):
     positions: int `[B, S]`, where each token is in its text, if there is a window; or None.
     first: int32, the column of the first query, where the queries are a part of the columns; by
       default they begin with the first column behind the prefix.
+    window: of sliding attention, or None; an array where scanned layers have several.
     causal: whether later keys are hidden.
-    window: of sliding attention, or None.
     common: how many columns, before all others, tokens of every segment may see.
     prefix: how many columns, before all others, every query sees.
   """
@@ -31,8 +31,8 @@ class AttentionMask(flax.struct.PyTreeNode):
   segments: jax.Array | None = None
   positions: jax.Array | None = None
   first: jax.Array | None = None
+  window: jax.Array | int | None = None
   causal: bool = flax.struct.field(pytree_node=False, default=False)
-  window: int | None = flax.struct.field(pytree_node=False, default=None)
   common: int = flax.struct.field(pytree_node=False, default=0)
   prefix: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -58,6 +58,12 @@ class AttentionMask(flax.struct.PyTreeNode):
       positions = jnp.cumsum(valid, 1)
     positions = None if window is None else positions
     return cls(valid, segments, positions, first, causal=True, window=window, common=common)
+
+  def without_window(self, where: jax.Array | bool | None) -> AttentionMask:
+    """With no window where a scalar is true, which need not be known before the program runs."""
+    if where is None or self.window is None:
+      return self
+    return self.replace(window=jnp.where(where, jnp.iinfo(jnp.int32).max, self.window))
 
   @property
   def by_row(self) -> bool:

@@ -105,11 +105,15 @@ rms_norm.defvjp(_rms_forward, _rms_backward)
 
 
 class RMSNorm(nn.Module):
-  """`rms_norm` with its parameter."""
+  """`rms_norm` with its parameter, to which `offset` is added in float32 (1 in Gemma)."""
 
   eps: float
+  offset: float = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    init = nn.initializers.constant(1.0 - self.offset)
+    scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+    if self.offset:
+      scale = scale.astype(jnp.float32) + self.offset
     return rms_norm(x, scale, self.eps)

@@ -25,6 +25,8 @@ def frequencies(
   * `"yarn"`: the same idea with a ramp over the number of turns, and attention scaled by
     0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 20-22).
 
+  Of heads that are rotated in part, `scaling["partial_rotary_factor"]` is how much of H counts.
+
   Args:
     size: H, of a head, even.
     theta: base of the frequencies.
@@ -32,13 +34,14 @@ def frequencies(
     trained_length: `max_position_embeddings`, where `scaling` names no original length.
 
   Returns:
-    float32 `[H/2]` and a float.
+    float32 `[H/2]`, or of the part that is rotated, and a float.
 
   Raises:
     ValueError: on another rope_type.
   """
-  omega = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
   scaling = dict(scaling or {})
+  size = int(size * scaling.get("partial_rotary_factor", 1.0))
+  omega = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
   factor = scaling.get("factor") or 1.0
   length = scaling.get("original_max_position_embeddings") or trained_length
@@ -89,14 +92,15 @@ def angles(
 
 
 def rotate(x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], num_heads: int) -> jax.Array:
-  """Turns the pair (i, i + H/2) of every head by its position's angle, as Hugging Face lays them.
+  """Turns the pair (i, i + R/2) of every head by its position's angle, as Hugging Face lays them.
 
   Args:
     x_BTD: `[B, T, N·H]`.
-    rope: of `angles`.
+    rope: of `angles`, R/2 of them: the features of a head from R on stay as they are.
   """
   cos, sin = rope
   x = x_BTD.reshape(*x_BTD.shape[:2], num_heads, -1)
-  one, two = jnp.split(x, 2, axis=-1)
-  turned = jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+  half = cos.shape[-1]
+  one, two, rest = jnp.split(x, [half, 2 * half], axis=-1)
+  turned = jnp.concatenate([one * cos - two * sin, two * cos + one * sin, rest], axis=-1)
   return turned.reshape(x_BTD.shape)

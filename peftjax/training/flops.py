@@ -95,8 +95,7 @@ def step_work(config: Any, train: Any, frozen: Any, rows: int, length: int) -> W
   body, *heads = _parts(c, whole, train, rows, length, seen_length)
   seen: float = seen_length
   if _decodes(c):
-    window = min(seen_length, getattr(c, "window", None) or seen_length)
-    seen = window - window * window / (2 * seen_length)
+    seen = _seen_in_layers(c, seen_length) / c.layers
   seen += virtual.length(whole) - prompt  # of a prefix every key is seen
   width = c.heads * getattr(c, "head_size", c.width // c.heads)
   attention = 4 * body.tokens * seen * width * c.layers
@@ -109,6 +108,14 @@ def step_work(config: Any, train: Any, frozen: Any, rows: int, length: int) -> W
   remat = getattr(c, "remat", False)
   again = (attention if remat else 0) + (products(body) if remat not in (False, "products") else 0)
   return Work(forward + backward, forward + backward + again)
+
+
+def _seen_in_layers(c: Any, length: int) -> float:
+  """Keys that a query sees on average, summed over a decoder's layers, some with a window."""
+  wide = len(getattr(c, "global_layers", ()))
+  window = min(length, getattr(c, "window", None) or length)
+  of = lambda most: most - most * most / (2 * length)
+  return (c.layers - wide) * of(window) + wide * of(length)
 
 
 def _decodes(config: Any) -> bool:
@@ -128,7 +135,8 @@ def _parts(
     part = "head" if path.startswith("lm_head/") else "first" if _of_first(path) else "body"
     sums[part][0] += sum(found.values())
     sums[part][1] += sum(size for name, size in found.items() if name in own)
-  if _decodes(c) and not any(path.startswith("lm_head/kernel") for path in paths.leaves(tied)):
+  words = _decodes(c) and not getattr(c, "labels", None)
+  if words and not any(path.startswith("lm_head/kernel") for path in paths.leaves(tied)):
     sums["head"][0] += c.vocab * c.width
     sums["head"][1] += c.vocab * c.width * bool(_arrays(trained.get(c.table)) & {"", "base"})
   tokens = {"body": rows * seen_length, "head": rows * length, "first": rows}

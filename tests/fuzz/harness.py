@@ -27,6 +27,7 @@ def kinds() -> dict[str, Kind]:
 
   every: list[Any] = [tensors.Tensors(), tensors.Index(), adapters.Adapter(), gguf_files.GGUF()]
   every += [models.Model("bert", 6), models.Model("llama", 6), models.Model("gpt2", 4)]
+  every += [models.Model("gemma3", 4), models.Model("phi3", 2)]
   every += [tables.Table("csv"), tables.Table("tsv"), tables.Table("jsonl")]
   every += [tokenizer_files.TokenizerFiles(), settings.Flags(), settings.Sweeps()]
   every += [checkpoints.Workdir()]

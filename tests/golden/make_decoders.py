@@ -30,6 +30,8 @@ _LLAMA = {
   "max_position_embeddings": 32,
   "rms_norm_eps": 1e-2,  # large enough to show when it is not read
 }
+# A window shorter than the texts, in one of the layers.
+_MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _LLAMA3 = {
   "rope_type": "llama3",
   "rope_theta": 500.0,
@@ -43,6 +45,18 @@ _YARN = {
   "rope_theta": 100.0,
   "factor": 4.0,
   "original_max_position_embeddings": 8,
+}
+_PHI3 = {
+  "sliding_window": 4,
+  "pad_token_id": 0,
+  "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
+_GEMMA = {
+  **_LLAMA,
+  **_MIXED,
+  "head_dim": 10,
+  "query_pre_attn_scalar": 5,
+  "final_logit_softcapping": 3.0,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
@@ -70,6 +84,19 @@ CASES = {
       "layer_norm_epsilon": 1e-2,
     },
   ),
+  "qwen3_tiny": ("qwen3", {**_LLAMA, **_MIXED, "head_dim": 10, "use_sliding_window": True}),
+  "gemma2_tiny": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0}),
+  "gemma3_tiny": (
+    "gemma3_text",
+    {
+      **_GEMMA,
+      "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+      },
+    },
+  ),
+  "phi3_tiny": ("phi3", {**_LLAMA, **_PHI3}),
 }
 
 
@@ -108,14 +135,20 @@ def make(kind: str, fields: dict, seed: int) -> torch.nn.Module:
   return model
 
 
+def write(name: str) -> None:
+  """The directory of one of `CASES`."""
+  seed, (kind, fields) = list(CASES).index(name), CASES[name]
+  shutil.rmtree(GOLDEN / name, ignore_errors=True)
+  make(kind, fields, seed).save_pretrained(GOLDEN / name)
+  # From a fresh load, so that the values are what the files give.
+  loaded = AutoModelForCausalLM.from_pretrained(GOLDEN / name, attn_implementation="eager")
+  inputs = batch(seed)
+  save_file({**inputs, "logits": run(loaded, inputs)}, GOLDEN / name / "expected.safetensors")
+
+
 def main() -> None:
-  for seed, (name, (kind, fields)) in enumerate(CASES.items()):
-    shutil.rmtree(GOLDEN / name, ignore_errors=True)
-    make(kind, fields, seed).save_pretrained(GOLDEN / name)
-    # From a fresh load, so that the values are what the files give.
-    loaded = AutoModelForCausalLM.from_pretrained(GOLDEN / name, attn_implementation="eager")
-    inputs = batch(seed)
-    save_file({**inputs, "logits": run(loaded, inputs)}, GOLDEN / name / "expected.safetensors")
+  for name in CASES:
+    write(name)
 
 
 if __name__ == "__main__":

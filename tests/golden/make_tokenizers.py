@@ -109,7 +109,35 @@ def llama_json(data: bytes) -> Tokenizer:
   made.post_processor = processors.TemplateProcessing(
     single="<s>:0 $A:0", pair="<s>:0 $A:0 <s>:1 $B:1", special_tokens=[("<s>", 1)]
   )
-  made.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+  if "<s>" in vocab:
+    made.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+  return made
+
+
+def gemma() -> Tokenizer:
+  """As the file of Gemma on the Hub: BPE of spaces that were replaced, <bos> before a text."""
+  names = dict(zip(("pad", "eos", "bos", "unk"), range(4), strict=True))
+  ids = {f"{name}_id": i for name, i in names.items()} | {f"{n}_piece": f"<{n}>" for n in names}
+  made = llama_json(
+    sentencepiece_model(
+      "bpe",
+      vocab_size=700,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      user_defined_symbols=["<mask>", "<start_of_turn>"],
+      **ids,
+    )
+  )
+  made.normalizer = normalizers.Replace(" ", "▁")
+  made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+  made.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  )
+  made.post_processor = processors.TemplateProcessing(
+    single="<bos>:0 $A:0", pair="<bos>:0 $A:0 <bos>:1 $B:1", special_tokens=[("<bos>", 2)]
+  )
+  special = [f"<{name}>" for name in (*names, "mask", "start_of_turn")]
+  made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
   return made
 
 
@@ -166,6 +194,7 @@ def train() -> None:
   bpe = sentencepiece_model("bpe", vocab_size=700, normalization_rule_name="identity")
   write("llama2", "tokenizer.model", bpe)
   files("llama2", llama_json(bpe))
+  files("gemma", gemma())
   with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
     rules.write("FB01\t66 69\nFF21\t41\n301\t\n")  # ﬁ, full-width A, and an accent
     rules.flush()

@@ -37,6 +37,7 @@ _LLAMA = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>
 _FAST = dict(tokenizer_class="PreTrainedTokenizerFast")
 _L3 = dict(bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", **_FAST)
 _QWEN = dict(tokenizer_class="Qwen2Tokenizer", bos_token=None, eos_token="<|im_end|>")
+_GEMMA = dict(tokenizer_class="GemmaTokenizer", add_bos_token=True, add_eos_token=False)
 _QWEN_ADDED = {str(600 + i): token(t) for i, t in enumerate(("<|endoftext|>", "<|im_start|>"))}
 _ENT = dict(additional_special_tokens=["<ent>", _typed("<think>")])
 
@@ -116,6 +117,13 @@ DIRECTORIES: dict[str, Directory] = {
   "qwen2": Directory("qwen2", "qwen2", _JSON, _QWEN),
   "qwen2_fast": Directory("qwen2", "qwen2", _JSON, _FAST),
   "qwen2_slow": Directory("qwen2", "qwen2", _PAIR, dict(_QWEN, added_tokens_decoder=_QWEN_ADDED)),
+  "qwen3": Directory("qwen2", "qwen3", _JSON, _QWEN),
+  "qwen3_silent": Directory("qwen2", "qwen3", _JSON, None),
+  "phi3": Directory("llama2", "phi3", _JSON, _LLAMA),
+  "phi3_spm": Directory("llama2", "phi3", _SPM, dict(add_bos_token=True, **_LLAMA)),
+  "gemma": Directory("gemma", "gemma2", _JSON, _GEMMA),
+  "gemma_silent": Directory("gemma", "gemma3_text", _JSON, None),
+  "gemma_fast": Directory("gemma", "gemma2", _JSON, _FAST),
   "smollm2": Directory("smollm2", "llama", _JSON, dict(tokenizer_class="GPT2Tokenizer")),
   "smollm2_fast": Directory("smollm2", "llama", _JSON, _FAST),
   "bert_added": Directory(

@@ -150,10 +150,10 @@ def test_a_head_of_another_task_is_not_taken_for_a_classifier(name, kind, change
   [
     (
       "llama3_tiny",
-      "LlamaForSequenceClassification",
-      "whose head is not a .*only LlamaForCausalLM",
+      "LlamaForTokenClassification",
+      "whose head is not .*only LlamaForCausalLM and LlamaForSequenceClassification are",
     ),
-    ("gpt2_tiny", "GPT2ForTokenClassification", "whose head is not a .*only GPT2LMHeadModel"),
+    ("gpt2_tiny", "GPT2ForTokenClassification", "whose head is not .*only GPT2LMHeadModel are"),
     ("llama3_tiny", "GraniteForCausalLM", "model_type 'llama' means Llama.*differ from it"),
     ("bert_tiny", "ElectraForSequenceClassification", "model_type 'bert' means Bert"),
   ],

@@ -15,15 +15,17 @@ RESOLVED = {
   "num_key_value_heads": lambda said: said.kv_heads,
   "head_dim": lambda said: said.head_size,
   "sliding_window": lambda said: said.window,
-  "rope_parameters": lambda said: _rotary(said),
-  "rope_scaling": lambda said: _rotary(said),
-  "layer_types": lambda said: ["full_attention"] * said.num_hidden_layers,
+  "rope_parameters": lambda said: rotary(said),
+  "rope_scaling": lambda said: rotary(said),
+  "layer_types": lambda said: said.types,
 }
 
 
-def _rotary(said):
-  theta, items = hf_config.rope(said)
-  return {"rope_theta": theta, **items}
+def rotary(said):
+  named = lambda theta, items: {"rope_theta": theta, **items}
+  if said.model_type != "gemma3_text":
+    return named(*said.rope())
+  return {"sliding_attention": named(*said.window_rope()), "full_attention": named(*said.rope())}
 
 
 @pytest.mark.parametrize("kind", hf_config.SCHEMAS)
@@ -41,12 +43,14 @@ def config(name):
 
 DAMAGE = ["64", -1, None, True, [1], {"a": 1}, 2**31, 10**400, 1.5, float("nan"), float("inf"), ""]
 OPTIONAL = """architectures classifier_dropout eos_token_id id2label pad_token_id head_dim
-layer_types num_key_value_heads rope_parameters sliding_window n_inner attention_dropout""".split()
+layer_types num_key_value_heads rope_parameters sliding_window n_inner attention_dropout
+attn_logit_softcapping final_logit_softcapping use_bidirectional_attention""".split()
 
 
 @pytest.mark.parametrize(
   "name",
-  ["bert_tiny", "roberta_tiny", "llama3_tiny", "mistral_tiny", "qwen2_tiny", "gpt2_tiny"],
+  """bert_tiny roberta_tiny llama3_tiny mistral_tiny qwen2_tiny qwen3_tiny gemma2_tiny gemma3_tiny
+  phi3_tiny gpt2_tiny""".split(),
 )
 def test_damage_is_one_sentence_with_file_field_and_value(name):
   """Every field that is read, with values of every wrong kind; what is left is harmless."""
@@ -58,7 +62,7 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
       try:
         said = hf_config.read({**whole, field: value}, "F/config.json")
         if "rope" in field:
-          hf_config.rope(said, "F/config.json")
+          said.rope("F/config.json")
         accepted.add((field, repr(value)))
       except ValueError as error:
         told = str(error)
@@ -69,6 +73,7 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
     for field, value in accepted
     if not (value == "None" and field in OPTIONAL)
     and not field.endswith("_token_id")  # whole numbers, held against the tables
+    and not (field.endswith("softcapping") and value in ("1.5", "2147483648"))
     and value != "True"  # where it is true or false
   }
   assert not rest
@@ -95,7 +100,7 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
     ("llama_tiny", {"head_dim": 7}, "head_size is 7; .* even"),
     ("llama_tiny", {"head_dim": 2**30}, "head_dim is 1073741824; it must be a whole number <="),
     ("llama_tiny", {"hidden_size": 6 * 2**20, "head_dim": None}, "most 65536"),
-    ("llama_tiny", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; this decoder has SwiGLU"),
+    ("llama_tiny", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; .* it must be 'silu'"),
     ("llama_tiny", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number"),
     ("llama_tiny", {"rope_parameters": {"rope_type": "ntk"}}, "rope_type is 'ntk'; it must be"),
     ("llama_tiny", {"rope_parameters": {"rope_type": "linear"}}, "factor is None; rope_type"),
@@ -107,8 +112,22 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
       {"rope_scaling": {**config("llama3_tiny")["rope_parameters"], "high_freq_factor": 1.0}},
       "high_freq_factor is 1.0; it must be above low_freq_factor 1.0",
     ),
-    ("qwen2_tiny", {"use_sliding_window": True, "layer_types": None, "max_window_layers": 1,
-                    "sliding_window": 4}, "use_sliding_window is True; Qwen2 models that mix"),
+    ("qwen2_tiny", {"layer_types": ["full_attention", "sliding_attention"]},
+     "use_sliding_window is False; layers of sliding_attention need it"),
+    ("qwen3_tiny", {"layer_types": ["full_attention", "chunked_attention"]},
+     "layer_types is .*only full_attention and sliding_attention"),
+    ("gemma2_tiny", {"hidden_activation": "gelu"}, "must be 'gelu_pytorch_tanh'"),
+    ("gemma2_tiny", {"use_bidirectional_attention": True}, "attention is True; only decoders"),
+    ("gemma2_tiny", {"sliding_window": None}, "sliding_window is None; layers of sliding_att"),
+    ("gemma3_tiny", {"attn_logit_softcapping": 5.0}, "softcapping is 5.0; Gemma 3 caps no sc"),
+    ("gemma3_tiny", {"rope_parameters": {"rope_type": "default"}}, "type is 'default'; of this mo"),
+    ("gemma3_tiny", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3; it must be"),
+    ("phi3_tiny", {"rope_parameters": {"type": "longrope", "short_factor": [1.0]}},
+     "rope_parameters.rope_type is 'longrope'; it must be one of default"),
+    ("phi3_tiny", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "is 'yarn'; of Phi-3 only"),
+    ("phi3_tiny", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "factor is 1.5; it must"),
+    ("phi3_tiny", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "even number of a head's"),
+    ("qwen3_tiny", {"num_hidden_layers": 2**30}, "num_hidden_layers is .*whole number <= 65536"),
     ("qwen2_tiny", {"layer_types": ["full_attention"]}, "layer_types is .*must have num_h"),
     ("gpt2_tiny", {"n_head": 5}, "n_head is 5; it must divide n_embd 48"),
     ("gpt2_tiny", {"hidden_size": 64}, "hidden_size is 64; n_embd, the same thing, is 48"),
@@ -121,7 +140,31 @@ def test_what_does_not_go_together(name, change, message):
   made = {**config(name), **change}
   with pytest.raises(ValueError, match=message):
     said = hf_config.read(made)
-    hf_config.rope(said)
+    said.rope()
+
+
+@pytest.mark.parametrize("kind", "granite smollm3 olmo2 cohere cohere2 gemma gemma3 llama4".split())
+def test_families_that_look_like_others_are_refused(kind):
+  with pytest.raises(ValueError, match=f"model_type '{kind}'; supported are .*gemma3_text"):
+    hf_config.read({**config("llama_tiny"), "model_type": kind})
+
+
+@pytest.mark.parametrize(
+  "name, field, value",
+  [
+    ("llama_tiny", "attn_logit_softcapping", 50.0),
+    ("llama_tiny", "no_rope_layers", [1, 0]),
+    ("llama_tiny", "residual_multiplier", 0.22),
+    ("mistral_tiny", "num_local_experts", 8),
+    ("qwen3_tiny", "num_experts", 128),
+    ("phi3_tiny", "final_logit_softcapping", 30.0),
+  ],
+)
+def test_what_only_relatives_compute_is_refused(name, field, value):
+  """By the field's name; a value that turns it off is none."""
+  with pytest.raises(ValueError, match=f"F: {field} is .*are computed without it: leave it out"):
+    hf_config.read({**config(name), field: value}, "F")
+  hf_config.read({**config(name), field: None})
 
 
 @pytest.mark.parametrize(
@@ -149,7 +192,7 @@ def test_what_does_not_go_together(name, change, message):
   ],
 )
 def test_spellings_of_rotary_parameters(spelled, theta, items):
-  assert hf_config.rope(hf_config.read({"model_type": "llama", **spelled})) == (theta, items)
+  assert hf_config.read({"model_type": "llama", **spelled}).rope() == (theta, items)
 
 
 def test_aliases_and_labels():

@@ -29,7 +29,8 @@ def in_blocks(monkeypatch):
       monkeypatch.setattr(blockwise, name, 8)
     calls = []
     count = blockwise.blockwise_attention
-    monkeypatch.setitem(attention.KERNELS, "blockwise", lambda *a: calls.append(1) or count(*a))
+    counted = lambda *a, **cap: calls.append(1) or count(*a, **cap)
+    monkeypatch.setitem(attention.KERNELS, "blockwise", counted)
     blocks = fn()
     assert calls
     return blocks, whole
@@ -41,6 +42,8 @@ def in_blocks(monkeypatch):
   "family, method",
   [
     ("mistral_tiny", "prefix"),  # its window is 4
+    ("gemma2_tiny", "prefix"),  # one layer has a window, both cap their scores
+    ("gemma3_tiny", "prompt"),
     ("llama3_tiny", "prompt"),
     ("gpt2_tiny", "prefix"),
     ("gpt2_tiny", "prompt"),
@@ -60,7 +63,7 @@ def test_packed_decoders_have_the_same_logits_and_gradients(family, method, in_b
     return (logits * jnp.cos(jnp.arange(96.0))[None, None]).sum(), logits
 
   run = lambda: jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(params)
-  chex.assert_trees_all_close(*in_blocks(run), rtol=1e-4, atol=1e-4)
+  chex.assert_trees_all_close(*in_blocks(run), rtol=1e-4, atol=5e-4)  # of gradients up to 50
 
 
 def test_encoders_have_the_same_hidden_states(in_blocks):

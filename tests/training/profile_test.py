@@ -9,6 +9,7 @@ import types
 import jax
 import pytest
 
+from peftjax.models import llama
 from peftjax.training import flops, profile
 from peftjax.training import process as processes
 from peftjax.training.run import Run
@@ -141,6 +142,17 @@ def test_operations_are_those_of_the_products(config, decoder, monkeypatch):
       found -= 3 * 2 * 2 * rows * length * length / 2 * c.heads * c.head_size * c.layers
     assert least <= found / work.model <= 1, (settings.method.name, found, work)
     assert work.done == work.model
+
+
+def test_layers_without_a_window_count_as_such():
+  """One of two layers: half of what all and none of them would be."""
+
+  def model_work(**windows):
+    config = llama.LlamaConfig.from_hf({"model_type": "llama"}, layers=2, **windows)
+    return flops.step_work(config, {}, {}, 1, 1024).model
+
+  narrow, mixed, wide = model_work(window=8), model_work(window=8, global_layers=(1,)), model_work()
+  assert narrow < wide and mixed == (narrow + wide) / 2
 
 
 def test_shares_of_peak_and_bytes_where_a_device_tells(monkeypatch):
