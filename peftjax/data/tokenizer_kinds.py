@@ -163,7 +163,7 @@ def _llama(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str])
 
 _END = "<|endoftext|>"
 
-KINDS: Mapping[str, Kind] = {
+KINDS: dict[str, Kind] = {
   "BertTokenizer": Kind(
     ("vocab.txt",),
     _bert,
@@ -204,9 +204,15 @@ KINDS: Mapping[str, Kind] = {
   ),
 }
 
+KINDS["DistilBertTokenizer"] = KINDS["BertTokenizer"]._replace(typed=False)
+
 # Whatever a directory of these says, and what it is taken for where it says nothing.
 _FIXED = {"qwen2": "Qwen2Tokenizer", "mistral": ""}
-_REGISTERED = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer"}
+_REGISTERED = {
+  **dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer"),
+  "roberta": "RobertaTokenizer",
+  "gpt2": "GPT2Tokenizer",
+}
 _ALIASES = {
   **dict.fromkeys(
     ("ElectraTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer", "LayoutLMTokenizer"),

@@ -7,7 +7,7 @@ need not be another's. Only fields that change what is computed are listed; the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -15,109 +15,25 @@ from msgspec import Meta
 from peftjax.core.ranges import Count, Fraction, Positive, Size
 from peftjax.io import records
 from peftjax.io.records import clip
+from peftjax.models.config_fields import (
+  MOST_OF_A_HEAD,
+  Common,
+  Eps,
+  Faults,
+  HeadSize,
+  Ids,
+  Theta,
+  refused,
+)
+from peftjax.models.encoder_configs import (
+  Bert,
+  Camembert,
+  DistilBert,
+  Electra,
+  Roberta,
+  XLMRoberta,
+)
 from peftjax.nn.ffn import ACTIVATIONS
-
-Eps = Annotated[float, Meta(gt=0, lt=1)]
-Theta = Annotated[float, Meta(gt=1, lt=1e15)]
-MOST_OF_A_HEAD = 2**16  # features: their frequencies are computed before any tensor is looked at
-HeadSize = Annotated[int, Meta(ge=1, le=MOST_OF_A_HEAD)]
-Labels = Annotated[int, Meta(ge=1, le=2**20)]
-# Padding of -1 is none. Whether an id has a row in the table is seen where the table is.
-PadId = Annotated[int, Meta(ge=-1, lt=2**31)]
-Ids = Count | list[Count] | None
-# Pairs of a field and what is allowed in it.
-Faults = Iterator[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Common:
-  """What every model type has."""
-
-  model_type: str = ""
-  architectures: tuple[str, ...] | None = None
-  vocab_size: Size
-  pad_token_id: PadId | None = None
-  eos_token_id: Ids = None
-  tie_word_embeddings: bool = True  # of decoders
-
-  # Other names of the same fields, which some files use.
-  aliases: ClassVar[Mapping[str, str]] = {}
-
-  def faults(self) -> Faults:
-    """Fields whose values do not go together with others, and what is allowed."""
-    if self.eos_token_id == []:
-      yield "eos_token_id", "it must name a token, or be left out"
-
-  @property
-  def end_ids(self) -> tuple[int, ...]:
-    ids = self.eos_token_id
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
-
-  @property
-  def padding(self) -> int:
-    """The id that pads a batch: any will do where files name none, as padding is masked."""
-    known = self.pad_token_id is not None and 0 <= self.pad_token_id < self.vocab_size
-    return self.pad_token_id if known else 0  # type: ignore[return-value]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bert(_Common):
-  """`BertConfig`."""
-
-  vocab_size: Size = 30522
-  hidden_size: Size = 768
-  num_hidden_layers: Size = 12
-  num_attention_heads: Size = 12
-  intermediate_size: Size = 3072
-  hidden_act: str = "gelu"
-  hidden_dropout_prob: Fraction = 0.1
-  attention_probs_dropout_prob: Fraction = 0.1
-  max_position_embeddings: Size = 512
-  type_vocab_size: Size = 2
-  layer_norm_eps: Eps = 1e-12
-  pad_token_id: PadId | None = 0
-  classifier_dropout: Fraction | None = None
-  is_decoder: bool = False
-  add_cross_attention: bool = False
-  position_embedding_type: str | None = "absolute"  # of files before transformers 5
-  id2label: dict[str, Any] | None = None
-  num_labels: Labels = 2
-
-  def faults(self) -> Faults:
-    if self.hidden_size % self.num_attention_heads:
-      yield "num_attention_heads", f"it must divide hidden_size {self.hidden_size}"
-    if self.hidden_act not in ACTIVATIONS:
-      yield "hidden_act", f"it must be one of {', '.join(ACTIVATIONS)}"
-    if self.position_embedding_type not in (None, "absolute"):
-      yield "position_embedding_type", "only absolute positions are supported"
-    if self.is_decoder:
-      yield "is_decoder", "only encoders are supported"
-    if self.add_cross_attention:
-      yield "add_cross_attention", "only encoders are supported"
-    if self.id2label is not None and not (self.id2label and all(map(_is_index, self.id2label))):
-      yield "id2label", "it must give each output, 0, 1, ..., its name"
-    if (self.pad_token_id or 0) >= self.vocab_size:
-      yield "pad_token_id", f"it must be below vocab_size {self.vocab_size}"
-    yield from super().faults()
-
-  @property
-  def labels(self) -> int:
-    return self.num_labels if self.id2label is None else len({int(key) for key in self.id2label})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Roberta(Bert):
-  """`RobertaConfig`."""
-
-  vocab_size: Size = 50265
-  pad_token_id: PadId | None = 1
-  eos_token_id: Ids = 2
-
-  def faults(self) -> Faults:
-    last = self.max_position_embeddings - 2
-    if self.pad_token_id is None or not 0 <= self.pad_token_id <= last:
-      yield "pad_token_id", f"positions start behind it, so it must be from 0 to {last}"
-    yield from super().faults()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +68,7 @@ class Rope:
     return self.rope_type or self.type or "default"
 
   def faults(self) -> Faults:
-    """As `_Common.faults`."""
+    """As `Common.faults`."""
     if self.kind not in self.kinds:
       yield "kind", f"it must be one of {', '.join(self.kinds)}"
     for field in self.kinds.get(self.kind, ()):
@@ -170,7 +86,7 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama(_Common):
+class Llama(Common):
   """`LlamaConfig`."""
 
   vocab_size: Size = 32000
@@ -274,7 +190,7 @@ class Qwen2(Llama):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPT2(_Common):
+class GPT2(Common):
   """`GPT2Config`."""
 
   vocab_size: Size = 50257
@@ -313,9 +229,13 @@ class GPT2(_Common):
     yield from super().faults()
 
 
-SCHEMAS: Mapping[str, type[_Common]] = {
+SCHEMAS: Mapping[str, type[Common]] = {
   "bert": Bert,
   "roberta": Roberta,
+  "xlm-roberta": XLMRoberta,
+  "camembert": Camembert,
+  "electra": Electra,
+  "distilbert": DistilBert,
   "llama": Llama,
   "mistral": Mistral,
   "qwen2": Qwen2,
@@ -335,11 +255,11 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> Any:
   schema = SCHEMAS[kind]
   fields = records.convert(_own_names(config, schema, where), schema, where)
   for field, allowed in fields.faults():
-    raise _refused(where, field, getattr(fields, field), allowed)
+    raise refused(where, field, getattr(fields, field), allowed)
   both = "num_labels" in config and getattr(fields, "id2label", None) is not None
   if both and fields.num_labels != fields.labels:  # type: ignore[attr-defined]
     told = f"id2label names {fields.labels} outputs; leave one of them out"  # type: ignore[attr-defined]
-    raise _refused(where, "num_labels", config["num_labels"], told)
+    raise refused(where, "num_labels", config["num_labels"], told)
   return fields
 
 
@@ -352,16 +272,16 @@ def rope(fields: Llama, where: str = "config.json") -> tuple[float, dict[str, An
   name = "rope_scaling" if fields.rope_scaling else "rope_parameters"
   given = getattr(fields, name) or {}
   if strange := records.unknown(given, Rope):
-    raise _refused(
+    raise refused(
       where, f"{name}.{next(iter(strange))}", given[next(iter(strange))], "it is unknown"
     )
   made = records.convert(given, Rope, f"{where}: {name}")
   for field, allowed in made.faults():
     named = "rope_type" if field == "kind" else field
-    raise _refused(where, f"{name}.{named}", getattr(made, field), allowed)
+    raise refused(where, f"{name}.{named}", getattr(made, field), allowed)
   part = made.partial_rotary_factor or fields.partial_rotary_factor or 1.0
   if part != 1.0:
-    raise _refused(where, "partial_rotary_factor", part, "only whole heads are rotated")
+    raise refused(where, "partial_rotary_factor", part, "only whole heads are rotated")
   theta = fields.rope_theta if made.rope_theta is None else made.rope_theta
   items, outside = made.items(), fields.original_max_position_embeddings
   if outside is not None and made.kind in ("llama3", "yarn"):  # goes before the one inside
@@ -369,21 +289,13 @@ def rope(fields: Llama, where: str = "config.json") -> tuple[float, dict[str, An
   return float(theta), items
 
 
-def _own_names(config: Mapping[str, Any], schema: type[_Common], where: str) -> dict[str, Any]:
+def _own_names(config: Mapping[str, Any], schema: type[Common], where: str) -> dict[str, Any]:
   """The fields under the names that the schema has for them."""
   made = dict(config)
   for other, own in schema.aliases.items():
     if other in made:
       value = made.pop(other)
       if own in made and made[own] != value:
-        raise _refused(where, other, value, f"{own}, the same thing, is {clip(made[own])}")
+        raise refused(where, other, value, f"{own}, the same thing, is {clip(made[own])}")
       made[own] = value
   return made
-
-
-def _refused(where: str, field: str, value: Any, why: str) -> ValueError:
-  return ValueError(f"{where}: {field} is {clip(value)}; {why}.")
-
-
-def _is_index(key: str) -> bool:
-  return key.isascii() and key.isdigit() and len(key) < 10

@@ -1,0 +1,167 @@
+"""The `config.json` of encoders: for each model type its fields, their ranges and its defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from peftjax.core.ranges import Fraction, Size
+from peftjax.models.config_fields import Common, Eps, Faults, Ids, Labels, PadId
+from peftjax.nn.ffn import ACTIVATIONS
+
+_DISTIL_EPS = 1e-12  # no field says it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder(Common):
+  """What the configurations of all encoders have."""
+
+  id2label: dict[str, Any] | None = None
+  num_labels: Labels = 2
+
+  def faults(self) -> Faults:
+    if self.id2label is not None and not (self.id2label and all(map(_is_index, self.id2label))):
+      yield "id2label", "it must give each output, 0, 1, ..., its name"
+    if (self.pad_token_id or 0) >= self.vocab_size:
+      yield "pad_token_id", f"it must be below vocab_size {self.vocab_size}"
+    yield from super().faults()
+
+  @property
+  def labels(self) -> int:
+    return self.num_labels if self.id2label is None else len({int(key) for key in self.id2label})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bert(Encoder):
+  """`BertConfig`."""
+
+  vocab_size: Size = 30522
+  hidden_size: Size = 768
+  num_hidden_layers: Size = 12
+  num_attention_heads: Size = 12
+  intermediate_size: Size = 3072
+  hidden_act: str = "gelu"
+  hidden_dropout_prob: Fraction = 0.1
+  attention_probs_dropout_prob: Fraction = 0.1
+  max_position_embeddings: Size = 512
+  type_vocab_size: Size = 2
+  layer_norm_eps: Eps = 1e-12
+  pad_token_id: PadId | None = 0
+  classifier_dropout: Fraction | None = None
+  is_decoder: bool = False
+  add_cross_attention: bool = False
+  position_embedding_type: str | None = "absolute"  # of files before transformers 5
+
+  def faults(self) -> Faults:
+    if self.hidden_size % self.num_attention_heads:
+      yield "num_attention_heads", f"it must divide hidden_size {self.hidden_size}"
+    if self.hidden_act not in ACTIVATIONS:
+      yield "hidden_act", f"it must be one of {', '.join(ACTIVATIONS)}"
+    if self.position_embedding_type not in (None, "absolute"):
+      yield "position_embedding_type", "only absolute positions are supported"
+    if self.is_decoder:
+      yield "is_decoder", "only encoders are supported"
+    if self.add_cross_attention:
+      yield "add_cross_attention", "only encoders are supported"
+    yield from super().faults()
+
+  @property
+  def embedding_width(self) -> int:
+    return self.hidden_size
+
+  def head_dropout(self, labels_of: str) -> float:
+    """The rate before the head's projection, by what the head labels: "text" or "token"."""
+    head = self.classifier_dropout
+    return self.hidden_dropout_prob if head is None else head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roberta(Bert):
+  """`RobertaConfig`."""
+
+  vocab_size: Size = 50265
+  pad_token_id: PadId | None = 1
+  eos_token_id: Ids = 2
+
+  def faults(self) -> Faults:
+    last = self.max_position_embeddings - 2
+    if self.pad_token_id is None or not 0 <= self.pad_token_id <= last:
+      yield "pad_token_id", f"positions start behind it, so it must be from 0 to {last}"
+    yield from super().faults()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class XLMRoberta(Roberta):
+  """`XLMRobertaConfig`."""
+
+  vocab_size: Size = 30522
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Camembert(Roberta):
+  """`CamembertConfig`."""
+
+  vocab_size: Size = 30522
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Electra(Bert):
+  """`ElectraConfig`."""
+
+  embedding_size: Size = 128
+  hidden_size: Size = 256
+  num_attention_heads: Size = 4
+  intermediate_size: Size = 1024
+
+  @property
+  def embedding_width(self) -> int:
+    return self.embedding_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistilBert(Encoder):
+  """`DistilBertConfig`; the properties have BERT's names for the same things."""
+
+  vocab_size: Size = 30522
+  max_position_embeddings: Size = 512
+  n_layers: Size = 6
+  n_heads: Size = 12
+  dim: Size = 768
+  hidden_dim: Size = 4 * 768
+  dropout: Fraction = 0.1
+  attention_dropout: Fraction = 0.1
+  activation: str = "gelu"
+  seq_classif_dropout: Fraction = 0.2
+  pad_token_id: PadId | None = 0
+
+  aliases: ClassVar[Mapping[str, str]] = {
+    "hidden_size": "dim",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+  }
+
+  def faults(self) -> Faults:
+    if self.dim % self.n_heads:
+      yield "n_heads", f"it must divide dim {self.dim}"
+    if self.activation not in ACTIVATIONS:
+      yield "activation", f"it must be one of {', '.join(ACTIVATIONS)}"
+    yield from super().faults()
+
+  hidden_size = embedding_width = property(lambda self: self.dim)
+  num_hidden_layers = property(lambda self: self.n_layers)
+  num_attention_heads = property(lambda self: self.n_heads)
+  intermediate_size = property(lambda self: self.hidden_dim)
+  hidden_act = property(lambda self: self.activation)
+  hidden_dropout_prob = property(lambda self: self.dropout)
+  attention_probs_dropout_prob = property(lambda self: self.attention_dropout)
+  layer_norm_eps = property(lambda self: _DISTIL_EPS)
+  type_vocab_size = property(lambda self: 0)
+
+  def head_dropout(self, labels_of: str) -> float:
+    """As `Bert.head_dropout`."""
+    return self.seq_classif_dropout if labels_of == "text" else self.dropout
+
+
+def _is_index(key: str) -> bool:
+  return key.isascii() and key.isdigit() and len(key) < 10

@@ -1,0 +1,141 @@
+"""Encoders equal transformers', for models made on the spot: outputs, and PEFT's directories."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+
+import peftjax as pj
+from peftjax import hf_peft
+from peftjax.core import paths
+from tests.golden import make_bert
+from tests.golden.make_encoders import CLASSES, batch, make, run
+
+pytestmark = [
+  pytest.mark.parity,
+  pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+_BERT = dict(
+  vocab_size=90,
+  hidden_size=24,
+  num_hidden_layers=4,
+  num_attention_heads=3,
+  intermediate_size=40,
+  max_position_embeddings=30,
+  num_labels=4,
+)
+_DISTIL = dict(
+  vocab_size=90,
+  dim=24,
+  n_layers=5,
+  n_heads=3,
+  hidden_dim=40,
+  max_position_embeddings=30,
+  num_labels=4,
+)
+_CASES = [
+  ("bert", "token", _BERT),
+  ("bert", "token", {**_BERT, "num_labels": 1, "hidden_act": "gelu_new"}),
+  ("roberta", "token", {**_BERT, "pad_token_id": 3}),
+  ("xlm-roberta", "text", {**_BERT, "layer_norm_eps": 1e-5, "type_vocab_size": 1}),
+  ("xlm-roberta", "token", {**_BERT, "num_attention_heads": 1}),
+  ("camembert", "text", {**_BERT, "num_labels": 1}),
+  ("camembert", "token", {**_BERT, "num_hidden_layers": 6}),
+  ("electra", "text", {**_BERT, "embedding_size": 14}),
+  ("electra", "text", {**_BERT, "embedding_size": 24, "hidden_act": "relu"}),
+  ("electra", "token", {**_BERT, "embedding_size": 33}),
+  ("distilbert", "text", _DISTIL),
+  ("distilbert", "text", {**_DISTIL, "activation": "relu", "n_heads": 12, "num_labels": 1}),
+  ("distilbert", "token", {**_DISTIL, "sinusoidal_pos_embds": True}),
+]
+_BATCHES = [((11, 1, 2, 7), False), ((20, 13), True), ((5,), False)]
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("seed, case", list(enumerate(_CASES)))
+def test_tiny_random_models(seed, case, scan, tmp_path):
+  """Padded on either side and not at all, within 2e-5."""
+  theirs = make(*case, seed)
+  theirs.save_pretrained(tmp_path)
+  ours, params = pj.load_pretrained(tmp_path, scan_layers=scan)
+  assert ours.config.labels_of == case[1] and ours.config.layers >= 4
+  both = jax.jit(
+    lambda p, *x: (pj.apply(ours, p, *x), pj.apply(ours, p, *x, hidden=True)[0])
+  )
+  for lengths, left in _BATCHES:
+    inputs = batch(theirs.config, seed, lengths, left)
+    want, real = run(theirs, inputs), inputs["mask"] > 0
+    if left and ours.config.labels_of == "text":  # what is first is then no token
+      continue
+    logits, hidden = both(params, *inputs.values())
+    of = real if ours.config.labels_of == "token" else ...
+    np.testing.assert_allclose(np.asarray(logits)[of], want["logits"][of], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(hidden)[real], want["hidden"][real], atol=2e-5)
+
+
+_NAMES = {"distilbert": ["q_lin", "v_lin"], "deberta-v2": ["query_proj", "value_proj"]}
+_PEFT = [_CASES[i] for i in (0, 3, 7, 10)]
+_TYPES = {"text": "SEQ_CLS", "token": "TOKEN_CLS"}
+
+
+def _both(case, tmp_path, scan):
+  make(*case, 3).save_pretrained(tmp_path / "base")
+  model, params = pj.load_pretrained(tmp_path / "base", scan_layers=scan)
+  load = lambda: CLASSES[case[1]].from_pretrained(tmp_path / "base", attn_implementation="eager")
+  return model, params, load
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"], ids=["default", "all-linear"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("case", _PEFT, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_lora_goes_to_peft_and_comes_back(case, scan, targets, tmp_path):
+  model, params, load = _both(case, tmp_path, scan)
+  method = pj.lora(2, 4) if targets is None else pj.lora(2, 4, targets)
+  method = pj.chain(method, pj.unfreeze("head/.*"))
+  attached = method.attach(jax.random.key(0), params)
+  mask = method.trainable(attached)
+  rng = np.random.default_rng(5)
+  drawn = jax.tree.map(
+    lambda on, x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype) if on else x,
+    mask,
+    attached,
+  )
+  hf_peft.save(tmp_path / "ours", drawn, model, trained=mask, task_type=_TYPES[case[1]])
+  adapted = PeftModel.from_pretrained(load(), tmp_path / "ours")
+  inputs = batch(load().config, 1)
+  got = jax.jit(lambda p: pj.apply(model, p, *inputs.values()))(drawn)
+  want = run(adapted, inputs)["logits"]
+  of = inputs["mask"] > 0 if case[1] == "token" else ...
+  np.testing.assert_allclose(np.asarray(got)[of], want[of], atol=1e-4)
+  assert np.abs(want - run(load(), inputs)["logits"]).max() > 0.05
+  loaded, again = hf_peft.load(tmp_path / "ours", params, model)
+  jax.tree.map(np.testing.assert_array_equal, loaded, drawn)
+  assert again == mask
+  if targets is None:  # the names are those that peft itself adapts by default
+    config = LoraConfig(r=2, target_modules=_NAMES.get(case[0], ["query", "value"]))
+    names = get_peft_model(load(), config).targeted_module_names
+    stored = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert {f"base_model.model.{name}.lora_A.weight" for name in names} <= set(stored)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("case", _PEFT, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_pefts_lora_in_ours(case, scan, tmp_path):
+  model, params, load = _both(case, tmp_path, scan)
+  config = LoraConfig(task_type=_TYPES[case[1]], r=3, target_modules="all-linear")
+  theirs = get_peft_model(load(), config)
+  make_bert.draw(theirs, 5, "lora_")
+  make_bert.draw(theirs, 6, "modules_to_save")
+  theirs.save_pretrained(tmp_path / "theirs")
+  loaded, mask = hf_peft.load(tmp_path / "theirs", params, model)
+  inputs = batch(load().config, 2)
+  want = run(theirs, inputs)["logits"]
+  got = jax.jit(lambda p: pj.apply(model, p, *inputs.values()))(loaded)
+  of = inputs["mask"] > 0 if case[1] == "token" else ...
+  np.testing.assert_allclose(np.asarray(got)[of], want[of], atol=1e-4)
+  trained = sum(x.numel() for x in theirs.parameters() if x.requires_grad)
+  assert pj.count(loaded, mask) == trained
+  assert any(paths.leaves(mask).values())
