@@ -211,6 +211,9 @@ _FIXED = {"qwen2": "Qwen2Tokenizer", "mistral": ""}
 _REGISTERED = {
   **dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer"),
   "roberta": "RobertaTokenizer",
+  "xlm-roberta": "XLMRobertaTokenizer",
+  "camembert": "CamembertTokenizer",
+  "deberta-v2": "DebertaV2Tokenizer",
   "gpt2": "GPT2Tokenizer",
 }
 _ALIASES = {

@@ -63,6 +63,7 @@ KINDS: Mapping[str, Kind] = {
   "camembert": _ROBERTA,
   "electra": Kind("electra", "gelu"),
   "distilbert": Kind("distilbert", "relu", drops_attention=False),
+  "deberta-v2": Kind("deberta", "context"),
 }
 
 
@@ -96,6 +97,7 @@ class BertConfig:
   labels: int  # outputs of the head; 1 is a regression
   labels_of: str = "text"  # or "token": what the head gives labels to
   embedding: int | None = None  # E, the width of the tables, if that is not D
+  absolute: bool = True  # there is a table of positions
   scan_layers: bool = False
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
 
@@ -176,7 +178,8 @@ class Embeddings(nn.Module):
       positions = jnp.arange(shift, shift + x.shape[1])[None, :]
     if c.types:
       x = x + look_up("token_type_embeddings", c.types, types_BT)
-    x = x + look_up("position_embeddings", c.positions, positions)
+    if c.absolute:
+      x = x + look_up("position_embeddings", c.positions, positions)
     return dropout(key, LayerNorm(c.eps, name="LayerNorm")(x), c.dropout)
 
 
@@ -211,10 +214,11 @@ class Attention(nn.Module):
   """Self-attention and its output projection."""
 
   config: BertConfig
+  inner: type[nn.Module]
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: AttentionMask, keys: Any) -> jax.Array:
-    y = SelfAttention(self.config, name="self")(x, mask, keys[0])
+  def __call__(self, x: jax.Array, mask: Any, keys: Any) -> jax.Array:
+    y = self.inner(self.config, name="self")(x, mask, keys[0])
     return Output(self.config, self.config.kind.drops_attention, name="output")(y, x, keys[1])
 
 
@@ -229,14 +233,16 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-  """One block; a scan step: (x, key, inputs) to (x, None)."""
+  """One block; a scan step: (x, key, what `SELF` takes) to (x, None)."""
 
   config: BertConfig
 
+  SELF: ClassVar[type[nn.Module]] = SelfAttention
+
   @nn.compact
-  def __call__(self, x: jax.Array, key: jax.Array | None, mask: AttentionMask) -> Any:
+  def __call__(self, x: jax.Array, key: jax.Array | None, mask: Any) -> Any:
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    x = Attention(self.config, name="attention")(x, mask, keys[:2])
+    x = Attention(self.config, self.SELF, name="attention")(x, mask, keys[:2])
     y = Intermediate(self.config, name="intermediate")(x)
     return Output(self.config, name="output")(y, x, keys[2]), None
 
@@ -260,6 +266,8 @@ class Body(nn.Module):
 
   config: BertConfig
 
+  ENCODER: ClassVar[type[nn.Module]] = Encoder
+
   @nn.compact
   def __call__(self, tokens: jax.Array, mask: jax.Array, types: jax.Array, key: Any) -> Any:
     c = self.config
@@ -270,7 +278,7 @@ class Body(nn.Module):
     x = Embeddings(c, name="embeddings")(tokens, types, keys[0], prompt, shift)
     if c.table_width != c.width:
       x = Linear(c.width, name="embeddings_project")(x)
-    x_BTD = Encoder(c, name="encoder")(x, visible, keys[1])
+    x_BTD = self.ENCODER(c, name="encoder")(x, visible, keys[1])
     text_BTD = x_BTD[:, length:]
     if c.labels_of == "token":
       return text_BTD, text_BTD
@@ -292,6 +300,8 @@ class BertClassifier(nn.Module):
   """An encoder and a task head; parameters `{config.kind.body: ..., "head": ...}`."""
 
   config: BertConfig
+
+  BODY: ClassVar[type[nn.Module]] = Body
 
   @nn.compact
   def __call__(
@@ -319,7 +329,7 @@ class BertClassifier(nn.Module):
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     types = jnp.zeros_like(tokens) if types is None else types
     keys = jax.random.split(self.make_rng("dropout")) if train else (None, None)
-    x_BTD, read = Body(c, name=c.kind.body)(tokens, mask, types, keys[0])
+    x_BTD, read = self.BODY(c, name=c.kind.body)(tokens, mask, types, keys[0])
     logits = Head(c, name="head")(read, keys[1]).astype(jnp.float32)
     return (x_BTD, read) if hidden else logits
 

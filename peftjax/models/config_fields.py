@@ -15,22 +15,12 @@ Eps = Annotated[float, Meta(gt=0, lt=1)]
 Theta = Annotated[float, Meta(gt=1, lt=1e15)]
 MOST_OF_A_HEAD = 2**16  # features: their frequencies are computed before any tensor is looked at
 HeadSize = Annotated[int, Meta(ge=1, le=MOST_OF_A_HEAD)]
-Layers = Annotated[int, Meta(ge=1, le=2**16)]  # that are listed before any tensor is looked at
 Labels = Annotated[int, Meta(ge=1, le=2**20)]
 # Padding of -1 is none. Whether an id has a row in the table is seen where the table is.
 PadId = Annotated[int, Meta(ge=-1, lt=2**31)]
 Ids = Count | list[Count] | None
 # Pairs of a field and what is allowed in it.
 Faults = Iterator[tuple[str, str]]
-
-# What relatives of the families here compute besides, by the field that asks for it. A file of a
-# known model type that has one was made for other code.
-FOREIGN = (
-  *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale"),
-  *("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
-  *("no_rope_layers", "no_rope_layer_interval", "use_qk_norm", "qk_layernorm", "clip_qkv"),
-  *("num_experts", "num_local_experts", "n_routed_experts", "attention_chunk_size"),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,15 +52,6 @@ class Common:
     """The id that pads a batch: any will do where files name none, as padding is masked."""
     known = self.pad_token_id is not None and 0 <= self.pad_token_id < self.vocab_size
     return self.pad_token_id if known else 0  # type: ignore[return-value]
-
-
-def check_foreign(config: Mapping[str, Any], schema: type[Common], where: str) -> None:
-  """Raises ValueError if one of `FOREIGN` that a schema lacks has a value, other than 0 or false."""
-  for field in FOREIGN:
-    if config.get(field) and field not in schema.__dataclass_fields__:
-      kind = config.get("model_type")
-      told = f"models of type {kind} are computed without it: leave it out if it was not used"
-      raise refused(where, field, config[field], told)
 
 
 def refused(where: str, field: str, value: Any, why: str) -> ValueError:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from peftjax.core.ranges import Fraction, Size
+from msgspec import Meta
+
+from peftjax.core.ranges import Count, Fraction, Size
 from peftjax.models.config_fields import Common, Eps, Faults, Ids, Labels, PadId
 from peftjax.nn.ffn import ACTIVATIONS
 
 _DISTIL_EPS = 1e-12  # no field says it
+# Of relative positions, whose table has twice as many rows; -1 is none.
+Span = Annotated[int, Meta(ge=-1, le=2**16)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,84 @@ class DistilBert(Encoder):
   def head_dropout(self, labels_of: str) -> float:
     """As `Bert.head_dropout`."""
     return self.seq_classif_dropout if labels_of == "text" else self.dropout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DebertaV2(Bert):
+  """`DebertaV2Config`, of versions 2 and 3."""
+
+  vocab_size: Size = 128100
+  hidden_size: Size = 1536
+  num_hidden_layers: Size = 24
+  num_attention_heads: Size = 24
+  intermediate_size: Size = 6144
+  type_vocab_size: Count = 0
+  layer_norm_eps: Eps = 1e-7
+  relative_attention: bool = False
+  max_relative_positions: Span = -1
+  position_buckets: Span = -1
+  position_biased_input: bool = True
+  pos_att_type: str | list[str] | None = None
+  share_att_key: bool = False
+  norm_rel_ebd: str = "none"
+  conv_kernel_size: Count = 0
+  embedding_size: Size | None = None
+  attention_head_size: Size | None = None
+  pooler_hidden_size: Size | None = None
+  pooler_dropout: Fraction = 0.0
+  pooler_hidden_act: str = "gelu"
+  cls_dropout: Fraction | None = None
+
+  def faults(self) -> Faults:
+    if self.directions - {"c2p", "p2c"}:
+      yield "pos_att_type", "only c2p and p2c are supported"
+    if self.relative_attention != bool(self.directions):
+      told = "c2p, p2c or both" if self.relative_attention else "nothing"
+      yield "pos_att_type", f"with relative_attention {self.relative_attention} it must name {told}"
+    if self.norms - {"none", "layer_norm"}:
+      yield "norm_rel_ebd", "it must be none or layer_norm"
+    if self.conv_kernel_size:
+      yield "conv_kernel_size", "the convolution behind the first layer is not supported"
+    whole = self.hidden_size
+    for field, size in (
+      ("embedding_size", whole),
+      ("pooler_hidden_size", whole),
+      ("attention_head_size", whole // self.num_attention_heads),
+    ):
+      if getattr(self, field) not in (None, size):
+        yield field, f"only {size}, as hidden_size means, is supported"
+    if self.pooler_hidden_act not in ACTIVATIONS:
+      yield "pooler_hidden_act", f"it must be one of {', '.join(ACTIVATIONS)}"
+    if self.buckets and not 1 <= self.buckets // 2 < self.farthest - 1:
+      yield "position_buckets", f"half of it must be from 1 to {self.farthest - 2}"
+    yield from super().faults()
+
+  @property
+  def directions(self) -> frozenset[str]:
+    """Of attention between contents and positions."""
+    given = self.pos_att_type or []
+    parts = given.lower().split("|") if isinstance(given, str) else given
+    return frozenset(part.strip() for part in parts)
+
+  @property
+  def norms(self) -> frozenset[str]:
+    return frozenset(part.strip() for part in self.norm_rel_ebd.lower().split("|"))
+
+  @property
+  def farthest(self) -> int:
+    """The distance from which on all are one."""
+    given = self.max_relative_positions
+    return given if given >= 1 else self.max_position_embeddings
+
+  @property
+  def buckets(self) -> int:
+    """Of distances on either side; 0 if each has its own."""
+    return max(self.position_buckets, 0)
+
+  def head_dropout(self, labels_of: str) -> float:
+    """As `Bert.head_dropout`."""
+    own = self.cls_dropout if labels_of == "text" else None
+    return self.hidden_dropout_prob if own is None else own
 
 
 def _is_index(key: str) -> bool:

@@ -42,12 +42,29 @@ def _relu(c: Any, x: jax.Array, keys: Any) -> jax.Array:
   return _plain(c, jax.nn.relu(Linear(c.width, name="pre_classifier")(x)), keys)
 
 
+class ContextPooler(nn.Module):
+  """DeBERTa's: act(dense(dropout(first token)))."""
+
+  config: Any
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array, key: jax.Array | None) -> jax.Array:
+    c = self.config
+    y = Linear(c.width, name="dense")(dropout(key, x_BD, c.pooler_dropout))
+    return ACTIVATIONS[c.pooler_activation](y)
+
+
+def _context(c: Any, x: jax.Array, keys: Any) -> jax.Array:
+  return _plain(c, ContextPooler(c, name="pooler")(x, keys[1]), keys)
+
+
 # Heads of whole texts, by the name that `bert.KINDS` has for them. Tokens have the plain one.
 HEADS: Mapping[str, Callable[..., jax.Array]] = {
   "plain": _plain,
   "tanh": _dense(jnp.tanh),
   "gelu": _dense(ACTIVATIONS["gelu"]),
   "relu": _relu,
+  "context": _context,
 }
 
 

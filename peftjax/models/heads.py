@@ -14,7 +14,10 @@ from peftjax.io.safetensors_dir import file_of
 from peftjax.models.encoder_configs import Encoder
 
 # How classes end that have a head which is loaded here, and that have none of a task.
-_LABELS_OF: Mapping[str, str] = {"text": "ForSequenceClassification", "token": "ForTokenClassification"}
+_LABELS_OF: Mapping[str, str] = {
+  "text": "ForSequenceClassification",
+  "token": "ForTokenClassification",
+}
 _NO_TASK = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
 _DECODERS = (("ForCausalLM", "LMHeadModel"), ("Model",))
 # How they begin.
@@ -25,6 +28,7 @@ _NAMES: Mapping[str, str] = {
   "camembert": "Camembert",
   "electra": "Electra",
   "distilbert": "DistilBert",
+  "deberta-v2": "DebertaV2",
   "llama": "Llama",
   "mistral": "Mistral",
   "qwen2": "Qwen2",

@@ -28,6 +28,7 @@ from peftjax.models.config_fields import (
 from peftjax.models.encoder_configs import (
   Bert,
   Camembert,
+  DebertaV2,
   DistilBert,
   Electra,
   Roberta,
@@ -236,6 +237,7 @@ SCHEMAS: Mapping[str, type[Common]] = {
   "camembert": Camembert,
   "electra": Electra,
   "distilbert": DistilBert,
+  "deberta-v2": DebertaV2,
   "llama": Llama,
   "mistral": Mistral,
   "qwen2": Qwen2,

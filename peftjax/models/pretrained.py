@@ -21,7 +21,7 @@ from peftjax.io import bnb_reader, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, distilbert, gpt2, heads, hf_config, llama
+from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
 from peftjax.quant import stream, transform
@@ -41,6 +41,7 @@ FAMILIES: Mapping[str, Any] = {
   "camembert": bert,
   "electra": bert,
   "distilbert": distilbert,
+  "deberta-v2": deberta,
   "llama": llama,
   "mistral": llama,
   "qwen2": llama,

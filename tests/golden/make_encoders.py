@@ -45,6 +45,16 @@ _DISTIL = {
   "max_position_embeddings": 20,
   "num_labels": 3,
 }
+# As version 3 has it, with few buckets, so that some positions share one.
+DEBERTA = {
+  "relative_attention": True,
+  "pos_att_type": ["p2c", "c2p"],
+  "share_att_key": True,
+  "norm_rel_ebd": "layer_norm",
+  "position_buckets": 6,
+  "position_biased_input": False,
+  "type_vocab_size": 0,
+}
 
 # By the name of the directory: model type, what the head labels, fields.
 CASES = {
@@ -53,6 +63,7 @@ CASES = {
   "encoder_camembert_token": ("camembert", "token", {**_BERT, "type_vocab_size": 1}),
   "encoder_electra": ("electra", "text", {**_BERT, "embedding_size": 10}),
   "encoder_distilbert": ("distilbert", "text", _DISTIL),
+  "encoder_deberta": ("deberta-v2", "text", {**_BERT, **DEBERTA}),
 }
 
 
@@ -104,9 +115,7 @@ def main() -> None:
     make(kind, labels_of, fields, seed).save_pretrained(GOLDEN / name)
     # From a fresh load, so that the values are what the files give.
     loaded = CLASSES[labels_of].from_pretrained(GOLDEN / name, attn_implementation="eager")
-    save_file(
-      run(loaded, batch(loaded.config, seed)), GOLDEN / name / "expected.safetensors"
-    )
+    save_file(run(loaded, batch(loaded.config, seed)), GOLDEN / name / "expected.safetensors")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def test_default_and_all_linear_targets_and_rules_know_every_family(name):
   specs = paths.leaves(sharding.specs(params, mesh))
   assert all(any(specs[path]) for path in kernels)
   two = P("fsdp", "tensor")
-  assert all(specs[p] == two for p in kernels if p.endswith(("query/kernel", "intermediate/dense/kernel")))
+  assert all(
+    specs[p] == two for p in kernels if p.endswith(("query/kernel", "intermediate/dense/kernel"))
+  )
 
 
 def test_a_head_for_each_token_trains():

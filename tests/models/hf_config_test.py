@@ -17,6 +17,7 @@ RESOLVED = {
   "sliding_window": lambda said: said.window,
   "rope_parameters": lambda said: _rotary(said),
   "rope_scaling": lambda said: _rotary(said),
+  "pooler_hidden_size": lambda said: said.pooler_hidden_size or said.hidden_size,
   "layer_types": lambda said: ["full_attention"] * said.num_hidden_layers,
 }
 

@@ -4,14 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
+from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 import peftjax as pj
 from peftjax import hf_peft
 from peftjax.core import paths
+from peftjax.nn.disentangled import relative_rows
 from tests.golden import make_bert
-from tests.golden.make_encoders import CLASSES, batch, make, run
+from tests.golden.make_encoders import CLASSES, DEBERTA, batch, make, run
 
 pytestmark = [
   pytest.mark.parity,
@@ -36,6 +39,7 @@ _DISTIL = dict(
   max_position_embeddings=30,
   num_labels=4,
 )
+_PLAIN = dict(relative_attention=True, max_relative_positions=7)
 _CASES = [
   ("bert", "token", _BERT),
   ("bert", "token", {**_BERT, "num_labels": 1, "hidden_act": "gelu_new"}),
@@ -50,6 +54,11 @@ _CASES = [
   ("distilbert", "text", _DISTIL),
   ("distilbert", "text", {**_DISTIL, "activation": "relu", "n_heads": 12, "num_labels": 1}),
   ("distilbert", "token", {**_DISTIL, "sinusoidal_pos_embds": True}),
+  ("deberta-v2", "text", {**_BERT, **DEBERTA}),
+  ("deberta-v2", "token", {**_BERT, **DEBERTA, "position_buckets": 8, "num_hidden_layers": 5}),
+  ("deberta-v2", "text", {**_BERT, **DEBERTA, "share_att_key": False, "pos_att_type": "c2p|p2c"}),
+  ("deberta-v2", "text", {**_BERT, **_PLAIN, "pos_att_type": ["c2p"], "type_vocab_size": 2}),
+  ("deberta-v2", "text", {**_BERT, **_PLAIN, "pos_att_type": ["p2c"], "share_att_key": True}),
 ]
 _BATCHES = [((11, 1, 2, 7), False), ((20, 13), True), ((5,), False)]
 
@@ -62,9 +71,7 @@ def test_tiny_random_models(seed, case, scan, tmp_path):
   theirs.save_pretrained(tmp_path)
   ours, params = pj.load_pretrained(tmp_path, scan_layers=scan)
   assert ours.config.labels_of == case[1] and ours.config.layers >= 4
-  both = jax.jit(
-    lambda p, *x: (pj.apply(ours, p, *x), pj.apply(ours, p, *x, hidden=True)[0])
-  )
+  both = jax.jit(lambda p, *x: (pj.apply(ours, p, *x), pj.apply(ours, p, *x, hidden=True)[0]))
   for lengths, left in _BATCHES:
     inputs = batch(theirs.config, seed, lengths, left)
     want, real = run(theirs, inputs), inputs["mask"] > 0
@@ -76,8 +83,21 @@ def test_tiny_random_models(seed, case, scan, tmp_path):
     np.testing.assert_allclose(np.asarray(hidden)[real], want["hidden"][real], atol=2e-5)
 
 
+@pytest.mark.parametrize("length", [1, 40, 600])
+@pytest.mark.parametrize(
+  "buckets, farthest", [(256, 512), (32, 128), (6, 20), (7, 9), (2, 50), (0, 30)]
+)
+def test_rows_of_relative_positions(buckets, farthest, length):
+  """To the bit of the rounding: all distances, those at the ends of buckets too."""
+  x = torch.zeros(1, length, 1)
+  far = build_relative_position(x, x, bucket_size=buckets or -1, max_position=farthest)[0]
+  span = buckets or farthest
+  want = (far + span).clamp(0, 2 * span - 1).numpy()
+  np.testing.assert_array_equal(relative_rows(length, buckets, farthest), want)
+
+
 _NAMES = {"distilbert": ["q_lin", "v_lin"], "deberta-v2": ["query_proj", "value_proj"]}
-_PEFT = [_CASES[i] for i in (0, 3, 7, 10)]
+_PEFT = [_CASES[i] for i in (0, 3, 7, 10, 13, 15)]
 _TYPES = {"text": "SEQ_CLS", "token": "TOKEN_CLS"}
 
 
