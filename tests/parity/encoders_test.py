@@ -1,5 +1,7 @@
 """Encoders equal transformers', for models made on the spot: outputs, and PEFT's directories."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+  AutoTokenizer,
+  CamembertTokenizer,
+  DebertaV2Tokenizer,
+  XLMRobertaTokenizer,
+)
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 import peftjax as pj
-from peftjax import hf_peft
+from peftjax import data, hf_peft
 from peftjax.core import paths
 from peftjax.nn.disentangled import relative_rows
 from tests.golden import make_bert
 from tests.golden.make_encoders import CLASSES, DEBERTA, batch, make, run
+from tests.golden.tokenizer_texts import plain, texts
 
 pytestmark = [
   pytest.mark.parity,
@@ -94,6 +104,38 @@ def test_rows_of_relative_positions(buckets, farthest, length):
   span = buckets or farthest
   want = (far + span).clamp(0, 2 * span - 1).numpy()
   np.testing.assert_array_equal(relative_rows(length, buckets, farthest), want)
+
+
+def _vocabulary(special):
+  """Of unigrams, with scores; the special ones first, the unknown one last among them."""
+  made = Tokenizer(models.Unigram())
+  made.pre_tokenizer = pre_tokenizers.Metaspace()
+  trainer = trainers.UnigramTrainer(
+    vocab_size=400, special_tokens=special, unk_token=special[-1], show_progress=False
+  )
+  made.train_from_iterator(plain(), trainer)
+  return [tuple(item) for item in json.loads(made.to_str())["model"]["vocab"]]
+
+
+@pytest.mark.parametrize(
+  "kind, made, special",
+  [
+    ("xlm-roberta", XLMRobertaTokenizer, ["<s>", "<pad>", "</s>", "<unk>"]),
+    ("camembert", CamembertTokenizer, ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>"]),
+    ("deberta-v2", DebertaV2Tokenizer, ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]),
+  ],
+)
+def test_tokenizers_that_transformers_saves(kind, made, special, tmp_path):
+  made(vocab=_vocabulary(special)).save_pretrained(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+  ours, theirs = data.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+  assert isinstance(theirs, made)
+  assert [e.ids for e in ours.encodings(texts())] == theirs(texts())["input_ids"]
+  one, two = texts()[100:300], [text or "a" for text in texts()[300:500]]
+  found = data.encode(ours, data.Examples(one, two, np.zeros(200, np.int32)), 20)
+  want = theirs(one, two, max_length=20, truncation=True)["input_ids"]
+  assert found.ids.tolist() == [i for row in want for i in row]
+  assert ours.special == theirs.special_tokens_map
 
 
 _NAMES = {"distilbert": ["q_lin", "v_lin"], "deberta-v2": ["query_proj", "value_proj"]}
