@@ -48,6 +48,7 @@ def collect(
     ValueError: a trained array under an adapter or beside one; a weight in a module that is saved.
   """
   flat = paths.leaves(params)
+  always = trained is None or task_type in ("SEQ_CLS", "TOKEN_CLS")
   flags = {} if trained is None else paths.leaves(trained)
   chosen: dict[str, dict[str, np.ndarray]] = {}  # filled below
   bases: dict[str, np.ndarray] = {}
@@ -65,7 +66,7 @@ def collect(
         "modules that have none.\nSave the whole model instead, from pj.merge(params), or train "
         'with pj.chain(pj.lora(...), pj.unfreeze("head/.*")).'
       )
-    elif on or ((trained is None or task_type == "SEQ_CLS") and path.startswith("head/")):
+    elif on or (always and path.startswith("head/")):
       chosen.update({unit: {} for unit in units})
   for path, leaf in flat.items():
     for i, layer in enumerate(layers[path]):

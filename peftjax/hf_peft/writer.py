@@ -65,8 +65,8 @@ def save(
     trained: mask over `params`, as `method.trainable(params)` gives it: a module with a trained
       array is saved whole. Without it the head counts as trained and all other plain arrays as the
       base's.
-    task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; of a
-      decoder it is "CAUSAL_LM".
+    task_type: with "SEQ_CLS", and "TOKEN_CLS" of a head that labels tokens, peft's reader asks for
+      the head, so the head is always written; of a decoder it is "CAUSAL_LM".
     rslora: write `use_rslora`.
 
   Raises:

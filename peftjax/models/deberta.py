@@ -82,8 +82,8 @@ class Relative(flax.struct.PyTreeNode):
   """
 
   mask: AttentionMask
-  table_PD: jax.Array | None
-  rows_TT: jax.Array | None
+  table_PD: Any
+  rows_TT: Any
 
 
 class SelfAttention(nn.Module):
@@ -95,17 +95,17 @@ class SelfAttention(nn.Module):
   def __call__(self, x_BTD: jax.Array, shared: Relative, key: jax.Array | None) -> jax.Array:
     c = self.config
     keys = (None, None) if key is None else jax.random.split(key)
-    query, k, v = (Linear(c.width, name=name) for name in ("query", "key", "value"))
-    own = lambda name, shared: shared if c.shares_projections else Linear(c.width, name=name)
-    table = None
-    if shared.table_PD is not None:
-      table = dropout(keys[1], shared.table_PD, c.dropout)
+    q, k, v = (Linear(c.width, name=name) for name in ("query", "key", "value"))
+    table: Any = shared.table_PD
+    if c.c2p or c.p2c:
+      table = dropout(keys[1], table, c.dropout)
+    projection = lambda name, of: of if c.shares_projections else Linear(c.width, name=name)
     positions = (
-      own("pos_query", query)(table) if c.p2c else None,
-      own("pos_key", k)(table) if c.c2p else None,
+      projection("pos_query", q)(table) if c.p2c else None,
+      projection("pos_key", k)(table) if c.c2p else None,
     )
     return disentangled_attention(
-      *(query(x_BTD), k(x_BTD), v(x_BTD)),
+      *(q(x_BTD), k(x_BTD), v(x_BTD)),
       positions,
       shared.rows_TT,
       shared.mask.valid,

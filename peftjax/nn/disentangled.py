@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ def disentangled_attention(
   k_BTD: jax.Array,
   v_BTD: jax.Array,
   positions: tuple[jax.Array | None, jax.Array | None],
-  rows_TT: jax.Array | None,
+  rows_TT: Any,
   valid_BT: jax.Array,
   num_heads: int,
   *,

@@ -157,7 +157,8 @@ def test_lora_goes_to_peft_and_comes_back(case, scan, targets, tmp_path):
   model, params, load = _both(case, tmp_path, scan)
   method = pj.lora(2, 4) if targets is None else pj.lora(2, 4, targets)
   method = pj.chain(method, pj.unfreeze("head/.*"))
-  attached = method.attach(jax.random.key(0), params)
+  layout = pj.linen.layout(model, np.zeros((1, 4), np.int32))
+  attached = method.attach(jax.random.key(0), params, layout)
   mask = method.trainable(attached)
   rng = np.random.default_rng(5)
   drawn = jax.tree.map(

@@ -54,7 +54,7 @@ def test_a_run_of_two_steps(kind, fields, model_dir_of, run_once, config, tmp_pa
   """On a mesh, and the adapter and the new head are in its PEFT directory."""
   made = config(model__directory=str(model_dir_of(kind, fields)), train__steps=2)
   result = run_once(made, tmp_path / "run", mesh="data:2,fsdp:2,tensor:2")
-  assert 0 <= result["test"]["accuracy"] <= 1
+  assert 0 <= result["metrics"]["test"]["accuracy"] <= 1
   stored = safetensors_dir.TensorDir(tmp_path / "run" / "peft", "adapter_model").names()
   assert any("lora_A" in name for name in stored) and any("classifier" in name for name in stored)
 
