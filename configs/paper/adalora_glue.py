@@ -9,8 +9,8 @@ matrices (six a layer, as in the released scripts), from 12, 6, 4 or 2 at first.
 Seeds: the paper has the mean of five: --config.seed=0 to 4; the scripts have seed 6.
 
 DIR: the paper's model, DeBERTaV3-base, loaded and saved again by transformers, since its release
-has no model.safetensors and no tokenizer.json. RoBERTa-base, whose layers have the same shapes, will
-do too: the schedule and the counts are then the paper's, the scores are not.
+has no model.safetensors and no tokenizer.json. RoBERTa-base, whose layers have the same shapes,
+will do too: the schedule and the counts are then the paper's, the scores are not.
 Hardware: one V100. Time, table 15: 117 minutes an epoch of MNLI, 71 of SST-2.
 The paper's numbers for DeBERTaV3-base, dev set, table 1 (MNLI m/mm, QQP accuracy/F1):
        MNLI         SST-2  CoLA   QQP          QNLI   RTE    MRPC   STS-B

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 import peftjax as pj
-from peftjax import sharding
+from peftjax import hf_peft, sharding
 from peftjax.core import paths
 from peftjax.models import hf_config
 from peftjax.models.pretrained import load
@@ -121,6 +121,14 @@ def test_heads_of_tokens_and_of_texts_are_not_taken_for_each_other():
     ("encoder_electra", {"embedding_size": 12}, r"word_embeddings.weight has shape \(60, 10\)"),
     ("encoder_electra", {"is_decoder": True}, "is_decoder is True; only encoders"),
     ("encoder_xlm_roberta", {"pad_token_id": None}, "pad_token_id is None; positions start"),
+    ("encoder_deberta", {"conv_kernel_size": 3}, "conv_kernel_size is 3; the convolution"),
+    ("encoder_deberta", {"relative_attention": False}, "relative_attention False it must name n"),
+    ("encoder_deberta", {"pos_att_type": "c2p|p2p"}, "pos_att_type is 'c2p.p2p'; only c2p and"),
+    ("encoder_deberta", {"position_buckets": 60}, "position_buckets is 60; half of it must be"),
+    ("encoder_deberta", {"position_buckets": 2**40}, "position_buckets is 1099511627776; it must"),
+    ("encoder_deberta", {"embedding_size": 8}, "embedding_size is 8; only 16"),
+    ("encoder_deberta", {"norm_rel_ebd": "batch_norm"}, "norm_rel_ebd is 'batch_norm'; it must"),
+    ("encoder_deberta", {"pooler_hidden_act": "tanh"}, "pooler_hidden_act is 'tanh'; it must be"),
     ("encoder_camembert_token", {"position_embedding_type": "relative_key"}, "only absolute"),
   ],
 )
@@ -130,6 +138,23 @@ def test_what_is_not_computed_is_refused_before_a_weight_is_read(
   monkeypatch.setattr(jax, "eval_shape", None)
   with pytest.raises(ValueError, match=message):
     load(change(name, **fields))
+
+
+def test_a_peft_directory_says_what_its_head_labels(tmp_path):
+  """As peft calls the tasks; of the other kind it is not loaded, though the shapes are the same."""
+  model, params = pj.load_pretrained(GOLDEN / "encoder_bert_token", scan_layers=True)
+  layout = pj.linen.layout(model, np.zeros((1, 4), np.int32))
+  attached = pj.lora(2, 4).attach(jax.random.key(0), params, layout)
+  hf_peft.save(tmp_path, attached, model)
+  said = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert said["task_type"] == "TOKEN_CLS" and said["modules_to_save"] == ["classifier"]
+  loaded, _ = hf_peft.load(tmp_path, params, model)
+  jax.tree.map(np.testing.assert_array_equal, loaded, attached)
+  text = load(GOLDEN / "encoder_bert_token", num_labels=3, labels_of="text")
+  with pytest.raises(
+    ValueError, match="TOKEN_CLS', whose head labels each token, and .* each text"
+  ):
+    hf_peft.load(tmp_path, text.params, text.model)
 
 
 def test_discriminators_and_bodies_get_a_new_head(change):
