@@ -43,8 +43,8 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
   Raises:
     ValueError: adapters in params; a missing or damaged file; a config field that is not known, of
       another type, out of its range or of what is not read; a tensor missing, of another shape than
-      model and config mean, or without a place in them; NaN or infinite entries, which peft loads; a
-      head that labels texts, where the model's labels tokens, or the other way round.
+      model and config mean, or without a place in them; NaN or infinite entries, which peft loads;
+      a head that labels texts, where the model's labels tokens, or the other way round.
   """
   if nodes := attachments(params):
     raise ValueError(
