@@ -188,7 +188,9 @@ def test_lora_goes_to_peft_and_comes_back(case, scan, targets, tmp_path):
 @pytest.mark.parametrize("case", _PEFT, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_pefts_lora_in_ours(case, scan, tmp_path):
   model, params, load = _both(case, tmp_path, scan)
-  config = LoraConfig(task_type=_TYPES[case[1]], r=3, target_modules="all-linear")
+  # peft leaves a head that it saves whole out of "all-linear" for some tasks and names alone.
+  apart = dict(exclude_modules=".*classifier.*")
+  config = LoraConfig(task_type=_TYPES[case[1]], r=3, target_modules="all-linear", **apart)
   theirs = get_peft_model(load(), config)
   make_bert.draw(theirs, 5, "lora_")
   make_bert.draw(theirs, 6, "modules_to_save")
