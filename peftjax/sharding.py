@@ -29,9 +29,9 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 # Path pattern to the mesh axes of the *last* axes of the dense array; stacked layers before them
 # are not split. Megatron's pairing: what widens splits its outputs, what narrows its inputs.
 RULES: Rules = (
-  (r".*/(query|key|value)/kernel", ("fsdp", "tensor")),
+  (r".*/(pos_)?(query|key|value)/kernel", ("fsdp", "tensor")),
   (r".*/intermediate/dense/kernel", ("fsdp", "tensor")),
-  (r".*/(query|key|value|intermediate/dense)/bias", ("tensor",)),
+  (r".*/((pos_)?(query|key|value)|intermediate/dense)/bias", ("tensor",)),
   (r".*/output/dense/kernel", ("tensor", "fsdp")),
   (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", ("fsdp", "tensor")),
   (r".*/(q|k|v|gate|up)_proj/bias", ("tensor",)),

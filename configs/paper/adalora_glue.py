@@ -8,8 +8,9 @@ budget: 576, 288, 144 or 72 triplets at the end, which is a rank of 8, 4, 2 or 1
 matrices (six a layer, as in the released scripts), from 12, 6, 4 or 2 at first.
 Seeds: the paper has the mean of five: --config.seed=0 to 4; the scripts have seed 6.
 
-The paper's model, DeBERTaV3-base, has relative positions that no model here has. Give RoBERTa-base,
-whose layers have the same shapes: the schedule and the counts are the paper's, the scores are not.
+DIR: the paper's model, DeBERTaV3-base, loaded and saved again by transformers, since its release
+has no model.safetensors and no tokenizer.json. RoBERTa-base, whose layers have the same shapes,
+will do too: the schedule and the counts are then the paper's, the scores are not.
 Hardware: one V100. Time, table 15: 117 minutes an epoch of MNLI, 71 of SST-2.
 The paper's numbers for DeBERTaV3-base, dev set, table 1 (MNLI m/mm, QQP accuracy/F1):
        MNLI         SST-2  CoLA   QQP          QNLI   RTE    MRPC   STS-B

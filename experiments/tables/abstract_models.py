@@ -1,7 +1,8 @@
 """The papers' models at full size as trees of shapes; no array is made.
 
-Families of ours go through their modules. What belongs to no family of ours (DeBERTa, BART, T5) is
-described kernel by kernel: a method is a transform of a tree, so that is all it needs.
+Families of ours go through their modules. BART, T5 and DeBERTa, of which one has a convolution that
+ours has not, are described kernel by kernel: a method is a transform of a tree, so that is all it
+needs.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def _gemma(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str])
 
 _END = "<|endoftext|>"
 
-KINDS: Mapping[str, Kind] = {
+KINDS: dict[str, Kind] = {
   "BertTokenizer": Kind(
     ("vocab.txt",),
     _bert,
@@ -227,11 +227,16 @@ KINDS: Mapping[str, Kind] = {
   ),
 }
 
+KINDS["DistilBertTokenizer"] = KINDS["BertTokenizer"]._replace(typed=False)
+
 # Whatever a directory of these says, and what it is taken for where it says nothing.
 _FIXED = {"qwen2": "Qwen2Tokenizer", "mistral": "", "phi3": ""}
 _REGISTERED = {
-  "bert": "BertTokenizer",
+  **dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer"),
   "roberta": "RobertaTokenizer",
+  "xlm-roberta": "XLMRobertaTokenizer",
+  "camembert": "CamembertTokenizer",
+  "deberta-v2": "DebertaV2Tokenizer",
   "gpt2": "GPT2Tokenizer",
   "qwen3": "Qwen2Tokenizer",
   "gemma2": "GemmaTokenizer",

@@ -17,6 +17,7 @@ from peftjax.hf_peft import virtual
 from peftjax.hf_peft.codecs import codec_of
 from peftjax.hf_peft.fields import Virtual
 from peftjax.hf_peft.plan import EMBEDDINGS, HEAD, STEM, Plan, Site
+from peftjax.hf_peft.whole import LABELS_OF
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.methods.codec import Source
 from peftjax.models.pretrained import FAMILIES, stack_of
@@ -42,7 +43,8 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
   Raises:
     ValueError: adapters in params; a missing or damaged file; a config field that is not known, of
       another type, out of its range or of what is not read; a tensor missing, of another shape than
-      model and config mean, or without a place in them; NaN or infinite entries, which peft loads.
+      model and config mean, or without a place in them; NaN or infinite entries, which peft loads;
+      a head that labels texts, where the model's labels tokens, or the other way round.
   """
   if nodes := attachments(params):
     raise ValueError(
@@ -53,6 +55,7 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
       raise ValueError(f"{path} has an adapter already: load into the base model's params")
   shape = lambda config, where: virtual.shape_of(config, model.config, where)
   reader = Reader(directory, params, FAMILIES[model.config.family], shape)
+  _check_task(reader.config.task_type, model.config, reader.plan.where)
   loaded = paths.map_leaves(reader.leaf, reader.base(params))
   if lenders := reader.shared():
     loaded = shared.add(loaded, lenders)
@@ -70,6 +73,16 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     return mask.replace(**dict.fromkeys([*own, *["base"] * (path in reader.rebased)], True))
 
   return loaded, paths.map_leaves(flags, loaded)
+
+
+def _check_task(task_type: str | None, model: Any, where: str) -> None:
+  """Raises if the adapter's head labels texts and the model's tokens, or the other way round."""
+  theirs, own = LABELS_OF.get(task_type or ""), getattr(model, "labels_of", None)
+  if theirs and own and theirs != own:
+    raise ValueError(
+      f"{where} has task_type {task_type!r}, whose head labels each {theirs}, and this model's "
+      f'labels each {own}. Load the base with load_pretrained(..., labels_of="{theirs}").'
+    )
 
 
 class Reader:

@@ -82,7 +82,7 @@ def shape_of(config: Virtual, model: Any, where: str) -> tuple[int, int]:
   is_prompt = config.peft_type == "PROMPT_TUNING"
   heads = model.heads if is_prompt else _kv_heads(model)
   size = getattr(model, "head_size", model.width // model.heads)
-  width = model.width if is_prompt else heads * size
+  width = getattr(model, "table_width", model.width) if is_prompt else heads * size
   for field, own in (
     ("token_dim", width),
     # Of a prompt no one asks for its heads, and older files of ours have those of the keys.

@@ -14,6 +14,9 @@ from peftjax.hf_peft.plan import BASES, HEAD
 from peftjax.models.names import turned
 from peftjax.models.pretrained import stack_of
 
+# What the head labels that each of peft's tasks has, in a model's `labels_of`.
+LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token"}
+
 
 class Whole(NamedTuple):
   """Arrays to save as they are.
@@ -48,6 +51,7 @@ def collect(
     ValueError: a trained array under an adapter or beside one; a weight in a module that is saved.
   """
   flat = paths.leaves(params)
+  always = trained is None or task_type in LABELS_OF
   flags = {} if trained is None else paths.leaves(trained)
   chosen: dict[str, dict[str, np.ndarray]] = {}  # filled below
   bases: dict[str, np.ndarray] = {}
@@ -65,7 +69,7 @@ def collect(
         "modules that have none.\nSave the whole model instead, from pj.merge(params), or train "
         'with pj.chain(pj.lora(...), pj.unfreeze("head/.*")).'
       )
-    elif on or ((trained is None or task_type == "SEQ_CLS") and path.startswith("head/")):
+    elif on or (always and path.startswith("head/")):
       chosen.update({unit: {} for unit in units})
   for path, leaf in flat.items():
     for i, layer in enumerate(layers[path]):

@@ -66,7 +66,7 @@ def save(
       array is saved whole. Without it the head counts as trained and all other plain arrays as the
       base's.
     task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; of a
-      decoder it is "CAUSAL_LM".
+      head that labels tokens it is "TOKEN_CLS", of a decoder "CAUSAL_LM".
     rslora: write `use_rslora`.
 
   Raises:
@@ -93,6 +93,8 @@ def save(
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
     task_type = "CAUSAL_LM"
+  if task_type == "SEQ_CLS" and getattr(model.config, "labels_of", "text") == "token":
+    task_type = "TOKEN_CLS"
   saved = whole.collect(bare, flags, family, task_type, adapters)
   common: Any = dict(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model

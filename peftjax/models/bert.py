@@ -1,10 +1,10 @@
-"""BERT and RoBERTa encoders with a classification or regression head."""
+"""Encoders of BERT's layers, with a head that labels texts or each of their tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peftjax.core.dropout import dropout
 from peftjax.models import hf_config, limits
+from peftjax.models.encoder_heads import Head
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
 from peftjax.nn import virtual
@@ -26,11 +27,44 @@ from peftjax.nn.residual import Residual
 # Parameters a checkpoint may lack, because they are new with the task, ...
 NEW = r"head/.*|bert/pooler/.*"
 # ... and tensors it may have that a classifier does not use: buffers and pretraining heads.
-UNUSED = r".*position_ids|cls\..*|lm_head\..*|(roberta\.)?pooler\..*"
+UNUSED = (
+  r".*position_ids|cls\..*|lm_head\..*|((bert|roberta)\.)?pooler\..*"
+  r"|(discriminator|generator)_(predictions|lm_head)\..*"
+)
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
 # What the layers are numbered in, of a tensor's name.
 LAYER = r"(.*\.)?encoder\.layer\.(\d+)\..*"
+
+
+class Kind(NamedTuple):
+  """What tells the encoders apart that have these layers.
+
+  Attributes:
+    body: the name of the body, in the parameter tree and in files.
+    head: of whole texts, a key of `encoder_heads.HEADS`.
+    pads_first: positions start behind the padding id, and padding has its own.
+    pools: the body has a `Pooler`, which the head of whole texts reads.
+    drops_attention: there is dropout behind the attention's output projection.
+  """
+
+  body: str
+  head: str
+  pads_first: bool = False
+  pools: bool = False
+  drops_attention: bool = True
+
+
+_ROBERTA = Kind("roberta", "tanh", pads_first=True)
+KINDS: Mapping[str, Kind] = {
+  "bert": Kind("bert", "plain", pools=True),
+  "roberta": _ROBERTA,
+  "xlm-roberta": _ROBERTA,
+  "camembert": _ROBERTA,
+  "electra": Kind("electra", "gelu"),
+  "distilbert": Kind("distilbert", "relu", drops_attention=False),
+  "deberta-v2": Kind("deberta", "context"),
+}
 
 
 def hf_name(path: str) -> str:
@@ -46,7 +80,7 @@ def hf_name(path: str) -> str:
 class BertConfig:
   """The shape of a model; one letter is what the shapes in this file are named by."""
 
-  family: str  # "bert" or "roberta": also the name of the body in the parameter tree
+  family: str  # the model type, a key of `KINDS`
   vocab: int  # V
   width: int  # D
   layers: int  # L
@@ -61,6 +95,9 @@ class BertConfig:
   head_dropout: float
   pad_id: int
   labels: int  # outputs of the head; 1 is a regression
+  labels_of: str = "text"  # or "token": what the head gives labels to
+  embedding: int | None = None  # E, the width of the tables, if that is not D
+  absolute: bool = True  # there is a table of positions
   scan_layers: bool = False
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
 
@@ -79,7 +116,6 @@ class BertConfig:
       ValueError: on a field this encoder does not have, or out of range; see `hf_config`.
     """
     said = hf_config.read(config, where)
-    hidden, head = said.hidden_dropout_prob, said.classifier_dropout
     fields = dict(
       family=said.model_type,
       vocab=said.vocab_size,
@@ -91,27 +127,36 @@ class BertConfig:
       types=said.type_vocab_size,
       activation=said.hidden_act,
       eps=said.layer_norm_eps,
-      dropout=hidden,
+      dropout=said.hidden_dropout_prob,
       attention_dropout=said.attention_probs_dropout_prob,
-      head_dropout=hidden if head is None else head,
+      head_dropout=said.head_dropout(overrides.get("labels_of", "text")),
+      embedding=said.embedding_width,
       pad_id=said.padding,
       labels=said.labels,
     )
     return cls(**{**fields, **overrides})
 
   @property
+  def kind(self) -> Kind:
+    return KINDS[self.family]
+
+  @property
   def table(self) -> str:
     """The path of the table of words."""
-    return f"{self.family}/embeddings/word_embeddings/embedding"
+    return f"{self.kind.body}/embeddings/word_embeddings/embedding"
+
+  @property
+  def table_width(self) -> int:
+    return self.embedding or self.width
 
   @property
   def max_length(self) -> int:
     """Longest sequence: RoBERTa's positions start behind the padding id."""
-    return self.positions - (self.pad_id + 1 if self.family == "roberta" else 0)
+    return self.positions - (self.pad_id + 1 if self.kind.pads_first else 0)
 
 
 class Embeddings(nn.Module):
-  """Sum of word, position and type embeddings, normalised."""
+  """Sum of word, position and type embeddings, as far as there are, normalised."""
 
   config: BertConfig
 
@@ -119,19 +164,22 @@ class Embeddings(nn.Module):
   def __call__(
     self, tokens_BT: jax.Array, types_BT: jax.Array, key: jax.Array | None, prompt: Any, shift: int
   ) -> jax.Array:
-    """`[B, P + T, D]`: behind the prompt, if any, and all positions `shift` on."""
+    """`[B, P + T, E]`: behind the prompt, if any, and all positions `shift` on."""
     c = self.config
-    x = Embedding(c.vocab, c.width, c.dtype, name="word_embeddings")(tokens_BT)
+    look_up = lambda name, size, ids: Embedding(size, c.table_width, c.dtype, name=name)(ids)
+    x = look_up("word_embeddings", c.vocab, tokens_BT)
     real = (tokens_BT != c.pad_id).astype(jnp.int32)
     if prompt is not None:
       x, length = prompt.put_before(x), prompt.length
       types_BT, real = (virtual.before(n, y, length) for n, y in ((0, types_BT), (1, real)))
-    if c.family == "roberta":
+    if c.kind.pads_first:
       positions = (jnp.cumsum(real, axis=1) + shift) * real + c.pad_id
     else:
       positions = jnp.arange(shift, shift + x.shape[1])[None, :]
-    x = x + Embedding(c.types, c.width, c.dtype, name="token_type_embeddings")(types_BT)
-    x = x + Embedding(c.positions, c.width, c.dtype, name="position_embeddings")(positions)
+    if c.types:
+      x = x + look_up("token_type_embeddings", c.types, types_BT)
+    if c.absolute:
+      x = x + look_up("position_embeddings", c.positions, positions)
     return dropout(key, LayerNorm(c.eps, name="LayerNorm")(x), c.dropout)
 
 
@@ -152,11 +200,13 @@ class Output(nn.Module):
   """LayerNorm(residual + dropout(dense(x)))."""
 
   config: BertConfig
+  drops: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array, residual: jax.Array, key: jax.Array | None) -> jax.Array:
     y = Linear(self.config.width, name="dense")(x)
-    y = Residual(name="residual")(dropout(key, y, self.config.dropout), residual)
+    y = dropout(key, y, self.config.dropout) if self.drops else y
+    y = Residual(name="residual")(y, residual)
     return LayerNorm(self.config.eps, name="LayerNorm")(y)
 
 
@@ -164,11 +214,12 @@ class Attention(nn.Module):
   """Self-attention and its output projection."""
 
   config: BertConfig
+  inner: type[nn.Module]
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: AttentionMask, keys: Any) -> jax.Array:
-    y = SelfAttention(self.config, name="self")(x, mask, keys[0])
-    return Output(self.config, name="output")(y, x, keys[1])
+  def __call__(self, x: jax.Array, mask: Any, keys: Any) -> jax.Array:
+    y = self.inner(self.config, name="self")(x, mask, keys[0])
+    return Output(self.config, self.config.kind.drops_attention, name="output")(y, x, keys[1])
 
 
 class Intermediate(nn.Module):
@@ -182,14 +233,16 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-  """One block; a scan step: (x, key, inputs) to (x, None)."""
+  """One block; a scan step: (x, key, what `SELF` takes) to (x, None)."""
 
   config: BertConfig
 
+  SELF: ClassVar[type[nn.Module]] = SelfAttention
+
   @nn.compact
-  def __call__(self, x: jax.Array, key: jax.Array | None, mask: AttentionMask) -> Any:
+  def __call__(self, x: jax.Array, key: jax.Array | None, mask: Any) -> Any:
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    x = Attention(self.config, name="attention")(x, mask, keys[:2])
+    x = Attention(self.config, self.SELF, name="attention")(x, mask, keys[:2])
     y = Intermediate(self.config, name="intermediate")(x)
     return Output(self.config, name="output")(y, x, keys[2]), None
 
@@ -206,9 +259,14 @@ class Encoder(nn.Module):
 
 
 class Body(nn.Module):
-  """Tokens to the last hidden state `[B, T, D]` and, for BERT, the pooled first token."""
+  """Tokens to the last hidden state `[B, T, D]` and what the head reads.
+
+  That is the first token, BERT's pooled, or of a head that labels tokens all of them.
+  """
 
   config: BertConfig
+
+  ENCODER: ClassVar[type[nn.Module]] = Encoder
 
   @nn.compact
   def __call__(self, tokens: jax.Array, mask: jax.Array, types: jax.Array, key: Any) -> Any:
@@ -218,10 +276,14 @@ class Body(nn.Module):
     visible = AttentionMask(virtual.before(True, mask, length))
     shift = virtual.prefix_length(self)
     x = Embeddings(c, name="embeddings")(tokens, types, keys[0], prompt, shift)
-    x_BTD = Encoder(c, name="encoder")(x, visible, keys[1])
+    if c.table_width != c.width:
+      x = Linear(c.width, name="embeddings_project")(x)
+    x_BTD = self.ENCODER(c, name="encoder")(x, visible, keys[1])
+    text_BTD = x_BTD[:, length:]
+    if c.labels_of == "token":
+      return text_BTD, text_BTD
     # As in PEFT, the first token is a virtual one where there is a prompt.
-    first = x_BTD[:, 0] if c.family == "roberta" else Pooler(c, name="pooler")(x_BTD)
-    return x_BTD[:, length:], first
+    return text_BTD, Pooler(c, name="pooler")(x_BTD) if c.kind.pools else x_BTD[:, 0]
 
 
 class Pooler(nn.Module):
@@ -234,36 +296,12 @@ class Pooler(nn.Module):
     return jnp.tanh(Linear(self.config.width, name="dense")(x_BTD[:, 0]))
 
 
-class RobertaHead(nn.Module):
-  """RoBERTa's classifier: dropout, dense, tanh, dropout, projection."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(self, x_BD: jax.Array, keys: Any) -> jax.Array:
-    c = self.config
-    x = jnp.tanh(Linear(c.width, name="dense")(dropout(keys[0], x_BD, c.head_dropout)))
-    return Linear(c.labels, name="out_proj")(dropout(keys[1], x, c.head_dropout))
-
-
-class Head(nn.Module):
-  """Features of the first token to logits `[B, labels]`."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(self, x_BD: jax.Array, key: jax.Array | None) -> jax.Array:
-    c = self.config
-    keys = (None, None) if key is None else jax.random.split(key)
-    if c.family == "roberta":
-      return RobertaHead(c, name="classifier")(x_BD, keys)
-    return Linear(c.labels, name="classifier")(dropout(keys[0], x_BD, c.head_dropout))
-
-
 class BertClassifier(nn.Module):
-  """An encoder and a task head; parameters `{config.family: ..., "head": ...}`."""
+  """An encoder and a task head; parameters `{config.kind.body: ..., "head": ...}`."""
 
   config: BertConfig
+
+  BODY: ClassVar[type[nn.Module]] = Body
 
   @nn.compact
   def __call__(
@@ -274,8 +312,10 @@ class BertClassifier(nn.Module):
     *,
     train: bool = False,
     hidden: bool = False,
-  ) -> Float[Array, "B K"] | tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
-    """Logits, float32; for a regression K = 1.
+  ) -> Float[Array, "B *T K"] | tuple[Float[Array, "B T D"], Float[Array, "B *T D"]]:
+    """Logits of each text or, if `config.labels_of` is "token", token; float32.
+
+    For a regression K = 1.
 
     Args:
       tokens: ids below the vocabulary's size.
@@ -290,9 +330,9 @@ class BertClassifier(nn.Module):
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     types = jnp.zeros_like(tokens) if types is None else types
     keys = jax.random.split(self.make_rng("dropout")) if train else (None, None)
-    x_BTD, first_BD = Body(c, name=c.family)(tokens, mask, types, keys[0])
-    logits = Head(c, name="head")(first_BD, keys[1]).astype(jnp.float32)
-    return (x_BTD, first_BD) if hidden else logits
+    x_BTD, read = self.BODY(c, name=c.kind.body)(tokens, mask, types, keys[0])
+    logits = Head(c, name="head")(read, keys[1]).astype(jnp.float32)
+    return (x_BTD, read) if hidden else logits
 
 
 # What `pretrained` makes a model of this family with.

@@ -9,20 +9,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peftjax.core import ranges
 from peftjax.io.safetensors_dir import file_of
-from peftjax.models import hf_config
+from peftjax.models.encoder_configs import Encoder
 
-# How classes are named that have the head which is loaded here, and that have none of a task.
-_ENCODERS = (
-  ("ForSequenceClassification",),
-  ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM"),
-)
+# How classes end that have a head which is loaded here, and that have none of a task.
+_LABELS_OF: Mapping[str, str] = {
+  "text": "ForSequenceClassification",
+  "token": "ForTokenClassification",
+}
+_NO_TASK = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
 _DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
 _GPT2 = (("LMHeadModel",), ("Model",))
 # How they begin.
 _NAMES: Mapping[str, str] = {
   "bert": "Bert",
   "roberta": "Roberta",
+  "xlm-roberta": "XLMRoberta",
+  "camembert": "Camembert",
+  "electra": "Electra",
+  "distilbert": "DistilBert",
+  "deberta-v2": "DebertaV2",
   "llama": "Llama",
   "mistral": "Mistral",
   "qwen2": "Qwen2",
@@ -34,44 +41,75 @@ _NAMES: Mapping[str, str] = {
 }
 
 
-def of_another_task(fields: Any, where: str, *, new: bool) -> bool:
-  """Whether the file's head is another task's, so that one of the same name must not be loaded.
+class Head(NamedTuple):
+  """What a model's head is to be.
+
+  Attributes:
+    labels_of: of an encoder, "text" or "token": what it gives labels to; None of a decoder.
+    foreign: the head in the files is another task's, so that one of its name must not be loaded.
+  """
+
+  labels_of: str | None
+  foreign: bool = False
+
+
+def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
+  """The head, by the class that the file names; without one, an encoder's is of whole texts.
 
   Args:
     fields: of `hf_config.read`.
     where: the file they are from.
+    asked: what the head of an encoder shall label; by default what the file's does.
     new: a new head was asked for.
 
   Raises:
-    ValueError: if there is such a head and no new one was asked for, or the class is none of this
-      model type.
+    ValueError: if the file's head is of another task than asked, and no new one was asked for, or
+      the class is none of this model type.
   """
+  if asked is not None:
+    ranges.one_of("labels_of", asked, _LABELS_OF)
+  ends = _ends(fields, where)
+  named = " and ".join(fields.architectures or ())
+  if not isinstance(fields, Encoder):
+    _check_decoder(fields.model_type, ends, named, where)
+    return Head(None)
+  found = next((of for of, end in _LABELS_OF.items() if end in ends), None)
+  if all(end in _NO_TASK for end in ends) or (found and found == (asked or found)):
+    return Head(asked or found or "text")
+  if not new:
+    wanted = "each token" if asked == "token" else "whole texts"
+    raise ValueError(
+      f"{where}: architectures is {named}, whose head is none for {wanted}. Write "
+      "load_pretrained(..., num_labels=...) for a new head on this body."
+    )
+  return Head(asked or "text", foreign=True)
+
+
+def _ends(fields: Any, where: str) -> list[str]:
+  """How the classes of a file end, behind the name of the model type."""
   if not fields.architectures:
-    return False
-  named = " and ".join(fields.architectures)
-  decoder = not isinstance(fields, hf_config.Bert)
+    return []
   prefix = _NAMES[fields.model_type]
-  own, neutral = (_GPT2 if prefix == "GPT2" else _DECODERS) if decoder else _ENCODERS
   kinds = [name for name in fields.architectures if name.lower().startswith(prefix.lower())]
   if not kinds:
     raise ValueError(
-      f"{where}: architectures is {named}, and model_type {fields.model_type!r} means {prefix}...: "
-      "other models differ from it, if only in a factor. It is not supported."
+      f"{where}: architectures is {' and '.join(fields.architectures)}, and model_type "
+      f"{fields.model_type!r} means {prefix}...: other models differ from it, if only in a factor. "
+      "It is not supported."
     )
-  ends = [name[len(prefix) :].removeprefix("Text") for name in kinds]  # Gemma 3's for texts alone
+  # Gemma 3's for texts alone have a word more.
+  return [name[len(prefix) :].removeprefix("Text") for name in kinds]
+
+
+def _check_decoder(model_type: str, ends: list[str], named: str, where: str) -> None:
+  prefix = _NAMES[model_type]
+  own, neutral = _GPT2 if prefix == "GPT2" else _DECODERS
   if any(end in own for end in ends) or all(end in neutral for end in ends):
-    return False
-  if decoder:
-    raise ValueError(
-      f"{where}: architectures is {named}, whose head is not read; only "
-      f"{' and '.join(prefix + end for end in own)} are. Take a checkpoint of such a class."
-    )
-  if not new:
-    raise ValueError(
-      f"{where}: architectures is {named}, whose head is none for whole texts. Write "
-      "load_pretrained(..., num_labels=...) for a new head on this body."
-    )
-  return True
+    return
+  raise ValueError(
+    f"{where}: architectures is {named}, whose head is not read; only "
+    f"{' and '.join(prefix + end for end in own)} are. Take a checkpoint of such a class."
+  )
 
 
 class Words(NamedTuple):

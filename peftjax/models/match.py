@@ -18,7 +18,7 @@ from peftjax.models.names import turned
 Tensors = TensorDir | BnbDir | GGUFFile
 
 # Of heads of other tasks, which share the name of ours or have one of their own.
-OTHER_HEADS = r"(classifier|qa_outputs)\..*"
+OTHER_HEADS = r"(pre_classifier|classifier|pooler|qa_outputs)\..*"
 
 
 class Matched(NamedTuple):
@@ -61,7 +61,10 @@ def check_sizes(tensors: Tensors, family: Any, config: Any, where: str, table: s
       f"{count}" + (f": the last is that of {last}" if last else "")
     )
   if table is not None:
-    got, want = tensors.info(table).shape, (config.vocab, config.width)
+    got, want = (
+      tensors.info(table).shape,
+      (config.vocab, getattr(config, "table_width", config.width)),
+    )
     if got != want:
       raise ValueError(_misshapen(tensors, table, got, want, where))
 

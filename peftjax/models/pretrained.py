@@ -21,7 +21,7 @@ from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, gpt2, heads, hf_config, llama
+from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama
 from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
@@ -38,6 +38,11 @@ HEAD = "lm_head.weight"  # of a decoder
 FAMILIES: Mapping[str, Any] = {
   "bert": bert,
   "roberta": bert,
+  "xlm-roberta": bert,
+  "camembert": bert,
+  "electra": bert,
+  "distilbert": distilbert,
+  "deberta-v2": deberta,
   "llama": llama,
   "mistral": llama,
   "qwen2": llama,
@@ -66,6 +71,7 @@ def load_pretrained(
   directory: str | Path,
   *,
   num_labels: int | None = None,
+  labels_of: str | None = None,
   scan_layers: bool = False,
   remat: bool | str = False,
   dtype: Any = jnp.float32,
@@ -85,6 +91,8 @@ def load_pretrained(
     num_labels: outputs of the head, 1 for a regression; a decoder then scores texts by their last
       token. By default the checkpoint's: of a decoder, none unless its class has such a head. A
       head of this size in the checkpoint is loaded, otherwise a new one is drawn.
+    labels_of: of an encoder: "text", or "token" for labels of each token. By default what the head
+      in the files labels, and "text" where there is none.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
     remat: of a decoder: keep only each layer's input for the backward pass and compute the rest
       again ("gradient checkpointing"); True or "layer". "products" keeps what products with weights
@@ -106,6 +114,8 @@ def load_pretrained(
   options: dict[str, Any] = dict(scan_layers=scan_layers, dtype=dtype)
   if remat:
     options["remat"] = remat
+  if labels_of is not None:
+    options["labels_of"] = labels_of
   pretrained = load(
     directory, num_labels, key=key, quant=quant, where=where, mesh=mesh, rules=rules, **options
   )
@@ -139,7 +149,10 @@ def load(
   allowed = {field.name for field in dataclasses.fields(family.CONFIG)}
   if strange := set(options) - allowed:
     raise ValueError(f"a model of type {fields.model_type} has no {', '.join(sorted(strange))}")
-  foreign = heads.of_another_task(fields, said, new=num_labels is not None)
+  asked = options.get("labels_of")
+  head = heads.of_files(fields, said, asked=asked, new=num_labels is not None)
+  if head.labels_of is not None:
+    options["labels_of"] = head.labels_of
   settings = family.CONFIG.from_hf(config, said, **options)
   body, available = body_of(family, settings), set(tensors.names())
   words = heads.Words(*(find(n, available, body) for n in (family.hf_name(settings.table), HEAD)))
@@ -158,7 +171,7 @@ def load(
     abstract,
     said,
     resize=num_labels is not None,
-    skip_head=foreign,
+    skip_head=head.foreign,
     others=others,
   )
   formats = dict.fromkeys(chosen - set(new), quant) if quant else {}

@@ -44,6 +44,8 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
   """Loads the model and attaches the method; on a mesh every array is made in its place."""
   key = jax.random.key(settings.seed)
   model = settings.model
+  # Of a task with outputs of its own each text has labels, whatever the head in the files labels.
+  head: dict[str, Any] = {} if outputs is None else {"labels_of": "text"}
   module, params, new = pretrained.load(
     model.path(),
     outputs,
@@ -52,6 +54,7 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
     where=settings.quant.targets,
     mesh=mesh,
     rules=settings.sharding_rules(),
+    **head,
     **model.options(),
   )
   method = settings.build_method()

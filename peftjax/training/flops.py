@@ -125,7 +125,7 @@ def _decodes(config: Any) -> bool:
 def _parts(
   c: Any, whole: Any, train: Any, rows: int, length: int, seen_length: int
 ) -> tuple[_Part, _Part, _Part]:
-  """The body, the decoder's head, and what reads the first token."""
+  """The body, the decoder's head, and what reads the first token, or labels every one."""
   tied = jax.eval_shape(tree.tie, whole)  # VeRA's factors are shared
   trained = paths.leaves(train)
   sums = {part: [0, 0] for part in ("body", "head", "first")}
@@ -139,7 +139,8 @@ def _parts(
   if words and not any(path.startswith("lm_head/kernel") for path in paths.leaves(tied)):
     sums["head"][0] += c.vocab * c.width
     sums["head"][1] += c.vocab * c.width * bool(_arrays(trained.get(c.table)) & {"", "base"})
-  tokens = {"body": rows * seen_length, "head": rows * length, "first": rows}
+  labelled = length if getattr(c, "labels_of", "text") == "token" else 1
+  tokens = {"body": rows * seen_length, "head": rows * length, "first": rows * labelled}
   body, head, first = (_Part(tokens[part], *sums[part]) for part in sums)
   return body, head, first
 

@@ -12,7 +12,7 @@ import pytest
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.methods.lora_weight import LoRA
-from peftjax.models import bert
+from peftjax.models import bert, encoder_heads
 from peftjax.models.bert import BertClassifier, BertConfig, hf_name
 from tests.core.programs import jit
 from tests.models import tiny
@@ -70,8 +70,11 @@ def test_two_steps_draw_different_masks_and_evaluation_draws_none(layers):
   np.testing.assert_array_equal(still, forward(tiny.config(**how), params, train=False))
 
 
-@pytest.mark.parametrize("family, heads", [("bert", 1), ("roberta", 2)])
-def test_every_place_of_dropout_has_its_own_key_and_rate(family, heads, monkeypatch):
+@pytest.mark.parametrize(
+  "family, outputs, heads",
+  [("bert", 2, 1), ("roberta", 2, 2), ("electra", 2, 2), ("distilbert", 1, 1)],
+)
+def test_every_place_of_dropout_has_its_own_key_and_rate(family, outputs, heads, monkeypatch):
   """As transformers has them: embeddings, probabilities and two outputs a layer, the head."""
   seen = []
 
@@ -83,7 +86,8 @@ def test_every_place_of_dropout_has_its_own_key_and_rate(family, heads, monkeypa
   def attention(q, k, v, bias, num_heads, *, key, rate):
     return note(key, v, rate)
 
-  monkeypatch.setattr(bert, "dropout", note)
+  for module in (bert, encoder_heads):
+    monkeypatch.setattr(module, "dropout", note)
   monkeypatch.setattr(bert, "attention", attention)
   rates = dict(dropout=0.1, attention_dropout=0.2, head_dropout=0.3)
   config = tiny.config(family=family, pad_id=int(family == "roberta"), **rates)
@@ -91,7 +95,7 @@ def test_every_place_of_dropout_has_its_own_key_and_rate(family, heads, monkeypa
   params = jax.eval_shape(lambda: model.init(KEY, tiny.TOKENS)["params"])
   params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
   pj.apply(model, params, tiny.TOKENS, train=True, rngs={"dropout": KEY})
-  assert collections.Counter(rate for rate, _ in seen) == {0.1: 1 + 2 * 2, 0.2: 2, 0.3: heads}
+  assert collections.Counter(rate for rate, _ in seen) == {0.1: 1 + 2 * outputs, 0.2: 2, 0.3: heads}
   assert len(set(seen)) == len({key for _, key in seen}) == len(seen)
 
 

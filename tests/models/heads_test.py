@@ -138,8 +138,8 @@ def test_a_head_of_another_task_is_not_taken_for_a_classifier(name, kind, change
 
   directory = change(name, tensors, architectures=[kind])
   with pytest.raises(ValueError, match=f"config.json: architectures is {kind}.*num_labels"):
-    load(directory)
-  made = load(directory, num_labels=3)
+    load(directory, labels_of="text")
+  made = load(directory, num_labels=3, labels_of="text")
   heads = [path for path in paths.leaves(made.params) if path.startswith("head/")]
   assert set(heads) <= set(made.new)
   assert all(np.abs(x).max() < 1 for x in jax.tree.leaves(made.params["head"]))

@@ -18,6 +18,7 @@ RESOLVED = {
   "rope_parameters": lambda said: rotary(said),
   "rope_scaling": lambda said: rotary(said),
   "layer_types": lambda said: said.types,
+  "pooler_hidden_size": lambda said: said.pooler_hidden_size or said.hidden_size,
 }
 
 
