@@ -33,6 +33,7 @@ from peftjax.methods.unfreeze import unfreeze
 from peftjax.methods.vera import vera
 from peftjax.models.generate import generate
 from peftjax.models.pretrained import load_pretrained
+from peftjax.models.saved import save_pretrained
 from peftjax.quant.transform import quantize
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
   "quantize",
   "ranks",
   "save_peft",
+  "save_pretrained",
   "select",
   "sharding",
   "to_lora",

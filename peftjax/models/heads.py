@@ -29,6 +29,13 @@ _NAMES: Mapping[str, str] = {
 }
 
 
+def architecture(model_type: str) -> str:
+  """The class in transformers that computes what the model that is loaded here does."""
+  if model_type in ("bert", "roberta"):
+    return _NAMES[model_type] + _ENCODERS[0][0]
+  return _NAMES[model_type] + _DECODERS[0][model_type == "gpt2"]
+
+
 def of_another_task(fields: Any, where: str, *, new: bool) -> bool:
   """Whether the file's head is another task's, so that one of the same name must not be loaded.
 
