@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import operator
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,10 +35,10 @@ BESIDE = (
 
 
 def save_pretrained(
-  directory: str | os.PathLike,
+  directory: str | Path,
   params: Any,
   *,
-  of: str | os.PathLike,
+  of: str | Path,
   dtype: Any = None,
   shard_size: int | str = "5GB",
   labels: Sequence[str] | None = None,
@@ -81,7 +80,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-  params: Any, of: str | os.PathLike, dtype: Any = None, labels: Sequence[str] | None = None
+  params: Any, of: str | Path, dtype: Any = None, labels: Sequence[str] | None = None
 ) -> Plan:
   """What `save_pretrained` writes. Nothing is computed yet, but all that it raises is checked."""
   source, want = config_of(of), _dtype(dtype)
@@ -108,7 +107,7 @@ def plan(
   return Plan(config, list(_tensors(params, flat, kinds, family)))
 
 
-def write(folder: Path, made: Plan, of: str | os.PathLike, size: int) -> None:
+def write(folder: Path, made: Plan, of: str | Path, size: int) -> None:
   """All files of a plan, in shards of `size` bytes at most."""
   (folder / "config.json").write_text(json.dumps(made.config, indent=2, sort_keys=True) + "\n")
   shards.write(folder, made.tensors, size)
@@ -128,7 +127,7 @@ def _dtype(dtype: Any) -> np.dtype | None:
 
 
 def _check(
-  flat: Mapping[str, Any], source: Mapping[str, Any], of: str | os.PathLike, is_tied: bool
+  flat: Mapping[str, Any], source: Mapping[str, Any], of: str | Path, is_tied: bool
 ) -> tuple[Any, int | None]:
   """Holds the leaves against the model that `source` means; its family, and a head's outputs.
 
@@ -138,7 +137,7 @@ def _check(
   family = FAMILIES[source["model_type"]]
   outputs = None
   if not hasattr(family.CONFIG, "remat"):  # an encoder
-    outputs = next((x.shape[-1] for p, x in reversed(flat.items()) if p.startswith("head/")), 1)
+    outputs = [1, *(x.shape[-1] for path, x in flat.items() if path.startswith("head/"))][-1]
   options: dict[str, Any] = {"scan_layers": any("layers" in path.split("/") for path in flat)}
   if outputs is None:
     options["tied"] = is_tied
@@ -151,7 +150,9 @@ def _check(
     if path not in wanted:
       raise ValueError(f"{path} has no place in a {source['model_type']} as {of} has it. {told}")
     if leaf.shape != wanted[path].shape:
-      raise ValueError(f"{path} has shape {leaf.shape}, and {of} means {wanted[path].shape}. {told}")
+      raise ValueError(
+        f"{path} has shape {leaf.shape}, and {of} means {wanted[path].shape}. {told}"
+      )
   if lacking := [path for path in wanted if path not in flat]:
     raise ValueError(f"params has no {lacking[0]}, which {of} means: pass the whole tree. {told}")
   return family, outputs
@@ -173,7 +174,9 @@ def _labels(
   }
 
 
-def _tensors(params: Any, flat: Mapping[str, Any], kinds: Mapping[str, np.dtype], family: Any) -> Any:
+def _tensors(
+  params: Any, flat: Mapping[str, Any], kinds: Mapping[str, np.dtype], family: Any
+) -> Any:
   """A tensor for each layer of each leaf of `flat`, the dense tree that `params` stands for."""
   tables = paths.leaves(params)
   whole = paths.leaves(shared.without(tree.tie(params)))

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, pipeline
 
 import peftjax as pj
 from peftjax.core import paths
+from peftjax.core.layout import Axes
 from peftjax.core.weight import Weight
 from peftjax.training.settings import Model
 from tests import tiny
@@ -22,13 +23,18 @@ _ENCODERS = {
 }
 _DECODERS = ("llama", "llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "gpt2")
 _BASES = [*_ENCODERS, *(f"{name}_tiny" for name in _DECODERS)]
-_METHODS = {"none": None, "lora": pj.lora(2, 4, "all-linear"), "dora": pj.dora(2, 4, "all-linear")}
+_METHODS = {
+  "none": None,
+  "lora": pj.lora(2, 4, "all-linear"),
+  "dora": pj.dora(2, 4, "all-linear", from_quantised=True),
+}
 _TOKENS = inputs(96, length=9)[0][:2]
 
 
 def _drawn(params, method):
   """Attached, with every trained array drawn."""
-  attached = method.attach(jax.random.key(0), params)
+  layout = dict.fromkeys(paths.leaves(params), Axes())  # what has more axes are layers
+  attached = method.attach(jax.random.key(0), params, layout)
   rng = np.random.default_rng(3)
   draw = lambda m, x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype) if m else x
   return jax.tree.map(draw, method.trainable(attached), attached)
@@ -55,7 +61,7 @@ def _assert_near(got, want):
 def test_logits_of_what_is_written(base, four_bits, name, scan, size, tmp_path):
   model, params = pj.load_pretrained(GOLDEN / base, scan_layers=scan)
   if four_bits:
-    params = pj.quantize(params, pj.quant.nf4(block_size=16))
+    params = pj.quantize(params, pj.quant.nf4(block_size=32))
   if method := _METHODS[name]:
     params = _drawn(params, method)
   pj.save_pretrained(tmp_path / "made", params, of=GOLDEN / base, shard_size=size)
