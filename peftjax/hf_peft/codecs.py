@@ -1,7 +1,7 @@
 """The kinds of adapters that are read and written, and the fields of their configs.
 
-A field that a kind does not have is refused: what a later PEFT adds may change the meaning of the
-tensors.
+A field that a kind does not have is refused, unless it is null, false or []: what a later PEFT adds
+may change the meaning of the tensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The fields of `adapter_config.json` by kind: those that are read, and those that change nothing.
 
-A field that the schema of its kind does not have is refused: what a later PEFT adds may change the
-meaning of the tensors.
+A field that the schema of its kind does not have is refused, unless it is null, false or []: what a
+later PEFT adds may change the meaning of the tensors.
 """
 
 from __future__ import annotations

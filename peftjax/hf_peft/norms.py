@@ -16,6 +16,11 @@ from peftjax.hf_peft.fields import NORMS, Norms
 from peftjax.hf_peft.whole import Whole
 from peftjax.models.pretrained import stack_of
 
+NOTHING = (
+  "params has no adapter that PEFT knows, nor a trained norm: attach pj.lora(...) first, or save "
+  "the whole model, pj.save_pretrained(...)"
+)
+
 
 def modules_of(params: Any, family: Any) -> set[str]:
   """The torch modules of all norms."""
@@ -44,14 +49,16 @@ def build(
     modules: all of the model, those that hold others included.
 
   Raises:
-    ValueError: a table and the head that is tied to it were trained, too.
+    ValueError: no norm was trained; a table and the head that is tied to it were trained, too.
   """
+  chosen = saved.modules.keys() & norms
+  if not chosen:
+    raise ValueError(NOTHING)
   if saved.tied:
     raise ValueError(
-      "the table and the head that is tied to it are trained beside norms, and peft's LNTuningConfig "
-      "has no ensure_weight_tying. Save the whole model instead: pj.save_pretrained(...)."
+      "the table and the head that is tied to it are trained beside norms, and peft's "
+      "LNTuningConfig has no ensure_weight_tying. Save the whole model: pj.save_pretrained(...)."
     )
-  chosen = saved.modules.keys() & norms
   tensors: dict[str, np.ndarray] = {}
   for module, arrays in saved.modules.items():
     inside = f"{module}.{Norms.inside}" if module in chosen else module

@@ -1,4 +1,4 @@
-"""Writes adapters (`has_adapter`), or trained norms, as Hugging Face's PEFT library has them (0.21).
+"""Writes adapters (`has_adapter`) or trained norms as Hugging Face's PEFT library has them (0.21).
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. The tensors of a module's
 adapter are named behind it, as the codec of its method says; a module in `modules_to_save` is a
@@ -89,6 +89,8 @@ def save(
         f"{path} is a {type(leaf).__name__}, which is not written; allowed: "
         f"{', '.join(codec.leaf.__name__ for codec in codecs())}"
       )
+  is_plain = not adapted and not attachments(params) and trained is not None
+  codec = None if is_plain else _one_kind(params, adapted)
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
     task_type = "CAUSAL_LM"
@@ -97,10 +99,9 @@ def save(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
   )
   tensors = saved.tensors
-  known = norms.modules_of(bare, family)
-  if not adapted and not attachments(params) and saved.modules.keys() & known:
+  if is_plain:
+    known = norms.modules_of(bare, family)
     return _write(Path(directory), *norms.build(saved, known, _modules(bare, family), **common))
-  codec = _one_kind(params, adapted)
   if codec is None:
     config, rows = virtual.build(params, model, **common)
     tensors = {Virtual.prefix + name: array for name, array in tensors.items()}
@@ -121,10 +122,7 @@ def _one_kind(params: Any, adapted: list[Any]) -> Codec | None:
   """The codec of all adapters; None of a prefix or a prompt."""
   kinds = {type(leaf) for leaf in [*adapted, *attachments(params)]}
   if not has_adapter(params):
-    raise ValueError(
-      "params has no adapter that PEFT knows, nor a trained norm: attach pj.lora(...) first, or "
-      "save the whole model, pj.save_pretrained(...)"
-    )
+    raise ValueError(norms.NOTHING)
   if len(kinds) > 1:
     named = " and ".join(sorted(kind.__name__ for kind in kinds))
     raise ValueError(
