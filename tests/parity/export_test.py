@@ -4,14 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import peftjax as pj
+from peftjax import data
 from peftjax.core import paths
 from peftjax.core.layout import Axes
 from peftjax.core.weight import Weight
+from peftjax.io import gguf_writer
+from peftjax.models import saved
 from peftjax.training.settings import Model
-from tests import tiny
+from tests import gguf_files, tiny
 from tests.parity.reference import GOLDEN, classifier, compute, decoder, inputs
 
 pytestmark = pytest.mark.parity
@@ -132,7 +135,7 @@ def test_dtypes(dtype, tmp_path):
 
 
 def test_a_gguf_file_becomes_a_directory(tmp_path):
-  """SmolLM2, a million words of weights, its tokenizer too."""
+  """SmolLM2, its tokenizer too."""
   path = Model(name="smollm2").path()
   model, params = pj.load_pretrained(path, scan_layers=True)
   pj.save_pretrained(tmp_path / "made", params, of=path, dtype="float32", shard_size="200MB")
@@ -140,13 +143,19 @@ def test_a_gguf_file_becomes_a_directory(tmp_path):
   want = jax.jit(lambda p: pj.apply(model, p, tokens))(params)
   _assert_near(compute(decoder(tmp_path / "made"), [tokens]).logits.numpy(), np.asarray(want))
   text = "Shares in the airline rose 12 % on Monday."
-  ours = pj_tokens(path, text)
+  ours = data.load_tokenizer(path).prompts([text], special=True)[0]
   theirs = AutoTokenizer.from_pretrained(tmp_path / "made")
   assert theirs(text)["input_ids"] == ours
   assert theirs.eos_token and theirs.chat_template
 
 
-def pj_tokens(path, text):
-  from peftjax import data
-
-  return data.load_tokenizer(path).prompts([text], special=True)[0]
+def test_a_gguf_file_that_is_written_gives_transformers_the_logits(tmp_path):
+  base = gguf_files.model(tmp_path / "base.gguf", GOLDEN / "llama_tiny")
+  model, params = pj.load_pretrained(base)
+  params = _drawn(params, _METHODS["lora"])
+  gguf_writer.write(tmp_path / "made.gguf", base, saved.plan(params, base).tensors)
+  theirs = AutoModelForCausalLM.from_pretrained(
+    tmp_path, gguf_file="made.gguf", attn_implementation="eager"
+  )
+  got = compute(theirs, [_TOKENS]).logits.numpy()
+  _assert_near(got, _ours(model, params, "llama_tiny"))
