@@ -39,6 +39,7 @@ from peftjax.methods.unfreeze import unfreeze
 from peftjax.methods.vera import vera
 from peftjax.models.generate import generate
 from peftjax.models.pretrained import load_pretrained
+from peftjax.models.saved import save_pretrained
 from peftjax.quant.transform import quantize
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ __all__ = [
   "quantize",
   "ranks",
   "save_peft",
+  "save_pretrained",
   "select",
   "sharding",
   "stack_adapters",

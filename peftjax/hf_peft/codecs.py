@@ -1,7 +1,7 @@
 """The kinds of adapters that are read and written, and the fields of their configs.
 
-A field that a kind does not have is refused: what a later PEFT adds may change the meaning of the
-tensors.
+A field that a kind does not have is refused, unless it is null, false or []: what a later PEFT adds
+may change the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from peftjax.hf_peft.fields import VIRTUAL
+from peftjax.hf_peft.fields import NORMS, VIRTUAL, Norms
 from peftjax.methods.codec import Codec, Common
 from peftjax.methods.registry import METHODS
 
@@ -27,16 +27,17 @@ def codec_of(leaf: Any) -> Codec | None:
 
 def schema_of(kind: str) -> type[Common] | None:
   """The fields that are read of a `peft_type`; None if it is not read."""
-  return VIRTUAL.get(kind) or next((c.schema for c in codecs() if c.kind == kind), None)
+  others = {**VIRTUAL, NORMS: Norms}
+  return others.get(kind) or next((c.schema for c in codecs() if c.kind == kind), None)
 
 
 def kinds() -> list[str]:
   """Every `peft_type` that is read."""
-  return list(dict.fromkeys([*(codec.kind for codec in codecs()), *VIRTUAL]))
+  return list(dict.fromkeys([*(codec.kind for codec in codecs()), *VIRTUAL, NORMS]))
 
 
 def reader_of(config: Common) -> Codec | None:
-  """The codec that reads a config; None of prefixes and prompts."""
+  """The codec that reads a config; None of prefixes, prompts and norms."""
   of_kind = (codec for codec in codecs() if codec.kind == config.peft_type)
   return next((codec for codec in of_kind if codec.takes(config)), None)
 
@@ -45,7 +46,9 @@ def known(kind: str) -> set[str]:
   """The fields that a config of this kind may have."""
   schema, codec = schema_of(kind), _first(kind)
   fields = {field.name for field in dataclasses.fields(schema)} if schema else set()
-  return fields - {*codec.lacks} | codec.fixed.keys() if codec else fields
+  if codec is None:
+    return fields - {*getattr(schema, "lacks", ())}
+  return fields - {*codec.lacks} | codec.fixed.keys()
 
 
 def changes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

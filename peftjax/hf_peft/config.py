@@ -54,7 +54,10 @@ def read(directory: str | os.PathLike) -> Common:
 
 def _check_known(config: dict[str, Any], kind: str, where: str) -> None:
   fields = codecs.known(kind)
-  if strange := [field for field in config if field not in fields]:
+  # What another PEFT has and this directory has not switched on changes nothing. {} may be a
+  # dictionary of defaults that does.
+  unset = lambda value: value is None or value is False or value == []
+  if strange := [x for x, value in config.items() if x not in fields and not unset(value)]:
     near = difflib.get_close_matches(strange[0], fields, n=2)
     of = config.get("peft_version")
     raise ValueError(

@@ -1,7 +1,7 @@
 """The fields of `adapter_config.json` by kind: those that are read, and those that change nothing.
 
-A field that the schema of its kind does not have is refused: what a later PEFT adds may change the
-meaning of the tensors.
+A field that the schema of its kind does not have is refused, unless it is null, false or []: what a
+later PEFT adds may change the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from peftjax.core.ranges import Size
-from peftjax.methods.codec import Common, Flag, Nested, Number, Text
+from peftjax.methods.codec import Common, Flag, Nested, Number, Targeted, Text
 
 PEFT = "0.21.2"  # whose fields these are
 
@@ -48,4 +48,13 @@ class Prompt(Virtual):
   tokenizer_name_or_path: Text = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norms(Targeted):
+  """Norms that are trained and saved whole (`LNTuningConfig`)."""
+
+  lacks: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern", "fan_in_fan_out")
+  inside: ClassVar[str] = "ln_tuning_layers"  # between a module's name and its tensors'
+
+
+NORMS = "LN_TUNING"
 VIRTUAL: Mapping[str, type[Virtual]] = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": Prompt}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths
 from peftjax.hf_peft import codecs, config, targets
-from peftjax.hf_peft.fields import Virtual
+from peftjax.hf_peft.fields import Norms, Virtual
 from peftjax.hf_peft.targets import Matcher, Modules
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir
@@ -49,10 +49,11 @@ class Plan:
   """What a directory holds for each parameter of a model.
 
   Attributes:
-    config, codec: as read, and who reads it; no codec of prefixes and prompts.
+    config, codec: as read, and who reads it; no codec of prefixes, prompts and norms.
     sites: of each path, its layers.
     targets: modules with an adapter.
     whole: modules that are saved whole.
+    norms: those that `LNTuningConfig` names, saved whole under names of their own.
     tied: the path of the table that the head is tied to, "" if it has an array.
     wants: tensors by name, less the adapter's own.
   """
@@ -71,16 +72,23 @@ class Plan:
     self.targets: frozenset[str] = frozenset()
     if self.codec and isinstance(self.config, Targeted):
       tables = "embedding" in self.codec.reads
-      self.targets = targets.targeted(self.config, modules, self.matcher, tables)
+      self.targets = targets.targeted(self.config, modules, self.matcher, tables=tables)
+    self.norms: frozenset[str] = frozenset()
+    if isinstance(self.config, Norms):
+      self.norms = targets.targeted(self.config, modules, self.matcher, norms=True)
     self.whole = targets.saved(self.config, modules)
     self.keeps_tie = False  # head and table are saved whole as one
     self._tie(modules)
-    targets.tell_unused(self.config, self.codec, modules, self.targets, self.matcher)
+    found = self.targets | self.norms
+    targets.tell_unused(self.config, self.codec, modules, found, self.matcher)
     self.wants = self._wanted(virtual)
     self._check(tensors)
 
   def name(self, site: Site) -> str:
     """The tensor of a parameter that is saved whole."""
+    if (module := self.module(site)) in self.norms:
+      last = site.tensor.rpartition(".")[2]
+      return f"{self.prefix}{module}.{Norms.inside}.{last}"
     return self.prefix + site.tensor.removeprefix(self.bare)
 
   def module(self, site: Site) -> str:
@@ -88,9 +96,9 @@ class Plan:
     return site.module.removeprefix(self.bare)
 
   def is_whole(self, site: Site) -> bool:
-    return self._inside(site) and any(
-      f"{self.module(site)}.".startswith(f"{module}.") for module in self.whole
-    )
+    under = f"{self.module(site)}."
+    whole = self.whole | self.norms
+    return self._inside(site) and any(under.startswith(f"{module}.") for module in whole)
 
   def is_targeted(self, site: Site) -> bool:
     return self._inside(site) and self.module(site) in self.targets
@@ -220,7 +228,9 @@ def _names(tensors: TensorDir, file: str) -> Mapping[str, str]:
   """
   real: dict[str, str] = {}
   for name in tensors.names():
-    plain = re.sub(r"\.((?:lora|vera)_\w+|ia3_l)\.default(\.weight)?$", r".\1\2", name)
+    plain = re.sub(
+      r"\.((?:lora|vera)_\w+|ia3_l|ln_tuning_layers)\.default(\.weight)?$", r".\1\2", name
+    )
     if plain in real:
       raise ValueError(f"{file} has {clip(name)} and {clip(real[plain])}: which is meant?")
     real[plain] = name

@@ -73,12 +73,14 @@ class Modules(NamedTuple):
     linear: linear layers, `Conv1D` included.
     tables: embeddings.
     head: those of the logits, if it is a decoder with one.
+    norms: LayerNorm and RMSNorm.
   """
 
   every: tuple[str, ...]
   linear: frozenset[str]
   tables: frozenset[str]
   head: str = ""
+  norms: frozenset[str] = frozenset()
 
 
 def modules_of(names: Mapping[str, str], bare: str = "", head: str = "") -> Modules:
@@ -95,14 +97,19 @@ def modules_of(names: Mapping[str, str], bare: str = "", head: str = "") -> Modu
     parts = module.split(".")
     every.update(dict.fromkeys(".".join(parts[: n + 1]) for n in range(len(parts))))
   of = lambda kind: frozenset(module for module, x in parents.items() if x == kind)
-  return Modules(tuple(every), of("kernel"), of("embedding"), head if head in every else "")
+  return Modules(
+    tuple(every), of("kernel"), of("embedding"), head if head in every else "", of("scale")
+  )
 
 
-def targeted(config: Targeted, modules: Modules, matcher: Matcher, tables: bool) -> frozenset[str]:
+def targeted(
+  config: Targeted, modules: Modules, matcher: Matcher, *, tables: bool = False, norms: bool = False
+) -> frozenset[str]:
   """The modules that peft would give an adapter.
 
   Args:
     tables: whether it adapts tables, too.
+    norms: whether it trains norms and nothing else.
 
   Raises:
     ValueError: none, one that peft gives no adapter of this kind, or one that is saved whole.
@@ -112,10 +119,13 @@ def targeted(config: Targeted, modules: Modules, matcher: Matcher, tables: bool)
     targets = sorted(modules.linear - _heads(config, modules))
   found = frozenset(m for m in modules.every if _is_targeted(config, targets, m, matcher))
   allowed = modules.linear | (modules.tables if tables else frozenset())
+  kinds = "linear layer or table" if tables else "linear layer"
+  if norms:
+    allowed, kinds = modules.norms, "norm"
   if wrong := sorted(found - allowed):
+    told = "only norms are read" if norms else "peft gives it no adapter"
     raise ValueError(
-      f"{where}: target_modules names {wrong[0]}, which is no linear layer"
-      f"{' or table' if tables else ''}: peft gives it no adapter. Name one that is."
+      f"{where}: target_modules names {wrong[0]}, which is no {kinds}: {told}. Name one that is."
     )
   whole = tuple(f"{module}." for module in saved(config, modules))
   if clash := sorted(m for m in found if f"{m}.".startswith(whole)):

@@ -1,10 +1,10 @@
-"""Writes adapters (`has_adapter`) as Hugging Face's PEFT library has them (0.21).
+"""Writes adapters (`has_adapter`) or trained norms as Hugging Face's PEFT library has them (0.21).
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. The tensors of a module's
 adapter are named behind it, as the codec of its method says; a module in `modules_to_save` is a
 whole copy, its tensors as in the model's own files. Beside an adapter of a table or of the
 language-model head peft writes `base_layer.weight`, which replaces the base's. Prefixes and
-prompts: see `virtual`.
+prompts: see `virtual`; norms that are trained without an adapter: see `norms`.
 
 Invariants, of reading too:
 - The config says which modules have an adapter or are saved whole, by peft's own rules, and at
@@ -27,7 +27,7 @@ import numpy as np
 from peftjax.core import paths, shared, tree
 from peftjax.core.attachment import attachments
 from peftjax.core.weight import Weight
-from peftjax.hf_peft import build, virtual, whole
+from peftjax.hf_peft import build, norms, virtual, whole
 from peftjax.hf_peft.codecs import codec_of, codecs
 from peftjax.hf_peft.config import NAME
 from peftjax.hf_peft.fields import Virtual
@@ -52,7 +52,7 @@ def save(
   task_type: str | None = "SEQ_CLS",
   rslora: bool = False,
 ) -> None:
-  """Writes the adapters of `params`, all of one kind, and the trained head.
+  """Writes the adapters of `params`, all of one kind, and the trained head; or its trained norms.
 
   Every module gets its own rank and alpha back, alpha = s·r (s·√r if `rslora`); those that differ
   from the commonest go into `rank_pattern` and `alpha_pattern` by their exact path.
@@ -70,10 +70,10 @@ def save(
     rslora: write `use_rslora`.
 
   Raises:
-    ValueError: no adapter, or one that the format cannot say; a PiSSA leaf; AdaLoRA of several
-      scales; a prefix before a sliding window; adapters of several kinds; a trained
-      array under an adapter or beside one in its module, but for tables and heads; an adapter in a
-      module that is saved whole; dropout rates that differ.
+    ValueError: no adapter and no trained norm; an adapter that the format cannot say; a PiSSA leaf;
+      AdaLoRA of several scales; a prefix before a sliding window; adapters of several kinds; a
+      trained array under an adapter or beside one in its module, but for tables and heads; an
+      adapter in a module that is saved whole; dropout rates that differ.
   """
   family = FAMILIES[model.config.family]
   lenders, params = shared.nodes(params), shared.without(params)
@@ -89,7 +89,8 @@ def save(
         f"{path} is a {type(leaf).__name__}, which is not written; allowed: "
         f"{', '.join(codec.leaf.__name__ for codec in codecs())}"
       )
-  codec = _one_kind(params, adapted)
+  is_plain = not adapted and not attachments(params) and trained is not None
+  codec = None if is_plain else _one_kind(params, adapted)
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
     task_type = "CAUSAL_LM"
@@ -100,6 +101,9 @@ def save(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
   )
   tensors = saved.tensors
+  if is_plain:
+    known = norms.modules_of(bare, family)
+    return _write(Path(directory), *norms.build(saved, known, _modules(bare, family), **common))
   if codec is None:
     config, rows = virtual.build(params, model, **common)
     tensors = {Virtual.prefix + name: array for name, array in tensors.items()}
@@ -120,7 +124,7 @@ def _one_kind(params: Any, adapted: list[Any]) -> Codec | None:
   """The codec of all adapters; None of a prefix or a prompt."""
   kinds = {type(leaf) for leaf in [*adapted, *attachments(params)]}
   if not has_adapter(params):
-    raise ValueError("params has no adapter that PEFT knows: attach pj.lora(...) first")
+    raise ValueError(norms.NOTHING)
   if len(kinds) > 1:
     named = " and ".join(sorted(kind.__name__ for kind in kinds))
     raise ValueError(

@@ -87,17 +87,25 @@ class GGUFFile:
   def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
     """`read(name)[start:stop]`, of which, in a matrix, no more is dequantised."""
     tensor = self._tensors[name]
-    rows = np.arange(tensor.shape[0])
-    for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-      if self.config["model_type"] == "llama" and f".{module}." in name:
-        rows = _unpermute(rows, self.config[heads])
-    rows = rows[start:stop]
+    rows = self._rows(name, tensor.shape[0])[start:stop]
     data = self._data[tensor.start : tensor.start + tensor.size]
     if len(tensor.shape) == 1:  # its blocks go across what are rows of the others
       return _dequantize(data, tensor.kind)[rows]
     if not len(rows):
       return np.empty((0, *tensor.shape[1:]), np.float32)
     return _dequantize(data.reshape(tensor.shape[0], -1)[rows], tensor.kind)
+
+  def permuted(self, name: str, array: np.ndarray) -> np.ndarray:
+    """A tensor as the file has its rows: `read` the other way round."""
+    return array[np.argsort(self._rows(name, len(array)))]
+
+  def _rows(self, name: str, count: int) -> np.ndarray:
+    """Where the rows of a tensor lie in the file."""
+    rows = np.arange(count)
+    for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+      if self.config["model_type"] == "llama" and f".{module}." in name:
+        rows = _unpermute(rows, self.config[heads])
+    return rows
 
 
 @functools.cache

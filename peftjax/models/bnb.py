@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import operator
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 
 from peftjax.core import paths
 from peftjax.core.weight import Weight
-from peftjax.io import safetensors_dir
+from peftjax.io import new_directory, safetensors_dir
 from peftjax.io.bnb_reader import STATE, TYPES
 from peftjax.models.match import stack_of
 from peftjax.models.names import turned
@@ -44,8 +42,7 @@ def save(directory: str | os.PathLike, params: Any, model: Any, config: Mapping[
       bitsandbytes has no place for, by its path; kernels of several formats; an adapter.
   """
   directory = Path(directory)
-  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise ValueError(f"{directory} is not an empty directory: give a new one")
+  new_directory.check(directory)
   family = FAMILIES[model.config.family]
   leaves = paths.leaves(params)
   formats = {path: _format(path, leaf) for path, leaf in leaves.items() if isinstance(leaf, Weight)}
@@ -156,13 +153,6 @@ def _quantization(fmt: Format, compute_dtype: str, dense: list[str]) -> dict[str
 
 
 def _write(directory: Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> None:
-  """Both files into a folder beside, which then takes the name: so they appear together."""
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-  try:
-    (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    safetensors_dir.write(temporary / "model.safetensors", tensors)
-    temporary.chmod(directory.parent.stat().st_mode & 0o777)
-    os.replace(temporary, directory)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  with new_directory.writing(directory) as folder:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    safetensors_dir.write(folder / "model.safetensors", tensors)

@@ -41,6 +41,17 @@ _NAMES: Mapping[str, str] = {
 }
 
 
+def architecture(model_type: str, labels_of: str | None) -> str:
+  """The class in transformers that computes what the model that is loaded here does.
+
+  Args:
+    model_type: of the files.
+    labels_of: "text" or "token", what the head gives labels to; None of a language model.
+  """
+  lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]
+  return _NAMES[model_type] + (_LABELS_OF[labels_of] if labels_of else lm)
+
+
 class Head(NamedTuple):
   """What a model's head is to be.
 

@@ -56,7 +56,7 @@ FAMILIES: Mapping[str, Any] = {
 
 def ours(model: Any) -> bool:
   """Whether a module is of one of these families, with a `config`."""
-  return isinstance(model, tuple(family.MODEL for family in FAMILIES.values()))
+  return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
 
 
 class Pretrained(NamedTuple):
@@ -162,7 +162,7 @@ def load(
     settings, others = heads.settle(tensors, words, settings, said)
   model = family.MODEL(settings)
   key = jax.random.key(0) if key is None else key
-  abstract = _abstract(model)
+  abstract = abstract_params(model)
   chosen = set(paths.select(abstract, where, arrays=True)) if quant else set()
   names, new = match(
     tensors,
@@ -202,7 +202,7 @@ def _init(model: nn.Module, key: jax.Array) -> Any:
 
 
 @functools.lru_cache(maxsize=16)  # a sweep loads one model many times
-def _abstract(model: nn.Module) -> Any:
+def abstract_params(model: nn.Module) -> Any:
   """Shapes and dtypes of its parameters; only to be read."""
   return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 

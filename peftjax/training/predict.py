@@ -26,7 +26,8 @@ class Predictor:
   Attributes:
     labels: names of the classes; empty for a regression.
     columns: names of the text column or, of a run on pairs of texts, of both.
-    params: of the model, with the trained adapter.
+    model, params: with the trained adapter.
+    mask: true on what was trained.
 
   Raises:
     ValueError: if `workdir` holds no trained run, or a damaged one, or one of a language model, or
@@ -69,7 +70,7 @@ class Predictor:
       checkpoints.close()
     # An adapter from a checkpoint wins over what `attach` has just drawn.
     self.params = tree.combine(adapter, base)
-    self._config = model.module.config
+    self.model, self.mask = model.module, model.mask
     self._predict = jax.jit(functools.partial(step.outputs, model.module, CLASSES))
     self._tokenizer = data.load_tokenizer(str(self.settings.model.path()))
     self._pad_id = pretrained.pad_id(self.settings.model.path())
@@ -91,7 +92,7 @@ class Predictor:
       list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32)
     )
     tokens = data.encode(self._tokenizer, examples, length)
-    limits.check(self._config, tokens.ids, tokens.types)
+    limits.check(self.model.config, tokens.ids, tokens.types)
     buckets = data.buckets(tokens.lengths, max_length=length)
     size = min(self.settings.train.eval_batch_size, len(texts))
     predict = lambda batch: self._predict(params, batch)

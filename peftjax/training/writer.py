@@ -29,6 +29,11 @@ class Writer:
     workdir: of the run.
     adapted: False for the model as it was before training.
 
+  Attributes:
+    path: of the pretrained model.
+    model, params: with the trained adapter.
+    mask: true on what was trained.
+
   Raises:
     ValueError: if `workdir` holds no trained language model, or the pretrained one is another now.
   """
@@ -63,6 +68,7 @@ class Writer:
     finally:
       checkpoints.close()
     self.model, self.params = made.module, tree.combine(adapter, base)
+    self.mask = made.mask
     self._read_tokenizer()
 
   def _read_tokenizer(self) -> None:

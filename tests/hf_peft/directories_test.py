@@ -375,3 +375,20 @@ def test_a_failed_save_leaves_the_old_files(unrolled, tmp_path):
   with pytest.raises(ValueError, match="float8"):
     hf_peft.save(tmp_path, bad, model)
   assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == before
+
+
+def test_trained_norms_come_back_bit_for_bit(unrolled, tmp_path):
+  """As peft's LNTuningConfig, the head beside them; other modules are not read so."""
+  model, params = unrolled
+  mask = pj.unfreeze([".*LayerNorm/(scale|bias)", "head/.*"]).trainable(params)
+  moved = jax.tree.map(lambda m, x: x + 1 if m else x, mask, params)
+  hf_peft.save(tmp_path, moved, model, trained=mask)
+  config = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert (config["peft_type"], config["target_modules"]) == ("LN_TUNING", ["LayerNorm"])
+  loaded, read = hf_peft.load(tmp_path, params, model)
+  jax.tree.map(np.testing.assert_array_equal, loaded, moved)
+  assert read == mask
+  config["target_modules"] = ["query"]
+  (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r"self\.query, which is no norm: only norms are read"):
+    hf_peft.load(tmp_path, params, model)

@@ -4,6 +4,7 @@ Config and tensors are held against each other and against the model before anyt
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -187,6 +188,13 @@ def test_an_unknown_field_is_refused_with_the_version_it_came_from(bert, made, t
     hf_peft.load(_copy(made / "lora", tmp_path, **fields), params, model)
 
 
+@pytest.mark.parametrize("value", [True, {}, 0, 1, "", "on", [1], {"a": 1}])
+def test_an_unknown_field_that_is_set_is_refused_with_its_value(bert, made, value, tmp_path):
+  model, params = bert
+  with pytest.raises(ValueError, match=rf"the field 'kind_of_later' = {re.escape(repr(value))}"):
+    hf_peft.load(_copy(made / "lora", tmp_path, kind_of_later=value), params, model)
+
+
 def test_fields_of_other_versions_that_change_nothing_are_read(bert, made, tmp_path):
   """Of 0.2, of 0.21, and null where peft takes it for its default."""
   model, params = bert
@@ -194,6 +202,7 @@ def test_fields_of_other_versions_that_change_nothing_are_read(bert, made, tmp_p
   more |= {"megatron_core": "megatron.core", "loftq_config": {}, "corda_config": None}
   more |= {"qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
   more |= {"target_parameters": [], "use_rslora": None, "rank_pattern": None, "lora_bias": False}
+  more |= {"of_a_later_peft": None, "use_what_is_later": False, "later_parts": []}
   more |= {"trainable_token_indices": None, "ensure_weight_tying": False, "lora_alpha": 8.0}
   loaded = hf_peft.load(_copy(made / "lora", tmp_path, **more), params, model)
   want = hf_peft.load(made / "lora", params, model)
@@ -255,7 +264,7 @@ _NOT_ONE = [
   ("ia3", None, {"feedforward_modules": []}, r"\(1, 64\).*\(128, 1\)"),
   ("ia3", None, {"feedforward_modules": None}, "feedforward_modules"),
   ("ia3", None, {"feedforward_modules": ["query"]}, "'query', which target_modules has not"),
-  ("ia3", None, {"use_rslora": False}, "'use_rslora'"),
+  ("ia3", None, {"use_rslora": True}, "'use_rslora'"),
   ("vera", _pop(f"{_QUERY}.vera_lambda_d"), {}, "lacks the tensor .*vera_lambda_d"),
   ("vera", _pop("base_model.vera_A"), {}, "lacks the tensor base_model.vera_A"),
   ("vera", _set("base_model.vera_B", lambda x: x[:32]), {}, r"vera_B .*\(64, 6\)"),

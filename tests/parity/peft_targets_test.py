@@ -29,6 +29,9 @@ _CONFIGS = {
   "ADALORA": peft.AdaLoraConfig,
   "IA3": peft.IA3Config,
   "VERA": peft.VeraConfig,
+  "LOHA": peft.LoHaConfig,
+  "LOKR": peft.LoKrConfig,
+  "LN_TUNING": peft.LNTuningConfig,
   "PREFIX_TUNING": peft.PrefixTuningConfig,
   "PROMPT_TUNING": peft.PromptTuningConfig,
 }
