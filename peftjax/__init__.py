@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning in JAX: a method is a pure transform of a parameter tree."""
 
-from peftjax import linen, losses, optim, quant, sharding
+from peftjax import linen, losses, nnx, optim, quant, sharding
 from peftjax.core.einsum import einsum
 from peftjax.core.factored import factored
 from peftjax.core.paths import select
@@ -61,6 +61,7 @@ __all__ = [
   "lora",
   "losses",
   "merge",
+  "nnx",
   "optim",
   "partition",
   "prefix",

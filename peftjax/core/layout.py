@@ -39,6 +39,10 @@ class ConvAxes(Axes):
   """Axes of the kernel of a convolution: it contracts the window and the channels."""
 
 
+class TableAxes(Axes):
+  """Axes of a table, of which rows are looked up; a tied head may multiply by it too."""
+
+
 class Site(NamedTuple):
   """A module: the widths (last axes) of its arguments and of its result, and its stack of layers.
 

@@ -68,10 +68,15 @@ def matches(pattern: str, path: str) -> bool:
   return patterns.fullmatch(pattern, path)
 
 
+def is_head(path: str) -> bool:
+  """Whether a leaf is of a task's or a vocabulary's head."""
+  return path.split("/")[0] in _HEADS
+
+
 def is_body_linear(path: str, leaf: Any) -> bool:
   """Whether "all-linear" means this leaf: a kernel of the body, not of a head."""
   parts = path.split("/")
-  return parts[-1] == "kernel" and parts[0] not in _HEADS and len(bare(leaf).shape) >= 2
+  return parts[-1] == "kernel" and not is_head(path) and len(bare(leaf).shape) >= 2
 
 
 def select(params: Any, targets: str | Sequence[str], *, arrays: bool = False) -> list[str]:

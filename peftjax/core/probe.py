@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.einsum import split_subscripts
 from peftjax.core.factored import traced
-from peftjax.core.layout import Axes, ConvAxes
+from peftjax.core.layout import Axes, ConvAxes, TableAxes
 from peftjax.core.view import Uses
 from peftjax.core.weight import Weight
 
@@ -56,7 +56,7 @@ class Probe(Weight):
     return super().einsum(eqn, x)
 
   def take(self, ids: jax.Array) -> jax.Array:
-    self.found.axes[self.path] = Axes()
+    self.found.axes[self.path] = TableAxes()
     return super().take(ids)
 
   def conv(self, x: jax.Array, **how: Any) -> jax.Array:
