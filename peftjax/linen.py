@@ -48,9 +48,11 @@ def apply(
     **kwargs: passed on: `method`, `mutable`, the module's own arguments.
 
   Raises:
-    ValueError: if a leaf has dropout, `train` is true and `rngs["dropout"]` is missing; if no
-      module reads a prefix or prompt, the model being called as a whole (without `method`).
+    ValueError: if `model` is an NNX module; if a leaf has dropout, `train` is true and
+      `rngs["dropout"]` is missing; if no module reads a prefix or prompt, the model being called as
+      a whole (without `method`).
   """
+  paths.check_no_nnx(model)
   params = tree.tie(params, spread=False)
   if train:
     params = tree.with_dropout_keys(params, (rngs or {}).get("dropout"))

@@ -91,8 +91,9 @@ def select(params: Any, targets: str | Sequence[str], *, arrays: bool = False) -
 
   Raises:
     ValueError: if any one pattern matches nothing; near misses are listed. If it names a tied head,
-      which has no array.
+      which has no array; if `params` are an object of NNX.
   """
+  check_no_nnx(params)
   flat = _of_modules(params)
   patterns = [targets] if isinstance(targets, str) else list(targets)
   if not patterns:
@@ -117,6 +118,15 @@ def select(params: Any, targets: str | Sequence[str], *, arrays: bool = False) -
       found.remove(path)
     chosen.update(found)
   return [p for p in flat if p in chosen]
+
+
+def check_no_nnx(params: Any) -> None:
+  """Raises `ValueError` if what should be a tree of parameters, or a linen module, is of NNX."""
+  if any(of.__module__.startswith("flax.nnx") for of in type(params).__mro__):
+    raise ValueError(
+      f"a {type(params).__name__} of Flax NNX came where peftjax takes linen modules and plain "
+      "trees; write pj.nnx.attach(key, model, method, *example_inputs)"
+    )
 
 
 def _of_modules(params: Any) -> dict[str, Any]:

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
 from flax import nnx
 
-from peftjax.core import shared
 from peftjax.core.adapted import lender
 from peftjax.core.factored import traced
 from peftjax.core.view import Uses
 from peftjax.nnx.held import SUFFIX, Held
-
-# What became of the weights, for the check at `attach`.
-_uses: ContextVar[Uses | None] = ContextVar("uses", default=None)
-
-
-@contextlib.contextmanager
-def noting(uses: Uses) -> Iterator[None]:
-  """Within it, adapted modules tell `uses` what became of their weights."""
-  token = _uses.set(uses)
-  try:
-    yield
-  finally:
-    _uses.reset(token)
 
 
 def adapt(module: nnx.Module) -> None:
@@ -67,37 +53,22 @@ def _adapted(cls: type, fn: Any) -> Callable[..., Any]:
 
   @functools.wraps(fn)
   def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-    held = {name: x for name, x in vars(self).items() if isinstance(x, Held)}
-    common = {x.path: x.node() for x in held.values() if x.path.startswith(f"{shared.GROUP}/")}
-    weights = _weights(self, held)
-    with _lending(common):
-      if not weights:
-        return fn.__get__(self, cls)(*args, **kwargs)
-      return _call(cls, fn, self, weights, args, kwargs)
+    return _call(cls, fn, self, _weights(self), args, kwargs)
 
   return method
 
 
-def _weights(module: Any, held: dict[str, Held]) -> dict[str, tuple[str, Any]]:
+def _weights(module: Any) -> dict[str, tuple[str, Any]]:
   """The weights of a module's parameters: by name their path, and they with what they borrow."""
   found = {}
-  for name in (name for name in held if name.endswith(SUFFIX)):
-    own = name.removesuffix(SUFFIX)
-    array = getattr(module, own).get_value() if held[name].form.around else None
-    found[own] = held[name].path, held[name].weight(array)
+  for name, held in vars(module).items():
+    if isinstance(held, Held):
+      own = name.removesuffix(SUFFIX)
+      array = getattr(module, own).get_value() if held.form.around else None
+      found[own] = held.path, held.weight(array)
   by_path = dict(found.values())
   given = lambda w: w.borrow(by_path[lender(w)]) if lender(w) in by_path else w
   return {name: (path, given(weight)) for name, (path, weight) in found.items()}
-
-
-@contextlib.contextmanager
-def _lending(common: dict[str, Any]) -> Iterator[None]:
-  """Within the module that holds shared nodes, all modules of it find them."""
-  if not common:
-    yield
-    return
-  with shared.lending(shared.add({}, common)):
-    yield
 
 
 def _call(
@@ -134,18 +105,21 @@ def _call(
     changed.update(_statics(all_objects, copies) if graph_after != graph else {})
     return result, state_after
 
-  uses = _uses.get() or Uses()
-  result, after = traced(pure, uses, dict(weights.values()), state, rest)
-  before = {path: x.get_raw_value() for path, x in nnx.to_flat_state(state)}
-  moved = [
-    (path, x) for path, x in nnx.to_flat_state(after) if x.get_raw_value() is not before.get(path)
-  ]
+  result, after = traced(pure, Uses(), dict(weights.values()), state, rest)
+  before = dict(nnx.to_flat_state(state))
+  moved = [(path, x) for path, x in nnx.to_flat_state(after) if not _same(x, before.get(path))]
   if moved:
     nnx.update(all_objects, nnx.from_flat_state(moved))
   owners = dict(nnx.iter_graph(all_objects)) if changed else {}
   for path, value in changed.items():
     setattr(owners[path[:-1]], path[-1], value)
   return result
+
+
+def _same(x: Any, y: Any) -> bool:
+  """Whether two variables hold the very same arrays."""
+  ours, theirs = jax.tree.leaves(x), jax.tree.leaves(y)
+  return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 
 
 def _is_object(x: Any) -> bool:
@@ -169,8 +143,8 @@ def _dense(copy: Any, cls: type, arrays: dict[str, jax.Array]) -> Iterator[None]
   for name, variable in given.items():
     if getattr(copy, name) is not variable or variable.get_raw_value() is not arrays[name]:
       raise ValueError(
-        f"{cls.__name__} writes to its parameter {name!r} when it is called, which an adapter on it "
-        "would undo; leave it out of the targets"
+        f"{cls.__name__} writes to its parameter {name!r} when it is called, which an adapter on "
+        "it would undo; leave it out of the targets"
       )
     if own[name] is None:
       delattr(copy, name)

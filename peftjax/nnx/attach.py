@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.core import paths, probe, shared
+from peftjax.core.adapted import lender
 from peftjax.core.attachment import attachments
+from peftjax.core.factored import traced
 from peftjax.core.layout import Layout
 from peftjax.core.view import Uses
 from peftjax.core.weight import Weight
@@ -18,11 +20,11 @@ from peftjax.methods.adapters import AdaptersMethod
 from peftjax.methods.base import Chain, Method
 from peftjax.methods.prefix import PrefixMethod
 from peftjax.methods.prompt import PromptMethod
-from peftjax.nnx.adapted import adapt, noting
+from peftjax.nnx.adapted import adapt
 from peftjax.nnx.held import SUFFIX, Held, Trained
 from peftjax.nnx.layout import layout as layout_of
 from peftjax.nnx.layout import resolved
-from peftjax.nnx.parameters import check_model, detach, held_in, params, write
+from peftjax.nnx.parameters import check_model, held_in, is_common, params, write
 from peftjax.quant import transform
 from peftjax.quant.formats import Format
 
@@ -43,9 +45,9 @@ def attach(
   that computes with the factors. The parameter stays where it is, frozen; what the method made lies
   beside it, `kernel_adapter` beside `kernel`. A quantised parameter is replaced.
 
-  "all-linear" names every kernel, of whatever name, that the model multiplies with: of `nnx.Linear`,
-  `nnx.LinearGeneral`, `nnx.Einsum`, and parameters of a module's own; no tables, no convolutions, no
-  top-level head.
+  "all-linear" names every kernel, of whatever name, that the model multiplies with: those of
+  `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, and parameters of a module's own; no tables, no
+  convolutions, no top-level head.
 
   Args:
     key: folded with each parameter's path; of `nnx.Rngs`, the next key of its stream `params`. The
@@ -64,9 +66,9 @@ def attach(
 
   Raises:
     ValueError: before the model is changed: neither inputs nor a layout; no NNX module; a method
-      that lies beside modules (`pj.adapters`, `pj.prefix`, `pj.prompt`); a target in a list or dict,
-      in several modules, or read by another module than its own; and all that the method or the
-      format refuses.
+      that lies beside modules (`pj.adapters`, `pj.prefix`, `pj.prompt`); a target in a list or
+      dict, in several modules, or read by another module than its own; and all that the method or
+      the format refuses.
   """
   check_model(model)
   _check_method(method)
@@ -83,12 +85,18 @@ def attach(
     tree = _base(given, layout, quant, where, read)
     tree = method.attach(key, tree, layout)
   except ValueError as error:
-    raise ValueError(f"{error}{_about_arrays(model)}") from None
+    said = str(error).replace("pj.merge(params)", "pj.nnx.merge(model)")
+    raise ValueError(f"{said}{_about_arrays(model)}") from None
   mask = method.trainable(tree)
   _check_owners(model, given, tree)
-  _install(model, given, tree, mask, jax.random.fold_in(key, 1))
-  if inputs:
-    _check_used(model, inputs, layout)
+  undo = _undo(model)
+  try:
+    _install(model, given, tree, mask, jax.random.fold_in(key, 1))
+    if inputs:
+      _check_used(model, inputs, layout)
+  except BaseException:
+    undo()
+    raise
   return model
 
 
@@ -169,30 +177,30 @@ def _install(model: nnx.Module, given: Any, tree: Any, mask: Any, key: jax.Array
   """Writes to the model what the tree has otherwise."""
   modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
   before, flags, new = paths.leaves(given), paths.leaves(mask), _changed(given, tree)
+  common = _common(model, tree)
   for path, leaf in paths.leaves(shared.without(tree)).items():
     head, _, name = path.rpartition("/")
+    module = modules[head]
     if path in new:
-      held = Held(path, leaf, flags[path], key)
+      held = Held(path, leaf, flags[path], key, common.get(lender(leaf)))
       if not held.form.around:
-        delattr(modules[head], name)
+        delattr(module, name)
       elif leaf.base is not before[path]:
-        write(modules[head], name, leaf.base)
-      setattr(modules[head], f"{name}{SUFFIX}", held)
-      adapt(modules[head])
-    elif not isinstance(leaf, Weight) and flags[path]:
-      write(modules[head], _key(modules[head], name), leaf, Trained)
-    elif leaf is not before[path]:
-      write(modules[head], _key(modules[head], name), leaf)
-  old = paths_of_common(model)
+        write(module, name, leaf.base)
+      setattr(module, f"{name}{SUFFIX}", held)
+      adapt(module)
+    elif not isinstance(leaf, Weight) and (flags[path] or leaf is not before[path]):
+      write(module, _key(module, name), leaf, Trained if flags[path] else None)
+
+
+def _common(model: nnx.Module, tree: Any) -> dict[str, Held]:
+  """The shared nodes of a tree by path, as the model then holds them."""
+  found = {held.path: held for held in held_in(model).values() if is_common(held)}
   for path, node in shared.nodes(tree).items():
-    if path not in old:
-      setattr(model, path.replace("/", "_"), Held(path, node, jax.tree.map(lambda _: False, node)))
-      adapt(model)
-
-
-def paths_of_common(model: nnx.Module) -> set[str]:
-  """Paths of the shared nodes that a model holds."""
-  return {held.path for held in held_in(model).values()} & set(shared.nodes(params(model)))
+    if path not in found:
+      found[path] = Held(path, node, jax.tree.map(lambda _: False, node))
+      setattr(model, path.replace("/", "_"), found[path])
+  return found
 
 
 def _key(module: nnx.Module, name: str) -> Any:
@@ -200,16 +208,63 @@ def _key(module: nnx.Module, name: str) -> Any:
   return int(name) if isinstance(module, nnx.List) else name
 
 
+def _undo(model: nnx.Module) -> Callable[[], None]:
+  """What makes a model again what it is now."""
+  modules = [(x, type(x), dict(vars(x))) for _, x in nnx.iter_modules(model)]
+  state = [(x, x.get_raw_value()) for _, x in nnx.iter_graph(model) if isinstance(x, nnx.Variable)]
+
+  def undo() -> None:
+    for module, cls, attributes in modules:
+      object.__setattr__(module, "__class__", cls)
+      vars(module).clear()
+      vars(module).update(attributes)
+    for variable, value in state:
+      variable.set_raw_value(value)
+
+  return undo
+
+
 def _check_used(model: nnx.Module, inputs: Any, layout: Layout) -> None:
-  """Takes all away again and raises if another module reads an adapted parameter."""
-  uses = Uses()
+  """Raises ValueError if another module than its own reads an adapted parameter."""
+  held = {path: x for path, x in held_in(model).items() if x.path in layout}
   graph, state = nnx.split(model)
-  with noting(uses):
-    probe.shapes(lambda state, *args: nnx.merge(graph, state)(*args), state, *inputs)
-  held = [held.path for held in held_in(model).values() if held.path in layout]
-  if unused := [path for path in held if path not in uses.by_path]:
-    detach(model)
+  flat = dict(nnx.to_flat_state(state))
+  trained = {
+    "/".join(map(str, p)): p for p, x in flat.items() if isinstance(x, Trained) and p[:-1] in held
+  }
+  uses = Uses()
+
+  def run(arrays: Any, rest: Any, inputs: Any) -> Any:
+    given = {path: flat[path].replace(arrays[name]) for name, path in trained.items()}
+    whole = {**dict(nnx.to_flat_state(rest)), **given}
+    return nnx.merge(graph, nnx.from_flat_state(whole))(*inputs)
+
+  def seen(arrays: Any, rest: Any, inputs: Any) -> Any:
+    return traced(run, uses, {name: _Seen(x) for name, x in arrays.items()}, rest, inputs)
+
+  rest = nnx.from_flat_state({p: x for p, x in flat.items() if p not in trained.values()})
+  probe.shapes(seen, {name: flat[path].get_value() for name, path in trained.items()}, rest, inputs)
+  used = {trained[name][:-1] for name in uses.by_path}
+  unused = [held[path].path for path in {p[:-1] for p in trained.values()} - used]
+  if unused:
     raise ValueError(
       f"{unused[0]} is read by another module than the one that it lies in, which would skip its "
       "adapter; leave it out of the targets"
     )
+
+
+class _Seen(Weight):
+  """An array of which is noted whether it is used."""
+
+  array: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.array.shape)
+
+  @property
+  def dtype(self) -> Any:
+    return self.array.dtype
+
+  def materialize(self) -> jax.Array:
+    return self.array

@@ -15,7 +15,8 @@ from peftjax.core import paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.weight import Weight
 
-# A parameter `kernel` has it at `kernel_adapter`, a shared node "shared/vera" at `shared_vera`.
+# A parameter `kernel` has it at `kernel_adapter`; the shared node "shared/vera" is the model's
+# `shared_vera`.
 SUFFIX = "_adapter"
 
 
@@ -42,12 +43,14 @@ class Form:
     treedef: of the node, without the plain array that it is around, if it is.
     names: of its arrays: of their fields, as `a`, `b`, `scale` or `base_codes`.
     trained: which of them a method trains.
+    borrowed: names of arrays that are copies of a shared node's.
     around: it is around a plain array, which lies at its path.
   """
 
   treedef: Any
   names: tuple[str, ...]
   trained: tuple[bool, ...]
+  borrowed: tuple[str, ...]
   around: bool
 
   def node(self, arrays: Mapping[str, Any], base: Any = None) -> Any:
@@ -67,6 +70,9 @@ class Held(nnx.Module):
 
   Its arrays are variables, attributes by the names of `form`.
 
+  A shared node is there once, and weights that use it have it as `lender`. But a stack of layers,
+  of which a scan or a map takes all variables apart, has a copy for each layer.
+
   Attributes:
     path: of the parameter in the tree of `params`.
     form: all else of the node.
@@ -75,7 +81,14 @@ class Held(nnx.Module):
       set it.
   """
 
-  def __init__(self, path: str, node: Any, mask: Any, key: jax.Array | None = None):
+  def __init__(
+    self,
+    path: str,
+    node: Any,
+    mask: Any,
+    key: jax.Array | None = None,
+    lender: Held | None = None,
+  ):
     """Splits a node.
 
     Args:
@@ -83,16 +96,22 @@ class Held(nnx.Module):
       node: a `Weight` or `Shared`.
       mask: like it, true on what is trained.
       key: of the dropout of adapters.
+      lender: the shared node whose arrays it uses.
     """
+    if lender is not None and node.stack:
+      node = _borrowing(node, lender)
+    elif lender is not None:
+      self.lender = lender
     around = isinstance(node, Adapted) and not isinstance(node.base, Weight)
-    own = lambda node: node.replace(base=None) if around else node
-    arrays, flags = named(own(node)), named(own(mask))
-    trained = tuple(bool(flags[name]) for name in arrays)
+    rest = node.replace(base=None) if around else node
+    arrays, flags = named(rest), named(mask)
+    trained = tuple(bool(flags.get(name)) for name in arrays)
+    borrowed = tuple(name for name in arrays if name not in flags)
     self.path = path
-    self.form = Form(jax.tree.structure(own(node)), tuple(arrays), trained, around)
+    self.form = Form(jax.tree.structure(rest), tuple(arrays), trained, borrowed, around)
     for name, x in arrays.items():
       made = nnx.Param if _is_base(name, node) else Fixed
-      setattr(self, name, Trained(x) if flags[name] else made(x))
+      setattr(self, name, Trained(x) if flags.get(name) else made(x))
     self.owned = not isinstance(node, Adapted) or not (node.owned or node.rates)
     if isinstance(node, Adapted) and node.dropout:
       self.deterministic = False
@@ -105,15 +124,22 @@ class Held(nnx.Module):
     return {name: getattr(self, name).get_value() for name in self.form.names}
 
   def node(self, base: Any = None) -> Any:
-    """The weight, around `base` where that lies at `path`, or the shared node."""
-    return self.form.node(self.arrays(), base)
+    """The weight, around `base` where that lies at `path`, or the shared node.
+
+    It has nothing that it borrows.
+    """
+    arrays = self.arrays()
+    own = {name: x for name, x in arrays.items() if name not in self.form.borrowed}
+    return self.form.node(own, base)
 
   def mask(self) -> Any:
     """Like the node, true on what is trained."""
-    return self.form.node(dict(zip(self.form.names, self.form.trained, strict=True)), False)
+    both = zip(self.form.names, self.form.trained, strict=True)
+    own = {name: flag for name, flag in both if name not in self.form.borrowed}
+    return self.form.node(own, False)
 
   def weight(self, base: Any) -> Any:
-    """The weight for one use: with a new key of its dropout, and with gradients where these are due.
+    """The weight for one use: with a new key of its dropout, and with all that it borrows.
 
     Raises (when differentiated):
       ValueError: if only the optimizer of its own method may train it, and none was made.
@@ -123,6 +149,8 @@ class Held(nnx.Module):
       both = zip(self.form.names, self.form.trained, strict=True)
       arrays |= {name: _unowned(self.path, arrays[name]) for name, trained in both if trained}
     weight = self.form.node(arrays, base)
+    if (lender := getattr(self, "lender", None)) is not None:
+      weight = weight.borrow(lender.node())
     if getattr(self, "deterministic", True):
       return weight
     draws = self.draws.get_value()
@@ -130,6 +158,14 @@ class Held(nnx.Module):
     keys = jax.random.wrap_key_data(self.dropout_key.get_value())
     fold = functools.reduce(lambda f, _: jax.vmap(f), range(draws.ndim), jax.random.fold_in)
     return weight.replace(key=fold(keys, draws))
+
+
+def _borrowing(node: Any, lender: Held) -> Any:
+  """A weight with its own copy of what it uses of a shared node."""
+  borrow = lambda node, common: node.borrow(common)
+  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node)):
+    return jax.eval_shape(borrow, node, lender.node())
+  return borrow(node, lender.node())
 
 
 def _is_base(name: str, node: Any) -> bool:

@@ -18,9 +18,9 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """`tx`, which takes trees of weights, for `nnx.Optimizer(model, ..., wrt=pj.nnx.Trained)`.
 
-  A method's own optimizer takes such trees: it is needed for AdaLoRA, whose allocator has to see all
-  matrices, and for the two rates of LoRA+. Until it was made here, gradients of those weights raise.
-  Other weights may be trained by any optimizer, without this.
+  A method's own optimizer takes such trees: it is needed for AdaLoRA, whose allocator has to see
+  all matrices, and for the two rates of LoRA+. Until it was made here, gradients of those weights
+  raise. Other weights may be trained by any optimizer, without this.
 
   Args:
     model: adapted by `attach`.

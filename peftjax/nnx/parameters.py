@@ -75,10 +75,9 @@ def merge(model: nnx.Module, *, dense: bool = False) -> nnx.Module:
 
 def detach(model: nnx.Module) -> None:
   """Takes away what `attach` put beside parameters, and gives all modules their classes."""
-  modules = dict(nnx.iter_modules(model))
-  for path in held_in(model):
-    delattr(modules[path[:-1]], path[-1])
-  for module in modules.values():
+  for _, module in list(nnx.iter_modules(model)):
+    for name in [name for name, x in vars(module).items() if isinstance(x, Held)]:
+      delattr(module, name)
     restore(module)
 
 
@@ -126,6 +125,6 @@ def check_model(model: Any) -> None:
     raise ValueError(f"pj.nnx takes a flax.nnx.Module, not a {what}; see pj.apply for linen")
   if not nnx.to_flat_state(nnx.state(model, nnx.Param)):
     raise ValueError(
-      f"{type(model).__name__} has no nnx.Param, and only those can be adapted; write its arrays as "
-      "nnx.Param(array)"
+      f"{type(model).__name__} has no nnx.Param, and only those can be adapted; write its arrays "
+      "as nnx.Param(array)"
     )
