@@ -17,6 +17,10 @@ from peftjax.core.view import Uses
 from peftjax.nnx.held import SUFFIX, Held
 
 
+class ReadElsewhere(AttributeError, ValueError):
+  """A module reads a quantised parameter of another one, which is there no more."""
+
+
 def adapt(module: nnx.Module) -> None:
   """Gives a module the subclass of its class that computes with what it holds."""
   if not _original(module):
@@ -45,7 +49,24 @@ def _subclass(cls: type) -> type:
         body.setdefault(name, property(_adapted(cls, value.fget), value.fset, value.fdel))
       elif own and callable(value) and hasattr(value, "__get__"):  # `nnx.jit` makes no function
         body.setdefault(name, _adapted(cls, value))
+  body["__getattr__"] = _missing(cls)
   return type(cls)(f"Adapted{cls.__name__}", (cls,), body)
+
+
+def _missing(cls: type) -> Callable[..., Any]:
+  """`__getattr__` of the subclass of `cls`."""
+
+  def of(self: Any, name: str) -> Any:
+    if (held := vars(self).get(f"{name}{SUFFIX}")) is not None:
+      raise ReadElsewhere(
+        f"{held.path} is quantised and is read by another module than the one that it lies in; "
+        "leave it out of the targets and of `where`"
+      )
+    if (inherited := getattr(cls, "__getattr__", None)) is not None:
+      return inherited(self, name)
+    raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
+
+  return of
 
 
 def _adapted(cls: type, fn: Any) -> Callable[..., Any]:

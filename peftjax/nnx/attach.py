@@ -79,7 +79,8 @@ def attach(
     )
   layout = layout_of(model, *inputs) if layout is None else layout
   key = key.params() if isinstance(key, nnx.Rngs) else key
-  method, where = resolved(model, method, layout), resolved(model, where, layout)
+  method = resolved(model, method, layout)
+  where = where if quant is None else resolved(model, where, layout)
   given = params(model)
   try:
     tree = _base(given, layout, quant, where, read)
@@ -114,10 +115,10 @@ def _check_method(method: Any) -> None:
 
 def _base(tree: Any, layout: Layout, fmt: Format | None, where: Any, read: Any) -> Any:
   """The parameters, read if they are to be, and quantised one by one."""
-  chosen = set(paths.select(tree, where, arrays=True)) if fmt is not None else set()
-  for path, leaf in paths.leaves(tree).items():
-    if path in chosen:
-      transform.check(path, leaf, fmt, layout)
+  flat = paths.leaves(tree)
+  formats = {p: fmt for p in paths.select(tree, where, arrays=True)} if fmt is not None else {}
+  for path, given in formats.items():
+    transform.check(path, flat[path], given, layout)
 
   def of(path: str, leaf: Any) -> Any:
     if read is not None and not isinstance(leaf, Weight):
@@ -125,7 +126,7 @@ def _base(tree: Any, layout: Layout, fmt: Format | None, where: Any, read: Any) 
       if tuple(array.shape) != tuple(leaf.shape):
         raise ValueError(f"{path}: read gave {tuple(array.shape)}, the model has {leaf.shape}")
       leaf = jnp.asarray(array, leaf.dtype)
-    return transform.quantize_leaf(path, leaf, fmt) if path in chosen else leaf
+    return transform.quantize_leaf(path, leaf, formats[path]) if path in formats else leaf
 
   return paths.map_leaves(of, tree)
 
@@ -153,10 +154,10 @@ def _check_owners(model: nnx.Module, given: Any, tree: Any) -> None:
   if attachments(tree):
     raise ValueError("this method lies beside modules, which NNX models have no place for")
   owners: dict[int, list[Any]] = {}
-  for path, module in nnx.iter_modules(model):
+  for at, module in nnx.iter_modules(model):
     for name, x in vars(module).items():
       if isinstance(x, nnx.Variable):
-        owners.setdefault(id(x), []).append(("/".join(map(str, (*path, name))), module))
+        owners.setdefault(id(x), []).append(("/".join(map(str, (*at, name))), module))
   by_path = {path: found for found in owners.values() for path, _ in found}
   for path in _changed(given, tree):
     found = by_path.get(path, [])

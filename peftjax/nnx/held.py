@@ -116,8 +116,9 @@ class Held(nnx.Module):
     if isinstance(node, Adapted) and node.dropout:
       self.deterministic = False
       if key is not None:
-        keys = jax.random.key_data(node.with_key(key, path).key)
-        self.dropout_key, self.draws = Fixed(keys), Fixed(jnp.zeros(node.stack, jnp.uint32))
+        keyed: Any = node.with_key(key, path)
+        self.dropout_key = Fixed(jax.random.key_data(keyed.key))
+        self.draws = Fixed(jnp.zeros(node.stack, jnp.uint32))
 
   def arrays(self) -> dict[str, Any]:
     """What the variables hold, by name."""
