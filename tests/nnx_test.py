@@ -78,6 +78,7 @@ class Scanned(nnx.Module):
 
 MODELS = {"toy": (Toy, IDS), "scanned": (Scanned, X), "block": (Block, X)}
 ALL = "all-linear"
+LORA = pj.lora(2, targets=ALL)
 METHODS = {
   "lora": pj.lora(2, targets=ALL),
   "dora": pj.dora(2, targets=ALL),
@@ -262,6 +263,50 @@ def test_params_are_a_tree_as_all_of_peftjax_takes():
   chex.assert_trees_all_equal(pj.combine(train, frozen), tree)
 
 
+class Busy(nnx.Module):
+  """Owns a parameter, has a module with one, draws from what it is given, and counts."""
+
+  def __init__(self, rngs):
+    self.own = nnx.Param(jax.random.normal(rngs.params(), (16, 16)))
+    self.up, self.drop = nnx.Linear(16, 16, rngs=rngs), nnx.Dropout(0.5)
+    self.calls = 0
+
+  def __call__(self, x, rngs=None, name="y"):
+    self.calls += 1
+    return {name: self.up(self.drop(self._back(x), rngs=rngs)), "name": name}
+
+  def _back(self, x):
+    return x @ self.own[...].T
+
+  @property
+  def doubled(self):
+    return 2 * self.own[...]
+
+
+def test_what_a_call_changes_is_changed():
+  """Counts of keys among the arguments, attributes. Any method computes, of a copy too."""
+  model = Busy(nnx.Rngs(0))
+  model.eval()
+  pj.nnx.attach(KEY, model, LORA, X)
+  shaken(model)
+  assert model.calls == 0
+  merged = pj.nnx.merge(nnx.clone(model))
+  for of in (model, nnx.clone(model)):
+    np.testing.assert_allclose(of._back(X), merged._back(X), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of.doubled, merged.doubled, rtol=1e-4, atol=1e-4)
+  y = model(X, name="z")
+  assert model.calls == 1 and y["name"] == "z"
+  np.testing.assert_allclose(y["z"], merged(X)["y"], rtol=1e-4, atol=1e-4)
+  model.train()
+  rngs = nnx.Rngs(dropout=7)
+  first, second = model(X, rngs)["y"], model(X, rngs=rngs)["y"]
+  assert rngs.dropout.count[...] == 2 and (first != second).any()
+  model.eval()
+  mapped = nnx.vmap(lambda model, x: model(x)["y"], in_axes=(None, 0))(model, X)
+  np.testing.assert_allclose(mapped, y["z"], rtol=1e-4, atol=1e-4)
+  jax.grad(lambda x: model._back(x).sum())(X)  # nothing is written to a model from outside
+
+
 def test_layout_is_of_every_parameter_that_is_used():
   found = pj.nnx.layout(Toy(nnx.Rngs(0)), IDS)
   assert isinstance(found["embed/embedding"], TableAxes)
@@ -426,7 +471,6 @@ class Tied(nnx.Module):
     return self.down(self.up(x))
 
 
-LORA = pj.lora(2, targets=ALL)
 REFUSED = {
   "no inputs": (lambda: pj.nnx.attach(KEY, Block(nnx.Rngs(0)), LORA), "example inputs"),
   "a state": (lambda: pj.nnx.attach(KEY, nnx.state(Block(nnx.Rngs(0))), LORA, X), "nnx.Module"),

@@ -116,7 +116,8 @@ def _check_method(method: Any) -> None:
 def _base(tree: Any, layout: Layout, fmt: Format | None, where: Any, read: Any) -> Any:
   """The parameters, read if they are to be, and quantised one by one."""
   flat = paths.leaves(tree)
-  formats = {p: fmt for p in paths.select(tree, where, arrays=True)} if fmt is not None else {}
+  chosen = [] if fmt is None else paths.select(tree, where, arrays=True)
+  formats: dict[str, Any] = dict.fromkeys(chosen, fmt)
   for path, given in formats.items():
     transform.check(path, flat[path], given, layout)
 
@@ -240,8 +241,8 @@ def _check_used(model: nnx.Module, inputs: Any, layout: Layout) -> None:
     whole = {**dict(nnx.to_flat_state(rest)), **given}
     return nnx.merge(graph, nnx.from_flat_state(whole))(*inputs)
 
-  def seen(arrays: Any, rest: Any, inputs: Any) -> Any:
-    return traced(run, uses, {name: _Seen(x) for name, x in arrays.items()}, rest, inputs)
+  def seen(arrays: Any, rest: Any, inputs: Any) -> None:
+    traced(run, uses, {name: _Seen(x) for name, x in arrays.items()}, rest, inputs)
 
   rest = nnx.from_flat_state({p: x for p, x in flat.items() if p not in trained.values()})
   probe.shapes(seen, {name: flat[path].get_value() for name, path in trained.items()}, rest, inputs)

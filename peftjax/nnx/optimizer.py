@@ -47,7 +47,8 @@ def optimizer(
     updates, state = tx.update(_tree(grads, forms), state, train, **extra)
     return _like(grads, updates, forms), state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  # A chain's state is a tuple, in whose parts trainers look for a learning rate.
+  return optax.chain(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _flat(state: Any) -> dict[tuple[Any, ...], Any]:
