@@ -77,6 +77,8 @@ def attach(
       "pj.nnx.attach finds the axes of kernels by tracing the model; write either example inputs, "
       "pj.nnx.attach(key, model, method, x), or layout=pj.nnx.layout(model, x)"
     )
+  if quant is None and where != "all-linear":
+    raise ValueError(f"where={where!r} says what is quantised; write quant=pj.quant.nf4() too")
   layout = layout_of(model, *inputs) if layout is None else layout
   key = key.params() if isinstance(key, nnx.Rngs) else key
   method = resolved(model, method, layout)
