@@ -132,7 +132,7 @@ def test_qlora_goes_on_from_a_checkpoint_of_tunix(tmp_path):
   assert kinds.count("LoRA(Quantized)") == 6 and kinds.count("LoRA") == 8
   train(whole, optax.adam(1e-2), 4)
   train(first, optax.adam(1e-2), 2, checkpoint_root_directory=str(tmp_path))
-  assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["2"]
+  assert max(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == "2"
   train(second, optax.adam(1e-2), 4, checkpoint_root_directory=str(tmp_path))
   np.testing.assert_allclose(second(*INPUTS)[0], whole(*INPUTS)[0], rtol=1e-4, atol=1e-5)
   assert np.abs(second(*INPUTS)[0] - first(*INPUTS)[0]).max() > 1e-3
