@@ -21,7 +21,7 @@ BENCHMARKS = (
 )
 # Modules whose public names are in the reference beside those of `peftjax` itself.
 MODULES = (
-  *("peftjax.linen", "peftjax.losses", "peftjax.optim", "peftjax.sharding"),
+  *("peftjax.linen", "peftjax.nnx", "peftjax.losses", "peftjax.optim", "peftjax.sharding"),
   *("peftjax.core.attachment", "peftjax.nn.feed_forward"),
   *("peftjax.training.settings", "peftjax.training.loop"),
 )

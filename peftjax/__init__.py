@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peftjax import linen, losses, optim, quant, sharding
+from peftjax import linen, losses, nnx, optim, quant, sharding
 from peftjax.core.einsum import einsum
 from peftjax.core.factored import factored
 from peftjax.core.paths import select
@@ -73,6 +73,7 @@ __all__ = [
   "lora",
   "losses",
   "merge",
+  "nnx",
   "optim",
   "partition",
   "prefix",

@@ -56,11 +56,12 @@ def apply(
     **kwargs: passed on: `method`, `mutable`, the module's own arguments.
 
   Raises:
-    ValueError: if `params` are no whole tree of parameters; if a leaf or the module has dropout,
-      `train` is true and `rngs["dropout"]` is missing; if no module reads a prefix or prompt, the
-      model being called as a whole (without `method`); if `rows` do not fit the adapters or the
-      batch.
+    ValueError: if `model` is an NNX module; if `params` are no whole tree of parameters; if a leaf
+      or the module has dropout, `train` is true and `rngs["dropout"]` is missing; if no module
+      reads a prefix or prompt, the model being called as a whole (without `method`); if `rows` do
+      not fit the adapters or the batch.
   """
+  paths.check_no_nnx(model)
   _check_given(params, args, kwargs)
   if rows is not None:
     params = per_row.pick(params, rows)

@@ -40,7 +40,7 @@ class ConvAxes(Axes):
 
 
 class TableAxes(Axes):
-  """Axes of a table that is looked up, whether or not it is a head too."""
+  """Axes of a table, of which rows are looked up; a tied head may multiply by it too."""
 
 
 class Site(NamedTuple):

@@ -70,6 +70,11 @@ def matches(pattern: str, path: str) -> bool:
   return patterns.fullmatch(pattern, path)
 
 
+def is_head(path: str) -> bool:
+  """Whether a leaf is of a task's or a vocabulary's head."""
+  return path.split("/")[0] in _HEADS
+
+
 def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
   """Whether "all-linear" means this leaf: a kernel of the body, not of a head.
 
@@ -77,13 +82,13 @@ def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
   is no layout, because a method has adapted it. What the layout has seen in a convolution or a
   lookup is none.
   """
-  parts = path.split("/")
-  if parts[0] in _HEADS or len(bare(leaf).shape) < 2:
+  if is_head(path) or len(bare(leaf).shape) < 2:
     return False
   axes = (layout or {}).get(path)
   if isinstance(axes, Axes):
     return not isinstance(axes, ConvAxes | TableAxes)
-  return parts[-1] == "kernel" or (isinstance(leaf, Adapted) and parts[-1] not in _NO_KERNELS)
+  name = path.split("/")[-1]
+  return name == "kernel" or (isinstance(leaf, Adapted) and name not in _NO_KERNELS)
 
 
 def select(
@@ -106,8 +111,9 @@ def select(
 
   Raises:
     ValueError: if any one pattern matches nothing; near misses are listed. If it names a tied head,
-      which has no array.
+      which has no array; if `params` are an object of NNX.
   """
+  check_no_nnx(params)
   given.check_params(params)
   flat = _of_modules(params)
   patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -133,6 +139,15 @@ def select(
       found.remove(path)
     chosen.update(found)
   return [p for p in flat if p in chosen]
+
+
+def check_no_nnx(params: Any) -> None:
+  """Raises `ValueError` if what should be a tree of parameters, or a linen module, is of NNX."""
+  if any(of.__module__.startswith("flax.nnx") for of in type(params).__mro__):
+    raise ValueError(
+      f"a {type(params).__name__} of Flax NNX came where peftjax takes linen modules and plain "
+      "trees; write pj.nnx.attach(key, model, method, *example_inputs)"
+    )
 
 
 def _of_modules(params: Any) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def layout(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
     floats = several and jnp.issubdtype(leaf.dtype, jnp.floating)
     return Probe(leaf, path, found) if floats else leaf
 
-  def run(params: Any, *args: Any, **kwargs: Any) -> Any:
-    return traced(fn, Uses(), paths.map_leaves(probed, params), *args, **kwargs)
+  def run(params: Any, *args: Any, **kwargs: Any) -> None:  # a result need be no array
+    traced(fn, Uses(), paths.map_leaves(probed, params), *args, **kwargs)
 
   shapes(run, params, *args, **kwargs)
   return found.axes
