@@ -3,17 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peftjax import linen, losses, nnx, optim, quant, sharding
+from peftjax import linen, losses, nnx, optim, quant, sharding, tree
 from peftjax.core.einsum import einsum
 from peftjax.core.factored import factored
 from peftjax.core.paths import select
 from peftjax.core.tree import (
-  adapter_mask,
   combine,
   count,
   merge,
   partition,
-  untie,
   value_and_grad,
 )
 from peftjax.core.weight import Weight
@@ -22,9 +20,8 @@ from peftjax.hf_peft import load as load_peft
 from peftjax.hf_peft import save as save_peft
 from peftjax.linen import apply
 from peftjax.methods.adalora import adalora
-from peftjax.methods.adalora_ranks import ranks, to_lora
 from peftjax.methods.adapters import adapters
-from peftjax.methods.base import Method, chain
+from peftjax.methods.base import chain
 from peftjax.methods.combine import combine_adapters
 from peftjax.methods.dora import dora
 from peftjax.methods.ia3 import ia3
@@ -34,7 +31,6 @@ from peftjax.methods.lora import lora
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
 from peftjax.methods.stack import stack_adapters
-from peftjax.methods.swap import align_ranks, unmerge
 from peftjax.methods.unfreeze import unfreeze
 from peftjax.methods.vera import vera
 from peftjax.models.generate import generate
@@ -47,12 +43,9 @@ if TYPE_CHECKING:
   from peftjax.training.texts import texts
 
 __all__ = [
-  "Method",
   "Weight",
   "adalora",
-  "adapter_mask",
   "adapters",
-  "align_ranks",
   "apply",
   "chain",
   "combine",
@@ -80,17 +73,14 @@ __all__ = [
   "prompt",
   "quant",
   "quantize",
-  "ranks",
   "save_peft",
   "save_pretrained",
   "select",
   "sharding",
   "stack_adapters",
   "texts",
-  "to_lora",
+  "tree",
   "unfreeze",
-  "unmerge",
-  "untie",
   "value_and_grad",
   "vera",
 ]

@@ -354,11 +354,11 @@ class Subject:
   def align(self, one, two):
     """`two` with ranks padded as far as `one` needs, and the other way round."""
     (a, base), (b, other_base) = (self.adapters(tree) for tree in (one, two))
-    a, b = pj.align_ranks(a, b)
+    a, b = pj.tree.align_ranks(a, b)
     return pj.combine(a, base), pj.combine(b, other_base)
 
   def adapters(self, params):
-    return pj.partition(params, pj.adapter_mask(params, self.mask))
+    return pj.partition(params, pj.tree.adapter_mask(params, self.mask))
 
   def apart(self, params):
     """The outputs by linen's own modules, where the method is a change of weights."""
@@ -453,7 +453,7 @@ def test_law_3_merge_preserves_outputs_and_unmerge_gives_the_base_back(subject, 
   assert not any(isinstance(leaf, Weight) for leaf in paths.leaves(merged).values())
   chex.assert_trees_all_equal_shapes_and_dtypes(merged, merge(subject.params))
   close(subject, subject.plain(merged), subject.forward(subject.live))
-  back = pj.unmerge(merged, subject.live)
+  back = pj.tree.unmerge(merged, subject.live)
   if subject.entry.base:  # its base is dense then, and only its dense form the same
     with pytest.raises(ValueError, match="is quantised"):
       pj.merge(subject.live)

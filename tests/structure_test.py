@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 # Each imports only from those before it, and within itself.
 LAYERS = (
   *("core", "quant", "losses", "collectives", "io", "data", "nn", "optim", "sharding", "methods"),
-  *("linen", "nnx", "models", "describe", "hf_peft", "training", "__init__"),
+  *("tree", "linen", "nnx", "models", "describe", "hf_peft", "training", "__init__"),
 )
 TREES = {
   path.relative_to(ROOT): ast.parse(path.read_text())

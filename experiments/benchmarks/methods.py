@@ -19,6 +19,7 @@ import peftjax as pj
 from experiments import runtime, timing
 from experiments.benchmarks import report
 from experiments.benchmarks.batch import example
+from peftjax.methods.base import Method
 from peftjax.training import state, step
 from peftjax.training.classification import CLASSES
 from peftjax.training.settings import Model
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
   report.end(f"Step against LoRA's, {BATCH.value} x {LENGTH.value}", rows, OUT.value)
 
 
-def made(rank: int) -> dict[str, pj.Method]:
+def made(rank: int) -> dict[str, Method]:
   targets = "all-linear"
   return {
     "lora": pj.lora(rank, targets=targets),
@@ -65,7 +66,7 @@ def made(rank: int) -> dict[str, pj.Method]:
   }
 
 
-def steps_of(method: pj.Method) -> Callable[[], None]:
+def steps_of(method: Method) -> Callable[[], None]:
   """A function that takes one step and waits for it."""
   model, params = pj.load_pretrained(Model().path(), num_labels=2)
   batch, key = example(BATCH.value, LENGTH.value), jax.random.key(2)

@@ -10,6 +10,7 @@ import peftjax as pj
 from experiments import runtime
 from experiments.benchmarks.batch import example
 from experiments.benchmarks.turns import serve
+from peftjax.methods.base import Method
 from peftjax.training import state, step
 from peftjax.training.classification import CLASSES
 
@@ -18,7 +19,7 @@ def main(case: str, directory: str, batch_size: int, length: int) -> None:
   runtime.keep_programs(os.environ.get("PEFTJAX_BENCHMARK_CACHE"))
   model, params = pj.load_pretrained(directory, num_labels=2)
   targets = {"query_value": ["query", "value"], "all_linear": "all-linear"}
-  method: pj.Method
+  method: Method
   if case == "full":
     method = pj.unfreeze(".*")
   else:

@@ -46,7 +46,7 @@ def form() -> Finding:
   expected=HOLDS,
 )
 def ranks_differ() -> Finding:
-  left = list(pj.ranks(runs.minilm("adalora").params).values())
+  left = list(pj.tree.ranks(runs.minilm("adalora").params).values())
   budget = runs.TARGET * len(left)
   return found(
     {"least": min(left), "most": max(left), "sum": sum(left), "budget": budget},

@@ -76,7 +76,7 @@ def _task(rank: int, seed: int, base: Any) -> tuple[Any, Any]:
     params,
     is_leaf=lambda x: isinstance(x, LoRA),
   )
-  return pj.partition(params, pj.adapter_mask(params, method.trainable(params)))
+  return pj.partition(params, pj.tree.adapter_mask(params, method.trainable(params)))
 
 
 CLAIMS = (merge_changes_nothing, merge_costs_nothing, swapping)

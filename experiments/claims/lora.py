@@ -205,7 +205,7 @@ def cheaper_steps() -> Finding:
 def small_files() -> Finding:
   method = runs.METHODS["small"]()
   params = method.attach(jax.random.key(0), sample_models.minilm()[1])
-  adapter, base = pj.partition(params, pj.adapter_mask(params, method.trainable(params)))
+  adapter, base = pj.partition(params, pj.tree.adapter_mask(params, method.trainable(params)))
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   return found(
     {"adapter, KB": size(adapter) / 1e3, "model, KB": size(base) / 1e3},

@@ -36,7 +36,7 @@ def losses(scheme: str) -> np.ndarray:
   widest, adapters = _attach("α = r", RANKS[-1], base)[0], []
   for rank in RANKS:
     _, mask, (adapter, frozen) = _attach(scheme, rank, base)
-    adapters.append(pj.align_ranks(adapter, pj.partition(widest, mask)[0])[0])
+    adapters.append(pj.tree.align_ranks(adapter, pj.partition(widest, mask)[0])[0])
   found = np.zeros((len(RANKS), len(RATES)))
   for i, adapter in enumerate(adapters):
     method = _method(scheme, RANKS[i])
@@ -58,7 +58,7 @@ def _attach(scheme: str, rank: int, base: Any) -> tuple[Any, Any, tuple[Any, Any
   """Attached parameters, what belongs to the adapter, and the two halves."""
   method = _method(scheme, rank)
   params = method.attach(jax.random.key(0), base)
-  mask = pj.adapter_mask(params, method.trainable(params))
+  mask = pj.tree.adapter_mask(params, method.trainable(params))
   return params, mask, pj.partition(params, mask)
 
 

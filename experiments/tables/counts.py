@@ -11,6 +11,7 @@ import jax
 
 import peftjax as pj
 from experiments.tables.abstract_models import shapes_of
+from peftjax.methods.base import Method
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 WHOLE = {"model": r".*", "layers": r".*/layers(_\d+)?/.*"}
@@ -36,10 +37,10 @@ class Cell:
   model: str
   name: str
   printed: str
-  method: pj.Method
+  method: Method
   note: str = ""
   of: str = "model"
-  meant: tuple[str, pj.Method] | None = None
+  meant: tuple[str, Method] | None = None
   off: str = "misprint"
 
   @property
@@ -69,7 +70,7 @@ class Cell:
       "seed": None,  # nothing is drawn
     }
 
-  def count(self, method: pj.Method) -> tuple[int, int]:
+  def count(self, method: Method) -> tuple[int, int]:
     """Trained parameters, and those that a share is of."""
     params, layout = shapes_of(self.model)
     attached = method.attach(jax.random.key(0), params, layout)

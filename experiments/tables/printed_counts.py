@@ -12,6 +12,7 @@ import functools
 
 import peftjax as pj
 from experiments.tables.counts import Cell
+from peftjax.methods.base import Method
 
 QV = ("query", "value")
 ATTENTION = (*QV, "key", r".*/attention/output/dense/kernel")
@@ -20,11 +21,11 @@ BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 DORA = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
-def _lora(rank: int, *targets: str) -> pj.Method:
+def _lora(rank: int, *targets: str) -> Method:
   return pj.lora(rank, targets=targets or QV)
 
 
-def _adapters(size: int, placement: str) -> pj.Method:
+def _adapters(size: int, placement: str) -> Method:
   """With LayerNorms frozen, as in all releases but Houlsby's own."""
   return pj.adapters(size, placement, norms=False)
 

@@ -133,8 +133,8 @@ def select(
       if not arrays or flat[path].of not in found:
         raise ValueError(
           f"target {pattern!r} names {path}, which is tied: it has no array but that of "
-          f"{flat[path].of}. Write params = pj.untie(params) first, which makes it one of its own, "
-          "or name the table."
+          f"{flat[path].of}. Write params = pj.tree.untie(params) first, which makes it one of its "
+          "own, or name the table."
         )
       found.remove(path)
     chosen.update(found)

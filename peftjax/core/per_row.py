@@ -96,7 +96,7 @@ class PerRow(Adapted):
     """Raises ValueError: there is a dense array for each row."""
     raise ValueError(
       "a weight that differs by row was used as one dense array; take one adapter out "
-      "(peftjax.methods.stack.unstack_adapters), or let its module be nn.Dense, nn.DenseGeneral, "
+      "(pj.tree.unstack_adapters), or let its module be nn.Dense, nn.DenseGeneral, "
       "nn.Einsum, nn.Embed or pj.nn.Linear"
     )
 

@@ -129,7 +129,7 @@ def _one_kind(params: Any, adapted: list[Any]) -> Codec | None:
     named = " and ".join(sorted(kind.__name__ for kind in kinds))
     raise ValueError(
       f"a PEFT directory holds one kind of adapter, and these are {named}: save each in a "
-      "directory of its own, or pj.to_lora(params), which makes LoRA of AdaLoRA"
+      "directory of its own, or pj.tree.to_lora(params), which makes LoRA of AdaLoRA"
     )
   return codec_of(adapted[0]) if adapted else None
 

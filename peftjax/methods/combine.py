@@ -180,7 +180,7 @@ def _trees(adapters: Any) -> list[Any]:
     if other := [kind for kind in kinds if kind != LoRA.__name__]:
       raise ValueError(
         f"tree {i} has adapters of the kind {other[0]}, and LoRA alone can be combined; one of "
-        "AdaLoRA becomes LoRA by pj.to_lora(params)"
+        "AdaLoRA becomes LoRA by pj.tree.to_lora(params)"
       )
     if not kinds:
       raise ValueError(f"tree {i} has no adapters; write pj.load_peft(folder, params, model)")

@@ -56,7 +56,7 @@ class LoRAMethod(RankStabilized):
     if self.init == "pissa" and (both := tied & set(self.claims(params))):
       raise ValueError(
         f'init="pissa" moves a part of {", ".join(both)} into the factors, and the head that is '
-        "tied to it would lose that part; write params = pj.untie(params) first"
+        "tied to it would lose that part; write params = pj.tree.untie(params) first"
       )
     return super().attach(key, params, layout)
 

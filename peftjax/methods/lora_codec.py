@@ -269,7 +269,7 @@ class AdaLoraCodec(LoraCodec):
 
   def write(self, path: str, leaf: Any, *, rslora: bool) -> dict[str, Adapter]:
     if leaf.e is None or path.endswith("embedding"):
-      raise ValueError(f"{path}: peft has no such AdaLoRA adapter; save pj.to_lora(params)")
+      raise ValueError(f"{path}: peft has no such AdaLoRA adapter; save pj.tree.to_lora(params)")
     return super().write(path, leaf, rslora=False)  # peft divides by the rank whatever it says
 
   def together(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
@@ -286,7 +286,7 @@ class AdaLoraCodec(LoraCodec):
     if len({x.fields["lora_alpha"] for x in made.values()}) > 1:
       raise ValueError(
         "a PEFT AdaLoRA directory has one scale, alpha over the initial rank, and these weights "
-        "have several; save pj.to_lora(params), which is the same adapter as plain LoRA"
+        "have several; save pj.tree.to_lora(params), which is the same adapter as plain LoRA"
       )
     return made
 

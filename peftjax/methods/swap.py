@@ -17,8 +17,8 @@ def align_ranks(*adapters: Any) -> tuple[Any, ...]:
   Rank and alpha are array children, so adapters of one base can then be swapped in a compiled
   step, or stacked for `vmap`, without tracing again:
 
-      adapter, base = pj.partition(params, pj.adapter_mask(params, method.trainable(params)))
-      one, two = pj.align_ranks(adapter, other_adapter)
+      adapter, base = pj.partition(params, pj.tree.adapter_mask(params, method.trainable(params)))
+      one, two = pj.tree.align_ranks(adapter, other_adapter)
       step(pj.combine(one, base)); step(pj.combine(two, base))
 
   Raises:
@@ -77,7 +77,7 @@ def _kind(flat: dict[str, Any], path: str) -> str:
   if _is_ranked(leaf) and any(getattr(leaf, name) is None for name in leaf.ranked):
     raise ValueError(
       f"{path} lacks a factor, so what it is padded to is not known; pass adapters as "
-      "pj.partition(params, pj.adapter_mask(params, method.trainable(params))) gives them"
+      "pj.partition(params, pj.tree.adapter_mask(params, method.trainable(params))) gives them"
     )
   if leaf is None:
     return "nothing"

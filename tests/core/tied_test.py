@@ -55,7 +55,7 @@ def test_decoders_say_in_their_trees_whether_they_are_tied(name, table):
   init = lambda: model.init(KEY, TOKENS)["params"]
   assert paths.tied(jax.eval_shape(init)) == {"lm_head/kernel": Tied(of=table)}
   want = run(params)
-  own = pj.untie(params)
+  own = pj.tree.untie(params)
   own["lm_head"]["kernel"] = own["lm_head"]["kernel"] * 2
   near(run(own), 2 * want)
   attached = adapted(params, table)
@@ -65,7 +65,7 @@ def test_decoders_say_in_their_trees_whether_they_are_tied(name, table):
 def test_nothing_in_the_place_of_the_head_is_tied_too(params):
   """As trees were before there was a marker."""
   near(run({name: x for name, x in params.items() if name != "lm_head"}), run(params))
-  near(run(pj.untie(params)), run(params))
+  near(run(pj.tree.untie(params)), run(params))
 
 
 def adapted(params, table, **how):
@@ -91,9 +91,9 @@ def test_merging_an_adapted_table_keeps_the_outputs(params, fmt):
   merged = pj.merge(attached, dense=fmt is not None)
   near(run(merged), want)
   assert merged["lm_head"]["kernel"].shape == (64, 96)
-  near(run(pj.merge(pj.untie(attached), dense=fmt is not None)), want)
+  near(run(pj.merge(pj.tree.untie(attached), dense=fmt is not None)), want)
   if fmt is None:
-    back = pj.unmerge(merged, attached)
+    back = pj.tree.unmerge(merged, attached)
     assert paths.tied(back)
     near(run(back), want)
 
@@ -104,7 +104,7 @@ def test_a_quantised_table_is_seen_by_both_uses(params):
     quantised = pj.quantize(params, fmt, TABLE)
     want = run(pj.merge(quantised, dense=True))
     near(run(quantised), want)
-    own = pj.untie(quantised)
+    own = pj.tree.untie(quantised)
     assert isinstance(own["lm_head"]["kernel"], Quantized)
     np.testing.assert_array_equal(
       own["lm_head"]["kernel"].materialize(), paths.leaves(quantised)[TABLE].materialize().T
@@ -133,7 +133,7 @@ def test_training_the_table_trains_both_uses(params):
   grad = lambda p, where: paths.leaves(
     jit(pj.value_and_grad(loss, pj.unfreeze(where).trainable(p)))(p)[1]
   )
-  both, apart = grad(params, TABLE), grad(pj.untie(params), [TABLE, "lm_head"])
+  both, apart = grad(params, TABLE), grad(pj.tree.untie(params), [TABLE, "lm_head"])
   want = apart[TABLE] + apart["lm_head/kernel"].T
   np.testing.assert_allclose(both[TABLE], want, rtol=1e-3, atol=1e-3)
 
@@ -153,7 +153,7 @@ def test_training_the_table_trains_both_uses(params):
 def test_what_needs_a_head_of_its_own_says_how_to_get_one(params, act):
   with pytest.raises(ValueError, match=r"tied to|pj\.untie\(params\)") as told:
     act(params)
-  assert "pj.untie(params)" in str(told.value)
+  assert "pj.tree.untie(params)" in str(told.value)
 
 
 def test_the_rest_of_the_library_walks_past_it(params):
@@ -168,15 +168,15 @@ def test_the_rest_of_the_library_walks_past_it(params):
   assert paths.tied(optax.apply_updates(train, updates))
   where = pj.sharding.shardings(attached, pj.sharding.make_mesh("fsdp:2,tensor:4"))
   assert paths.tied(jax.device_put(attached, where))
-  adapter, _ = pj.partition(attached, pj.adapter_mask(attached, method.trainable(attached)))
-  assert all(map(paths.tied, pj.align_ranks(adapter, adapter)))
+  adapter, _ = pj.partition(attached, pj.tree.adapter_mask(attached, method.trainable(attached)))
+  assert all(map(paths.tied, pj.tree.align_ranks(adapter, adapter)))
   assert pj.count(attached) == pj.count(params) + paths.leaves(attached)[TABLE].a.size + (
     paths.leaves(attached)[TABLE].b.size
   )
   row = next(row for row in pj.describe(attached) if row.path == "lm_head/kernel")
   assert row.type == f"tied to {TABLE}" and row.bytes == row.trainable == 0
   assert row.shape == (64, 96) and row.dtype == "float32"
-  assert paths.tied(pj.to_lora(attached))
+  assert paths.tied(pj.tree.to_lora(attached))
   with pytest.raises(ValueError, match="is tied to .*, which is not in this tree"):
-    pj.untie({"lm_head": params["lm_head"]})
+    pj.tree.untie({"lm_head": params["lm_head"]})
   assert tree.untie({"a": 1}) == {"a": 1}

@@ -173,7 +173,7 @@ def test_combine_takes_the_first_that_is_there():
 
 def test_adapter_mask_is_what_did_not_come_with_the_model(params):
   """Made or trained: factors, scale, rank and the head; not the base."""
-  mask = pj.adapter_mask(params, METHOD.trainable(params))
+  mask = pj.tree.adapter_mask(params, METHOD.trainable(params))
   chosen = {paths.name(p) for p, on in jax.tree_util.tree_flatten_with_path(mask)[0] if on}
   made = {f"body/kernel/{child}" for child in ("a", "b", "scale", "rank")}
   assert chosen == made | {"head/kernel", "head/bias"}
@@ -183,7 +183,7 @@ def test_adapter_mask_holds_the_base_that_pissa_changed(params):
   """The residual is no pretrained array: it has to be saved."""
   method = pj.lora(3, targets="kernel", init="pissa")
   attached = method.attach(jax.random.key(0), {"kernel": jnp.asarray(X)})
-  mask = pj.adapter_mask(attached, method.trainable(attached))
+  mask = pj.tree.adapter_mask(attached, method.trainable(attached))
   assert mask["kernel"].base is True
   assert method.trainable(attached)["kernel"].base is False
 

@@ -157,11 +157,13 @@ def test_adalora_that_was_loaded_pruned_can_be_saved_again(tiny, tmp_path):
   )
   hf_peft.save(tmp_path / "first", attached, model)
   first, _ = hf_peft.load(tmp_path / "first", params, model)
-  assert len(set(pj.ranks(first).values())) > 1 and pj.ranks(first) == pj.ranks(attached)
+  assert len(set(pj.tree.ranks(first).values())) > 1 and pj.tree.ranks(first) == pj.tree.ranks(
+    attached
+  )
   hf_peft.save(tmp_path / "again", first, model)
   again, _ = hf_peft.load(tmp_path / "again", params, model)
   chex.assert_trees_all_equal(pj.merge(again), pj.merge(first))
-  left = [{path: rank for path, rank in pj.ranks(x).items() if rank} for x in (first, again)]
+  left = [{path: rank for path, rank in pj.tree.ranks(x).items() if rank} for x in (first, again)]
   assert left[0] == left[1]  # a matrix without a triplet is not written the second time
 
 

@@ -280,8 +280,8 @@ def test_budgets_at_the_ends(target, want):
   m = pj.adalora(RANK, 8.0, list(SHAPES), target_rank=target, warmup=4, final=6, interval=2)
   train, state = run(m, problem()[1])[-1]
   params = pj.combine(train, attached(m)[1])
-  assert sum(pj.ranks(params).values()) == want == int(state.budget)
-  plain = pj.to_lora(params)
+  assert sum(pj.tree.ranks(params).values()) == want == int(state.budget)
+  plain = pj.tree.to_lora(params)
   chex.assert_trees_all_close(pj.merge(plain), pj.merge(params), atol=1e-5)
   if want == 0:
     chex.assert_trees_all_equal(plain, base())
@@ -320,11 +320,11 @@ def test_pairs_of_lora_are_pruned_for_good_and_without_a_target_only_regularised
   seen = run(m, problem()[1])
   params = pj.combine(seen[-1][0], attached(m)[1])
   assert all(w.e is None for w in weights(seen[-1][0]).values())
-  assert sum(pj.ranks(params).values()) == 6
-  chex.assert_trees_all_close(pj.merge(pj.to_lora(params)), pj.merge(params), atol=1e-5)
+  assert sum(pj.tree.ranks(params).values()) == 6
+  chex.assert_trees_all_close(pj.merge(pj.tree.to_lora(params)), pj.merge(params), atol=1e-5)
   m = pj.adalora(RANK, 8.0, list(SHAPES), target_rank=None, form="lora", gamma=0.1)
   train, state = run(m, 2 * problem()[1])[-1]  # twice as many steps as it was told
-  assert sum(pj.ranks(pj.combine(train, attached(m)[1])).values()) == 12 and state.penalty > 0
+  assert sum(pj.tree.ranks(pj.combine(train, attached(m)[1])).values()) == 12 and state.penalty > 0
 
 
 def test_momentum_brings_no_pruned_pair_back():
@@ -398,12 +398,12 @@ def test_a_stack_of_layers_is_as_many_matrices():
     g["layers"]["kernel"] = w.replace(a=w.a * on[..., None], b=w.b * on[:, None, :], e=w.e * on)
     train, state = step(train, state, g)
   params = pj.combine(train, frozen)
-  left = pj.ranks(params)
+  left = pj.tree.ranks(params)
   assert list(left) == [f"layers_{i}/kernel" for i in range(3)]
   assert sum(left.values()) == 6 and left["layers_1/kernel"] <= 1
   weight = params["layers"]["kernel"]
   assert not np.any(weight.a[1, 1:]) and not np.any(weight.b[1, :, 1:])
-  plain = pj.to_lora(params)["layers"]["kernel"]
+  plain = pj.tree.to_lora(params)["layers"]["kernel"]
   assert plain.rank.tolist() == list(left.values()) and plain.a.shape[-2] == max(left.values())
   np.testing.assert_allclose(plain.materialize(), weight.materialize(), atol=1e-5)
   np.testing.assert_array_equal(kept(weight).sum(-1), list(left.values()))
@@ -436,12 +436,12 @@ def test_the_budget_holds_over_scanned_layers_in_four_bits():
     train, state, value = step(train, state)
     values.append(float(value))
   after = pj.combine(train, frozen)
-  left = pj.ranks(after)
+  left = pj.tree.ranks(after)
   assert len(left) == 3 and sum(left.values()) == 6 == int(state.budget)
   assert values[-1] < 0.9 * values[0]
   before = params["layers"]["kernel"].base
   chex.assert_trees_all_equal(after["layers"]["kernel"].base, before)
-  plain = pj.to_lora(after)["layers"]["kernel"]
+  plain = pj.tree.to_lora(after)["layers"]["kernel"]
   assert isinstance(plain.base, Quantized)
   np.testing.assert_allclose(
     plain.materialize(), after["layers"]["kernel"].materialize(), atol=1e-5

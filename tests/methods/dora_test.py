@@ -45,7 +45,7 @@ def test_the_weight_is_that_of_the_formula(shape, axes):
   """Also over several axes and stacked layers, and unmerging gives the base back."""
   weight = drawn(shape, axes)
   chex.assert_trees_all_close(weight.materialize(), dense(weight), rtol=1e-5, atol=1e-5)
-  back = pj.unmerge({"w": weight.materialize()}, {"w": weight})["w"]
+  back = pj.tree.unmerge({"w": weight.materialize()}, {"w": weight})["w"]
   chex.assert_trees_all_close(back.base, weight.base, rtol=1e-4, atol=1e-4)
   flipped = weight.replace(m=-weight.m)
   chex.assert_trees_all_close(flipped.unmerged(-weight.materialize()), weight.base, atol=1e-4)

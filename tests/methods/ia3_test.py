@@ -60,7 +60,7 @@ def test_third_party_modules_compute_what_the_merged_tree_does(model, side):
   merged = pj.merge(params)
   chex.assert_trees_all_close(got, model.apply({"params": merged}, *args), atol=1e-4)
   assert np.abs(got - model.apply({"params": base}, *args)).max() > 0.1
-  chex.assert_trees_all_close(pj.merge(pj.unmerge(merged, params)), merged, atol=1e-5)
+  chex.assert_trees_all_close(pj.merge(pj.tree.unmerge(merged, params)), merged, atol=1e-5)
 
 
 def test_a_bias_has_no_scales_of_its_own():

@@ -304,7 +304,7 @@ def test_patterns_tell_the_layers_of_a_stack_apart():
 def test_align_ranks_pads_with_zeros_and_changes_no_weight():
   one, two = (pj.lora(r, targets="query").attach(KEY, TREE) for r in (2, 5))
   one["query"]["kernel"] = one["query"]["kernel"].replace(b=jnp.ones((8, 2)))
-  a, b = pj.align_ranks(one, two)
+  a, b = pj.tree.align_ranks(one, two)
   assert jax.tree.structure(a) == jax.tree.structure(b)
   chex.assert_trees_all_equal_shapes(a, b)
   chex.assert_trees_all_close(pj.merge(a), pj.merge(one), rtol=1e-6)
@@ -320,7 +320,7 @@ def test_a_compiled_program_takes_adapters_of_any_rank_and_alpha_once_aligned():
     return pj.einsum("...i,io->...o", x, params["query"]["kernel"])
 
   once = jax.jit(chex.assert_max_traces(use, n=1))
-  for params in pj.align_ranks(*made):
+  for params in pj.tree.align_ranks(*made):
     once(params)
   with pytest.raises(AssertionError, match="traced > 1 times"):
     once(made[0])
@@ -335,7 +335,7 @@ def test_unmerge_does_not_read_the_base():
     **params,
     "query": {**params["query"], "kernel": weight.replace(base=jnp.zeros((12, 8)))},
   }
-  chex.assert_trees_all_close(pj.unmerge(merged, hollow), params, atol=1e-5)
+  chex.assert_trees_all_close(pj.tree.unmerge(merged, hollow), params, atol=1e-5)
 
 
 # Boxes

@@ -206,7 +206,7 @@ def _tree(**changes):
 _PLAIN = _tree()
 _attach = lambda method, params=_PLAIN: method.attach(jax.random.key(1), params)
 _QUERY = pj.lora(2, 4, "query")
-_ADAPTER = lambda p: pj.partition(p, pj.adapter_mask(p, _QUERY.trainable(p)))[0]
+_ADAPTER = lambda p: pj.partition(p, pj.tree.adapter_mask(p, _QUERY.trainable(p)))[0]
 _OTHER = {**_PLAIN, "query": {"kernel": _PLAIN["query"]["kernel"] + 1}}
 _HEAD = {**_PLAIN, "value": {"kernel": _PLAIN["value"]["kernel"] + 1}}
 

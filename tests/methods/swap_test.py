@@ -20,11 +20,11 @@ def _adapter(targets=("query",), params=None, method=pj.lora, **options):
   made = method(**{"targets": targets, **sizes, **options})
   layout = {p: pj.core.layout.Axes() for p in ("layers/query/kernel", "layers/value/kernel")}
   attached = made.attach(jax.random.key(5), params, layout)
-  return pj.partition(attached, pj.adapter_mask(attached, made.trainable(attached)))[0]
+  return pj.partition(attached, pj.tree.adapter_mask(attached, made.trainable(attached)))[0]
 
 
 def test_ranks_are_aligned_and_nothing_else():
-  one, two = pj.align_ranks(_adapter(rank=2), _adapter(rank=4))
+  one, two = pj.tree.align_ranks(_adapter(rank=2), _adapter(rank=4))
   assert jax.tree.structure(one) == jax.tree.structure(two)
   a = one["layers"]["query"]["kernel"].a
   assert a.shape == (4, 6) and not np.any(a[2:])
@@ -55,4 +55,4 @@ _HALF = {"dtype": jnp.bfloat16}
 )
 def test_what_cannot_take_its_place_is_refused(other, message):
   with pytest.raises(ValueError, match=f"(?s){message}"):
-    pj.align_ranks(_adapter(rank=2), other())
+    pj.tree.align_ranks(_adapter(rank=2), other())

@@ -83,7 +83,7 @@ def test_third_party_modules_compute_what_the_merged_tree_does(model):
   got, merged = pj.apply(model, params, *args), pj.merge(params)
   chex.assert_trees_all_close(got, model.apply({"params": merged}, *args), atol=1e-4)
   assert np.abs(got - model.apply({"params": base}, *args)).max() > 0.1
-  chex.assert_trees_all_close(pj.unmerge(merged, params), params, atol=1e-5)
+  chex.assert_trees_all_close(pj.tree.unmerge(merged, params), params, atol=1e-5)
 
 
 def test_the_pair_depends_on_its_seed_and_sizes_alone():
@@ -105,7 +105,7 @@ def test_the_pair_is_frozen_and_saved_with_the_adapter():
   params = method.attach(KEY, Two().init(KEY, X)["params"])
   mask = method.trainable(params)
   assert not any(jax.tree.leaves(mask["shared"]))
-  adapter, base = pj.partition(params, pj.adapter_mask(params, mask))
+  adapter, base = pj.partition(params, pj.tree.adapter_mask(params, mask))
   chex.assert_trees_all_equal(adapter["shared"], params["shared"])
   assert not jax.tree.leaves(base["shared"]) and adapter["up"]["kernel"].base is None
 
@@ -178,7 +178,7 @@ def test_only_what_is_vera_s_leaves_the_tree():
   params = pj.vera(2, "query").attach(KEY, base)
   assert set(params["shared"]) == {"embedding", "vera"}
   chex.assert_trees_all_equal(pj.merge(params), base)
-  chex.assert_trees_all_equal(pj.unmerge(base, params), params)
+  chex.assert_trees_all_equal(pj.tree.unmerge(base, params), params)
   plain = {"query": base["query"]}
   chex.assert_trees_all_equal(pj.merge(pj.vera(2, "query").attach(KEY, plain)), plain)
 

@@ -74,7 +74,7 @@ def test_our_directory_in_peft(scan, tmp_path):
   assert_near(got, logits(adapted, BATCH))
   assert np.abs(plain - got).max() > 0.01
   loaded, _ = hf_peft.load(tmp_path, params, model)
-  assert pj.ranks(loaded) == pj.ranks(attached)
+  assert pj.tree.ranks(loaded) == pj.tree.ranks(attached)
   assert_near(pj.apply(model, loaded, *BATCH), got)
 
 
@@ -107,7 +107,7 @@ def test_pefts_directory_in_ours(tmp_path):
   assert_near(logits(PeftModel.from_pretrained(plain(), tmp_path), BATCH), want)
   model, params = pj.load_pretrained(GOLDEN / "bert_tiny", num_labels=3)
   loaded, trained = hf_peft.load(tmp_path, params, model)
-  assert sum(pj.ranks(loaded).values()) == 8
+  assert sum(pj.tree.ranks(loaded).values()) == 8
   assert_near(pj.apply(model, loaded, *BATCH), want)
   tx = pj.adalora(4, target_rank=2, targets=["query", "value"]).optimizer(optax.sgd(0.1), 10)
   assert int(tx.init(pj.partition(loaded, trained)[0]).budget) == 8  # and it can be trained on

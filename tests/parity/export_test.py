@@ -105,7 +105,7 @@ def test_other_methods_and_tables(name, scan, tmp_path):
 
 def test_an_untied_head_and_another_number_of_labels(tmp_path):
   model, params = pj.load_pretrained(GOLDEN / "qwen2_tiny")
-  params = _drawn(pj.untie(params), pj.unfreeze("lm_head/.*"))
+  params = _drawn(pj.tree.untie(params), pj.unfreeze("lm_head/.*"))
   pj.save_pretrained(tmp_path / "untied", params, of=GOLDEN / "qwen2_tiny")
   _assert_near(_theirs(tmp_path / "untied", "qwen2_tiny"), _ours(model, params, "qwen2_tiny"))
   model, params = pj.load_pretrained(GOLDEN / "roberta_tiny", num_labels=5)

@@ -53,7 +53,7 @@ def test_round_trip_of_adapter_leaves(checkpoints):
   params = {"query": {"kernel": jnp.ones((6, 4))}, "key": {"kernel": jnp.ones((6, 4))}}
   method = pj.lora(rank=2, alpha=4, targets=["query"])
   first, second = (method.attach(jax.random.key(seed), params) for seed in (0, 1))
-  keep = pj.adapter_mask(first, method.trainable(first))
+  keep = pj.tree.adapter_mask(first, method.trainable(first))
   saved, other = (pj.partition(tree, keep)[0] for tree in (first, second))
   assert list(checkpoint.to_nested(saved)["query"]["kernel"]) == ["a", "b", "scale", "rank"]
   checkpoints.save("best", 1, saved, {})
