@@ -4,6 +4,7 @@
 PYTHON = python3
 ARGS =
 BIN = .venv/bin
+PART = $(shell git rev-parse --short=8 HEAD 2> /dev/null || echo 0)/4
 WORKERS = -n 2 --dist=loadscope --no-loadscope-reorder
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 UV = uv==0.13.9
@@ -39,6 +40,9 @@ test: .venv/.installed ## Run the tests but the slow ones (no torch needed)
 test-all: .venv/.installed ## Run all tests (no torch needed)
 	$(BIN)/python -m pytest $(WORKERS) tests $(ARGS)
 	$(BIN)/python -m pytest --doctest-modules peftjax
+
+test-part: .venv/.installed ## Run a quarter of the slow tests, another one for each commit
+	$(BIN)/python -m pytest $(WORKERS) -m slow --part=$(PART) tests $(ARGS)
 
 oldest: build/oldest/.installed ## Run the core tests on the oldest versions that pyproject.toml allows
 	$(OLDEST) tests/core tests/methods tests/quant $(ARGS)
@@ -160,4 +164,4 @@ build/oldest/.installed: pyproject.toml
 	echo "Installed in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart qlora install test test-all oldest fuzz lint format parity bench plan docs matrix claims lock clean
+.PHONY: help quickstart qlora install test test-all test-part oldest fuzz lint format parity bench plan docs matrix claims lock clean

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from importlib import metadata
 
 import pytest
@@ -55,13 +56,35 @@ def pytest_collection_finish():
   gc.freeze()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+  parser.addoption(
+    "--part",
+    metavar="I/N",
+    help="Of N parts of the tests take the I-th, I from 0, or I modulo N; a number in hexadecimal.",
+  )
+
+
+def pytest_collection_modifyitems(config, items):
   """Slow tests say why; the contract comes last, as its groups are small: workers end together."""
+  if part := config.getoption("--part"):
+    number, _, count = part.partition("/")
+    mine = int(number, 16) % int(count)
+    # All cases of a test, and all laws of a subject, are in one part: they share what they build.
+    kept = [item for item in items if zlib.crc32(_group(item.nodeid).encode()) % int(count) == mine]
+    config.hook.pytest_deselected(items=[item for item in items if item not in {*kept}])
+    items[:] = kept
   items.sort(key=lambda item: item.path.name == CONTRACT)
   for item in items:
     for mark in item.iter_markers("slow"):
       if mark.args or set(mark.kwargs) != {"reason"} or not str(mark.kwargs["reason"]).strip():
         raise pytest.UsageError(f"{item.nodeid}: write pytest.mark.slow(reason='...')")
+
+
+def _group(nodeid):
+  """A test with all its cases; of the contract a subject with all its laws."""
+  file, _, test = nodeid.partition("::")
+  subject = re.search(r"\[(.+?-(scanned|unrolled))", test) if file.endswith(CONTRACT) else None
+  return f"{file} {subject[1]}" if subject else nodeid.partition("[")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -74,9 +97,8 @@ def pytest_xdist_make_scheduler(config, log):
 
   class Groups(LoadScopeScheduling):
     def _split_scope(self, nodeid):
-      file, _, test = nodeid.partition("::")
-      subject = re.search(r"\[(.+?-(scanned|unrolled))", test) if file.endswith(CONTRACT) else None
-      return f"{file} {subject[1]}" if subject else file
+      file = nodeid.partition("::")[0]
+      return _group(nodeid) if file.endswith(CONTRACT) else file
 
   return Groups(config, log)
 
