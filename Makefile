@@ -12,6 +12,10 @@ TORCH = torch==2.13.0
 LIBTPU = libtpu==0.0.42.*
 PLAN = $(BIN)/python -m experiments.plan --config=configs/causal_lm.py
 BFLOAT16 = --config.model.dtype=bfloat16
+# By kind: linen, any function, NNX; families; files in and out; several adapters; notebooks.
+INTEROP = $(addprefix tests/,$(addsuffix _test.py,third_party linen core/factored nnx \
+	parity/encoders parity/decoder_families parity/peft parity/peft_decoders parity/peft_targets \
+	parity/ln_tuning parity/lycoris parity/export parity/combine methods/stack core/given training/fit))
 LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header
@@ -63,6 +67,10 @@ format: .venv/.installed ## Let ruff mend what it can and format the code
 
 parity: .venv/.parity ## Add torch, transformers, peft and bitsandbytes, compare with them live
 	$(BIN)/python -m pytest tests/parity $(ARGS)
+
+interop: .venv/.parity build/interop/.installed ## What works with other people's models, trainers and files (1.8 GB more)
+	build/interop/bin/python -m pytest tests/interop $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(INTEROP) $(ARGS)
 
 bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=FILE)
 	$(BIN)/python -m experiments.benchmarks.train_step $(ARGS)
@@ -164,4 +172,12 @@ build/oldest/.installed: pyproject.toml
 	echo "Installed in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
-.PHONY: help quickstart qlora install test test-all test-part oldest fuzz lint format parity bench plan docs matrix claims lock clean
+build/interop/.installed: pyproject.toml
+	@echo "Installing Tunix and Equinox with all that they need into build/interop ..."
+	@set -e; t0=$$(date +%s); \
+	$(PYTHON) -m venv --clear build/interop; \
+	build/interop/bin/python -m pip install -qq --disable-pip-version-check -e ".[interop]" pytest; \
+	echo "Installed in $$(($$(date +%s) - t0)) s."
+	@touch $@
+
+.PHONY: help quickstart qlora install test test-all test-part oldest fuzz lint format parity interop bench plan docs matrix claims lock clean
