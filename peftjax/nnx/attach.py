@@ -119,9 +119,7 @@ def _base(tree: Any, layout: Layout, fmt: Format | None, where: Any, read: Any) 
   """The parameters, read if they are to be, and quantised one by one."""
   flat = paths.leaves(tree)
   chosen = [] if fmt is None else paths.select(tree, where, arrays=True)
-  formats: dict[str, Any] = dict.fromkeys(chosen, fmt)
-  for path, given in formats.items():
-    transform.check(path, flat[path], given, layout)
+  axes = {path: transform.check(path, flat[path], fmt, layout) for path in chosen if fmt}
 
   def of(path: str, leaf: Any) -> Any:
     if read is not None and not isinstance(leaf, Weight):
@@ -129,7 +127,9 @@ def _base(tree: Any, layout: Layout, fmt: Format | None, where: Any, read: Any) 
       if tuple(array.shape) != tuple(leaf.shape):
         raise ValueError(f"{path}: read gave {tuple(array.shape)}, the model has {leaf.shape}")
       leaf = jnp.asarray(array, leaf.dtype)
-    return transform.quantize_leaf(path, leaf, formats[path]) if path in formats else leaf
+    if fmt is None or path not in axes:
+      return leaf
+    return transform.quantize_kernel(path, leaf, fmt, axes[path])
 
   return paths.map_leaves(of, tree)
 
