@@ -430,7 +430,7 @@ def test_a_quantised_attention():
   """Kernels of several axes, whose layout is not that of a matrix."""
   x = np.random.default_rng(0).standard_normal((2, 5, 8), np.float32)
   model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
-  pj.nnx.attach(KEY, model, pj.lora(2, targets=ALL), x, quant=pj.quant.nf4(block_size=8))
+  pj.nnx.attach(KEY, model, pj.lora(2, targets=ALL), x, quant=pj.quant.nf4(block_size=32))
   y = call(model, x)
   pj.nnx.merge(model, dense=True)
   assert model.query.kernel.shape == (8, 2, 4)
