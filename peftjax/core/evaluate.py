@@ -217,10 +217,17 @@ def _call(eqn: Any, operands: list[Any]) -> list[Any]:
   return evaluate(closed.jaxpr, closed.consts, operands)
 
 
+def _own_rule(eqn: Any, operands: list[Any]) -> list[Any] | None:
+  """Its rule for gradients is for arrays, and stays in force unless gradients are not asked for."""
+  closed = eqn.params.get("call_jaxpr")
+  through = any(isinstance(x, View) and x.uses.through_rules for x in operands)
+  return evaluate(closed.jaxpr, closed.consts, operands) if through and closed else None
+
+
 def _remat(eqn: Any, operands: list[Any]) -> list[Any]:
   p = eqn.params
   again = jax.checkpoint(
-    lambda *xs: _arrays(evaluate(p["jaxpr"], (), xs), eqn),
+    lambda *xs: _arrays(evaluate(p["jaxpr"], getattr(p["jaxpr"], "consts", ()), xs), eqn),
     prevent_cse=p["prevent_cse"],
     policy=p["policy"],
   )
@@ -320,6 +327,8 @@ _RULES: dict[str, Rule] = {
   "ragged_dot_general": _ragged_dot_general,
   "jit": _call,
   "closed_call": _call,
+  "custom_jvp_call": _own_rule,
+  "custom_vjp_call": _own_rule,
   "remat2": _remat,
   "checkpoint": _remat,
   "scan": _scan,

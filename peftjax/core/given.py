@@ -46,9 +46,10 @@ def first_hole(params: Any) -> str | None:
     if leaf is None:
       return path
     if isinstance(leaf, Adapted) and not leaf.of:
-      lacks = [x for x in ("base", *sorted(leaf.trained)) if getattr(leaf, x) is None]
-      if lacks:
-        return f"{path} ({lacks[0]})"
+      # A weight may well have but some of the arrays that can be trained.
+      trained = [getattr(leaf, name) for name in leaf.trained]
+      if leaf.base is None or (trained and all(x is None for x in trained)):
+        return f"{path} ({'base' if leaf.base is None else ', '.join(sorted(leaf.trained))})"
   return None
 
 

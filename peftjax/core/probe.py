@@ -91,8 +91,10 @@ def layout(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
     floats = several and jnp.issubdtype(leaf.dtype, jnp.floating)
     return Probe(leaf, path, found) if floats else leaf
 
+  uses = Uses(through_rules=True)
+
   def run(params: Any, *args: Any, **kwargs: Any) -> None:  # a result need be no array
-    traced(fn, Uses(), paths.map_leaves(probed, params), *args, **kwargs)
+    traced(fn, uses, paths.map_leaves(probed, params), *args, **kwargs)
 
   shapes(run, params, *args, **kwargs)
   return found.axes

@@ -27,10 +27,17 @@ Group = tuple[Factor, ...]
 
 
 class Uses:
-  """What became of each weight by its path: "factored", or the primitives that made it dense."""
+  """What became of each weight by its path: "factored", or the primitives that made it dense.
 
-  def __init__(self) -> None:
+  Attributes:
+    by_path: that.
+    through_rules: look into functions with a rule of their own for gradients, which then is
+      ignored; for those who want no gradients.
+  """
+
+  def __init__(self, *, through_rules: bool = False) -> None:
     self.by_path: dict[str, set[str]] = {}
+    self.through_rules = through_rules
 
   def note(self, path: str, use: str) -> None:
     self.by_path.setdefault(path, set()).add(use)

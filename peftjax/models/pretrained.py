@@ -147,6 +147,8 @@ def load(
   if num_labels is not None:
     options["labels"] = num_labels
   allowed = {field.name for field in dataclasses.fields(family.CONFIG)}
+  if options.get("labels_of") == "text" and "labels_of" not in allowed:
+    del options["labels_of"]  # a decoder's head knows nothing else
   if strange := set(options) - allowed:
     raise ValueError(f"a model of type {fields.model_type} has no {', '.join(sorted(strange))}")
   asked = options.get("labels_of")
