@@ -32,6 +32,7 @@ def test_variants_have_as_many_parameters_and_biases_and_beta_come_on_top():
   assert size(tiny("swiglu", learn_beta=True)) == size(tiny()) + 1
 
 
+@pytest.mark.slow(reason="a run, 6 s")
 def test_a_run_learns_and_says_with_what():
   config = tiny("swiglu", steps=30, learning_rate=1e-2)
   result = from_scratch.train(config)

@@ -28,6 +28,7 @@ def written(command, tmp_path_factory):
   return folder / "run"
 
 
+@pytest.mark.slow(reason="trains a run of its own, 10 s")
 def test_prompts_are_continued(written, command, capsys):
   """Each is printed with what follows it; --base shows before that what followed it untrained."""
   capsys.readouterr()

@@ -172,6 +172,7 @@ def test_a_scanned_third_party_block_has_an_adapter_a_layer():
   np.testing.assert_allclose(pj.apply(model, params, X), x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(reason="7 s")
 def test_norms_are_trained_by_flag_and_by_the_papers_default():
   for placement, kind in PLACEMENTS.items():
     for norms in (None, True, False):

@@ -51,6 +51,7 @@ def test_the_weight_is_that_of_the_formula(shape, axes):
   chex.assert_trees_all_close(flipped.unmerged(-weight.materialize()), weight.base, atol=1e-4)
 
 
+@pytest.mark.slow(reason="7 s")
 def test_the_norm_is_a_constant_to_the_gradient():
   """Section 4.3; with a norm that is differentiated the gradient of B is another."""
   weight, x = drawn(), jax.random.normal(KEY, (5, 12))

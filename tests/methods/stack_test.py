@@ -90,6 +90,7 @@ def test_each_row_has_its_adapter(methods, name, scan, fmt):
     jax.tree.map(np.testing.assert_array_equal, tree, again)
 
 
+@pytest.mark.slow(reason="compiles gradients of several methods, 9 s")
 def test_gradients_reach_the_adapters_that_rows_have():
   """They are those of each adapter's own rows, and zero where there are none."""
   methods = _loras()
@@ -156,6 +157,7 @@ def test_no_array_of_a_base_has_rows(fmt):
   assert not [x.shape for x in made if x.shape[0] in (3, 4) and x.shape[0] != model.config.layers]
 
 
+@pytest.mark.slow(reason="compiles decoding loops, 15 s")
 def test_generation_with_a_cache():
   """Each prompt continues as with its own tree alone, dense or in four bits."""
   model, trees = three(_loras(), fmt=pj.quant.nf4(32))
@@ -166,6 +168,7 @@ def test_generation_with_a_cache():
   assert new[0].tolist() != new[2].tolist() or ROWS[0] == ROWS[2]
 
 
+@pytest.mark.slow(reason="4 s")
 def test_dropout_is_drawn_for_each_row():
   """Two rows of one text and one adapter differ while training, and not otherwise."""
   model, trees = three(_loras(dropout=0.5))

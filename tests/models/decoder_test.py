@@ -73,6 +73,7 @@ def test_documents_in_one_row_do_not_see_each_other(name):
   assert np.abs(mixed[:, 5:] - packed[:, 5:]).max() > 0.1
 
 
+@pytest.mark.slow(reason="4 programs, 8 s a family")
 @pytest.mark.parametrize(
   "name",
   [

@@ -139,9 +139,8 @@ def test_killed_at_any_call_it_leaves_the_state_before_or_after(fake, tmp_path):
 _SLOW = pytest.mark.slow(reason="3 s each")
 
 
-@pytest.mark.parametrize(
-  "at", [75, *(pytest.param(at, marks=_SLOW) for at in range(0, 600, 19) if at != 75)]
-)
+@_SLOW
+@pytest.mark.parametrize("at", range(0, 600, 19))
 def test_a_killed_run_goes_on_to_the_same_bits(
   at, fake, finished, config, run_once, tmp_path, no_folder_stays
 ):

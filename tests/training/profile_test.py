@@ -33,6 +33,7 @@ def traced(workdir):
   return found
 
 
+@pytest.mark.slow(reason="two runs, 6 s")
 def test_a_trace_changes_no_number(finished, config, run_once, tmp_path, capsys):
   """Steps 3 to 5, once the program is warm; all else is that of a run without."""
   run_once(config(), tmp_path / "run", traced=3)
@@ -42,6 +43,7 @@ def test_a_trace_changes_no_number(finished, config, run_once, tmp_path, capsys)
   assert "xprof" in told and "Perfetto" in told
 
 
+@pytest.mark.slow(reason="6 s")
 def test_a_trace_ends_with_the_run_and_is_no_part_of_it(
   finished, config, run_once, monkeypatch, tmp_path, capsys
 ):

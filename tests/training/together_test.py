@@ -83,7 +83,7 @@ _SLOW = pytest.mark.slow(reason="the same laws for more settings; 10 to 20 s eac
 @pytest.mark.parametrize(
   ("name", "count", "chunk", "length", "accumulate"),
   [
-    ("lora", 2, 2, 32, 1),
+    pytest.param("lora", 2, 2, 32, 1, marks=_SLOW),
     # Two updates of four batches, and one of two.
     pytest.param("adalora", 2, 1, 16, 4, marks=_SLOW),
     *(
