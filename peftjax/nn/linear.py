@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import attend, linear, shift, take
 from peftjax.core.per_row import PerRow
 from peftjax.core.tied import Tied
-from peftjax.core.weight import Weight, warn_unbridged
+from peftjax.core.weight import warn_unbridged
 from peftjax.losses import Sums, next_token_sums
 from peftjax.nn.chunked_loss import chunk_length, chunked_sums
 from peftjax.nn.soft_cap import soft_cap
@@ -26,7 +27,7 @@ def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> A
   """The parameter as it is in the tree. (`Module.param` would unbox, so materialise, it.)"""
   if module.has_variable("params", name):
     found: Any = module.get_variable("params", name)
-    if isinstance(found, Weight):
+    if isinstance(found, Adapted):  # codes alone are computed with as they should be
       warn_unbridged(found, f"of {'/'.join(module.path)}")
     return found
   return module.param(name, init, shape, jnp.float32)
