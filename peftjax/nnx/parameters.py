@@ -17,7 +17,7 @@ WAS = "was"
 
 
 def params(model: nnx.Module) -> Any:
-  """The parameters as a dict of dicts of arrays and `Weight`s, as the rest of peftjax has them.
+  """The parameters as a dict of dicts of arrays and weights, as the rest of peftjax has them.
 
   `pj.describe(params, pj.nnx.trainable(model))`, `pj.merge(params)` and all that takes a tree of
   parameters works on it. It shares the model's arrays; writing to it changes no model.
