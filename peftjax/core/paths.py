@@ -21,7 +21,7 @@ from peftjax.core.tied import Tied, is_tied
 
 # What holds the weight inside a module: Flax's own names.
 _WEIGHT_NAMES = ("kernel", "embedding")
-_NO_KERNELS = ("embedding", "bias")
+_NO_KERNELS = ("embedding", "bias", "scale")
 # Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
 _HEADS = ("head", "classifier", "score", "lm_head", "mlm_head", "qa_outputs", "regressor")
 
@@ -82,13 +82,13 @@ def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
   is no layout, because a method has adapted it. What the layout has seen in a convolution or a
   lookup is none.
   """
-  if is_head(path) or len(bare(leaf).shape) < 2:
+  name = path.split("/")[-1]
+  if is_head(path) or name in _NO_KERNELS or len(bare(leaf).shape) < 2:
     return False
   axes = (layout or {}).get(path)
   if isinstance(axes, Axes):
     return not isinstance(axes, ConvAxes | TableAxes)
-  name = path.split("/")[-1]
-  return name == "kernel" or (isinstance(leaf, Adapted) and name not in _NO_KERNELS)
+  return name == "kernel" or isinstance(leaf, Adapted)
 
 
 def select(
