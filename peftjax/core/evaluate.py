@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,22 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any
   array, and a rule of the program's own for gradients (`custom_vjp`) stays in force.
   """
   env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-  read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
-  for eqn in jaxpr.eqns:
+  read = lambda atom: env[atom] if _is_variable(atom) else atom.val
+  last = {x: i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.invars if _is_variable(x)}
+  kept = {x for x in jaxpr.outvars if _is_variable(x)}
+  for i, eqn in enumerate(jaxpr.eqns):
     operands = [read(atom) for atom in eqn.invars]
     with eqn.ctx.manager:
       env.update(zip(eqn.outvars, _results(eqn, operands), strict=True))
+    # Outside of jit these are arrays, in memory.
+    for x in {x for x in (*eqn.invars, *eqn.outvars) if _is_variable(x)} - kept:
+      if last.get(x, i) == i:
+        del env[x]
   return [read(atom) for atom in jaxpr.outvars]
+
+
+def _is_variable(atom: Any) -> bool:
+  return not isinstance(atom, Literal)
 
 
 def _results(eqn: Any, operands: list[Any]) -> Sequence[Any]:
@@ -71,8 +82,10 @@ def _arrays_through(eqn: Any, arrays: list[Any]) -> list[Any]:
 
 
 def _convert_element_type(eqn: Any, operands: list[Any]) -> list[Any] | None:
+  """To a dtype that products are computed in; to one of eight bits is a quantisation."""
   dtype = eqn.params["new_dtype"]
-  return [operands[0].cast(dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
+  computes = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+  return [operands[0].cast(dtype)] if computes else None
 
 
 def _transpose(eqn: Any, operands: list[Any]) -> list[Any]:
@@ -100,18 +113,18 @@ def _stop_gradient(eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _slice(eqn: Any, operands: list[Any]) -> list[Any] | None:
-  """Layers of a stack, or rows of a table."""
+  """Layers of a stack, inputs or outputs of a kernel, or rows of a table."""
   p = eqn.params
   strides = p["strides"] or [1] * len(p["start_indices"])
-  view = operands[0]
-  if _is_table(view) and (p["start_indices"][1], p["limit_indices"][1]) == (0, view.shape[1]):
-    rows = jnp.arange(p["start_indices"][0], p["limit_indices"][0], strides[0])
-    return _rows(view, rows) if strides[1] == 1 else None
-  bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+  bounds = [*zip(p["start_indices"], p["limit_indices"], strides, strict=True)]
+  whole = operands[0]
+  view: View | None = whole
   for axis, (start, limit, step) in enumerate(bounds):
     if view is not None and (start, limit, step) != (0, view.shape[axis], 1):
       cut = lambda x, of, i=start, j=limit, by=step: jax.lax.slice_in_dim(x, i, j, by, of)
-      view = view.of_stack(axis, cut)
+      view = view.cut(axis, cut)
+  if view is None and _is_table(whole) and bounds[1] == (0, whole.shape[1], 1):
+    return _rows(whole, jnp.arange(*bounds[0]))
   return _or_none(view)
 
 
@@ -119,15 +132,24 @@ def _dynamic_slice(eqn: Any, operands: list[Any]) -> list[Any] | None:
   view, *starts = operands
   if any(map(is_view, starts)):
     return None
-  sizes = eqn.params["slice_sizes"]
-  if _is_table(view) and sizes[1] == view.shape[1]:
-    first = jnp.clip(starts[0], 0, view.shape[0] - sizes[0])
-    return _rows(view, first + jnp.arange(sizes[0], dtype=first.dtype))
+  sizes, whole = eqn.params["slice_sizes"], view
   for axis, size in enumerate(sizes):
     if view is not None and size != view.shape[axis]:
       cut = lambda x, of, i=starts[axis], n=size: jax.lax.dynamic_slice_in_dim(x, i, n, of)
-      view = view.of_stack(axis, cut)
+      view = view.cut(axis, cut)
+  if view is None and _is_table(whole) and sizes[1] == whole.shape[1]:
+    first = jnp.clip(starts[0], 0, whole.shape[0] - sizes[0])
+    return _rows(whole, first + jnp.arange(sizes[0], dtype=first.dtype))
   return _or_none(view)
+
+
+def _split(eqn: Any, operands: list[Any]) -> list[Any] | None:
+  view, sizes, axis = operands[0], eqn.params["sizes"], eqn.params["axis"]
+  parts = []
+  for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+    cut = lambda x, of, i=start, n=size: jax.lax.slice_in_dim(x, i, i + n, 1, of)
+    parts.append(view.cut(axis, cut))
+  return None if any(part is None for part in parts) else parts
 
 
 def _concatenate(eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -238,8 +260,8 @@ def _scan(eqn: Any, operands: list[Any]) -> list[Any] | None:
   p = eqn.params
   n_consts, n_carry = p["num_consts"], p["num_carry"]
   closed = p["jaxpr"]
-  consts, carry, xs = _split(operands, n_consts, n_consts + n_carry)
-  stacked = lambda x: isinstance(x, View) and x.along_stack(0) == 0
+  consts, carry, xs = _in_parts(operands, n_consts, n_consts + n_carry)
+  stacked = lambda x: isinstance(x, View) and x.along(0) == 0 and x.along_stack(0)
   xs = [x if stacked(x) else dense(x, "scan") for x in xs]
   kept = _handed_on(closed.jaxpr, carry, n_consts)
   carried = [dense(x, "scan") for i, x in enumerate(carry) if i not in kept]
@@ -259,7 +281,7 @@ def _scan(eqn: Any, operands: list[Any]) -> list[Any] | None:
 def _while(eqn: Any, operands: list[Any]) -> list[Any]:
   p = eqn.params
   n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-  cond_consts, body_consts, carry = _split(operands, n_cond, n_cond + n_body)
+  cond_consts, body_consts, carry = _in_parts(operands, n_cond, n_cond + n_body)
   test, step = p["cond_jaxpr"], p["body_jaxpr"]
   kept = _handed_on(step.jaxpr, carry, n_body)
 
@@ -291,7 +313,7 @@ def _arrays(results: Sequence[Any], eqn: Any) -> list[Any]:
   return [dense(x, eqn.primitive.name) for x in results]
 
 
-def _split(xs: Sequence[Any], *ends: int) -> list[list[Any]]:
+def _in_parts(xs: Sequence[Any], *ends: int) -> list[list[Any]]:
   return [list(xs[i:j]) for i, j in zip((0, *ends), (*ends, len(xs)), strict=True)]
 
 
@@ -314,6 +336,7 @@ _RULES: dict[str, Rule] = {
   "sharding_constraint": _same,
   "convert_element_type": _convert_element_type,
   "transpose": _transpose,
+  "split": _split,
   "concatenate": _concatenate,
   "squeeze": _squeeze,
   "reshape": _reshape,

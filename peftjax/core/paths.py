@@ -70,11 +70,6 @@ def matches(pattern: str, path: str) -> bool:
   return patterns.fullmatch(pattern, path)
 
 
-def is_head(path: str) -> bool:
-  """Whether a leaf is of a task's or a vocabulary's head."""
-  return path.split("/")[0] in _HEADS
-
-
 def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
   """Whether "all-linear" means this leaf: a kernel of the body, not of a head.
 
@@ -82,8 +77,9 @@ def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
   is no layout, because a method has adapted it. What the layout has seen in a convolution or a
   lookup is none.
   """
-  name = path.split("/")[-1]
-  if is_head(path) or name in _NO_KERNELS or len(bare(leaf).shape) < 2:
+  parts = path.split("/")
+  name = parts[-1]
+  if parts[0] in _HEADS or name in _NO_KERNELS or len(bare(leaf).shape) < 2:
     return False
   axes = (layout or {}).get(path)
   if isinstance(axes, Axes):

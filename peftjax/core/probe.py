@@ -59,6 +59,9 @@ class Probe(Weight):
     self.found.axes[self.path] = TableAxes()
     return super().take(ids)
 
+  def cut(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> Probe:
+    return self.replace(array=take(self.array, self.ndim + axis))
+
   def conv(self, x: jax.Array, **how: Any) -> jax.Array:
     out, *ins = how["dimension_numbers"].rhs_spec
     axes = sorted(axis - self.ndim for axis in ins)

@@ -137,32 +137,39 @@ class View(flax.struct.PyTreeNode):
       groups.append(tuple(group))
     return self.replace(groups=tuple(groups))
 
-  def along_stack(self, axis: int) -> int | None:
-    """The axis of the weight's stack that a whole axis of the view is; None if it is none."""
-    weight, group = self.weight, self.groups[axis]
-    for of, size in enumerate(weight.stack):
-      if group == (Factor(of, 1, size),):
-        return of
-    return None
+  def along(self, axis: int) -> int | None:
+    """The axis of the weight that an axis of the view is, whole; None if it is none."""
+    group = self.groups[axis]
+    whole = len(group) == 1 and group[0].size == self.weight.shape[group[0].axis]
+    return group[0].axis if whole else None
 
-  def of_stack(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> View | None:
-    """With `take(child, axis of the stack)` for each child; None if `axis` is none of a stack.
+  def along_stack(self, axis: int) -> bool:
+    """Whether that is one of its layers."""
+    of = self.along(axis)
+    return of is not None and of < len(self.weight.stack)
 
-    What is taken keeps the number of axes; one of size 1 is dropped from the weight.
+  def cut(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> View | None:
+    """With `take(array, axis)`, a part of one axis of an array, of that axis; None if it cannot.
+
+    A layer that is alone then is none of a stack any more.
     """
-    of = self.along_stack(axis)
+    of = self.along(axis)
     if of is None:
       return None
-    weight = jax.tree.map(lambda child: take(child, of), self.weight)
-    size = weight.stack[of]
-    resized = lambda f: f._replace(size=size) if f.axis == of else f
-    if size > 1:
-      return self.replace(
-        weight=weight, groups=tuple(tuple(map(resized, group)) for group in self.groups)
-      )
-    weight = jax.tree.map(lambda child: jnp.squeeze(child, of), weight)
-    view = self.replace(groups=(*self.groups[:axis], (), *self.groups[axis + 1 :]))
-    return view.without(of, weight)
+    if of >= len(self.weight.stack):
+      weight = self.weight.cut(of - self.weight.ndim, take)
+    else:
+      weight = jax.tree.map(lambda child: take(child, of), self.weight)
+    if weight is None:
+      return None
+    size = weight.shape[of]
+    group = (Factor(of, 1, size),) if size > 1 else ()
+    view = self.replace(
+      weight=weight, groups=(*self.groups[:axis], group, *self.groups[axis + 1 :])
+    )
+    if size > 1 or of >= len(self.weight.stack):
+      return view
+    return view.without(of, jax.tree.map(lambda child: jnp.squeeze(child, of), weight))
 
   def without(self, axis: int, weight: Any) -> View:
     """Of a weight that has lost an axis, which the view has no longer."""
@@ -173,7 +180,7 @@ class View(flax.struct.PyTreeNode):
 
   def layers(self, ids: jax.Array, batch: Sequence[int]) -> View | None:
     """Of a stack that axis 0 is the layers `ids`, whose axes are to be those of `batch`."""
-    if self.along_stack(0) != 0:
+    if self.along(0) != 0 or not self.weight.stack:
       return None
     weight = jax.tree.map(lambda child: jnp.take(child, ids, axis=0), self.weight)
     moved = lambda f: f._replace(axis=f.axis + ids.ndim - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -112,6 +113,15 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   def take(self, ids: jax.Array) -> jax.Array:
     """Rows `W[ids]` of a `[V, D]` table: `[..., D]` for integer ids `[...]`."""
     return jnp.take(self.materialize(), ids, axis=0)
+
+  def cut(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> Weight | None:
+    """The weight of `take(W, axis)`, a part of one axis; None if it is no such weight.
+
+    Args:
+      axis: that is in no stack, counted from the end.
+      take: of an array and an axis, counted from its beginning.
+    """
+    return None
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits `x Wᵀ` of a tied `[V, D]` table: `[..., V]` for x `[..., D]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -52,6 +53,14 @@ class DoRA(LoRA):
     if set(stack + outs) <= set(x_s):
       return super().einsum(eqn, jnp.einsum(f"{x_s},{stack}{outs}->{x_s}", x, f))
     return Weight.einsum(self, eqn, x)
+
+  def cut(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> LoRA | None:
+    """Part of the outputs; a norm over part of the inputs is another one."""
+    made = None if self.axes.ins == (axis,) else super().cut(axis, take)
+    if made is None:
+      return None
+    own = {name: take(getattr(self, name), self.b.ndim - 2) for name in ("m", "square")}
+    return made.replace(**own)
 
   def take(self, ids: jax.Array) -> jax.Array:
     return Weight.take(self, ids)

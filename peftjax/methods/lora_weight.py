@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.struct
@@ -24,7 +24,7 @@ from peftjax.core.einsum import (
 )
 from peftjax.core.fence import cast
 from peftjax.core.layout import Axes
-from peftjax.core.weight import materialize
+from peftjax.core.weight import Weight, materialize
 
 
 class LoRA(Adapted):
@@ -106,8 +106,20 @@ class LoRA(Adapted):
   def unmerged(self, dense: jax.Array) -> jax.Array:
     return dense - self.delta().astype(dense.dtype)
 
+  def cut(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> LoRA | None:
+    """Part of the inputs, with those columns of A, or of the outputs, with those rows of B."""
+    at, base = self.ndim + axis, self.base
+    base = base.cut(axis, take) if isinstance(base, Weight) else take(base, at)
+    if base is None or (axis,) not in self.axes:
+      return None
+    if self.axes.ins == (axis,):
+      return self.replace(base=base, a=take(self.a, self.a.ndim - 1))
+    return self.replace(base=base, b=take(self.b, self.b.ndim - 2))
+
   def take(self, ids: jax.Array) -> jax.Array:
     """base[ids] + s · A[:, ids]ᵀ Bᵀ: the branch's table is never built."""
+    if self.axes != Axes():
+      return super().take(ids)
     with jax.named_scope("adapter"):
       rows = jnp.take(mesh.whole(self.a).T, ids, axis=0)
     y = take(self.base, ids)

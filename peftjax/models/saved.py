@@ -98,6 +98,8 @@ def plan(
   spelled = "torch_dtype" if "torch_dtype" in source else "dtype"
   config[spelled] = functools.reduce(jnp.promote_types, kinds.values()).name
   if outputs is None:
+    if is_tied and not paths.tied(params):
+      _check_table(paths.leaves(params), family.CONFIG.from_hf(source, str(of)).table)
     config["tie_word_embeddings"] = is_tied
     if labels is not None:
       raise ValueError("labels are of a classifier's outputs, and this is a language model")
@@ -162,6 +164,19 @@ def _check(
   if lacking := [path for path in wanted if path not in flat]:
     raise ValueError(f"params has no {lacking[0]}, which {of} means: pass the whole tree. {told}")
   return family, outputs, labels_of
+
+
+def _check_table(flat: Mapping[str, Any], table: str) -> None:
+  """ValueError if a head that a tree says nothing of is tied to an adapted table.
+
+  `tree.merge` gives a head that the tree marks as tied an array of its own. Here it would change.
+  """
+  if isinstance(flat[table], Adapted):
+    raise ValueError(
+      f"{table} has an adapter, which changes the lookup alone, and params says nothing of "
+      "lm_head, which would change with it: take the tree that load_pretrained returned, or merge "
+      "first, pj.merge(params)"
+    )
 
 
 def _labels(

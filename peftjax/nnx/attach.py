@@ -23,7 +23,6 @@ from peftjax.methods.prompt import PromptMethod
 from peftjax.nnx.adapted import adapt
 from peftjax.nnx.held import SUFFIX, Held, Trained
 from peftjax.nnx.layout import layout as layout_of
-from peftjax.nnx.layout import resolved
 from peftjax.nnx.parameters import check_model, held_in, is_common, params, write
 from peftjax.quant import transform
 from peftjax.quant.formats import Format
@@ -81,8 +80,6 @@ def attach(
     raise ValueError(f"where={where!r} says what is quantised; write quant=pj.quant.nf4() too")
   layout = layout_of(model, *inputs) if layout is None else layout
   key = key.params() if isinstance(key, nnx.Rngs) else key
-  method = resolved(model, method, layout)
-  where = where if quant is None else resolved(model, where, layout)
   given = params(model)
   try:
     tree = _base(given, layout, quant, where, read)
@@ -118,7 +115,7 @@ def _check_method(method: Any) -> None:
 def _base(tree: Any, layout: Layout, fmt: Format | None, where: Any, read: Any) -> Any:
   """The parameters, read if they are to be, and quantised one by one."""
   flat = paths.leaves(tree)
-  chosen = [] if fmt is None else paths.select(tree, where, arrays=True)
+  chosen = [] if fmt is None else paths.select(tree, where, arrays=True, layout=layout)
   axes = {path: transform.check(path, flat[path], fmt, layout) for path in chosen if fmt}
 
   def of(path: str, leaf: Any) -> Any:

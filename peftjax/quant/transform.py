@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths, shared, tied, tree
 from peftjax.core.adapted import Adapted, bare, lender
-from peftjax.core.layout import Axes, ConvAxes, Layout, axes_of
+from peftjax.core.layout import Axes, ConvAxes, Layout, TableAxes, axes_of
 from peftjax.core.stacks import of_stacks
 from peftjax.core.weight import Weight
 from peftjax.quant import blockwise, double, folded
@@ -105,9 +105,8 @@ def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> Ax
       f"{path} {tuple(leaf.shape)} is the kernel of a convolution, which has no quantised form. "
       "Leave it out of `where`."
     )
-  size = math.prod(leaf.shape[axis] for axis in axes.ins)
-  if axes == Axes():
-    size = leaf.shape[axis_of(path)]
+  ins = (_axis_of(path, axes),) if axes == Axes() else axes.ins
+  size = math.prod(leaf.shape[axis] for axis in ins)
   if fmt.bits == 4 and size % 2:
     raise ValueError(
       f"{path} {tuple(leaf.shape)} has the odd contraction size {size}: two codes share a byte. "
@@ -119,19 +118,19 @@ def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> Ax
 def quantize_kernel(path: str, leaf: Any, fmt: Format, axes: Axes) -> Quantized | Folded:
   """The quantised weight of a kernel; of several input or output axes that of a matrix."""
   if axes == Axes():
-    return quantize_leaf(path, leaf, fmt)
+    return quantize_leaf(path, leaf, fmt, axis=_axis_of(path, axes))
   sizes = tuple(leaf.shape[len(axes.stack(leaf.shape)) :])
   base = quantize_leaf(path, folded.matrix(leaf, axes), fmt)
   return Folded(base=base, axes=axes, sizes=sizes)
 
 
-def quantize_leaf(path: str, leaf: Any, fmt: Format) -> Quantized:
-  """The quantised weight of an array.
+def quantize_leaf(path: str, leaf: Any, fmt: Format, axis: int | None = None) -> Quantized:
+  """The quantised weight of an array; its blocks run along `axis`, or that of `axis_of`.
 
   Raises:
     ValueError: if an entry is NaN or infinite.
   """
-  axis, dtype = axis_of(path), leaf.dtype.name
+  axis, dtype = axis or axis_of(path), leaf.dtype.name
   if isinstance(leaf, jax.ShapeDtypeStruct):
     codes, scales = jax.eval_shape(lambda w: fmt.quantize(w, axis), leaf)
   else:
@@ -165,6 +164,11 @@ def finish_scales(absmax: Any, fmt: Format, axis: int) -> Any:
 def axis_of(path: str) -> int:
   """The contraction axis: of a table it is that of the features."""
   return -1 if path.split("/")[-1] == "embedding" else -2
+
+
+def _axis_of(path: str, axes: Axes) -> int:
+  """As `axis_of`, of a table also by the lookups that a layout has seen."""
+  return -1 if isinstance(axes, TableAxes) else axis_of(path)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -67,6 +67,16 @@ def test_an_adapted_tied_table_unties_the_head(tmp_path):
   assert not json.loads((tmp_path / "made" / "config.json").read_text())["tie_word_embeddings"]
 
 
+def test_a_tied_head_that_the_tree_does_not_mark_is_not_changed_in_silence(tmp_path):
+  source = GOLDEN / "qwen2_tiny"
+  _, params = pj.load_pretrained(source)
+  bare = {name: x for name, x in params.items() if name != "lm_head"}
+  with pytest.raises(ValueError, match="embed_tokens/embedding has an adapter"):
+    pj.save_pretrained(tmp_path / "made", _lora(bare, ["embed_tokens"]), of=source)
+  assert not (tmp_path / "made").exists()
+  pj.save_pretrained(tmp_path / "made", bare, of=source)
+
+
 def test_labels_and_files_beside_the_weights(tmp_path):
   shutil.copytree(GOLDEN / "bert_tiny", source := tmp_path / "source")
   for name in ("tokenizer.json", "vocab.txt", "README.md", "pytorch_model.bin"):

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import peftjax as pj
-from peftjax.core.layout import Axes, ConvAxes
+from peftjax.core.layout import Axes, ConvAxes, TableAxes
 from peftjax.quant.folded import Folded
-from tests.core.programs import jit
+from tests.core.programs import jit, producers
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -56,6 +56,16 @@ def test_adapters_fold_into_it():
   attached["w"] = attached["w"].replace(b=jnp.ones_like(attached["w"].b))
   folded, errors = pj.quant.requantize(attached)
   assert isinstance(folded["w"], Folded) and 0 < errors["w"] < 0.2
+
+
+def test_a_table_of_any_name_is_looked_up_by_its_rows():
+  """A layout knows it for one: blocks run along its features, and no other row is decoded."""
+  params = {"words": jnp.asarray(RNG.standard_normal((21, 64)), jnp.float32)}
+  layout = {"words": TableAxes()}
+  weight = pj.quantize(params, pj.quant.nf4(), "words", layout)["words"]
+  ids = jnp.array([3, 20])
+  np.testing.assert_allclose(weight.take(ids), weight.materialize()[ids], rtol=1e-6)
+  assert producers(weight.take, [weight.shape], ids) == []
 
 
 def test_a_convolution_has_no_quantised_form():

@@ -48,6 +48,17 @@ def unrolled(layers, x):
   return x
 
 
+def traced(layers, x):
+  """As code that knows nothing of weights: the program is traced, then evaluated on them."""
+
+  def forward(layers, x):
+    for weight, a, b in layers:
+      x = jnp.tanh(x @ weight + (x @ a.T) @ b.T)
+    return x
+
+  return pj.factored(forward)(layers, x)
+
+
 def scanned(layers, x, wrap=lambda f: f):
   return jax.lax.scan(wrap(lambda x, layer: (block(x, layer), None)), x, layers)[0]
 
@@ -82,6 +93,7 @@ def decode(layers, x):
 
 PROGRAMS = {
   "unrolled": (gradient(unrolled), False, 64),
+  "traced": (gradient(traced), False, 64),
   "scan": (gradient(scanned), True, 64),
   "scan and remat": (gradient(lambda *args: scanned(*args, wrap=jax.checkpoint)), True, 64),
   "accumulation": (accumulated, False, 64),
