@@ -63,7 +63,9 @@ def test_packed_decoders_have_the_same_logits_and_gradients(family, method, in_b
     return (logits * jnp.cos(jnp.arange(96.0))[None, None]).sum(), logits
 
   run = lambda: jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(params)
-  chex.assert_trees_all_close(*in_blocks(run), rtol=1e-4, atol=5e-4)  # of gradients up to 50
+  blocks, whole = map(jax.tree.leaves, in_blocks(run))
+  for got, want in zip(blocks, whole, strict=True):  # Gemma's gradients reach 50
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * max(10, np.abs(want).max()))
 
 
 def test_encoders_have_the_same_hidden_states(in_blocks):
