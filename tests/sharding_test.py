@@ -248,6 +248,7 @@ def large(name, quant):
   return shapes(settings, name, "bfloat16", 512)[-1]
 
 
+@pytest.mark.fast_for("llama-65b-.*|llama-7b-none")
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("name", LLAMA)
 def test_every_kernel_of_large_models_is_split_by_all_devices(name, quant):

@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.glob("encoder_*"))
 
 
+@pytest.mark.fast_for(".*-scanned")
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_transformers(name, scan):

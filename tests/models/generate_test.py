@@ -38,6 +38,7 @@ def by_hand(model, params, prompt, count):
   return tokens[len(prompt) :]
 
 
+@pytest.mark.fast_for(".*None.*")
 @pytest.mark.parametrize(
   "name, fmt, scan",
   [

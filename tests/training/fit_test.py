@@ -41,6 +41,7 @@ def encoder(model_dir):
   return pj.load_pretrained(model_dir, num_labels=3, key=jax.random.fold_in(KEY, 0))
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_the_numbers_are_those_of_a_run(finished, splits, corpus, model_dir, encoder, tmp_path):
   """Losses, rates, scores and the choice of the best, to the bit; the workdir has them too."""
   names = ["business", "sport", "tech"]
