@@ -85,7 +85,7 @@ def _kind(flat: dict[str, Any], path: str) -> str:
 
 
 def _form(leaf: Any) -> Any:
-  """All by which a program that was traced for it knows it."""
+  """Everything by which a program that was traced for a leaf knows it."""
   return jax.tree.structure(leaf), [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]
 
 
