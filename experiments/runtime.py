@@ -203,7 +203,7 @@ def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:
   from ml_collections import ConfigDict
 
   if not Path(path).is_file():
-    raise ValueError(f"{path} is no file. Name a configs/NAME.py[:ARGUMENT].")
+    raise ValueError(f"{path} is not a file. Name a configs/NAME.py[:ARGUMENT].")
   try:
     make = run(path).get("get_config")
     made = make(*arguments) if callable(make) else None

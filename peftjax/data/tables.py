@@ -192,7 +192,7 @@ def _whole(path: str, line: int, column: str, text: str) -> str:
   except UnicodeEncodeError as error:
     raise ValueError(
       f"{path} line {line}: {column!r} holds half a surrogate pair ({text[error.start]!a}), which"
-      " is no character. Write the whole pair, or the character itself."
+      " is not a character. Write the whole pair, or the character itself."
     ) from None
   return text
 

@@ -113,7 +113,7 @@ def _check_unicode(texts: Sequence[Text]) -> None:
       str(text if isinstance(text, str) else "".join(text)).encode()
     except UnicodeEncodeError as error:
       raise ValueError(
-        f"the text {records.clip(text)} is no Unicode at character {error.start}: half a surrogate"
+        f"the text {records.clip(text)} is not Unicode at character {error.start}: half a surrogate"
         " pair. Write it in UTF-8."
       ) from None
 

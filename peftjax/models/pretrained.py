@@ -315,8 +315,8 @@ def check_decoder(directory: str | Path) -> None:
     )
   if classifies(fields.architectures):
     raise ValueError(
-      f"{said}: architectures is {' and '.join(fields.architectures)}, which is no language model; "
-      "configs/classify.py takes it"
+      f"{said}: architectures is {' and '.join(fields.architectures)}, which is not a language "
+      "model; configs/classify.py takes it"
     )
 
 

@@ -235,11 +235,11 @@ def check_checkpoints(folder: Path) -> None:
   """Raises ValueError for anything in the place of a checkpoint that is not one."""
   for path in (folder, *(folder / name for name in CHECKPOINTS)):
     if _there(path) and not path.is_dir():
-      raise ValueError(f"{path} is no folder of checkpoints. Move it away, or {_other()}")
+      raise ValueError(f"{path} is not a folder of checkpoints. Move it away, or {_other()}")
   for name in CHECKPOINTS:
     for path in _children(folder / name):
       if path.name.isdecimal() and not _is_checkpoint(path):
-        raise ValueError(f"{path} is no checkpoint of peftjax. Move it away, or {_other()}")
+        raise ValueError(f"{path} is not a checkpoint of peftjax. Move it away, or {_other()}")
 
 
 def newest(folder: Path, name: str = "latest") -> int | None:

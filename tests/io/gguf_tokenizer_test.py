@@ -266,7 +266,7 @@ BAD = {
   "wants BOS": dict(pre="llama-bpe"),
   "scores must be a list of numbers, not None": dict(model="llama"),
   "scores has 2 entries for a vocabulary of 257": dict(model="llama", scores=[0.5, 1.5]),
-  "scores has entries that are no finite": dict(model="llama", scores=[float("nan")] * 257),
+  "scores has entries that are not finite": dict(model="llama", scores=[float("nan")] * 257),
   "space_prefix is 0; it must be true or false": dict(model="llama", add_space_prefix=0),
   "up to 20000 characters: too long": dict(
     model="llama", tokens=["a" * 20000, "b"], scores=[0.5, 0.5], token_type=None

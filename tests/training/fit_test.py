@@ -180,7 +180,7 @@ def test_a_history_draws_itself():
     (["a", "b"], ["x", "x"], {}, r"the classes are \['x'\].*two"),
     (["a", "b"], ["x", "z"], {"label_names": ["x", "y"]}, "label 'z' is none of the classes"),
     (["a"], None, {"label_names": ["x"]}, "label_names without labels"),
-    (["a", "b"], [0.5, float("nan")], {}, "nan is no finite number"),
+    (["a", "b"], [0.5, float("nan")], {}, "nan is not a finite number"),
     (["a", "b"], [0, 1], {"max_length": 0}, "max_length=0: write a whole number"),
     (["a", "b"], [0, 1], {"tokenizer": "no/model"}, "no folder no/model"),
   ],
