@@ -6,7 +6,7 @@
 
 Formats: hf, a whole model for transformers, the adapter merged; gguf, the same for llama.cpp, with
 a .gguf file as base; peft, the adapter alone as Hugging Face PEFT has it; lora, any adapter of
-matrices as PEFT's LoRA of a rank, with the loss for each matrix. Nothing that was trained is
+matrices as PEFT's LoRA of a rank, with the error on each matrix. Nothing that was trained is
 left out: whatever a format cannot hold is refused.
 """
 

@@ -183,7 +183,7 @@ def regrowth() -> Finding:
 
 
 def _returns(run: runs.Trained) -> list[float]:
-  """For every return of a triplet: the cosine of its column of P when it was pruned and then."""
+  """The cosines of P's columns, for every return of a triplet: when it was pruned and then."""
   cosines = []
   for path in run.history[0]:
     pruned: dict[int, np.ndarray] = {}

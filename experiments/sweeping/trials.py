@@ -1,4 +1,4 @@
-"""From the config of a sweep to its trials."""
+"""The trials of a sweep, from its config."""
 
 from __future__ import annotations
 

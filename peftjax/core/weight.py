@@ -73,7 +73,7 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
 
   @property
   def cuts(self) -> tuple[int, ...]:
-    """For each axis a number; the axis can be split over as many devices as divide that number."""
+    """A number for each axis, which can be split over as many devices as divide that number."""
     return self.shape
 
   @property

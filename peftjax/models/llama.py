@@ -132,7 +132,7 @@ class LlamaConfig:
 
   @property
   def sees_all(self) -> np.ndarray | None:
-    """For every layer, whether it has no window; None where all are alike."""
+    """True for each layer without a window; None where all are alike."""
     if not self.global_layers and self.window_theta is None:
       return None
     return np.isin(np.arange(self.layers), self.global_layers)

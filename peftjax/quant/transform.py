@@ -167,7 +167,7 @@ def axis_of(path: str) -> int:
 
 
 def _axis_of(path: str, axes: Axes) -> int:
-  """As `axis_of`, but a layout's lookups tell tables too."""
+  """The axis as `axis_of` gives it, but a layout's lookups tell tables too."""
   return -1 if isinstance(axes, TableAxes) else axis_of(path)
 
 
