@@ -18,7 +18,7 @@ def folder(path: Path) -> Path:
   """`path`, made for its owner alone if it is not there, and checked up to the root.
 
   Raises:
-    ValueError: it is no folder, or somebody else may write into it, or put another in its place.
+    ValueError: it is not a folder, or somebody else may write into it, or put another in its place.
   """
   try:
     path = path.expanduser().absolute()

@@ -225,7 +225,7 @@ def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:
 
 
 def check_field(config: Any, field: str, here: str = "config") -> None:
-  """Raises ValueError, naming what is near, if `config` has no field of that dotted path."""
+  """Raises ValueError, naming near fields, if `config` has no field of that dotted path."""
   for part in field.split("."):
     has = list(config) if hasattr(config, "keys") else []
     if part not in has:

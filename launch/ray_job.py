@@ -7,7 +7,7 @@
 The first two arguments say how many nodes, and what the process on each takes there: GPU:8, TPU:4,
 CPU:16. Nodes have this project's packages, and share the file system of the workdir. If a node is
 lost, or a process told to stop, all start again and go on there; after three failures in a row the
-job fails. With --dry_run as the first flag it prints what it would run, and needs no Ray.
+job fails. With --dry_run as the first flag it prints its commands, and needs no Ray.
 """
 
 import os

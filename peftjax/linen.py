@@ -315,7 +315,7 @@ def _tuple(value: Any) -> tuple[int, ...]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-  """True if a layer multiplies as linen does by default, which is what a handler knows."""
+  """True if a layer multiplies as linen does by default, which is all that a handler knows."""
   return all(getattr(module, name, None) is getattr(type(module), name, None) for name in _OWN)
 
 

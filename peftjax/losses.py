@@ -1,7 +1,7 @@
 """Losses as a sum and a count over the rows or tokens that are not padding, and their mean.
 
 Batches are averaged by adding both and dividing once: a mean of means would weigh a token by how
-other tokens there are beside it.
+few others there are beside it.
 """
 
 from __future__ import annotations

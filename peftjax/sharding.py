@@ -191,7 +191,7 @@ class Place(NamedTuple):
   Attributes:
     path: path in the tree of parameters.
     leaf: the path that rules match: that of the array, or of the weight that it is a part of.
-    shape, dtype: of the whole array.
+    shape, dtype: shape and dtype of the whole array.
     spec: by axis, which axes of the mesh split it.
     bytes: its bytes on a device.
   """

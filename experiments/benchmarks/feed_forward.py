@@ -7,7 +7,7 @@
 variant, at BERT-base's shape with as many parameters when gated:
 
   saved  values that one block's backward pass keeps, beside the parameters: residuals of `jax.vjp`
-  layer  memory that the compiled program of a scan over layers really holds more for each of them
+  layer  additional memory per layer in the compiled program of a scan over layers
   time   of value and gradients in x and all parameters, compiled; medians, the ways take turns
   frozen the same with the parameters frozen, as where only other layers are adapted
 

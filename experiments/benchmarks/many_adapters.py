@@ -32,7 +32,7 @@ from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 LAYERS = flags.DEFINE_integer("layers", 6, "Layers of the model.")
 RANK = flags.DEFINE_integer("rank", 8, "r of each adapter.")
-ADAPTERS = flags.DEFINE_integer("adapters", 8, "How many.")
+ADAPTERS = flags.DEFINE_integer("adapters", 8, "Number of adapters.")
 EACH = flags.DEFINE_integer("each", 1, "Rows per adapter.")
 LENGTH = flags.DEFINE_integer("length", 64, "Tokens per row.")
 NEW = flags.DEFINE_integer("new", 32, "Tokens to generate.")

@@ -37,7 +37,7 @@ from peftjax.training.settings import from_config
 from peftjax.training.together import Together
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-METHODS = flags.DEFINE_list("methods", ["lora", "adalora"], "Of configs/classify.py.")
+METHODS = flags.DEFINE_list("methods", ["lora", "adalora"], "Methods of configs/classify.py.")
 TURNS = flags.DEFINE_integer("turns", 6, "Number of turns that each side takes.")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps per turn.")
 TOTAL = flags.DEFINE_integer("total", 200, "Steps of the whole sweep.")

@@ -44,7 +44,7 @@ def chosen(only: str) -> list["Claim"]:
   """The claims that a regex picks, by name.
 
   Raises:
-    ValueError: if it picks none, or is no regex.
+    ValueError: if it picks none, or is not a regex.
   """
   from experiments.claims import catalogue
 

@@ -48,7 +48,7 @@ class Search:
     """Checks the section and every end of its ranges; writes nothing.
 
     Raises:
-      ValueError: Optuna is not there, or on what no trial could be made from.
+      ValueError: Optuna is not there, or no trial could be made from the section.
     """
     if importlib.util.find_spec("optuna") is None:
       raise ValueError("a search needs Optuna: pip install 'peftjax[optuna]'")

@@ -16,7 +16,7 @@ _ADVICE = "Take the line out to compute it again."
 
 
 class Cell(NamedTuple):
-  """One number of a table, and what belongs to it.
+  """One number of a table, and its computation.
 
   Attributes:
     name: name of its line.

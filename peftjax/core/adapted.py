@@ -24,7 +24,7 @@ SKIPS_DROPOUT = (
 class Adapted(Weight):
   """A weight with the shape and dtype of its `base`.
 
-  The attributes below `base` are what other files may ask of every adapted weight. Subclasses that
+  Other files may ask every adapted weight for the attributes below `base`. Subclasses that
   have them make them fields, and override the functions that go with them.
 
   Attributes:

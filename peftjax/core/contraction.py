@@ -26,8 +26,8 @@ def dot_general(
     x, view: the operands.
     dims: as passed to `lax.dot_general`.
     view_left: the view is the first operand.
-    dtype: of the result. Where it is wider than that of x, x is multiplied in it.
-    precision: of all products.
+    dtype: dtype of the result. Where it is wider than that of x, x is multiplied in it.
+    precision: precision of all products.
   """
   (left, right), (left_batch, right_batch) = dims
   x_axes, view_axes = (right, left) if view_left else (left, right)

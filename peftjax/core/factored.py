@@ -55,7 +55,7 @@ def traced(fn: Callable[..., Any], uses: Uses, *args: Any, **kwargs: Any) -> Any
 
   Args:
     fn: a function that could be traced by `jax.jit`.
-    uses: is told what became of each weight.
+    uses: records what became of each weight.
     *args, **kwargs: its arguments. One that is neither an array nor a `Weight` is passed on as is.
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)

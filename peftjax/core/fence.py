@@ -29,7 +29,7 @@ def fence(tree: T) -> T:
 
 
 def zero(witness: jax.Array, dtype: Any) -> jax.Array:
-  """An integer 0 that depends on `witness`: what uses it cannot be started before that is there.
+  """An integer 0 that depends on `witness`: nothing that uses it can start before that is there.
 
   Its value is whether the first entry is one certain NaN, which no arithmetic yields.
   """

@@ -37,8 +37,8 @@ def load(
     name: "bbc" and "sentiment" are read from their sample packages; "files" from `train_file` and,
       if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl); "glue/<task>" from
       `glue_dir`/<TASK>/{train,dev}.tsv or, without `glue_dir`, through the `datasets` library.
-    seed: of the splits that are made here.
-    text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts,
+    seed: seed of the splits that are made here.
+    text_column, pair_column, label_column: columns of "files"; a `pair_column` makes pairs,
       without a `label_column` (None) texts have no labels.
     regression: for "files", that labels are numbers and not classes.
 

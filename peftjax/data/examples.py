@@ -46,7 +46,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-  """A task: its texts in splits, what its labels mean, and how it is scored.
+  """A task: its texts in splits, the meaning of its labels, and its metrics.
 
   Attributes:
     name: the name it was loaded by.

@@ -19,7 +19,7 @@ class Rows:
 
   Attributes:
     tokens: int32 [N, T].
-    segments: int32 [N, T]: the piece each token is of, from 1; 0 behind the last one.
+    segments: int32 [N, T]: the piece of each token, from 1; 0 after the last one.
     positions: int32 [N, T]: position of the token in its piece.
     weights: float32 [N, T]: 1 where the token is to be predicted from those before it.
     documents: how many documents the rows hold.

@@ -29,7 +29,7 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
   A scanned stack is padded to its largest rank; a layer without an adapter has rank 0, scale 0.
   In a tied model, a table or head that is saved or adapted alone is untied, as in peft; with
   `ensure_weight_tying` both are saved as one and stay so.
-  Factors are read as float32, saved modules in the dtype of what they replace.
+  Factors are read as float32, saved modules in the dtype of the arrays they replace.
 
   Args:
     directory: as peft's `save_pretrained` or `save` wrote it.
@@ -89,7 +89,7 @@ class Reader:
   """Takes the arrays of each parameter from one directory, and notes what it took.
 
   Attributes:
-    plan: what the directory holds, checked.
+    plan: the contents of the directory, checked.
     replaced: paths of parameters that were saved whole.
     attached: paths of weights with an adapter.
     rebased: paths of tables and heads whose arrays in the directory differ from the model's.

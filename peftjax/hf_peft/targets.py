@@ -113,7 +113,7 @@ def targeted(
 
   Raises:
     ValueError: no module is named, or one that peft gives no adapter of this kind, or one that is
-    saved whole.
+      saved whole.
   """
   targets, where = config.target_modules, matcher.where
   if isinstance(targets, str) and targets.lower() == "all-linear":

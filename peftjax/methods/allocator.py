@@ -27,12 +27,12 @@ class AllocatorState(optim.Owner):
     step: int32 `[]`, updates so far.
     inner: the state of the optimizer within.
     mean: Ī, the moving average of the sensitivity of every entry of P, λ and Q.
-    spread: Ū, that of its uncertainty.
+    spread: Ū, the moving average of its uncertainty.
     valid: bool `[*stack, R]` by path: which triplets are not padding.
     penalty: float32 `[]`, R(P, Q) before the last update, without γ.
     budget: int32 `[]`, how many triplets there may be after it.
     target: int32 `[]`, b(T), how many there may be in the end.
-    kept: bool `[*stack, R]` by path: what the last allocation left, for the final steps; pairs of
+    kept: bool `[*stack, R]` by path: triplets of the last allocation, for the final steps; pairs of
       LoRA's form stay within it.
     seed: int32 `[]`, seed of the triplets that are drawn anew.
   """

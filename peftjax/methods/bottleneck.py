@@ -21,8 +21,8 @@ class Bottleneck(Attachment):
     up, up_bias: `[*stack, M, D]` and `[*stack, D]`.
     scale: `[*stack]` float32, s.
     activation: φ, a name of `nn.ffn.ACTIVATIONS`.
-    reads: number of the argument that u is; None if u is what the module returns.
-    again: instead of adding f(u) to what the module returns, call it again with f(u) added to its
+    reads: number of the argument that u is; None if u is the module's result.
+    again: instead of adding f(u) to the module's result, call it again with f(u) added to its
       first argument (Pfeiffer's adapter, between two uses of one LayerNorm).
   """
 

@@ -27,8 +27,8 @@ class Schedule:
     """b(t) = b_T + (b_0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, rounded down, int32.
 
     So the released code has it. Equation 14 of the paper subtracts t_f from t as well, which is
-    neither b_0 at t_i nor b_T at T − t_f. In float32: a millionth is added, so that what is whole
-    in exact arithmetic is not rounded down.
+    neither b_0 at t_i nor b_T at T − t_f. In float32: a millionth is added, so that numbers whole
+    in exact arithmetic are not rounded down.
     """
     left = jnp.clip((self.end - step) / (self.end - self.start), 0.0, 1.0)
     over = (initial - target).astype(jnp.float32) * left**3

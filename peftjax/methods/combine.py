@@ -68,7 +68,7 @@ def combine_adapters(
 
   Args:
     adapters: whole trees with LoRA on one base, concrete. An adapter missing on a matrix counts as
-      0 there; kinds that add A to A need equal ranks on the others.
+      0 there; kinds that add A to A need equal ranks of the others.
     weights: w_i, one each, of either sign.
     kind: one of the above.
     density: share of entries that is kept, above 0 and at most 1; for the kinds that prune.

@@ -45,7 +45,7 @@ def architecture(model_type: str, labels_of: str | None) -> str:
   """The transformers class that computes the same as the model that is loaded here.
 
   Args:
-    model_type: of the files.
+    model_type: model type of the files.
     labels_of: "text" or "token", what the head gives labels to; None for a language model.
   """
   lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]

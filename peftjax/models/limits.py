@@ -17,9 +17,9 @@ def check(
   devices too, the dtype alone is checked.
 
   Args:
-    config: of one of our modules: `vocab`, `max_length` and, for encoders, `types`.
+    config: config of one of our modules: `vocab`, `max_length` and, for encoders, `types`.
     tokens, types: integer arrays of any shape, or None.
-    length: of the longest text with all virtual tokens. RoBERTa's `max_length` counts the places
+    length: tokens of the longest text, virtual ones included. RoBERTa's `max_length` counts places
       after its padding id.
     what: name of the inputs, for the message.
   """

@@ -63,7 +63,7 @@ class LlamaConfig:
   eps: float
   theta: float
   rope_scaling: tuple[tuple[str, Any], ...]  # items of Hugging Face's dictionary
-  labels: int | None = None  # number for whole texts, in place of the next token's logits
+  labels: int | None = None  # outputs for whole texts, in place of the next token's logits
   tied: bool  # whether `init` makes a tied head; for an existing model its parameters tell
   # Where a model type differs from Llama.
   qkv_bias: bool = False
@@ -273,11 +273,11 @@ class LlamaForCausalLM(nn.Module):
     Args:
       tokens: ids below the vocabulary's size.
       mask: true on tokens, false on padding; by default all true.
-      positions: of the tokens in their text, by default counted along the mask.
+      positions: places of the tokens in their text, by default counted along the mask.
       segments: the document of each token, where several share a row: none sees another.
       loss_weights: weights of the tokens as targets. With them the result is not the logits but
         `losses.next_token_sums` of them, and the logits never exist all at once.
-      cache: of the tokens before; these are appended.
+      cache: keys and values of the tokens before; these tokens' are appended.
       train: has no effect: this family has no dropout of its own.
     """
     c = self.config

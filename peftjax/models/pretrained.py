@@ -97,7 +97,7 @@ def load_pretrained(
     remat: for a decoder: keep only each layer's input for the backward pass and compute the rest
       again ("gradient checkpointing"); True or "layer". "products" also keeps the results of
       products with weights: more memory, less time. "offload" keeps the input in host memory.
-    dtype: of activations; parameters keep the checkpoint's.
+    dtype: dtype of activations; parameters keep the checkpoint's.
     quant: quantise the matrices that `where` selects as they are read: besides the parameters, at
       most two of the checkpoint's tensors are in memory. See `peftjax.quantize`.
     mesh, rules: where to put each parameter as soon as it is read: see `peftjax.shardings`.

@@ -60,7 +60,7 @@ def save_pretrained(
     labels: names of a classifier's outputs; by default those of `of`, if they are as many.
 
   Raises:
-    ValueError: before anything is written: a directory that holds something; nodes that no merge takes
+    ValueError: before anything is written: a directory that holds something; unmergeable nodes
       (bottleneck adapters, prefixes, prompts); a leaf that the format has no place for, one that is
       missing or of another shape than `of` means; another dtype, size or number of labels. Without
       leaving anything behind: an entry that is NaN, infinite, or becomes so in `dtype`.

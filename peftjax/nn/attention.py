@@ -57,7 +57,7 @@ def kernel_name(
   attention; otherwise blocks, as do capped scores.
 
   Args:
-    size, dtype: of a head.
+    size, dtype: size and dtype of a head.
 
   >>> kernel_name(AttentionMask(jax.ShapeDtypeStruct((1, 128), bool), causal=True), 128)
   'dense'
@@ -105,7 +105,7 @@ def attention(
     num_heads: N.
     num_kv_heads: K, a divisor of N, by default N: N/K heads in a row share keys and values
       (Ainslie et al. 2023, arXiv 2305.13245).
-    key, rate: of the dropout.
+    key, rate: key and rate of the dropout.
     cap: cap of the scores, which become `soft_cap(scores, cap)`.
   """
   key = None if keep_level(rate) == 256 else key

@@ -52,7 +52,7 @@ def cudnn_attention(
 
   Args:
     key, rate: None, and not used.
-    implementation: of `jax.nn.dot_product_attention`; `"xla"` computes the same on any platform.
+    implementation: that of `jax.nn.dot_product_attention`; `"xla"` is the same on any platform.
   """
   del key, rate
   rows = mask.valid.shape[0], q_BTD.shape[1]

@@ -45,7 +45,7 @@ def accumulated(
 
   Args:
     batches: calls in all; the last one makes an update of all that is left, even if that is fewer
-    than `every`.
+      than `every`.
   """
   tx = optax.with_extra_args_support(tx)
   if every == 1:

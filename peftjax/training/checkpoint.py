@@ -183,7 +183,7 @@ def digest(model: Path) -> str:
   """SHA-256 over `config.json` and the safetensors files of a model directory, or over a file.
 
   Raises:
-    ValueError: one of them is missing, cannot be read or is no regular file.
+    ValueError: one of them is missing, cannot be read or is not a regular file.
   """
   total = hashlib.sha256()
   files = sorted([model / "config.json", *model.glob("*.safetensors")])

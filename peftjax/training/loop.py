@@ -53,7 +53,7 @@ def train_and_evaluate(
     traced: how many steps of this process to profile, once it is warm; see `profile.Trace`.
 
   Raises:
-    ValueError: anything wrong with the config, the data, the model or what is in `workdir`;
+    ValueError: anything wrong with the config, the data, the model or the files in `workdir`;
       raised before `workdir` is touched.
     lock.Held: another process runs in `workdir`; for one in a bucket, has begun to since.
     disk.DiskError: something cannot be written, as on a full disk; the last checkpoint stays.

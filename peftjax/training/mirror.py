@@ -6,7 +6,7 @@ folder, to which all that holds of a workdir applies, and `Mirror` brings the bu
 before and puts new ones back whenever a checkpoint is whole, and at the end.
 
 `contents.json` in the bucket makes many objects one state. It names the `files` that a run goes on
-from and, as `loose`, all others that may be there, and is written before anything else is: so a
+from and, as `loose`, all others that may be there, which it names before they are written: so a
 kill at any moment leaves the state before or the one after, and no object that nobody knows of.
 Files of checkpoints are put under names that the state does not have yet, and removed once it does
 not have them any more. Other files are overwritten: rows of metrics after those of the checkpoint

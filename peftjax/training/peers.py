@@ -97,7 +97,7 @@ class Peers:
     """The result of `make()`, called by the main process alone: something that JSON can say.
 
     Raises:
-      Exception: what `make` raises, in all processes.
+      Exception: any exception of `make`, in all processes.
     """
     if self.count == 1:
       return make()

@@ -34,8 +34,8 @@ class Run:
   """The compiled functions of a run and the state they pass on.
 
   With `rate_in_state` the learning rate is an array in the optimizer's state, so that the step is
-  the same program whatever it is. Without a mesh text (None, not "") it uses one device. What the
-  settings say of data, model and method is not read where a `task` or a `model` is given.
+  the same program whatever it is. Without a mesh text (None, not "") it uses one device. The data,
+  model and method of the settings are not read where a `task` or a `model` is given.
   """
 
   def __init__(
