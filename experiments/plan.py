@@ -27,7 +27,7 @@ MODEL = flags.DEFINE_string(
 TOPOLOGY = flags.DEFINE_string(
   "topology", "local", "Chips: v5e:2x4, v5p:2x2x1, v4:2x2x1, v6e:2x4, ...; or this machine's."
 )
-DEVICES = flags.DEFINE_integer("devices", None, "How many of them to use; by default all.")
+DEVICES = flags.DEFINE_integer("devices", None, "Number of chips to use; by default all.")
 MESH = flags.DEFINE_string(
   "mesh", "", 'As for training, e.g. "fsdp:-1"; by default all along data.'
 )

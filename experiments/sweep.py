@@ -51,7 +51,7 @@ EXECUTOR = flags.DEFINE_enum(
   "Where workers run: local is this process; ray and slurm start --workers on a cluster.",
 )
 WORKERS = flags.DEFINE_integer(
-  "workers", 1, "How many workers ray or slurm start.", lower_bound=1, upper_bound=10_000
+  "workers", 1, "Number of workers that ray or slurm start.", lower_bound=1, upper_bound=10_000
 )
 RESOURCES = flags.DEFINE_string(
   "resources", "", "Resources of each worker of ray or slurm: cpu, gpu and tpu, as in cpu:4,gpu:1."

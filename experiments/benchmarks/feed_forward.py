@@ -29,7 +29,7 @@ from peftjax.nn.feed_forward import VARIANTS, FeedForward, feed_forward, gated_w
 from peftjax.nn.ffn import activate
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-NAMES = flags.DEFINE_list("variants", list(VARIANTS), "Which variants.")
+NAMES = flags.DEFINE_list("variants", list(VARIANTS), "Variants to measure.")
 TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens, T.")
 WIDTH = flags.DEFINE_integer("width", 768, "D.")
 FFN = flags.DEFINE_integer("ffn", 3072, "F of the variants that are not gated.")

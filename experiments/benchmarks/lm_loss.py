@@ -28,7 +28,7 @@ from peftjax.core.einsum import linear
 from peftjax.nn.chunked_loss import chunk_length, chunked_sums
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-HEADS = flags.DEFINE_list("heads", ["frozen", "nf4", "lora", "trained"], "Which heads.")
+HEADS = flags.DEFINE_list("heads", ["frozen", "nf4", "lora", "trained"], "Heads to measure.")
 LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096"], "Tokens, T.")
 VOCAB = flags.DEFINE_integer("vocab", 49_152, "V.")
 WIDTH = flags.DEFINE_integer("width", 576, "D.")

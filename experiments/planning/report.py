@@ -19,7 +19,7 @@ from experiments.planning.chips import GIB
 
 RESULTS = Path(__file__).parents[1] / "results" / "plans"
 PLANS = flags.DEFINE_string("plans", str(RESULTS / "plan.jsonl"), "A file written by --out.")
-PICTURE = flags.DEFINE_string("picture", str(RESULTS / "plan_growth.png"), "Where to draw it.")
+PICTURE = flags.DEFINE_string("picture", str(RESULTS / "plan_growth.png"), "The picture to draw.")
 
 # Quantities that vary: name, number in a row, and the flags that say it.
 _AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], tuple[str, ...]]] = {
