@@ -64,7 +64,7 @@ def table(rows: list[Row]) -> Report:
   for (name, _, printed), own in zip(VARIANTS, scores, strict=True):
     apart = [score - other for score, other in zip(own, whole, strict=True)]
     lines.append([name, mean(own), mean(apart, "+.2f"), printed])
-  columns = ["variant", "accuracy", "- AdaLoRA, by seed", "t. 4, 5 (SST-2)"]
+  columns = ["variant", "accuracy", "vs AdaLoRA, by seed", "t. 4, 5 (SST-2)"]
   title = f"Test accuracy on {DATA}, %, all linear layers, budget {BUDGET}. {HEADER}."
   return Report(title, columns, lines, NOTES)
 

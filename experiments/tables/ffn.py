@@ -54,7 +54,7 @@ def table(rows: list[dict[str, Any]]) -> Report:
     lines.append(
       [name, f"{own[0]['parameters']:,}", mean(losses, ".4f"), mean(apart, "+.4f"), printed]
     )
-  columns = ["variant", "parameters", "held-out loss", "- relu, by seed", "Shazeer t. 1"]
+  columns = ["variant", "parameters", "held-out loss", "vs relu, by seed", "Shazeer t. 1"]
   return Report(_title(), columns, lines, NOTES)
 
 

@@ -92,7 +92,7 @@ def table(rows: list[Row]) -> Report:
       "base",
       "news before",
       "news after",
-      "- LoRA, dense",
+      "vs LoRA, dense",
       "sentiment before",
       "sentiment after",
       "QLoRA t. 3: GLUE",
