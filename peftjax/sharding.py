@@ -95,7 +95,7 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if not match or match[1] not in AXES:
       raise ValueError(
         f"mesh {text!r}: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)}; "
-        'write e.g. "data:2,fsdp:2,tensor:2", or -1 for what is left'
+        'write e.g. "data:2,fsdp:2,tensor:2", or -1 for the rest'
       )
     if match[1] in given:
       raise ValueError(f"mesh {text!r} names {match[1]} twice; write it once, with one size")
@@ -103,14 +103,14 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
   sizes = {axis: given.get(axis, 1) for axis in AXES}
   rest = [axis for axis, size in sizes.items() if size == -1]
   if len(rest) > 1:
-    raise ValueError(f"mesh {text!r}: only one axis can be what is left, not {' and '.join(rest)}")
+    raise ValueError(f"mesh {text!r}: only one axis can be -1, not {' and '.join(rest)}")
   for axis in rest:
     sizes[axis] = max(1, len(devices) // -math.prod(sizes.values()))
   if math.prod(sizes.values()) != len(devices):
     more = "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of a CPU"
     raise ValueError(
       f"mesh {text!r} has {math.prod(sizes.values())} places for {len(devices)} devices; write "
-      f"sizes whose product is {len(devices)}, or -1 for what is left"
+      f"sizes whose product is {len(devices)}, or -1 for the rest"
       + (f" ({more})" if devices[0].platform == "cpu" else "")
     )
   return Mesh(arranged(text, sizes, devices), AXES)

@@ -57,7 +57,7 @@ class Search:
     if len(fixed) != 1:
       raise ValueError(
         f"optuna: a search has one base and one value for every other field, not {len(fixed)} "
-        "trials; move what varies to optuna.fields"
+        "trials; move the varying fields to optuna.fields"
       )
     if trials.check(sweep).get("together", 1) > 1:
       raise ValueError("optuna: it proposes one trial at a time; leave out together")

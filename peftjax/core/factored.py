@@ -40,7 +40,7 @@ def factored(fn: Callable[..., Any], *, dropout_key: jax.Array | None = None) ->
   def wrapped(*args: Any, **kwargs: Any) -> Any:
     if found := attachments((args, kwargs)):
       raise ValueError(
-        f"{type(found[0]).__name__} changes what a Flax module returns, and no weight: call "
+        f"{type(found[0]).__name__} changes a Flax module's result, not a weight: call "
         "pj.apply(model, params, ...)"
       )
     args, kwargs = _prepared((args, kwargs), dropout_key)

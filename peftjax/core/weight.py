@@ -193,7 +193,7 @@ def warn_unbridged(weight: Weight, where: str) -> None:
     _told.add(kind)
     warnings.warn(
       f"a {kind} {where} was read without pj.apply, by model.apply or nn.unbox: most modules then "
-      "compute with a dense array, and an adapter's dropout and what weights share are left out. "
+      "compute with a dense array, and an adapter's dropout and shared arrays are left out. "
       "Write pj.apply(model, params, ...)",
       stacklevel=3,
     )

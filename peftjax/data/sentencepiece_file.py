@@ -63,8 +63,8 @@ def read(path: Path) -> SentencePieceFile:
     raise ValueError(f"{path} has pieces of thousands of characters; download it again.")
   if trainer.model_type not in (_UNIGRAM, _BPE):
     raise ValueError(
-      f"{path} is a SentencePiece model of type {trainer.model_type}; read are unigram ({_UNIGRAM})"
-      f" and BPE ({_BPE}). Put the model's tokenizer.json beside it."
+      f"{path} is a SentencePiece model of type {trainer.model_type}; only unigram"
+      f" ({_UNIGRAM}) and BPE ({_BPE}) are read. Put the model's tokenizer.json beside it."
     )
   roles = (
     ("bos_token", trainer.bos_id, trainer.bos_piece or "<s>"),

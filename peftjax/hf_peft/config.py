@@ -31,7 +31,7 @@ def read(directory: str | os.PathLike) -> Common:
   schema = codecs.schema_of(kind) if isinstance(kind, str) else None
   if schema is None or not isinstance(kind, str):
     read = ", ".join(map(repr, codecs.kinds()))
-    raise ValueError(f"{where} has peft_type={clip(kind)}; read are {read}.\n{MERGE}")
+    raise ValueError(f"{where} has peft_type={clip(kind)}; those read are {read}.\n{MERGE}")
   _check_known(config, kind, where)
   if wrong := codecs.changes(kind, config):
     field, allowed = next(iter(wrong.items()))

@@ -187,8 +187,8 @@ class Plan:
     if extra:
       shown = "\n  ".join(clip(name, quote=False) for name in extra[:10])
       raise ValueError(
-        f"{self.file}: {len(extra)} tensors have no place in this model and in what "
-        f"{config.NAME} says of the adapter:\n  {shown}\n"
+        f"{self.file}: {len(extra)} tensors have no place in this model with the "
+        f"adapter of {config.NAME}:\n  {shown}\n"
         "Was the adapter trained on another model?"
       )
     for name, want in self.wants.items():

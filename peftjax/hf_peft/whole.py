@@ -77,8 +77,8 @@ def collect(
         if isinstance(leaf, Weight):
           raise ValueError(
             f"{path} is a {type(leaf).__name__} in {unit}, which is saved whole; peft does not "
-            "take both.\nMerge it (pj.merge), or leave it out of the targets or out of what is "
-            "trained."
+            "take both.\nMerge it (pj.merge), or leave it out of the targets or of the "
+            "trained arrays."
           )
         array = np.asarray(leaf[i] if stack_of(path, leaf) else leaf)
         chosen[unit][family.hf_name(layer)] = array.T if turned(family, path) else array

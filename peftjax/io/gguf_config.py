@@ -283,8 +283,8 @@ def _scaling(
   tensor = header.tensors["rope_freqs.weight"]
   if linear or tensor.kind != "F32" or tensor.shape != (said["head_dim"] // 2,):
     raise ValueError(
-      f"{path} has rope_freqs.weight, {tensor.kind} of shape {tensor.shape}; read are F32 of shape "
-      f"({said['head_dim'] // 2},) without another stretch of the frequencies."
+      f"{path} has rope_freqs.weight, {tensor.kind} of shape {tensor.shape}; only F32 of shape "
+      f"({said['head_dim'] // 2},) without another stretch of the frequencies is read."
     )
   data = header.data[tensor.start : tensor.start + tensor.size]
   found = _llama3(data.view("<f4").astype(np.float64), said["rope_theta"], said["head_dim"])

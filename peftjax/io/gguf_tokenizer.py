@@ -94,8 +94,8 @@ def tokenizer(path: str | Path) -> Tokenizer:
   said = records.convert(fields, _Said, f"{path}: tokenizer.ggml")
   if said.model not in ("gpt2", "llama"):
     raise ValueError(
-      f"{path} has a vocabulary of kind {clip(said.model)}; read are 'gpt2' (byte-level BPE) and "
-      "'llama' (SentencePiece). Load the model's Hugging Face directory instead."
+      f"{path} has a vocabulary of kind {clip(said.model)}; only 'gpt2' (byte-level BPE) and "
+      "'llama' (SentencePiece) are read. Load the model's Hugging Face directory instead."
     )
   vocabulary = _vocabulary(path, fields)
   ids = gguf_config.token_ids(path, metadata)
@@ -189,7 +189,7 @@ def _split(path: Path, name: str) -> Split:
     )
   if name and name not in SPLITS:
     raise ValueError(
-      f"{path} has a vocabulary split as {clip(name)} (tokenizer.ggml.pre); read are "
+      f"{path} has a vocabulary split as {clip(name)} (tokenizer.ggml.pre); those read are "
       f"{', '.join(SPLITS)}. Load the model's Hugging Face directory instead."
     )
   return SPLITS[name or "default"]

@@ -90,7 +90,7 @@ def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
   if not new:
     wanted = "each token" if asked == "token" else "whole texts"
     raise ValueError(
-      f"{where}: architectures is {named}, whose head is none for {wanted}. Write "
+      f"{where}: architectures is {named}, whose head is not for {wanted}. Write "
       "load_pretrained(..., num_labels=...) for a new head on this body."
     )
   return Head(asked or "text", foreign=True)

@@ -187,8 +187,8 @@ def _check_whole(
       name = matched[path][0]
       raise ValueError(
         f"{file_of(tensors, name)} has {name} of a head, and not all of it: there is no "
-        f"{', '.join(map(family.hf_name, lacks))}. Restore the file, or take {name} and what goes "
-        "with it out of it for a new head."
+        f"{', '.join(map(family.hf_name, lacks))}. Restore the file, or remove {name} and the "
+        "rest of the head from it for a new one."
       )
 
 

@@ -153,7 +153,7 @@ def _check(
     wanted, labels_of = paths.leaves(abstract_params(model)), kind
     if wanted.keys() == flat.keys():
       break
-  told = f"Is {of} what the base was loaded from?"
+  told = f"Was the base loaded from {of}?"
   for path, leaf in flat.items():
     if path not in wanted:
       raise ValueError(f"{path} has no place in a {source['model_type']} as {of} has it. {told}")

@@ -121,7 +121,7 @@ class Checkpoints:
     meta = self._restore(name, lambda manager, step: manager.restore(step, args=args).meta)
     sums = meta.pop(_SUMS, {}) if isinstance(meta, dict) else None
     if not isinstance(sums, dict) or sums.get("meta", "") not in ("", _sum_of_meta(meta)):
-      raise self._damaged(name, "its record is another than was saved")
+      raise self._damaged(name, "its record differs from the saved one")
     return meta, sums
 
   def _restore(self, name: str, read: Callable[[Any, int], Any]) -> Any:

@@ -143,8 +143,8 @@ def _known(data: Any, what: str) -> Any:
   if isinstance(data, tuple) and len(data) == 2:
     return Arrays.of(*data, what=what)
   raise ValueError(
-    f"{what} is a {type(data).__name__}; give what pj.texts(texts, labels, tokenizer=directory) "
-    "returns, or two arrays (inputs, labels)"
+    f"{what} is a {type(data).__name__}; give the result of pj.texts(texts, labels, "
+    "tokenizer=directory), or two arrays (inputs, labels)"
   )
 
 

@@ -205,7 +205,7 @@ def test_data_of_another_model_are_refused(encoder, few, decoder):
   plain = pj.texts(["1 2"], tokenizer=decoder)
   with pytest.raises(ValueError, match="BertClassifier takes texts with labels"):
     pj.fit(model, params, METHOD, plain)
-  with pytest.raises(ValueError, match=r"data is a list; give what pj\.texts"):
+  with pytest.raises(ValueError, match=r"data is a list; give the result of pj\.texts"):
     pj.fit(model, params, METHOD, ["a text"])
   with pytest.raises(ValueError, match="give two of a kind"):
     pj.fit(model, params, METHOD, few, eval_data=plain)
