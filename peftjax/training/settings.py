@@ -209,7 +209,7 @@ class Train(Section):
   steps: Size | None = None  # batches; goes before `epochs`
   eval_batch_size: Length = 64
   log_every: Size = 10  # steps
-  save_every: Size | None = None  # steps; besides once an epoch
+  save_every: Size | None = None  # steps; besides once per epoch
 
   def total_steps(self, steps_per_epoch: int) -> int:
     """Batches in all.
