@@ -3,8 +3,8 @@
   python -m experiments.generate --workdir=DIR --prompt="Shares in the airline"
   python -m experiments.generate --workdir=DIR --chat --prompt="What is NF4?" --temperature=0.7
 
-Prints each prompt and what the best checkpoint writes after it; with --base, before that what the
-model wrote before it was trained.
+Prints each prompt and the best checkpoint's continuation; with --base, before that the
+continuation of the model before it was trained.
 """
 
 from absl import app, flags
@@ -27,9 +27,9 @@ TEMPERATURE = flags.DEFINE_float(
 TOP_P = flags.DEFINE_float(
   "top_p", 1.0, "Draw among the likeliest tokens that sum up to this.", 0.0, 1.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.", lower_bound=0, upper_bound=2**31 - 1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0, upper_bound=2**31 - 1)
 CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat template.")
-BASE = flags.DEFINE_bool("base", False, "Also show what the model wrote before training.")
+BASE = flags.DEFINE_bool("base", False, "Also show the model's continuation before training.")
 
 
 @runtime.readable_errors()

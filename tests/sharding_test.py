@@ -49,7 +49,7 @@ def test_one_axis_may_be_what_is_left():
   for text, told in (
     ("data:-1,tensor:3", "has 6 places for 8 devices"),
     ("data:-1,tensor:16", "has 16 places for 8 devices"),
-    ("data:-1,fsdp:-1", "only one axis can be what is left, not data and fsdp"),
+    ("data:-1,fsdp:-1", "only one axis can be -1, not data and fsdp"),
     ("data:-1,data:-1", "names data twice"),
   ):
     with pytest.raises(ValueError, match=told):

@@ -34,19 +34,19 @@ class Examples:
   def sample(self, size: int, seed: int) -> "Examples":
     """At most `size` of the examples, drawn without replacement, in their old order."""
     if size < 1:
-      raise ValueError(f"a subset of {size} examples is none; write a number from 1 on, or null")
+      raise ValueError(f"a subset of {size} examples is empty; write a number from 1 on, or null")
     rows = np.random.default_rng(seed).permutation(len(self))[:size]
     return self.take(np.sort(rows))
 
   def keys(self) -> list[tuple[str, ...]]:
-    """What makes two examples duplicates: their texts, every run of whitespace being one space."""
+    """Keys by which two examples are duplicates: the texts, each run of whitespace as one space."""
     columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
     return [tuple(" ".join(text.split()) for text in row) for row in zip(*columns, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-  """A task: its texts in splits, what its labels mean, and how it is scored.
+  """A task: its texts in splits, the meaning of its labels, and its metrics.
 
   Attributes:
     name: the name it was loaded by.

@@ -97,9 +97,9 @@ def change(tmp_path):
 
 def test_heads_of_tokens_and_of_texts_are_not_taken_for_each_other():
   token, text = GOLDEN / "encoder_bert_token", GOLDEN / "encoder_distilbert"
-  with pytest.raises(ValueError, match="BertForTokenClassification, whose head is none for whole"):
+  with pytest.raises(ValueError, match="BertForTokenClassification, whose head is not for whole"):
     load(token, labels_of="text")
-  with pytest.raises(ValueError, match="ForSequenceClassification, whose head is none for each"):
+  with pytest.raises(ValueError, match="ForSequenceClassification, whose head is not for each"):
     load(text, labels_of="token")
   made = load(token, num_labels=3, labels_of="text")
   assert {p for p in paths.leaves(made.params) if "head/" in p or "pooler" in p} == set(made.new)

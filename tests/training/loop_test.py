@@ -150,9 +150,9 @@ def renamed(workdir):
 @pytest.mark.parametrize(
   ("harm", "named"),
   [
-    (lambda w: in_place_of(w / "checkpoints"), "checkpoints is no folder"),
-    (lambda w: in_place_of(w / "checkpoints" / "latest"), "latest is no folder"),
-    (lambda w: in_place_of(w / "checkpoints" / "latest" / "8"), "latest/8 is no checkpoint"),
+    (lambda w: in_place_of(w / "checkpoints"), "checkpoints is not a folder"),
+    (lambda w: in_place_of(w / "checkpoints" / "latest"), "latest is not a folder"),
+    (lambda w: in_place_of(w / "checkpoints" / "latest" / "8"), "latest/8 is not a checkpoint"),
     (lambda w: shutil.rmtree(w / "checkpoints" / "best"), "best has no checkpoint"),
     (lambda w: (w / "config.json").unlink(), "config.json is not there"),
     (lambda w: (w / "config.json").write_text("null"), "config.json must hold"),
