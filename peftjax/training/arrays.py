@@ -19,8 +19,8 @@ from peftjax.training import classification, metrics
 from peftjax.training.task import Kind
 
 
-def inputs(batch: Mapping[str, jax.Array]) -> tuple[jax.Array]:
-  return (batch["inputs"],)
+def inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {"inputs": batch["inputs"]}
 
 
 CLASSES = classification.CLASSES._replace(inputs=inputs)
