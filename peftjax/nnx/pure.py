@@ -102,9 +102,9 @@ def split(model: nnx.Module) -> tuple[Pure, Any]:
 
 def _drawn(path: tuple[Any, ...], variable: Any, key: jax.Array | None) -> Any:
   """A variable that is no parameter: of random keys and their counters, as a step's key says."""
-  if key is None or not isinstance(variable, nnx.RngState):
-    return variable
   now = variable.get_raw_value()
+  if key is None or not isinstance(variable, nnx.RngState):
+    return variable.replace(now)  # a new one, as it may only be written to in its own trace
   if isinstance(variable, nnx.RngCount):
     return variable.replace(jnp.zeros_like(now))
   own = jax.random.fold_in(key, zlib.crc32(_name(path).encode()))

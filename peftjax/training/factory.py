@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from peftjax import linen, sharding
 from peftjax import nnx as pj_nnx
-from peftjax.core import given, paths
+from peftjax.core import given, paths, probe
 from peftjax.core.layout import Layout
 from peftjax.data import TextTokenizer
 from peftjax.models import pretrained
@@ -119,9 +120,12 @@ def example(module: Any, inputs: Inputs, length: int) -> tuple[Any, dict[str, An
 def check(name: str, module: Any, params: Any, task: Task) -> None:
   """ValueError unless the model's outputs are those of the task."""
   first, rest = example(module, task.kind.inputs, task.lengths[-1])
-  run: Callable[..., Any] = lambda params, first, rest: linen.apply(module, params, first, **rest)
-  with told(f"{name}: its model called with {', '.join(('tokens', *rest))} {first.shape}"):
-    shape = getattr(jax.eval_shape(run, params, first, rest), "shape", None)
+  shape: Any = None
+  training: dict[str, Any] = {"train": True, "rngs": {"dropout": jax.random.key(0)}}
+  for how in (training, {}):
+    run = functools.partial(linen.apply, module, **how)
+    with told(f"{name}: its model called with {', '.join(('tokens', *rest))} {first.shape}"):
+      shape = getattr(probe.shapes(run, params, first, **rest), "shape", None)
   if task.outputs is not None and shape != (1, task.outputs):
     raise ValueError(
       f"{name}: tokens {first.shape} give {shape}, and this task needs logits [B, {task.outputs}]: "
