@@ -498,6 +498,13 @@ class Tied(nnx.Module):
     return self.down(self.up(x))
 
 
+def in_a_parameter():
+  linear = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+  weight = pj.lora(2, targets="kernel").attach(KEY, {"kernel": linear.kernel[...]})["kernel"]
+  linear.kernel = nnx.Param(weight)
+  return linear
+
+
 REFUSED = {
   "no inputs": (lambda: pj.nnx.attach(KEY, Block(nnx.Rngs(0)), LORA), "example inputs"),
   "a state": (lambda: pj.nnx.attach(KEY, nnx.state(Block(nnx.Rngs(0))), LORA, X), "nnx.Module"),
@@ -541,6 +548,7 @@ REFUSED = {
     "pj.nnx.attach",
   ),
   "apply": (lambda: pj.apply(Block(nnx.Rngs(0)), {}, X), "pj.nnx.attach"),
+  "a weight in a parameter": (lambda: in_a_parameter()(X), "stands for an array and is none"),
 }
 
 
