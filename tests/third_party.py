@@ -235,6 +235,21 @@ class Vit(nn.Module):
     return nn.Dense(5, name="head")(x.mean(1))
 
 
+class Translator(nn.Module):
+  """An encoder, a decoder that attends to it, and one table for both and for the head, as wmt's."""
+
+  @nn.compact
+  def __call__(self, ids):
+    table = nn.Embed(20, 12, name="shared_embedding")
+    attend = lambda name: nn.MultiHeadDotProductAttention(3, use_bias=False, name=name)
+    x = table(ids)
+    x = x + attend("encoder_attention")(nn.LayerNorm(name="norm_x")(x))
+    y = table(jnp.roll(ids, 1, 1))
+    y = y + attend("self_attention")(y, mask=nn.make_causal_mask(ids))
+    y = y + attend("cross_attention")(nn.LayerNorm(name="norm_y")(y), x)
+    return table.attend(y) / jnp.sqrt(12.0)
+
+
 class UNet(nn.Module):
   """Convolutions down and up, attention between them, as in diffusion models."""
 
@@ -273,8 +288,9 @@ MODELS = {
   "scalable t5x": (ScalableT5(), X, {}),
   "ViT": (Vit(), IMAGE, {}),
   "ViT, scan": (Vit(scan=True), IMAGE, {}),
+  "wmt": (Translator(), IDS, {}),
   "UNet": (UNet(), IMAGE, {}),
   "shared, remat, cells": (Shared(), X, {}),
 }
 # Those that are whole networks.
-WHOLE = ("scalable t5x", "ViT", "ViT, scan", "UNet", "shared, remat, cells")
+WHOLE = ("scalable t5x", "ViT", "ViT, scan", "wmt", "UNet", "shared, remat, cells")

@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Row]] = {
     "t5x's T5: flat kernels with named axes": case("t5x"),
     "t5x's scalable T5: the same, scanned": case("scalable t5x"),
     "flax's lm1b example: boxes on kernels and biases": case("lm1b"),
+    "flax's wmt example: encoder, decoder, one table": case("wmt"),
     "a UNet of a diffusion model": case("UNet"),
     "flax's ResNet: convolutions in groups, running means, train=False": case("convolutions"),
     "experts by nn.vmap": case("vmapped experts"),
@@ -60,7 +61,6 @@ ROWS: dict[str, dict[str, Row]] = {
       *case("UNet"),
     ),
     "linen's attention in four bits": ("third_party_test.py::test_four_bits_*[ViT*]",),
-    "flax's wmt example: encoder and decoder": (),
   },
   "Functions and other libraries": {
     "any function: casts, reshapes, slices, scan, cond, vmap, checkpoint": (
@@ -230,7 +230,13 @@ ROWS: dict[str, dict[str, Row]] = {
     "a trained array that the format cannot hold": Refused(
       "hf_peft/directories_test.py::test_what_the_format_cannot_say_is_not_saved[*bias*]"
     ),
-    "OFT, BOFT, FourierFT, P-tuning": (),
+    "OFT, BOFT, FourierFT, P-tuning": Refused(
+      *(
+        "hf_peft/files_test.py::test_a_config_whose_field_is_not_what_it_must_be_is_refused"
+        f"[peft_type='{kind}']"
+        for kind in ("OFT", "BOFT", "FOURIERFT", "P_TUNING")
+      )
+    ),
   },
   "Leaving and combining": {
     "a merged or dequantised model for transformers": (
