@@ -143,7 +143,7 @@ def check_no_nnx(params: Any) -> None:
   if "flax.nnx" in made and "flax.linen" not in made:  # `nnx.bridge.ToLinen` is of both
     raise ValueError(
       f"a {type(params).__name__} of Flax NNX came where peftjax takes linen modules and plain "
-      "trees; write pj.nnx.attach(key, model, method, *example_inputs)"
+      "trees; write pj.nnx.attach(key, model, method, *example_inputs), or pj.nnx.split(model)"
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -69,12 +70,8 @@ def load(settings: Settings, inputs: Inputs, mesh: Mesh | None) -> Made:
     )
   digest = digest_of({name: params})
   first, rest = example(module, inputs, settings.data.max_length)
-  with told(f"{name}: its model called with {', '.join(('tokens', *rest))} {first.shape}"):
-    if isinstance(module, Pure):
-      layout = module.layout(params, first, **rest)
-    else:
-      train = {"train": False} if "train" in step.takes(module) else {}
-      layout = linen.layout(module, first, **rest, **train)
+  with calling(name, first, rest):
+    layout = layout_of(module, params, first, **rest)
   if fmt := settings.quant.format():
     params = transform.quantize(params, fmt, settings.quant.targets, layout)
   if mesh is not None:
@@ -117,6 +114,15 @@ def example(module: Any, inputs: Inputs, length: int) -> tuple[Any, dict[str, An
   return step.arguments(module, inputs({**dict.fromkeys(names, ones), "mask": ones > 0}))
 
 
+def layout_of(module: Any, params: Any, *args: Any, **kwargs: Any) -> Layout:
+  """Axes of the kernels of a module called with these arguments: `example`'s, or others."""
+  if isinstance(module, Pure):
+    return module.layout(params, *args, **kwargs)
+  paths.check_no_nnx(module)
+  train = {"train": False} if "train" in step.takes(module) else {}
+  return linen.layout(module, *args, **kwargs, **train)
+
+
 def check(name: str, module: Any, params: Any, task: Task) -> None:
   """ValueError unless the model's outputs are those of the task."""
   first, rest = example(module, task.kind.inputs, task.lengths[-1])
@@ -124,7 +130,7 @@ def check(name: str, module: Any, params: Any, task: Task) -> None:
   training: dict[str, Any] = {"train": True, "rngs": {"dropout": jax.random.key(0)}}
   for how in (training, {}):
     run = functools.partial(linen.apply, module, **how)
-    with told(f"{name}: its model called with {', '.join(('tokens', *rest))} {first.shape}"):
+    with calling(name, first, rest):
       shape = getattr(probe.shapes(run, params, first, **rest), "shape", None)
   if task.outputs is not None and shape != (1, task.outputs):
     raise ValueError(
@@ -165,6 +171,10 @@ def end_ids(model: Model, tokenizer: TextTokenizer) -> tuple[int, ...]:
   if (end := tokenizer.id("eos_token")) is None:
     raise ValueError(f"{tokenizer.source} has no eos_token to end a text with: name one")
   return (end,)
+
+
+def calling(name: str, first: Any, rest: Mapping[str, Any]) -> AbstractContextManager[None]:
+  return told(f"{name}: its model called with {', '.join(('tokens', *rest))} {first.shape}")
 
 
 @contextlib.contextmanager

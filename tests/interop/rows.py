@@ -263,6 +263,7 @@ ROWS: dict[str, dict[str, Row]] = {
     "fine-tuning one's own texts in a call": (
       "training/fit_test.py::test_the_numbers_are_those_of_a_run",
       "training/fit_test.py::test_a_module_of_ones_own_takes_arrays",
+      "training/fit_test.py::test_a_module_of_nnx_takes_arrays",
     ),
     "a scanned model without a layout": (
       "core/layout_test.py::test_scanned_models_need_no_layout",
