@@ -69,7 +69,7 @@ interop: .venv/.parity build/interop/.installed ## What works with other people'
 	rm -f docs/interop.json
 	build/interop/bin/python -m pytest $(INTEROP) tests/interop $(ARGS)
 	$(BIN)/python -m pytest $(WORKERS) $(INTEROP) $(ARGS) \
-	  $$($(BIN)/python -m tests.interop.rows | tr ' ' '\n' | grep -v tests/interop/)
+	  $$($(BIN)/python -m tests.interop.rows | grep -v tests/interop/)
 
 bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=FILE)
 	$(BIN)/python -m experiments.benchmarks.train_step $(ARGS)

@@ -1,6 +1,6 @@
 """What other people have, a row each, and the tests that say what becomes of it.
 
-  python -m tests.interop.rows    # prints the files of these tests
+  python -m tests.interop.rows    # prints the files of these tests, a line each
 
 A test is named "FILE::NAME" or "FILE::NAME[CASE]" below `tests`, where * is anything. No outcome is
 written here: `tests.interop.table` writes those of a run to docs/interop.json. A row that names no
@@ -301,4 +301,4 @@ def every() -> list[Row]:
 
 
 if __name__ == "__main__":
-  print(*sorted({f"tests/{test.partition('::')[0]}" for row in every() for test in row}))
+  print(*sorted({f"tests/{test.partition('::')[0]}" for row in every() for test in row}), sep="\n")

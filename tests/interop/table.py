@@ -9,6 +9,7 @@ tests that did not run stay.
 import json
 import pathlib
 import re
+import textwrap
 
 import pytest
 
@@ -67,6 +68,6 @@ class Table:
     outcome = report.outcome
     told = dict(reversed(report.user_properties)).get("refused")
     if report.passed and told and any(rows.names(row, report.nodeid) for row in self.refusing):
-      outcome = f"refused: {PATH.sub('', ' '.join(told.split()))[:300]}"
+      outcome = f"refused: {textwrap.shorten(PATH.sub('', told), 300, placeholder=' ...')}"
     self.outcomes[report.nodeid] = outcome
     self.path.write_text(json.dumps(self.outcomes, indent=1, sort_keys=True) + "\n")
