@@ -7,6 +7,7 @@ import importlib
 import inspect
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -174,12 +175,9 @@ def interop() -> str:
       seen = {test: outcome for test, outcome in found.items() if names(row, test)}
       files = Counter(Path(test.partition("::")[0]).stem for test in seen)
       tests = ", ".join(f"{count} of `{file}`" for file, count in files.items())
-      cells = [
-        what,
-        became(seen.values(), refused=isinstance(row, Refused), tried=bool(row)),
-        tests,
-      ]
-      lines.append([cell.replace("|", r"\|") for cell in cells])
+      outcome = became(seen.values(), refused=isinstance(row, Refused), tried=bool(row))
+      # Sentences of programs, in which nothing is a mark of Markdown.
+      lines.append([*(re.sub(r"([*_<`$|\[])", r"\\\1", x) for x in (what, outcome)), tests])
     made.append(markdown(Report(section, ["what", "outcome", "tests"], lines)))
   return "\n".join(made)
 
@@ -191,7 +189,7 @@ def became(outcomes: Iterable[str], *, refused: bool, tried: bool) -> str:
   if not seen:
     return "not run" if tried else "not tried"
   if "failed" in seen or (refused and len(sentences) < len(seen)):
-    return "**fails**"
+    return "FAILS"
   return sentences[0] if refused else "works"
 
 
