@@ -12,10 +12,7 @@ TORCH = torch==2.13.0
 LIBTPU = libtpu==0.0.42.*
 PLAN = $(BIN)/python -m experiments.plan --config=configs/causal_lm.py
 BFLOAT16 = --config.model.dtype=bfloat16
-# By kind: linen, any function, NNX; families; files in and out; several adapters; notebooks.
-INTEROP = $(addprefix tests/,$(addsuffix _test.py,third_party linen core/factored nnx \
-	parity/encoders parity/decoder_families parity/peft parity/peft_decoders parity/peft_targets \
-	parity/ln_tuning parity/lycoris parity/export parity/combine methods/stack core/given training/fit))
+INTEROP = -p tests.interop.table --interop=docs/interop.json
 LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header
@@ -69,8 +66,10 @@ parity: .venv/.parity ## Add torch, transformers, peft and bitsandbytes, compare
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
 interop: .venv/.parity build/interop/.installed ## Test other people's models, trainers and files (1.8 GB more)
-	build/interop/bin/python -m pytest tests/interop $(ARGS)
-	$(BIN)/python -m pytest $(WORKERS) $(INTEROP) $(ARGS)
+	rm -f docs/interop.json
+	build/interop/bin/python -m pytest $(INTEROP) tests/interop $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(INTEROP) $(ARGS) \
+	  $$($(BIN)/python -m tests.interop.rows | grep -v tests/interop/)
 
 bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=FILE)
 	$(BIN)/python -m experiments.benchmarks.train_step $(ARGS)

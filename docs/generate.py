@@ -7,7 +7,9 @@ import importlib
 import inspect
 import io
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +50,7 @@ def write(folder: Path) -> None:
     (folder / "tables" / f"{name}.md").write_text(text)
   for name in BENCHMARKS:
     (folder / "benchmarks" / f"{name}.md").write_text(benchmark(name))
-  parts = {"plan": plans(), "claims": claims(), "matrix": matrix()}
+  parts = {"plan": plans(), "claims": claims(), "matrix": matrix(), "interop": interop()}
   for name, text in parts.items():
     (folder / "parts" / f"{name}.md").write_text(text)
   for name, text in api().items():
@@ -158,6 +160,37 @@ def steps(found: dict[str, dict[str, str]]) -> str:
   return markdown(
     Report("Two steps on eight devices against one", ["family", "method", *bases], lines)
   )
+
+
+def interop() -> str:
+  """docs/interop.json as a table a section of `tests.interop.rows`."""
+  from experiments.tables.report import Report
+  from tests.interop.rows import ROWS, Refused, names
+
+  found = json.loads((ROOT / "docs" / "interop.json").read_text())
+  made = []
+  for section, rows in ROWS.items():
+    lines = []
+    for what, row in rows.items():
+      seen = {test: outcome for test, outcome in found.items() if names(row, test)}
+      files = Counter(Path(test.partition("::")[0]).stem for test in seen)
+      tests = ", ".join(f"{count} of `{file}`" for file, count in files.items())
+      outcome = became(seen.values(), refused=isinstance(row, Refused), tried=bool(row))
+      # Sentences of programs, in which nothing is a mark of Markdown.
+      lines.append([*(re.sub(r"([*_<`$|\[])", r"\\\1", x) for x in (what, outcome)), tests])
+    made.append(markdown(Report(section, ["what", "outcome", "tests"], lines)))
+  return "\n".join(made)
+
+
+def became(outcomes: Iterable[str], *, refused: bool, tried: bool) -> str:
+  """What the outcomes of a row's tests say together; the sentence of a refusal."""
+  seen = [outcome for outcome in outcomes if outcome != "skipped"]
+  sentences = [outcome for outcome in seen if outcome.startswith("refused: ")]
+  if not seen:
+    return "not run" if tried else "not tried"
+  if "failed" in seen or (refused and len(sentences) < len(seen)):
+    return "FAILS"
+  return sentences[0] if refused else "works"
 
 
 def verdict(outcomes: Iterable[str]) -> str:

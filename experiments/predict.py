@@ -28,6 +28,9 @@ WORKDIR = flags.DEFINE_string(
 TEXT = flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
 PAIR = flags.DEFINE_multi_string("pair", [], "The second text of each --text, for a run on pairs.")
 FILE = flags.DEFINE_string("file", None, "A UTF-8 file: .csv, .tsv, .jsonl, or one text per line.")
+FACTORY = flags.DEFINE_string(
+  "factory", None, "The --config.model.factory of the run, once more: its code is run."
+)
 OUTPUT = flags.DEFINE_string(
   "output", None, "Also write JSON lines with every class's probability."
 )
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> None:
   from peftjax.training.logs import write_atomic
   from peftjax.training.predict import Predictor, probabilities
 
-  predictor = Predictor(WORKDIR.value)
+  predictor = Predictor(WORKDIR.value, FACTORY.value)
   given = read(predictor, TEXT.value, PAIR.value, FILE.value)
   rows = []
   for i, logits in enumerate(predictor.logits(*given)):

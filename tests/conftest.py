@@ -52,7 +52,7 @@ def pytest_unconfigure():
 
 
 def pytest_collection_finish():
-  """What was imported stays, and tracing leaves little garbage: a tenth less time in its collection."""
+  """Imported objects stay and tracing leaves little garbage: collect it less often."""
   gc.freeze()
   gc.set_threshold(200_000, 20, 100)
 

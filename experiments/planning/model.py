@@ -134,6 +134,10 @@ def _module(settings: Settings, name: str, length: int) -> Any:
       tie_word_embeddings=False,
     )
   else:
+    if settings.model.factory:
+      raise ValueError(
+        f"--config.model.factory={settings.model.factory}: plans are of this library's models"
+      )
     path = settings.model.path()
     pretrained.check_decoder(path)
     config, where = pretrained.config_of(path), str(path)

@@ -139,10 +139,11 @@ def select(
 
 def check_no_nnx(params: Any) -> None:
   """Raises ValueError if a tree of parameters, or a linen module, is in fact one of NNX."""
-  if any(of.__module__.startswith("flax.nnx") for of in type(params).__mro__):
+  made = {".".join(of.__module__.split(".")[:2]) for of in type(params).__mro__}
+  if "flax.nnx" in made and "flax.linen" not in made:  # `nnx.bridge.ToLinen` is of both
     raise ValueError(
       f"a {type(params).__name__} of Flax NNX came where peftjax takes linen modules and plain "
-      "trees; write pj.nnx.attach(key, model, method, *example_inputs)"
+      "trees; write pj.nnx.attach(key, model, method, *example_inputs), or pj.nnx.split(model)"
     )
 
 

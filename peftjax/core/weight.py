@@ -143,6 +143,12 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
     """
     raise ValueError(f"a {type(self).__name__} cannot be a head of its own; merge it first")
 
+  def __getitem__(self, at: Any) -> Any:
+    raise ValueError(
+      f"a {type(self).__name__} stands for an array and is none, but is read as one: call the "
+      "model by pj.apply or pj.factored, or adapt one of NNX by pj.nnx.attach(key, model, method)"
+    )
+
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
   def unbox(self) -> jax.Array:

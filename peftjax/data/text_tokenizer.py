@@ -86,6 +86,11 @@ class TextTokenizer:
     with refusing(self.source, "the tokenizer cannot decode"):
       return self.backend.decode(list(ids), skip_special_tokens=True)
 
+  def id(self, role: str) -> int | None:
+    """The id of a special token, such as eos_token; None if there is none."""
+    text = self.special.get(role)
+    return None if text is None else self.backend.token_to_id(text)
+
   def _behind(self) -> int:
     """The number of special tokens that come after a text."""
     mask = self.encode("a").special_tokens_mask

@@ -20,7 +20,7 @@ from peftjax.hf_peft.plan import EMBEDDINGS, HEAD, STEM, Plan, Site
 from peftjax.hf_peft.whole import LABELS_OF
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.methods.codec import Source
-from peftjax.models.pretrained import FAMILIES, stack_of
+from peftjax.models.pretrained import family_of, stack_of
 
 
 def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, Any]:
@@ -46,6 +46,7 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
       shape than model and config mean, or without a place in them; NaN or infinite entries, which
       peft loads; a head that labels texts where the model's labels tokens, or the other way round.
   """
+  family = family_of(model)
   if nodes := attachments(params):
     raise ValueError(
       f"params has a {type(nodes[0]).__name__} already: load into the base model's params"
@@ -54,7 +55,7 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     if codec_of(leaf):
       raise ValueError(f"{path} has an adapter already: load into the base model's params")
   shape = lambda config, where: virtual.shape_of(config, model.config, where)
-  reader = Reader(directory, params, FAMILIES[model.config.family], shape)
+  reader = Reader(directory, params, family, shape)
   _check_task(reader.config.task_type, model.config, reader.plan.where)
   loaded = paths.map_leaves(reader.leaf, reader.base(params))
   if lenders := reader.shared():

@@ -34,7 +34,7 @@ from peftjax.hf_peft.fields import Virtual
 from peftjax.hf_peft.plan import EMBEDDINGS, STEM
 from peftjax.io import safetensors_dir
 from peftjax.methods.codec import Adapter, Codec, Common
-from peftjax.models.pretrained import FAMILIES, stack_of
+from peftjax.models.pretrained import family_of, stack_of
 
 
 def has_adapter(params: Any) -> bool:
@@ -75,7 +75,7 @@ def save(
       trained array under an adapter or beside one in its module, but for tables and heads; an
       adapter in a module that is saved whole; dropout rates that differ.
   """
-  family = FAMILIES[model.config.family]
+  family = family_of(model)
   lenders, params = shared.nodes(params), shared.without(params)
   adapters: dict[str, Adapter] = {}
   adapted = []

@@ -59,6 +59,16 @@ def ours(model: Any) -> bool:
   return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
 
 
+def family_of(model: Any) -> Any:
+  """The file of a module's family; ValueError if it is of none of ours."""
+  if not ours(model):
+    raise ValueError(
+      f"{type(model).__name__} is no model of this library, and adapters of Hugging Face PEFT have "
+      "the names that its families have there; save pj.partition(params, mask)[0], e.g. with Orbax"
+    )
+  return FAMILIES[model.config.family]
+
+
 class Pretrained(NamedTuple):
   """A module and its parameters; `new` lists those that the checkpoint lacked."""
 

@@ -8,19 +8,19 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from peftjax import data, linen
+from peftjax import data
 from peftjax.core.layout import Layout
 from peftjax.data.pipeline import iterate
 from peftjax.training import classification, metrics
+from peftjax.training.factory import layout_of
 from peftjax.training.task import Kind
 
 
-def inputs(batch: Mapping[str, jax.Array]) -> tuple[jax.Array]:
-  return (batch["inputs"],)
+def inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {"inputs": batch["inputs"]}
 
 
 CLASSES = classification.CLASSES._replace(inputs=inputs)
@@ -72,10 +72,10 @@ class Arrays:
     more = {} if held_out is None else {"validation": held_out.parts["train"]}
     return Arrays({**self.parts, **more})
 
-  def layout(self, model: nn.Module) -> Layout:
+  def layout(self, model: Any, params: Any) -> Layout:
     """The layout of the model, called with one row."""
     row = self.parts["train"][0][:1]
-    return linen.layout(model, jax.ShapeDtypeStruct(row.shape, row.dtype))
+    return layout_of(model, params, jax.ShapeDtypeStruct(row.shape, row.dtype))
 
   @property
   def kind(self) -> Kind:

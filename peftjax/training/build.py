@@ -17,7 +17,7 @@ from peftjax.core.layout import Layout
 from peftjax.io import bucket
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
-from peftjax.training import causal_lm, classification
+from peftjax.training import causal_lm, classification, factory
 from peftjax.training.settings import Settings
 from peftjax.training.task import Task
 
@@ -26,13 +26,17 @@ TASKS: Mapping[str, Any] = {"classify": classification, "causal_lm": causal_lm}
 
 
 class Attached(NamedTuple):
-  """A model with a method attached; `mask` marks the trained arrays."""
+  """A model with a method attached.
+
+  `mask` marks the trained arrays; `base` is the `Made.digest` of a factory's model.
+  """
 
   module: nn.Module
   params: Any
   mask: Any
   method: Method
   new: tuple[str, ...]
+  base: str | None = None
 
 
 def task(settings: Settings) -> Task:
@@ -42,23 +46,13 @@ def task(settings: Settings) -> Task:
 
 def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -> Attached:
   """Loads the model and attaches the method; on a mesh every array is made in its place."""
-  key = jax.random.key(settings.seed)
-  model = settings.model
-  # In a task with outputs of its own each text has labels, whatever the head in the files labels.
-  head: dict[str, Any] = {} if outputs is None else {"labels_of": "text"}
-  module, params, new = pretrained.load(
-    model.path(),
-    outputs,
-    key=jax.random.fold_in(key, 0),
-    quant=settings.quant.format(),
-    where=settings.quant.targets,
-    mesh=mesh,
-    rules=settings.sharding_rules(),
-    **head,
-    **model.options(),
-  )
+  if settings.model.factory:
+    module, params, axes, base = factory.load(settings, TASKS[settings.task].inputs, mesh)
+    new: tuple[str, ...] = ()
+  else:
+    module, params, new = _pretrained(settings, outputs, mesh)
+    axes, base = layout(module), None
   method = settings.build_method()
-  axes = layout(module)
   attach = lambda key, params: method.attach(key, params, axes)
   key = attach_key(settings.seed)
   if mesh is None:
@@ -68,7 +62,26 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
     params = sharding.born(attach, mesh, key, params, rules=rules)
     sharding.check_split(params, mesh, rules)
     params = sharding.named(params, mesh, rules)
-  return Attached(module, params, method.trainable(params), method, new)
+  return Attached(module, params, method.trainable(params), method, new, base)
+
+
+def _pretrained(
+  settings: Settings, outputs: int | None, mesh: Mesh | None
+) -> pretrained.Pretrained:
+  model = settings.model
+  # Of a task with outputs of its own each text has labels, whatever the head in the files labels.
+  head: dict[str, Any] = {} if outputs is None else {"labels_of": "text"}
+  return pretrained.load(
+    model.path(),
+    outputs,
+    key=jax.random.fold_in(jax.random.key(settings.seed), 0),
+    quant=settings.quant.format(),
+    where=settings.quant.targets,
+    mesh=mesh,
+    rules=settings.sharding_rules(),
+    **head,
+    **model.options(),
+  )
 
 
 def attach_key(seed: int) -> jax.Array:

@@ -169,6 +169,11 @@ def _sum_of_meta(meta: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(dict(meta), sort_keys=True).encode()).hexdigest()
 
 
+def digest_of(params: Any) -> str:
+  """SHA-256 of all paths, dtypes, shapes and bytes of a tree of arrays."""
+  return _sum_of_arrays(to_nested(params))
+
+
 def _sum_of_arrays(nested: Any) -> str:
   """SHA-256 of all paths, dtypes, shapes and bytes."""
   total = hashlib.sha256()

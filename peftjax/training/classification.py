@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import data, losses
-from peftjax.models import pretrained
-from peftjax.training import evaluate, metrics
+from peftjax.training import evaluate, factory, metrics
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
 
 
-def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-  return batch["tokens"], batch["mask"], batch["types"]
+def inputs(batch: Batch) -> dict[str, jax.Array]:
+  return {name: batch[name] for name in ("tokens", "mask", "types")}
 
 
 def _logits(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -125,5 +124,5 @@ def load(settings: Settings) -> Classification:
   length = wanted.max_length
   tokens = {part: data.encode(tokenizer, corpus.splits[part], length) for part in corpus.splits}
   lengths = np.concatenate([t.lengths for t in tokens.values()])
-  pad_id = pretrained.pad_id(settings.model.path())
+  pad_id = factory.pad_id(settings.model, tokenizer)
   return Classification(corpus, tokens, data.buckets(lengths, max_length=length), pad_id)

@@ -42,6 +42,11 @@ def load(workdir: str | Path) -> Finished:
         f"{workdir} holds no run of experiments.train; name one, or write --base=DIR"
       )
     settings = workdirs.settings(folder)
+  if settings.model.factory:
+    raise ValueError(
+      f"{workdir} has the model of {settings.model.factory}, and other formats are of families "
+      "that this library knows; its adapter is in checkpoints/best"
+    )
   made = Writer(workdir) if settings.task == "causal_lm" else Predictor(workdir)
   return Finished(
     settings.model.path(),

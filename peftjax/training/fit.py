@@ -48,7 +48,8 @@ def fit(
   more devices, checkpoints and other settings use `experiments.train` and its configs.
 
   Args:
-    model: the result of `load_pretrained`, or any linen module if `data` are arrays.
+    model: the result of `load_pretrained`, or any linen module, or one of NNX as
+      `pj.nnx.split` gives it, if `data` are arrays.
     params: its parameters, dense or quantised; they stay usable. `fit` attaches the method. If they
       have its adapters already, as those that an earlier `fit` returned, it trains these further.
     method: the method to train; for an encoder with a new head also `pj.unfreeze("head/.*")`.
@@ -181,7 +182,7 @@ def _parts(method: Method) -> tuple[Method, ...]:
 
 def _attached(model: nn.Module, params: Any, method: Method, data: Any, seed: int) -> Any:
   """`params` with the method's adapters: new ones, or those that they have."""
-  layout = build.layout(model) if pretrained.ours(model) else data.layout(model)
+  layout = build.layout(model) if pretrained.ours(model) else data.layout(model, params)
   if not any(jax.tree.leaves(tree.made_mask(params))):
     return method.attach(build.attach_key(seed), params, layout)
   for part in _parts(method):

@@ -14,7 +14,7 @@ from peftjax import data
 from peftjax.core import tree
 from peftjax.data.corpora import text_columns
 from peftjax.models import limits, pretrained
-from peftjax.training import build, evaluate, mirror, step
+from peftjax.training import build, evaluate, factory, mirror, step
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.classification import CLASSES
@@ -22,6 +22,11 @@ from peftjax.training.classification import CLASSES
 
 class Predictor:
   """The best checkpoint of `workdir`, ready to label texts.
+
+  Args:
+    workdir: the folder of the run.
+    factory: for a run on a model by import path, that path again: its code is run (see
+      `training.factory`).
 
   Attributes:
     labels: names of the classes; empty for a regression.
@@ -31,14 +36,14 @@ class Predictor:
 
   Raises:
     ValueError: if `workdir` holds no trained run, or a damaged one, or one of a language model, or
-      the pretrained model has changed since.
+      the pretrained model is another one now; or if it has the model of another factory than given.
   """
 
-  def __init__(self, workdir: str | Path):
+  def __init__(self, workdir: str | Path, factory: str | None = None):
     with mirror.read(workdir) as folder:
-      self._load(folder)
+      self._load(folder, factory)
 
-  def _load(self, workdir: Path) -> None:
+  def _load(self, workdir: Path, trusted: str | None) -> None:
     untrained = ValueError(
       f"{workdir} holds no evaluated run; train first:\n  python -m experiments.train "
       f"--config=configs/classify.py --workdir={workdir}"
@@ -52,6 +57,7 @@ class Predictor:
         f"{workdir} holds a language model, which gives no labels; it continues texts:\n"
         f'  python -m experiments.generate --workdir={workdir} --prompt="..."'
       )
+    factory.check_trusted(self.settings.model, trusted, workdir)
     wanted = self.settings.data
     self.columns = text_columns(wanted.name, wanted.text_column, wanted.pair_column)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
@@ -60,9 +66,11 @@ class Predictor:
       if meta is None:
         raise untrained
       known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
-      workdirs.check_model(known, self.settings.model.path(), workdir)
+      workdirs.check_model(known, self.settings.model, workdir)
       self.labels: list[str] = known.labels
       model = build.attached(self.settings, len(self.labels) or 1)
+      if model.base:
+        workdirs.check_base(known, model.base, self.settings.model.factory, workdir)
       keep = tree.adapter_mask(model.params, model.mask)
       adapter, base = tree.partition(model.params, keep)
       adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]
@@ -73,7 +81,7 @@ class Predictor:
     self.model, self.mask = model.module, model.mask
     self._predict = jax.jit(functools.partial(step.outputs, model.module, CLASSES))
     self._tokenizer = data.load_tokenizer(str(self.settings.model.path()))
-    self._pad_id = pretrained.pad_id(self.settings.model.path())
+    self._pad_id = factory.pad_id(self.settings.model, self._tokenizer)
 
   def logits(
     self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Any = None
@@ -92,7 +100,8 @@ class Predictor:
       list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32)
     )
     tokens = data.encode(self._tokenizer, examples, length)
-    limits.check(self.model.config, tokens.ids, tokens.types)
+    if pretrained.ours(self.model):
+      limits.check(self.model.config, tokens.ids, tokens.types)
     buckets = data.buckets(tokens.lengths, max_length=length)
     size = min(self.settings.train.eval_batch_size, len(texts))
     predict = lambda batch: self._predict(params, batch)

@@ -13,7 +13,7 @@ from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
 from peftjax.models import limits, pretrained
 from peftjax.nn import virtual
-from peftjax.training import build, flops, state
+from peftjax.training import build, factory, flops, state
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
 from peftjax.training.program import Program
@@ -57,8 +57,10 @@ class Run:
     model = model or build.attached(settings, self.task.outputs, self.mesh)
     if pretrained.ours(model.module):
       self._check_texts(model)
+    elif settings.model.factory:
+      factory.check(settings.model.factory, model.module, model.params, self.task)
     self.module, self.mask, self.new = model.module, model.mask, model.new
-    self.method = model.method
+    self.method, self._base = model.method, model.base
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)
     train, self.frozen = tree.partition(model.params, model.mask)
@@ -105,6 +107,9 @@ class Run:
   def announce(self, bar: Bar) -> None:
     bar.print(self.task.describe())
     share = 100 * self.trainable / self.parameters
+    if self.settings.model.factory:
+      _, others = factory.example(self.module, self.task.kind.inputs, 1)
+      bar.print(f"{self.settings.model.factory} is given {', '.join(('tokens', *others))}")
     bar.print(f"training {self.trainable:,} of {self.parameters:,} parameters ({share:.2f} %)")
     if self.paging:
       bar.print(f"optimizer state {self.paging}")
@@ -182,7 +187,7 @@ class Run:
   def identity(self) -> dict[str, Any]:
     """The data a continuation or a prediction has to agree with: the base, the data, the labels."""
     return {
-      "base": digest(self.settings.model.path()),
+      "base": self._base or digest(self.settings.model.path()),
       "tokenizer": data.tokenizer_digest(self.settings.model.path()),
       "data": self.task.digest(),
       "labels": self.task.summary().get("labels", []),

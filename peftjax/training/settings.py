@@ -58,6 +58,8 @@ class Model(Section):
 
   name: str = "minilm"  # a sample model: minilm or smollm2
   directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
+  # package.module:function that returns a model of one's own; the tokenizer is still of the above.
+  factory: str | None = None
   scan_layers: bool = False
   # Gradient checkpointing, for decoders: none, or what each layer keeps (`models.stack.REMAT`).
   remat: bool | str = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import optax
 from peftjax import losses, optim
 from peftjax.core import tree
 from peftjax.linen import apply
+from peftjax.nnx.pure import Pure
 from peftjax.training.state import TrainState
 from peftjax.training.task import Batch, Kind
 
@@ -80,6 +82,20 @@ def _forward(
 ) -> tuple[Any, bool]:
   """The module's result, and whether it is already the sums of the loss instead of logits."""
   more = kind.summed(batch) if kind.summed else {}
-  summed = bool(more) and more.keys() <= inspect.signature(type(model).__call__).parameters.keys()
+  summed = bool(more) and more.keys() <= takes(model)
   how |= more if summed else {}
-  return apply(model, params, *kind.inputs(batch), **how), summed
+  first, rest = arguments(model, kind.inputs(batch))
+  return apply(model, params, first, **rest, **how), summed
+
+
+def arguments(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """A task's arguments for a model: the first, and by name those others that the model takes."""
+  (_, first), *rest = inputs.items()
+  names = takes(model)
+  return first, {name: x for name, x in rest if name in names}
+
+
+def takes(model: Any) -> set[str]:
+  """The names of the arguments of a module's call."""
+  cls = model.cls if isinstance(model, Pure) else type(model)
+  return set(inspect.signature(cls.__call__).parameters)

@@ -14,7 +14,8 @@ class Kind(NamedTuple):
   """The pure part of a task: plain functions, so that it is static under jit.
 
   Attributes:
-    inputs: a batch to the positional arguments of the module.
+    inputs: a batch to the arguments of the module: the first by position, the others by name, as
+      far as it takes them.
     loss: logits and a batch to a sum and its count: float32 scalars, of which a step makes
       the mean, and accumulation and devices the mean over all batches.
     output: logits and a batch to the values that evaluation needs.
@@ -22,7 +23,7 @@ class Kind(NamedTuple):
       of logits, the result of `loss` on these: `loss` and `output` then take this result.
   """
 
-  inputs: Callable[[Batch], tuple[Any, ...]]
+  inputs: Callable[[Batch], dict[str, Any]]
   loss: Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
   output: Callable[[jax.Array, Batch], Any]
   summed: Callable[[Batch], Mapping[str, jax.Array]] | None = None

@@ -17,7 +17,7 @@ from peftjax import data
 from peftjax.core.ranges import Count
 from peftjax.io import disk, records
 from peftjax.training.checkpoint import digest
-from peftjax.training.settings import Settings, from_config
+from peftjax.training.settings import Model, Settings, from_config
 
 CHECKPOINTS = ("latest", "best")
 _RESTORE = "Put it back from a copy, or start anew in another --workdir."
@@ -99,15 +99,25 @@ class Meta:
     return _typed(fields, cls, where, _RESTORE)
 
 
-def check_model(meta: Meta, model: Path, folder: Path) -> None:
-  """Raises ValueError if a run was trained on other weights or tokens than `model` has."""
-  if meta.base != digest(model):
-    raise ValueError(f"{model} is not the model {folder} was trained on")
-  if meta.tokenizer and meta.tokenizer != data.tokenizer_digest(model):
+def check_model(meta: Meta, model: Model, folder: Path) -> None:
+  """Raises ValueError if a run was trained on other weights than `model` has, or on other tokens.
+
+  The weights of a factory's model are known once it was called; see `check_base`.
+  """
+  path = model.path()
+  if not model.factory:
+    check_base(meta, digest(path), path, folder)
+  if meta.tokenizer and meta.tokenizer != data.tokenizer_digest(path):
     raise ValueError(
-      f"{model} has another tokenizer than {folder} was trained with, so texts would become other "
+      f"{path} has another tokenizer than {folder} was trained with, so texts would become other "
       "tokens. Put its files back."
     )
+
+
+def check_base(meta: Meta, found: str, named: Any, folder: Path) -> None:
+  """Raises ValueError if `found` is not the digest of the model that a run was trained on."""
+  if meta.base != found:
+    raise ValueError(f"{named} is not the model {folder} was trained on")
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

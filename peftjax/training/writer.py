@@ -53,6 +53,11 @@ class Writer:
     settings = workdirs.settings(workdir)
     if settings.task != "causal_lm":
       raise untrained
+    if settings.model.factory:
+      raise ValueError(
+        f"{workdir} has the model of {settings.model.factory}, which keeps no cache of keys and "
+        "values to write with; this writes with models of this library"
+      )
     self.path = settings.model.path()
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
@@ -60,7 +65,7 @@ class Writer:
       if meta is None:
         raise untrained
       known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
-      workdirs.check_model(known, self.path, workdir)
+      workdirs.check_model(known, settings.model, workdir)
       made = build.attached(settings, None)
       adapter, base = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
       if adapted:  # an adapter as `attach` makes it changes nothing

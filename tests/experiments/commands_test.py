@@ -109,7 +109,7 @@ class Single:
 
   labels, columns = ["no", "yes"], ["text"]
 
-  def __init__(self, workdir):
+  def __init__(self, workdir, factory=None):
     pass
 
   def logits(self, texts, pairs):

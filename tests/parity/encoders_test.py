@@ -74,7 +74,9 @@ _BATCHES = [((11, 1, 2, 7), False), ((20, 13), True), ((5,), False)]
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("seed, case", list(enumerate(_CASES)))
+@pytest.mark.parametrize(
+  "seed, case", [pytest.param(i, case, id=f"{case[0]}-{i}") for i, case in enumerate(_CASES)]
+)
 def test_tiny_random_models(seed, case, scan, tmp_path):
   """Padded on either side and not at all, within 2e-5."""
   theirs = make(*case, seed)

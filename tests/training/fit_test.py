@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import peftjax as pj
 from peftjax import data
@@ -151,6 +152,25 @@ def test_a_module_of_ones_own_takes_arrays(number):
   assert len(history.series("loss")[0]) == 16
   scores = history.series("validation_loss" if number else "validation_accuracy")[1]
   assert (scores[-1] < scores[0]) if number else (scores[-1] > 0.6)
+
+
+def test_a_module_of_nnx_takes_arrays():
+  x = jax.random.normal(KEY, (30, 8))
+
+  class Own(nnx.Module):
+    def __init__(self, rngs):
+      self.hidden, self.out = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.out(nnx.relu(self.hidden(x)))
+
+  model, params = pj.nnx.split(Own(nnx.Rngs(0)))
+  method, given = pj.lora(rank=2, targets=["hidden", "out"]), (x, (x[:, 0] > 0).astype(int))
+  params, history = pj.fit(
+    model, params, method, given, epochs=6, batch_size=10, learning_rate=3e-2
+  )
+  losses = history.series("loss")[1]
+  assert losses[-1] < losses[0] and pj.apply(model, params, x).shape == (30, 2)
 
 
 def test_a_history_draws_itself():
