@@ -16,7 +16,7 @@ from peftjax.training import causal_lm, seq2seq, state, step
 from peftjax.training.classification import CLASSES
 
 # What is asked of images: the loss of classes, the logits by pixels alone.
-IMAGES = CLASSES._replace(inputs=lambda given: (given["pixel_values"],))
+IMAGES = CLASSES._replace(inputs=lambda given: {"pixel_values": given["pixel_values"]})
 
 
 def main(family: str, directory: str, rows: int, length: int) -> None:
