@@ -22,6 +22,10 @@ from peftjax.core.tied import Tied, is_tied
 # What holds the weight inside a module: Flax's own names.
 _WEIGHT_NAMES = ("kernel", "embedding")
 _NO_KERNELS = ("embedding", "bias", "scale")
+# Modules whose leaves have a leading axis of layers or of experts; one slice is `layers_0`.
+STACKS = ("layers", "experts")
+# What chooses among experts, which is no part of "all-linear".
+_ROUTER = "router"
 # Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
 _HEADS = ("head", "classifier", "score", "lm_head", "mlm_head", "qa_outputs", "regressor")
 
@@ -71,7 +75,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
-  """Whether "all-linear" means this leaf: a kernel of the body, not of a head.
+  """Whether "all-linear" means this leaf: a kernel of the body, not of a head or of a router.
 
   It is a kernel by its name, or because the layout has seen a product with it; or else, once there
   is no layout, because a method has adapted it. What the layout has seen in a convolution or a
@@ -80,6 +84,8 @@ def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
   parts = path.split("/")
   name = parts[-1]
   if parts[0] in _HEADS or name in _NO_KERNELS or len(bare(leaf).shape) < 2:
+    return False
+  if parts[-2:-1] == [_ROUTER]:
     return False
   axes = (layout or {}).get(path)
   if isinstance(axes, Axes):
@@ -98,8 +104,8 @@ def select(
 
   Args:
     params: any parameter tree.
-    targets: `"all-linear"` (every linear kernel of the body: no embedding, no task or
-      language-model head; no convolution that `layout` knows as one), one pattern, or several
+    targets: `"all-linear"` (every linear kernel of the body, of experts too: no embedding, no task
+      or language-model head, no router; no convolution that `layout` knows as one), one pattern, or several
       (see `matches`).
     layout: of the kernels, where there is one; see `peftjax.linen.layout`.
     arrays: what is selected are arrays as such, to be trained or quantised. A tied head then goes
@@ -170,20 +176,31 @@ def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def stacks(path: str) -> int:
+  """How many of the modules on a path are `STACKS`."""
+  return sum(part in STACKS for part in path.split("/"))
+
+
 def layer_paths(path: str, stack: tuple[int, ...]) -> list[str]:
   """The path of each slice of a stacked leaf, in C order.
 
-  A scanned `layers/attn/kernel` is named as its unrolled twin, `layers_0/attn/kernel`, ...;
-  a stack under another name gets `path[0]`, ... An unstacked leaf is its own only slice. Rules
-  and keys use these names, so scanned and unrolled models are treated alike.
+  A scanned `layers/attn/kernel` is named as its unrolled twin, `layers_0/attn/kernel`, ..., and
+  `experts/up_proj/kernel` as `experts_0/up_proj/kernel`, ...; a stack under another name gets
+  `path[0]`, ... An unstacked leaf is its own only slice. Rules and keys use these names, so scanned
+  and unrolled models are treated alike.
   """
   if not stack:
     return [path]
   indices = itertools.product(*map(range, stack))
-  if len(stack) == 1 and "layers" in path.split("/"):
-    head, _, tail = f"/{path}".partition("/layers/")
-    return [f"{head}/layers_{i}/{tail}"[1:] for (i,) in indices]
-  return [path + "".join(f"[{i}]" for i in index) for index in indices]
+  parts = path.split("/")
+  if len(stack) != stacks(path):
+    return [path + "".join(f"[{i}]" for i in index) for index in indices]
+
+  def numbered(index: Iterable[int]) -> str:
+    of = iter(index)
+    return "/".join(f"{part}_{next(of)}" if part in STACKS else part for part in parts)
+
+  return list(map(numbered, indices))
 
 
 def fold_in_path(key: jax.Array, path: str) -> jax.Array:

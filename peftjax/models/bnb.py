@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.io import new_directory, safetensors_dir
 from peftjax.io.bnb_reader import STATE, TYPES
-from peftjax.models.match import stack_of
+from peftjax.models.match import layers_of
 from peftjax.models.names import turned
 from peftjax.models.pretrained import FAMILIES
 from peftjax.quant import codebooks
@@ -70,9 +69,8 @@ def _tensors(
   # A tied head is a module without a kernel of its own.
   dense = set() if "lm_head/kernel" in packed else {"lm_head"}
   for path, leaf in leaves.items():
-    stack = stack_of(path, leaf)
-    for i, layer in enumerate(paths.layer_paths(path, stack)):
-      part = jax.tree.map(np.asarray, jax.tree.map(operator.itemgetter(i), leaf) if stack else leaf)
+    for layer, at in layers_of(path, leaf):
+      part = jax.tree.map(lambda x, at=at: np.asarray(x)[at], leaf)
       name = family.hf_name(layer)
       if path in packed:
         tensors.update(_weight(name, part))
