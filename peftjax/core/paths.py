@@ -181,6 +181,12 @@ def stacks(path: str) -> int:
   return sum(part in STACKS for part in path.split("/"))
 
 
+def experts(path: str, stack: tuple[int, ...]) -> int:
+  """How many experts a leaf has, whose leading axes are `stack`; 0 of one that is of none."""
+  found = [part for part in path.split("/") if part in STACKS]
+  return dict(zip(found, stack, strict=True)).get("experts", 0) if len(found) == len(stack) else 0
+
+
 def layer_paths(path: str, stack: tuple[int, ...]) -> list[str]:
   """The path of each slice of a stacked leaf, in C order.
 

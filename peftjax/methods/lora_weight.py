@@ -149,7 +149,9 @@ class LoRA(Adapted):
       return super().ragged_dot(x, group_sizes)
     with jax.named_scope("adapter"):
       a, b = (jnp.swapaxes(w, -1, -2) for w in (mesh.whole(self.a), self._up()))
-      low = jax.lax.ragged_dot(x, cast(a, x), group_sizes)
+      # A row is one expert's alone, so that the key of one of them draws for all rows.
+      kept = x if self.key is None else dropout(self.key[0], x, self.dropout)
+      low = jax.lax.ragged_dot(kept, cast(a, x), group_sizes)
     y = ragged_dot(x, self.base, group_sizes)
     with jax.named_scope("adapter"):
       return y + jax.lax.ragged_dot(low, cast(b, x), group_sizes)
