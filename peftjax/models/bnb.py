@@ -95,6 +95,11 @@ def _format(path: str, leaf: Weight) -> Format:
       f"{path} is {what}; bitsandbytes has kernels in {' and '.join(TYPES)} only. Quantise with "
       "pj.quant.nf4() or pj.quant.fp4(), and leave tables out of `where`."
     )
+  if "experts" in path.split("/"):
+    raise ValueError(
+      f"{path} is of experts, which transformers does not keep in four bits. Leave them out of "
+      "`where`, or write the model dense: pj.save_pretrained(..., pj.merge(params, dense=True))."
+    )
   if leaf.shape[-2] % leaf.fmt.block_size:
     raise ValueError(
       f"{path} {leaf.shape} has {leaf.shape[-2]} inputs, no multiple of the block size "

@@ -17,7 +17,6 @@ class Routed(Llama):
 
   num_experts_per_tok: Size = 2
   output_router_logits: bool = False
-  router_aux_loss_coef: float = 0.001  # of a loss that is added where the field before is true
 
   aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
 
