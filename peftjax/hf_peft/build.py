@@ -47,8 +47,14 @@ def build(
     tied: head and table, both saved whole, are one.
 
   Raises:
-    ValueError: if a field differs that cannot, such as a dropout rate.
+    ValueError: if a field differs that cannot, such as a dropout rate, or any of experts, which
+      have nothing but LoRA.
   """
+  if not codec.of_experts and (found := [m for m in adapters if _of_expert(m)]):
+    raise ValueError(
+      f"{found[0]} is of an expert, to which peft gives LoRA and no {codec.leaf.__name__}. Save the "
+      "whole model instead: pj.save_pretrained(...)."
+    )
   adapters = codec.together(adapters)
   names = lambda targets: suffixes(targets, modules)
   config: dict[str, Any] = {
@@ -65,7 +71,14 @@ def build(
   for field in next(iter(adapters.values())).fields:
     values = {module: x.fields[field] for module, x in adapters.items()}
     usual = Counter(values.values()).most_common(1)[0][0]
-    rest = {"^" + re.escape(m): value for m, value in values.items() if value != usual}
+    other = [module for module, value in values.items() if value != usual]
+    if strange := [module for module in other if _of_expert(module)]:
+      raise ValueError(
+        f"{strange[0]} has {field} {values[strange[0]]}, most others {usual}, and peft gives all "
+        "experts the commonest one. Train them with one rank and alpha, or save the whole model: "
+        "pj.save_pretrained(...)."
+      )
+    rest = {"^" + re.escape(module): values[module] for module in other}
     if field in codec.exceptions:
       config[codec.exceptions[field]] = rest
     elif rest:
@@ -77,3 +90,8 @@ def build(
   if tied and hasattr(codec.schema, "ensure_weight_tying"):
     config["ensure_weight_tying"] = True
   return codec.finish(config, adapters, names)
+
+
+def _of_expert(module: str) -> bool:
+  """Whether peft keeps a module in a stack of experts, which have one rank and alpha together."""
+  return "experts" in module.split(".")

@@ -13,7 +13,7 @@ DEFAULTS = json.loads((GOLDEN / "hf_defaults.json").read_text())
 # What transformers works out and we have under another name.
 RESOLVED = {
   "num_key_value_heads": lambda said: said.kv_heads,
-  "head_dim": lambda said: said.head_size,
+  "head_dim": lambda said: None if said.model_type == "mixtral" else said.head_size,
   "sliding_window": lambda said: said.window,
   "rope_parameters": lambda said: rotary(said),
   "rope_scaling": lambda said: rotary(said),
