@@ -104,9 +104,9 @@ def select(
 
   Args:
     params: any parameter tree.
-    targets: `"all-linear"` (every linear kernel of the body, of experts too: no embedding, no task
-      or language-model head, no router; no convolution that `layout` knows as one), one pattern, or several
-      (see `matches`).
+    targets: `"all-linear"` (every linear kernel of the body, those of experts too: no embedding, no
+      router, no task or language-model head; no convolution that `layout` knows as one), one
+      pattern, or several (see `matches`).
     layout: of the kernels, where there is one; see `peftjax.linen.layout`.
     arrays: what is selected are arrays as such, to be trained or quantised. A tied head then goes
       with its table, if the same pattern names both.

@@ -52,8 +52,8 @@ def build(
   """
   if not codec.of_experts and (found := [m for m in adapters if _of_expert(m)]):
     raise ValueError(
-      f"{found[0]} is of an expert, to which peft gives LoRA and no {codec.leaf.__name__}. Save the "
-      "whole model instead: pj.save_pretrained(...)."
+      f"{found[0]} is of an expert, to which peft gives LoRA and no {codec.leaf.__name__}. Save "
+      "the whole model instead: pj.save_pretrained(...)."
     )
   adapters = codec.together(adapters)
   names = lambda targets: suffixes(targets, modules)

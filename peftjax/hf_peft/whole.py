@@ -11,8 +11,8 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.hf_peft.plan import BASES, HEAD
-from peftjax.models.names import turned
 from peftjax.models.match import layers_of
+from peftjax.models.names import turned
 
 # What the head labels that each of peft's tasks has, in a model's `labels_of`.
 LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token"}

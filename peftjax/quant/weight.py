@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core import ragged
 from peftjax.core.einsum import split_subscripts
 from peftjax.core.fence import tied
 from peftjax.core.weight import Weight
@@ -85,7 +86,7 @@ class Quantized(Weight):
 
     def run(x: jax.Array, weight: Quantized) -> jax.Array:
       weight = tied(weight, jax.lax.stop_gradient(x))
-      return jax.lax.ragged_dot(x, weight.materialize().astype(x.dtype), group_sizes)
+      return ragged.product(x, weight.materialize().astype(x.dtype), group_sizes)
 
     return jax.checkpoint(run)(x, self)
 

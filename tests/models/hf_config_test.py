@@ -44,8 +44,8 @@ def config(name):
 
 DAMAGE = ["64", -1, None, True, [1], {"a": 1}, 2**31, 10**400, 1.5, float("nan"), float("inf"), ""]
 OPTIONAL = """architectures classifier_dropout eos_token_id id2label pad_token_id head_dim
-layer_types mlp_only_layers num_key_value_heads rope_parameters sliding_window n_inner attention_dropout
-attn_logit_softcapping final_logit_softcapping use_bidirectional_attention""".split()
+layer_types mlp_only_layers num_key_value_heads rope_parameters sliding_window n_inner
+attention_dropout attn_logit_softcapping final_logit_softcapping use_bidirectional_attention""".split()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
      "layer_types is .*only full_attention and sliding_attention"),
     ("qwen3_moe_tiny", {"mlp_only_layers": [0]}, "mlp_only_layers is .*; layers with experts"),
     ("qwen3_moe_tiny", {"decoder_sparse_step": 2}, "step is 2; layers with .* only 1 is supported"),
-    ("qwen3_moe_tiny", {"num_experts_per_tok": 6}, "per_tok is 6; it must be at most .* experts, 5"),
+    ("qwen3_moe_tiny", {"num_experts_per_tok": 6}, "per_tok is 6; .* at most .* experts, 5"),
     ("qwen3_moe_tiny", {"num_experts": 4}, "num_experts is 4; num_local_experts, .* is 5"),
     ("mixtral_tiny", {"output_router_logits": True}, "logits is True; no loss that balances"),
     ("mixtral_tiny", {"router_jitter_noise": 0.1}, "noise is 0.1; training adds no noise"),
