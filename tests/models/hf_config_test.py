@@ -45,7 +45,8 @@ def config(name):
 DAMAGE = ["64", -1, None, True, [1], {"a": 1}, 2**31, 10**400, 1.5, float("nan"), float("inf"), ""]
 OPTIONAL = """architectures classifier_dropout eos_token_id id2label pad_token_id head_dim
 layer_types mlp_only_layers num_key_value_heads rope_parameters sliding_window n_inner
-attention_dropout attn_logit_softcapping final_logit_softcapping use_bidirectional_attention""".split()
+attention_dropout attn_logit_softcapping final_logit_softcapping
+use_bidirectional_attention""".split()
 
 
 @pytest.mark.parametrize(
