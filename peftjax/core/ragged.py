@@ -1,4 +1,4 @@
-"""`product`: `lax.ragged_dot` that `vmap` takes over any operand; JAX's own wants all of them."""
+"""`lax.ragged_dot` that `vmap` takes over any of its operands, where JAX's own asks for all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _backward(kept: Any, g: Any) -> Any:
   x, w, sizes = kept
   if isinstance(g, SymbolicZero):
     g = jnp.zeros(g.shape, g.dtype)
-  dx = None if w is None else _back(g, w, sizes)
+  dx = None if w is None else back(g, w, sizes)
   return dx, None if x is None else _groups(x, g, sizes), None
 
 
@@ -61,7 +61,8 @@ def _rows(axis: int) -> Callable[..., jax.Array]:
   return rows
 
 
-_forth, _back = _rows(1), _rows(2)
+# By W, and by the transpose of each.
+_forth, back = _rows(1), _rows(2)
 
 
 @custom_vmap
