@@ -42,8 +42,8 @@ class AdaLoRAMethod(LowRank):
   Train with `method.optimizer(tx, total_steps)`: any other optimizer raises.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`; r is that of
-      each matrix at first, and the scale α/r stays of this r.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as of `LowRank`;
+      r is that of each matrix at first, and the scale α/r stays of this r.
     target_rank: b(T) divided by the number of matrices; None prunes nothing (SVD-LoRA).
     warmup, final: t_i and t_f, updates before pruning starts and after it has ended; below 1,
       fractions of all updates.

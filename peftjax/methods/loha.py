@@ -167,7 +167,7 @@ class LoHaMethod(LowRank):
   trained and kept is as much as of LoRA of rank 2r.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as of `LowRank`.
 
   Raises:
     ValueError: on a number out of range; at `attach` as of `LowRank`, or on a table.

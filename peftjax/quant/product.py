@@ -64,9 +64,9 @@ def _ragged_forward(fmt: Format, axis: int, x: Any, codes: Any, scales: Any, siz
 
 
 def _ragged_backward(fmt: Format, axis: int, saved: Any, g: jax.Array) -> Any:
-  *arrays, sizes = saved
-  dx = ragged.back(g, opened(fmt, axis, (), *arrays, g), sizes)
-  return dx, *jax.tree.map(_no_gradient, (*arrays, sizes))
+  codes, scales, sizes = saved
+  dx = ragged.back(g, opened(fmt, axis, (), codes, scales, g), sizes)
+  return dx, *jax.tree.map(_no_gradient, saved)
 
 
 ragged_product.defvjp(_ragged_forward, _ragged_backward)
