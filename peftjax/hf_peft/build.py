@@ -50,9 +50,9 @@ def build(
     ValueError: if a field differs that cannot, such as a dropout rate, or any of experts, which
       have nothing but LoRA.
   """
-  if not codec.of_experts and (found := [m for m in adapters if _of_expert(m)]):
+  if not codec.of_experts and (found := [m for m in adapters if _routed(m)]):
     raise ValueError(
-      f"{found[0]} is of an expert, to which peft gives LoRA and no {codec.leaf.__name__}. Save "
+      f"{found[0]} is of experts, to which peft gives LoRA and no {codec.leaf.__name__}. Save "
       "the whole model instead: pj.save_pretrained(...)."
     )
   adapters = codec.together(adapters)
@@ -72,10 +72,10 @@ def build(
     values = {module: x.fields[field] for module, x in adapters.items()}
     usual = Counter(values.values()).most_common(1)[0][0]
     other = [module for module, value in values.items() if value != usual]
-    if strange := [module for module in other if _of_expert(module)]:
+    if strange := [module for module in other if _routed(module)]:
       raise ValueError(
-        f"{strange[0]} has {field} {values[strange[0]]}, most others {usual}, and peft gives all "
-        "experts the commonest one. Train them with one rank and alpha, or save the whole model: "
+        f"{strange[0]} has {field} {values[strange[0]]}, most others {usual}, and peft gives "
+        "experts and router the commonest one. Train them with one rank and alpha, or save the whole model: "
         "pj.save_pretrained(...)."
       )
     rest = {"^" + re.escape(module): values[module] for module in other}
@@ -92,6 +92,7 @@ def build(
   return codec.finish(config, adapters, names)
 
 
-def _of_expert(module: str) -> bool:
-  """Whether peft keeps a module in a stack of experts, which have one rank and alpha together."""
-  return "experts" in module.split(".")
+def _routed(module: str) -> bool:
+  """Whether it is of an expert or the router: parameters to peft, all of one rank and alpha."""
+  parts = module.split(".")
+  return "experts" in parts or parts[-1] == "gate"

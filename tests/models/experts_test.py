@@ -150,9 +150,10 @@ def test_adapters_of_experts_in_pefts_directories(loaded, tmp_path):
   assert f"base_model.model.model.layers.1.{names[folder]}.lora_A.weight" in found
   refused = {
     "to which peft gives LoRA and no DoRA": pj.dora(2, 4, "all-linear"),
-    "gives all experts the commonest one": pj.lora(
+    "experts.1.* gives experts and router the commonest one": pj.lora(
       2, 4, "all-linear", rank_pattern={".*_0/.*/experts_1/.*": 1}
     ),
+    "gate has r 3, most others 1": pj.lora(3, 4, [".*/experts/.*", "router"], divide_rank=True),
   }
   for told, method in refused.items():
     with pytest.raises(ValueError, match=told):
