@@ -75,8 +75,8 @@ def build(
     if strange := [module for module in other if _routed(module)]:
       raise ValueError(
         f"{strange[0]} has {field} {values[strange[0]]}, most others {usual}, and peft gives "
-        "experts and router the commonest one. Train them with one rank and alpha, or save the whole model: "
-        "pj.save_pretrained(...)."
+        "experts and router the commonest one. Train them with one rank and alpha, or save the "
+        "whole model: pj.save_pretrained(...)."
       )
     rest = {"^" + re.escape(module): values[module] for module in other}
     if field in codec.exceptions:
