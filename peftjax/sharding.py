@@ -33,6 +33,9 @@ RULES: Rules = (
   (r".*/intermediate/dense/kernel", ("fsdp", "tensor")),
   (r".*/((pos_)?(query|key|value)|intermediate/dense)/bias", ("tensor",)),
   (r".*/output/dense/kernel", ("tensor", "fsdp")),
+  # Each device has some of the experts, whole but for what "fsdp" splits.
+  (r".*/experts/(gate|up)_proj/kernel", ("tensor", "fsdp", None)),
+  (r".*/experts/down_proj/kernel", ("tensor", None, "fsdp")),
   (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", ("fsdp", "tensor")),
   (r".*/(q|k|v|gate|up)_proj/bias", ("tensor",)),
   (r".*/(o|down)_proj/kernel", ("tensor", "fsdp")),

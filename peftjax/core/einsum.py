@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import mesh
+from peftjax.core import mesh, ragged
 from peftjax.core.weight import Weight
 
 
@@ -71,7 +71,7 @@ def ragged_dot(x: jax.Array, w: jax.Array | Weight, group_sizes: jax.Array) -> j
   """`lax.ragged_dot(x, W, group_sizes)`, in the dtype of `x`."""
   if isinstance(w, Weight):
     return w.ragged_dot(x, group_sizes)
-  return jax.lax.ragged_dot(x, w.astype(x.dtype), group_sizes)
+  return ragged.product(x, w.astype(x.dtype), group_sizes)
 
 
 def split_subscripts(eqn: str) -> tuple[str, str, str]:

@@ -240,8 +240,8 @@ def _call(eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _own_rule(eqn: Any, operands: list[Any]) -> list[Any] | None:
-  """Keeps a function's own rule for gradients, which is for arrays, unless none are asked for."""
-  closed = eqn.params.get("call_jaxpr")
+  """Keeps a function's own rule for gradients or `vmap`, for arrays, if either is asked for."""
+  closed = eqn.params.get("call_jaxpr", eqn.params.get("call"))
   through = any(isinstance(x, View) and x.uses.through_rules for x in operands)
   return evaluate(closed.jaxpr, closed.consts, operands) if through and closed else None
 
@@ -352,6 +352,7 @@ _RULES: dict[str, Rule] = {
   "closed_call": _call,
   "custom_jvp_call": _own_rule,
   "custom_vjp_call": _own_rule,
+  "custom_vmap_call": _own_rule,
   "remat2": _remat,
   "checkpoint": _remat,
   "scan": _scan,

@@ -22,6 +22,10 @@ from peftjax.core.tied import Tied, is_tied
 # Names of the weight inside a module: Flax's own.
 _WEIGHT_NAMES = ("kernel", "embedding")
 _NO_KERNELS = ("embedding", "bias", "scale")
+# Modules whose leaves have a leading axis of layers or of experts; one slice is `layers_0`.
+STACKS = ("layers", "experts")
+# The module that chooses among experts; "all-linear" leaves it out.
+_ROUTER = "router"
 # Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
 _HEADS = ("head", "classifier", "score", "lm_head", "mlm_head", "qa_outputs", "regressor")
 
@@ -71,7 +75,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
-  """Tells whether "all-linear" means this leaf: a kernel of the body, not of a head.
+  """Tells whether "all-linear" means this leaf: a kernel of the body, not of a head or of a router.
 
   A leaf is a kernel if its name says so or the layout has seen a product with it; without a layout,
   also if a method has adapted it. A leaf that the layout has seen in a convolution or a lookup is
@@ -80,6 +84,8 @@ def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
   parts = path.split("/")
   name = parts[-1]
   if parts[0] in _HEADS or name in _NO_KERNELS or len(bare(leaf).shape) < 2:
+    return False
+  if parts[-2:-1] == [_ROUTER]:
     return False
   axes = (layout or {}).get(path)
   if isinstance(axes, Axes):
@@ -98,9 +104,9 @@ def select(
 
   Args:
     params: any parameter tree.
-    targets: `"all-linear"` (every linear kernel of the body: no embedding, no task or
-      language-model head; no convolution that `layout` knows as one), one pattern, or several
-      (see `matches`).
+    targets: `"all-linear"` (every linear kernel of the body, those of experts too: no embedding, no
+      router, no task or language-model head; no convolution that `layout` knows as one), one
+      pattern, or several (see `matches`).
     layout: axes of the kernels, if known; see `peftjax.linen.layout`.
     arrays: select arrays as such, to be trained or quantised. A tied head is then selected along
       with its table, if the same pattern names both.
@@ -171,20 +177,37 @@ def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def stacks(path: str) -> int:
+  """The number of modules on a path that are `STACKS`."""
+  return sum(part in STACKS for part in path.split("/"))
+
+
+def experts(path: str, stack: tuple[int, ...]) -> int:
+  """The number of experts of a leaf whose leading axes are `stack`; 0 without experts."""
+  found = [part for part in path.split("/") if part in STACKS]
+  return dict(zip(found, stack, strict=True)).get("experts", 0) if len(found) == len(stack) else 0
+
+
 def layer_paths(path: str, stack: tuple[int, ...]) -> list[str]:
   """The path of each slice of a stacked leaf, in C order.
 
-  A scanned `layers/attn/kernel` is named as its unrolled twin, `layers_0/attn/kernel`, ...;
-  a stack under another name gets `path[0]`, ... An unstacked leaf is its own only slice. Rules
-  and keys use these names, so scanned and unrolled models are treated alike.
+  A scanned `layers/attn/kernel` is named as its unrolled twin, `layers_0/attn/kernel`, ..., and
+  `experts/up_proj/kernel` as `experts_0/up_proj/kernel`, ...; a stack under another name gets
+  `path[0]`, ... An unstacked leaf is its own only slice. Rules and keys use these names, so scanned
+  and unrolled models are treated alike.
   """
   if not stack:
     return [path]
   indices = itertools.product(*map(range, stack))
-  if len(stack) == 1 and "layers" in path.split("/"):
-    head, _, tail = f"/{path}".partition("/layers/")
-    return [f"{head}/layers_{i}/{tail}"[1:] for (i,) in indices]
-  return [path + "".join(f"[{i}]" for i in index) for index in indices]
+  parts = path.split("/")
+  if len(stack) != stacks(path):
+    return [path + "".join(f"[{i}]" for i in index) for index in indices]
+
+  def numbered(index: Iterable[int]) -> str:
+    of = iter(index)
+    return "/".join(f"{part}_{next(of)}" if part in STACKS else part for part in parts)
+
+  return list(map(numbered, indices))
 
 
 def fold_in_path(key: jax.Array, path: str) -> jax.Array:

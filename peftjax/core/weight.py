@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
+from peftjax.core import ragged
+
 # Ways in which a module may read a weight as an array: with a warning ("warn"), inside
 # `linen.bridge` ("bridge"), or never if it is a matrix ("refuse"), as `core.factored` does better.
 unboxing: ContextVar[str] = ContextVar("unboxing", default="warn")
@@ -133,7 +135,7 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
 
   def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """`lax.ragged_dot(x, W, group_sizes)` in the dtype of `x`: `[M, in]` by `[E, in, out]`."""
-    return jax.lax.ragged_dot(x, self.materialize().astype(x.dtype), group_sizes)
+    return ragged.product(x, self.materialize().astype(x.dtype), group_sizes)
 
   def transposed(self) -> Weight:
     """The kernel `[D, V]` of a table `[V, D]`, in the same form.

@@ -195,15 +195,16 @@ class Reader:
       array = self._read(self.plan.name(site), leaf.dtype)
       return array.T if site.turned else array
 
-    if not stack_of(path, leaf):
+    if not (stack := stack_of(path, leaf)):
       return jnp.asarray(one(sites[0]))
     if isinstance(leaf, Weight) and not all(map(self.plan.is_whole, sites)):
       raise ValueError(
         f"{self.plan.where}: modules_to_save has some layers of {path} and not others, and it is "
         "quantised: load the model unrolled (scan_layers=False)."
       )
-    rows = [one(x) if self.plan.is_whole(x) else leaf[i] for i, x in enumerate(sites)]
-    return jnp.stack([jnp.asarray(row) for row in rows])
+    places = zip(np.ndindex(stack), sites, strict=True)
+    rows = [one(x) if self.plan.is_whole(x) else leaf[at] for at, x in places]
+    return jnp.stack([jnp.asarray(row) for row in rows]).reshape(leaf.shape)
 
   def _check_one(self) -> None:
     """Raises ValueError if a head and a table that are saved as one differ."""

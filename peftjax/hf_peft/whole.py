@@ -11,8 +11,8 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.hf_peft.plan import BASES, HEAD
+from peftjax.models.match import layers_of
 from peftjax.models.names import turned
-from peftjax.models.pretrained import stack_of
 
 # Maps each of peft's tasks to what its head labels, as in a model's `labels_of`.
 LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token"}
@@ -55,11 +55,11 @@ def collect(
   flags = {} if trained is None else paths.leaves(trained)
   chosen: dict[str, dict[str, np.ndarray]] = {}  # filled below
   bases: dict[str, np.ndarray] = {}
-  layers = {path: paths.layer_paths(path, stack_of(path, leaf)) for path, leaf in flat.items()}
+  layers = {path: layers_of(path, leaf) for path, leaf in flat.items()}
   for path, leaf in flat.items():
     flag = flags.get(path)
     on = any(jax.tree.leaves(getattr(flag, "base", flag)))
-    units = dict.fromkeys(_unit(family, layer) for layer in layers[path])
+    units = dict.fromkeys(_unit(family, layer) for layer, _ in layers[path])
     if on and isinstance(leaf, Weight) and _is_table_or_head(path):
       array = np.asarray(leaf.base)  # type: ignore[attr-defined]
       bases[f"{_module(family, path)}.{BASES[0]}"] = array.T if turned(family, path) else array
@@ -72,7 +72,7 @@ def collect(
     elif on or (always and path.startswith("head/")):
       chosen.update({unit: {} for unit in units})
   for path, leaf in flat.items():
-    for i, layer in enumerate(layers[path]):
+    for layer, at in layers[path]:
       if (unit := _unit(family, layer)) in chosen:
         if isinstance(leaf, Weight):
           raise ValueError(
@@ -80,7 +80,7 @@ def collect(
             "take both.\nMerge it (pj.merge), or leave it out of the targets or of the "
             "trained arrays."
           )
-        array = np.asarray(leaf[i] if stack_of(path, leaf) else leaf)
+        array = np.asarray(leaf)[at]
         chosen[unit][family.hf_name(layer)] = array.T if turned(family, path) else array
   return Whole(*_with_heads(params, family, chosen, bases))
 

@@ -42,8 +42,8 @@ class AdaLoRAMethod(LowRank):
   Train with `method.optimizer(tx, total_steps)`: any other optimizer raises.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as in `LowRank`; r is the
-      initial rank of each matrix, and the scale stays α/r for this r.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`;
+      r is the initial rank of each matrix, and the scale stays α/r for this r.
     target_rank: b(T) divided by the number of matrices; None prunes nothing (SVD-LoRA).
     warmup, final: t_i and t_f, updates before pruning starts and after it has ended; below 1,
       fractions of all updates.

@@ -144,6 +144,8 @@ class Codec:
   lacks: ClassVar[tuple[str, ...]] = ()
   # Fields that may differ by module, and the field that has the exceptions by `END`.
   exceptions: ClassVar[Mapping[str, str]] = {}
+  # Whether peft reads such adapters of experts, which all have the config's own fields then.
+  of_experts: ClassVar[bool] = False
   # Fields that are always written.
   constants: ClassVar[Mapping[str, Any]] = {}
 

@@ -20,7 +20,7 @@ class DoRAMethod(RankStabilized):
   m starts as ‖W‖, so outputs stay. The norm below is a constant to the gradient (section 4.3).
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as in `LowRank`.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
     rslora: as in `RankStabilized`.
     from_quantised: take ‖W‖ of the dequantised weight where W is quantised.
 

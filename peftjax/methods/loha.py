@@ -167,7 +167,7 @@ class LoHaMethod(LowRank):
   trains and keeps as much as LoRA of rank 2r.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as in `LowRank`.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
 
   Raises:
     ValueError: on a number out of range; at `attach` as `LowRank`, or on a table.

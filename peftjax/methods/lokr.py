@@ -232,7 +232,7 @@ class LoKrMethod(LowRank):
   of the larger of k and n, else whole. α/r scales it in either case, as in PEFT.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as in `LowRank`.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
     factor: m and l; where it does not divide a size, or is -1, the divisor next to its square root
       (PEFT's `decompose_factor`).
     decompose_both: give w1 low rank too, where r is less than half of the larger of l and m.

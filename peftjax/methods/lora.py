@@ -23,7 +23,7 @@ class LoRAMethod(RankStabilized):
   """LoRA: h = W x + (α/r) B A x, with W frozen (Hu et al. 2021, eq. 3).
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as in `LowRank`.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
     rslora: as in `RankStabilized`.
     init: how A begins, with B = 0 (`lora_init.factors`): `"kaiming"`, U(±1/√in), or `"gaussian"`,
       N(0, 1/r²). `"pissa"`: the principal triplets of W make up B A and the base keeps the rest

@@ -94,6 +94,7 @@ class LoraCodec(Codec):
   leaf = LoRA
   schema: ClassVar[type[Targeted]] = LoraConfig
   reads = frozenset(FACTORS)
+  of_experts: ClassVar[bool] = True
   fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),  # {} is one with its defaults
@@ -204,6 +205,7 @@ class DoraCodec(LoraCodec):
   """DoRA; a layer of a stack without an adapter has the magnitude of its base."""
 
   leaf = DoRA
+  of_experts = False
   constants = {**LoraCodec.constants, "use_dora": True}
 
   def takes(self, config: Any) -> bool:
@@ -239,6 +241,7 @@ class AdaLoraCodec(LoraCodec):
 
   kind = "ADALORA"
   leaf = SVDLoRA
+  of_experts = False
   schema = AdaLoraConfig
   reads = frozenset({"kernel"})
   fixed = {field: values for field, values in LoraCodec.fixed.items() if field != "enable_lora"}

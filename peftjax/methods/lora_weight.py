@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import mesh, paths
+from peftjax.core import mesh, paths, ragged
 from peftjax.core.adapted import SKIPS_DROPOUT, Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import (
@@ -149,10 +149,12 @@ class LoRA(Adapted):
       return super().ragged_dot(x, group_sizes)
     with jax.named_scope("adapter"):
       a, b = (jnp.swapaxes(w, -1, -2) for w in (mesh.whole(self.a), self._up()))
-      low = jax.lax.ragged_dot(x, cast(a, x), group_sizes)
+      # A row is one expert's alone, so that the key of one of them draws for all rows.
+      kept = x if self.key is None else dropout(self.key[0], x, self.dropout)
+      low = ragged.product(kept, cast(a, x), group_sizes)
     y = ragged_dot(x, self.base, group_sizes)
     with jax.named_scope("adapter"):
-      return y + jax.lax.ragged_dot(low, cast(b, x), group_sizes)
+      return y + ragged.product(low, cast(b, x), group_sizes)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits of the *base* table: an adapter on a tied table changes the lookup only (as PEFT)."""

@@ -30,7 +30,9 @@ class LowRank(Method):
     targets: module names, regexes of whole paths, or `"all-linear"`.
     dropout: rate on the branch's input, rounded to 1/256.
     rank_pattern, alpha_pattern: patterns to another r or α; the first match wins. The layers of a
-      scanned stack go by the unrolled model's names: `.*/layers_3/.*`.
+      scanned stack go by the unrolled model's names, and experts likewise: `.*/experts_3/.*`.
+    divide_rank: each of E stacked experts has rank r/E, rounded down and 1 at least, so that all of
+      them have as many parameters as one matrix; the scale is that of this rank.
     dtype: dtype of the trained arrays.
   """
 
@@ -44,6 +46,7 @@ class LowRank(Method):
   dropout: Fraction = 0.0
   rank_pattern: Mapping[str, Size] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, Positive] = dataclasses.field(default_factory=dict)
+  divide_rank: bool = False
   dtype: DType = jnp.float32
 
   def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
@@ -60,7 +63,7 @@ class LowRank(Method):
     Raises:
       ValueError: a target that matches nothing or is not a matrix; a rank above the matrix's; a
         pattern that matches no target; a leaf that has an adapter already; a kernel of more than
-        two axes without `layout`.
+        two axes without `layout`; `divide_rank` without experts among the targets.
     """
     flat = paths.leaves(params)
     layout = of_stacks(params, layout)
@@ -71,6 +74,11 @@ class LowRank(Method):
     every = [layer for group in layers.values() for layer in group]
     paths.check_all_used(self.rank_pattern, every, "rank_pattern")
     paths.check_all_used(self.alpha_pattern, every, "alpha_pattern")
+    if self.divide_rank and not any(paths.experts(p, a.stack(shapes[p])) for p, a in axes.items()):
+      raise ValueError(
+        "divide_rank=True divides the rank among stacked experts, and no target is a kernel of any "
+        "(a path with a module called experts); leave it out, or target one"
+      )
 
     def wrap(path: str, leaf: Any) -> Any:
       return self._wrap(key, path, leaf, axes[path], layers[path]) if path in axes else leaf
@@ -107,6 +115,8 @@ class LowRank(Method):
     stack = axes.stack(shape)
     n_in, n_out = (math.prod(shape[axis] for axis in group) for group in axes)
     ranks = [paths.first_match(self.rank_pattern, layer, self.rank) for layer in layers]
+    if self.divide_rank and (experts := paths.experts(path, stack)):
+      ranks = [max(1, rank // experts) for rank in ranks]
     for layer, rank in zip(layers, ranks, strict=True):
       if not 1 <= rank <= min(n_in, n_out):
         raise ValueError(

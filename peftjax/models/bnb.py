@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.io import new_directory, safetensors_dir
 from peftjax.io.bnb_reader import STATE, TYPES
-from peftjax.models.match import stack_of
+from peftjax.models.match import layers_of
 from peftjax.models.names import turned
 from peftjax.models.pretrained import FAMILIES
 from peftjax.quant import codebooks
@@ -70,9 +69,8 @@ def _tensors(
   # A tied head is a module without a kernel of its own.
   dense = set() if "lm_head/kernel" in packed else {"lm_head"}
   for path, leaf in leaves.items():
-    stack = stack_of(path, leaf)
-    for i, layer in enumerate(paths.layer_paths(path, stack)):
-      part = jax.tree.map(np.asarray, jax.tree.map(operator.itemgetter(i), leaf) if stack else leaf)
+    for layer, at in layers_of(path, leaf):
+      part = jax.tree.map(lambda x, at=at: np.asarray(x)[at], leaf)
       name = family.hf_name(layer)
       if path in packed:
         tensors.update(_weight(name, part))
@@ -96,6 +94,11 @@ def _format(path: str, leaf: Weight) -> Format:
     raise ValueError(
       f"{path} is {what}; bitsandbytes has kernels in {' and '.join(TYPES)} only. Quantise with "
       "pj.quant.nf4() or pj.quant.fp4(), and leave tables out of `where`."
+    )
+  if "experts" in path.split("/"):
+    raise ValueError(
+      f"{path} is of experts, which transformers does not keep in four bits. Leave them out of "
+      "`where`, or write the model dense: pj.save_pretrained(..., pj.merge(params, dense=True))."
     )
   if leaf.shape[-2] % leaf.fmt.block_size:
     raise ValueError(

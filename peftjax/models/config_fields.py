@@ -89,7 +89,7 @@ def classifies(architectures: Sequence[str] | None) -> bool:
 def check_foreign(config: Mapping[str, Any], schema: type[Common], where: str) -> None:
   """Raises ValueError if one of `FOREIGN` that a schema lacks has a value, not 0 or false."""
   for field in FOREIGN:
-    if config.get(field) and field not in schema.__dataclass_fields__:
+    if config.get(field) and field not in {*schema.__dataclass_fields__, *schema.aliases}:
       kind = config.get("model_type")
       told = f"models of type {kind} are computed without it: leave it out if it was not used"
       raise refused(where, field, config[field], told)

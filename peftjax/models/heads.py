@@ -37,6 +37,8 @@ _NAMES: Mapping[str, str] = {
   "gemma2": "Gemma2",
   "gemma3_text": "Gemma3",
   "phi3": "Phi3",
+  "qwen3_moe": "Qwen3Moe",
+  "mixtral": "Mixtral",
   "gpt2": "GPT2",
 }
 

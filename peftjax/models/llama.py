@@ -1,4 +1,4 @@
-"""Decoders of the Llama family: Llama, Mistral, Qwen2 and 3, Gemma 2 and 3, Phi-3, SmolLM2."""
+"""Decoders of the Llama family: Llama, Mistral, Mixtral, Qwen2 and 3, Gemma 2 and 3, Phi-3."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
 from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
+from peftjax.nn.experts import Experts
 from peftjax.nn.ffn import activate
 from peftjax.nn.linear import Embedding, Head, Linear
 from peftjax.nn.mask import AttentionMask
@@ -43,7 +44,7 @@ def hf_name(path: str) -> str:
   >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
   'model.layers.0.self_attn.q_proj.weight'
   """
-  return torch_name(path.removeprefix("head/"), "layers.")
+  return torch_name(path.removeprefix("head/"), "layers.").replace(".router.", ".gate.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,9 @@ class LlamaConfig:
   norm_offset: float = 0.0  # added to the scales of norms
   four_norms: bool = False  # the updates that a block adds are normalised, too
   gate: str = "swish"  # one of `nn.ffn.CURVES`
+  experts: int = 0  # E in place of one feed-forward block, F wide each, ...
+  routed: int = 0  # ... of which each token takes so many, ...
+  routed_sum: bool = True  # ... at weights that are divided by their sum
   embedding_scale: float = 1.0
   query_size: float | None = None  # scores are divided by its root; by default H
   score_cap: float | None = None
@@ -203,6 +207,12 @@ class Mlp(nn.Module):
     return Linear(c.width, c.ffn_bias, name="down_proj")(activate(c.gate, up, gate))
 
 
+def _ffn(c: LlamaConfig, name: str) -> nn.Module:
+  if not c.experts:
+    return Mlp(c, name=name)
+  return Experts(c.experts, c.routed, c.ffn, c.gate, c.routed_sum, name=name)
+
+
 class Layer(nn.Module):
   """One block; a scan step: (x, cache, whether it has no window, inputs) to (x, cache)."""
 
@@ -224,7 +234,7 @@ class Layer(nn.Module):
       y = _norm(c, "post_attention_layernorm")(y)
     x = Residual(name="self_attn_residual")(y, x)
     before = "pre_feedforward_layernorm" if c.four_norms else "post_attention_layernorm"
-    y = Mlp(c, name="mlp")(_norm(c, before)(x))
+    y = _ffn(c, "mlp")(_norm(c, before)(x))
     if c.four_norms:
       y = _norm(c, "post_feedforward_layernorm")(y)
     return Residual(name="mlp_residual")(y, x), cache

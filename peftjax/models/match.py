@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from peftjax.core import paths
 from peftjax.io import quantization
@@ -141,8 +142,14 @@ def packed(tensors: Tensors) -> Mapping[str, Any]:
 
 
 def stack_of(path: str, leaf: Any) -> tuple[int, ...]:
-  """The layers axis of a scanned parameter (under `layers`), if it has one."""
-  return leaf.shape[:1] if "layers" in path.split("/") else ()
+  """The leading axes of a parameter: scanned layers (below `layers`) and `experts`."""
+  return leaf.shape[: paths.stacks(path)]
+
+
+def layers_of(path: str, leaf: Any) -> list[tuple[str, tuple[int, ...]]]:
+  """The path of each slice of a parameter and where it is, `()` for all of one without a stack."""
+  stack = stack_of(path, leaf)
+  return list(zip(paths.layer_paths(path, stack), np.ndindex(stack), strict=True))
 
 
 def _fits(

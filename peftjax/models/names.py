@@ -13,7 +13,8 @@ def torch_name(path: str, layer: str) -> str:
   'transformer.h.0.attn.c_attn.weight'
   """
   *modules, leaf = path.split("/")
-  return re.sub(r"\blayers_(?=\d)", layer, ".".join([*modules, _LEAVES[leaf]]))
+  name = re.sub(r"\blayers_(?=\d)", layer, ".".join([*modules, _LEAVES[leaf]]))
+  return re.sub(r"\bexperts_(?=\d)", "experts.", name)
 
 
 def turned(family: Any, path: str) -> bool:

@@ -21,7 +21,7 @@ from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama
+from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama, mixtral
 from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
@@ -50,6 +50,8 @@ FAMILIES: Mapping[str, Any] = {
   "gemma2": llama,
   "gemma3_text": llama,
   "phi3": llama,
+  "qwen3_moe": llama,
+  "mixtral": mixtral,
   "gpt2": gpt2,
 }
 
@@ -196,12 +198,12 @@ def load(
     turn = turned(family, path)
     if mesh is not None and path not in (*fresh, *formats) and type(tensors) is TensorDir:
       place = sharding.shardings({path: leaf}, mesh, rules)[path]
-      read = functools.partial(_read_part, tensors, names[path], bool(stack_of(path, leaf)), turn)
+      read = functools.partial(_read_part, tensors, names[path], stack_of(path, leaf), turn)
       return sharding.put_parts(leaf.shape, place, read)
     if path in fresh:
       made = fresh[path]
     else:
-      made = _read(tensors, path, names[path], bool(stack_of(path, leaf)), turn, formats.get(path))
+      made = _read(tensors, path, names[path], stack_of(path, leaf), turn, formats.get(path))
     if mesh is None:
       return jax.device_put(made)
     return sharding.put(made, sharding.shardings({path: made}, mesh, rules)[path])
@@ -238,7 +240,12 @@ def _check(path: str, leaf: Any, names: list[str], tensors: Tensors, fmt: Format
 
 
 def _read(
-  tensors: Tensors, path: str, names: list[str], stacked: bool, turned: bool, fmt: Format | None
+  tensors: Tensors,
+  path: str,
+  names: list[str],
+  stack: tuple[int, ...],
+  turned: bool,
+  fmt: Format | None,
 ) -> Any:
   """One parameter, tensor by tensor, quantised if it is to be: a tree of NumPy arrays."""
 
@@ -256,13 +263,17 @@ def _read(
     array = array.T if turned else array
     return stream.quantize_array(layer_path, array, fmt) if fmt else array
 
-  layers = paths.layer_paths(path, (len(names),) if stacked else ())
+  layers = paths.layer_paths(path, stack)
   made = (one(layer, name) for layer, name in zip(layers, names, strict=True))
-  return stream.stack(path, made, len(names)) if stacked else next(made)
+  return stream.stack(path, made, stack) if stack else next(made)
 
 
 def _read_part(
-  tensors: TensorDir, names: list[str], stacked: bool, turned: bool, part: tuple[slice, ...]
+  tensors: TensorDir,
+  names: list[str],
+  stack: tuple[int, ...],
+  turned: bool,
+  part: tuple[slice, ...],
 ) -> np.ndarray:
   """Part of one parameter; only the rows that the part needs are read from each tensor."""
 
@@ -272,9 +283,12 @@ def _read_part(
     _check_finite(tensors, name, array)
     return array.T if turned else array
 
-  if not stacked:
+  if not stack:
     return one(names[0], part)
-  return np.stack([one(name, part[1:]) for name in names[part[0]]])
+  own, axes = part[: len(stack)], part[len(stack) :]
+  found = np.reshape(np.asarray(names, object), stack)[own]
+  rows = np.stack([one(name, axes) for name in found.flat])
+  return rows.reshape(*found.shape, *rows.shape[1:])
 
 
 def _check_finite(tensors: Tensors, name: str, array: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from peftjax.core.weight import materialize
 from peftjax.io import gguf, new_directory, records, shards
 from peftjax.io.shards import Tensor
 from peftjax.models import heads, hf_config
-from peftjax.models.match import stack_of
+from peftjax.models.match import layers_of
 from peftjax.models.names import turned
 from peftjax.models.pretrained import FAMILIES, abstract_params, config_of
 
@@ -205,21 +205,18 @@ def _tensors(
     if isinstance(tables.get(head.of), Adapted):
       whole[path] = tied.kernel(tables[head.of])
   for path, leaf in flat.items():
-    stack = stack_of(path, leaf)
-    for i, layer in enumerate(paths.layer_paths(path, stack)):
-      shape, flip = leaf.shape[len(stack) :], turned(family, path)
-      make = functools.partial(
-        _dense, layer, bare(whole[path]), i if stack else None, kinds[path], flip
-      )
+    for layer, at in layers_of(path, leaf):
+      shape, flip = leaf.shape[len(at) :], turned(family, path)
+      make = functools.partial(_dense, layer, bare(whole[path]), at, kinds[path], flip)
       yield Tensor(family.hf_name(layer), shape[::-1] if flip else shape, kinds[path], make)
 
 
 _materialized = jax.jit(materialize)
 
 
-def _dense(path: str, leaf: Any, layer: int | None, dtype: np.dtype, flip: bool) -> np.ndarray:
+def _dense(path: str, leaf: Any, at: tuple[int, ...], dtype: np.dtype, flip: bool) -> np.ndarray:
   """A weight, or one layer of it, as the array to write."""
-  one = leaf if layer is None else jax.tree.map(operator.itemgetter(layer), leaf)
+  one = jax.tree.map(operator.itemgetter(at), leaf) if at else leaf
   with np.errstate(over="ignore"):  # told below
     array = np.asarray(_materialized(one)).astype(dtype)
   if not np.isfinite(array).all():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.core import mesh
+from peftjax.core import mesh, ragged
 from peftjax.core.einsum import free_letter, split_subscripts
 from peftjax.core.fence import tied
 from peftjax.quant.formats import Format
@@ -49,6 +49,27 @@ def _backward(eqn: str, fmt: Format, axis: int, spec: Any, saved: Any, g: jax.Ar
 
 
 product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def ragged_product(
+  fmt: Format, axis: int, x: jax.Array, codes: Any, scales: Any, sizes: jax.Array
+) -> jax.Array:
+  """`core.ragged.product` with W `[E, in, out]`, all of which lives for the one product."""
+  return ragged.product(x, opened(fmt, axis, (), codes, scales, x), sizes)
+
+
+def _ragged_forward(fmt: Format, axis: int, x: Any, codes: Any, scales: Any, sizes: Any) -> Any:
+  return ragged_product(fmt, axis, x, codes, scales, sizes), (codes, scales, sizes)
+
+
+def _ragged_backward(fmt: Format, axis: int, saved: Any, g: jax.Array) -> Any:
+  codes, scales, sizes = saved
+  dx = ragged.back(g, opened(fmt, axis, (), codes, scales, g), sizes)
+  return dx, *jax.tree.map(_no_gradient, saved)
+
+
+ragged_product.defvjp(_ragged_forward, _ragged_backward)
 
 
 def _product(

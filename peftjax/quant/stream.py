@@ -60,8 +60,8 @@ def quantize_pieces(
   return Quantized(codes=codes, scales=scales, fmt=fmt, axis=axis, dense_dtype=dtype.name)
 
 
-def stack(path: str, layers: Iterable[Any], count: int) -> Any:
-  """The tree `[count, ...]` of `count` trees, each written into its place as it comes.
+def stack(path: str, layers: Iterable[Any], shape: tuple[int, ...]) -> Any:
+  """The tree `[*shape, ...]` of as many trees, in C order, each written into place as it comes.
 
   Raises:
     ValueError: if the layers differ in format or dtype.
@@ -71,14 +71,14 @@ def stack(path: str, layers: Iterable[Any], count: int) -> Any:
     kind = jax.tree.structure(layer), [(x.shape, x.dtype) for x in jax.tree.leaves(layer)]
     if first is None:
       first = kind
-      whole = jax.tree.map(lambda x: aligned((count, *x.shape), x.dtype), layer)
+      whole = jax.tree.map(lambda x: aligned((*shape, *x.shape), x.dtype), layer)
     if kind != first:
       raise ValueError(
         f"layer {i} of {path} has another format or dtype than layer 0, so they make no stack. "
         "Load with scan_layers=False."
       )
     for to, value in zip(jax.tree.leaves(whole), jax.tree.leaves(layer), strict=True):
-      to[i] = value
+      to[np.unravel_index(i, shape)] = value
   return whole
 
 

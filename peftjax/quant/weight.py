@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core.einsum import split_subscripts
-from peftjax.core.fence import tied
 from peftjax.core.weight import Weight
 from peftjax.quant.double import DoubleScales
 from peftjax.quant.formats import Format, absmax_of
-from peftjax.quant.product import product
+from peftjax.quant.product import product, ragged_product
 
 
 class Quantized(Weight):
@@ -82,12 +81,7 @@ class Quantized(Weight):
 
   def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Decodes all experts for the product, and again for its gradient: none stays in between."""
-
-    def run(x: jax.Array, weight: Quantized) -> jax.Array:
-      weight = tied(weight, jax.lax.stop_gradient(x))
-      return jax.lax.ragged_dot(x, weight.materialize().astype(x.dtype), group_sizes)
-
-    return jax.checkpoint(run)(x, self)
+    return ragged_product(self.fmt, self.axis, x, self.codes, self.scales, group_sizes)
 
   def transposed(self) -> Quantized:
     """Wᵀ of a matrix, with the same codes: blocks and pairs run along the axis they ran along."""

@@ -132,6 +132,8 @@ def _parts(
   for path, leaf in paths.leaves(tied).items():
     found = _matrices(path, leaf)
     own = _arrays(trained.get(path))
+    if "experts" in path.split("/"):  # of which a token takes a few
+      found = {name: size * c.routed // c.experts for name, size in found.items()}
     part = "head" if path.startswith("lm_head/") else "first" if _of_first(path) else "body"
     sums[part][0] += sum(found.values())
     sums[part][1] += sum(size for name, size in found.items() if name in own)

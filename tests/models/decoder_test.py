@@ -19,7 +19,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name.endswith("_tiny"))
 NAMES = [name for name in NAMES if not name.startswith(("bert", "roberta"))]
 RARE = pytest.mark.slow(reason="the same law for more models")
-SOME = [pytest.param(n, marks=RARE if n in ("qwen3_tiny", "phi3_tiny") else []) for n in NAMES]
+LATER = ("qwen3_tiny", "phi3_tiny", "mixtral_tiny", "qwen3_moe_tiny")
+SOME = [pytest.param(n, marks=RARE if n in LATER else []) for n in NAMES]
 
 
 def load(name, **how):
