@@ -15,7 +15,7 @@ from peftjax.models.names import turned
 from peftjax.models.pretrained import stack_of
 
 # What the head labels that each of peft's tasks has, in a model's `labels_of`.
-LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token"}
+LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token", "QUESTION_ANS": "span"}
 
 
 class Whole(NamedTuple):

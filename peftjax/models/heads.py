@@ -17,6 +17,12 @@ from peftjax.models.encoder_configs import Encoder
 _LABELS_OF: Mapping[str, str] = {
   "text": "ForSequenceClassification",
   "token": "ForTokenClassification",
+  "span": "ForQuestionAnswering",
+}
+_MEANT = {
+  "text": "whole texts",
+  "token": "each token",
+  "span": "the ends of an answer",
 }
 _NO_TASK = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
 _DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
@@ -46,7 +52,7 @@ def architecture(model_type: str, labels_of: str | None) -> str:
 
   Args:
     model_type: of the files.
-    labels_of: "text" or "token", what the head gives labels to; None of a language model.
+    labels_of: a key of `_LABELS_OF`, what the head gives labels to; None of a language model.
   """
   lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]
   return _NAMES[model_type] + (_LABELS_OF[labels_of] if labels_of else lm)
@@ -56,7 +62,8 @@ class Head(NamedTuple):
   """What a model's head is to be.
 
   Attributes:
-    labels_of: of an encoder, "text" or "token": what it gives labels to; None of a decoder.
+    labels_of: of an encoder, what it gives labels to: "text", "token", or "span", each token by
+      two outputs, whether an answer starts there and whether it ends there; None of a decoder.
     foreign: the head in the files is another task's, so that one of its name must not be loaded.
   """
 
@@ -88,9 +95,8 @@ def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
   if all(end in _NO_TASK for end in ends) or (found and found == (asked or found)):
     return Head(asked or found or "text")
   if not new:
-    wanted = "each token" if asked == "token" else "whole texts"
     raise ValueError(
-      f"{where}: architectures is {named}, whose head is none for {wanted}. Write "
+      f"{where}: architectures is {named}, whose head is none for {_MEANT[asked or 'text']}. Write "
       "load_pretrained(..., num_labels=...) for a new head on this body."
     )
   return Head(asked or "text", foreign=True)

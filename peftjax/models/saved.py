@@ -134,7 +134,7 @@ def _check(
   """Holds the leaves against the model that `source` means.
 
   Returns:
-    Its family, and of a classifier the number of its outputs and what it labels, "text" or "token".
+    Its family, and of a classifier the number of its outputs and what it labels; see `heads.Head`.
 
   Raises:
     ValueError: naming a leaf that one of them has and the other has not, or has in another shape.
@@ -147,7 +147,7 @@ def _check(
   options |= {"tied": is_tied} if outputs is None else {"labels": outputs}
   wanted: dict[str, Any] = {}
   labels_of = None if outputs is None else "text"
-  for kind in ("token", "text") if encoder else (labels_of,):  # a tree is told by its leaves
+  for kind in ("span", "token", "text") if encoder else (labels_of,):  # a tree is told by its leaves
     own = {"labels_of": kind} if encoder else {}
     model = family.MODEL(family.CONFIG.from_hf(source, str(of), **options, **own))
     wanted, labels_of = paths.leaves(abstract_params(model)), kind
