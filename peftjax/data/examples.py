@@ -33,15 +33,19 @@ class Examples:
 
   def sample(self, size: int, seed: int) -> "Examples":
     """At most `size` of the examples, drawn without replacement, in their old order."""
-    if size < 1:
-      raise ValueError(f"a subset of {size} examples is none; write a number from 1 on, or null")
-    rows = np.random.default_rng(seed).permutation(len(self))[:size]
-    return self.take(np.sort(rows))
+    return self.take(subset(len(self), size, seed))
 
   def keys(self) -> list[tuple[str, ...]]:
     """What makes two examples duplicates: their texts, every run of whitespace being one space."""
     columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
     return [tuple(" ".join(text.split()) for text in row) for row in zip(*columns, strict=True)]
+
+
+def subset(count: int, size: int | None, seed: int) -> np.ndarray:
+  """At most `size` of 0 to `count` - 1, drawn without replacement, ascending; all for None."""
+  if size is not None and size < 1:
+    raise ValueError(f"a subset of {size} examples is none; write a number from 1 on, or null")
+  return np.sort(np.random.default_rng(seed).permutation(count)[:size])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

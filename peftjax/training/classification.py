@@ -34,6 +34,7 @@ def _squared_error(logits: jax.Array, batch: Batch) -> losses.Sums:
   return losses.regression_sums(logits, batch["labels"], batch["weights"])
 
 
+LABELS_OF = "text"  # what the head labels
 CLASSES = Kind(inputs, _cross_entropy, _logits)
 NUMBER = Kind(inputs, _squared_error, _logits)
 
@@ -48,8 +49,11 @@ class Classification:
   pad_id: int
 
   before = ()
-  final = ("test",)
   peft_type = "SEQ_CLS"
+
+  @property
+  def final(self) -> tuple[str, ...]:
+    return tuple(part for part in ("test",) if part in self.tokens)
 
   @property
   def kind(self) -> Kind:

