@@ -4,13 +4,14 @@
     --config.data.train_file=train-v2.0.json --config.data.validation_file=dev-v2.0.json
 
 method: those of configs/classify.py.
-A passage is cut into windows of --config.data.max_length tokens that overlap by --config.data.stride.
+A passage is cut into windows of --config.data.max_length tokens, which have --config.data.stride
+tokens in common.
 Where the train file has questions without an answer, the first token stands for none, and
 --config.data.no_answer_threshold says when it is taken. Scores are the official exact match and F1;
 the F1 of validation chooses the epoch.
 
-Two CPU cores: MiniLM takes some hours an epoch of SQuAD, minutes with
---config.data.train_examples=1000 --config.data.eval_examples=500. Its F1 has not been measured here.
+Two CPU cores: MiniLM takes hours an epoch of SQuAD, and minutes with
+--config.data.train_examples=1000 --config.data.eval_examples=500. Its F1 has not been measured.
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@
 
 A .csv, .tsv or .jsonl file has the columns that the run was trained on, its labels aside; any other
 file has a text a line. Prints one line a text: the label, its probability and the text (for a
-regression, the value); of pairs, both texts. Of a run of configs/tag.py it prints a word and its tag
-a line, an empty line after each text.
+regression, the value); of pairs, both texts. Of a run of configs/tag.py it prints a word and its
+tag a line, and an empty line after each text.
 """
 
 import json

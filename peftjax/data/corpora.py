@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from peftjax.data import glue, local, samples, split
+from peftjax.data import e2e, glue, local, samples, split
 from peftjax.data.examples import Corpus, Examples
 
 __all__ = ["Corpus", "Examples", "load"]
 
-NAMES = ("bbc", "sentiment", "files", *(f"glue/{task}" for task in glue.TASKS))
+FROM_FILES = ("files", "e2e")
+NAMES = ("bbc", "sentiment", *FROM_FILES, *(f"glue/{task}" for task in glue.TASKS))
 
 
 def load(
@@ -35,7 +36,8 @@ def load(
 
   Args:
     name: "bbc" and "sentiment" are read from their sample packages; "files" from `train_file` and,
-      if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl); "glue/<task>" from
+      if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl), as is "e2e", whose official
+      CSV files become prompts and completions; "glue/<task>" from
       `glue_dir`/<TASK>/{train,dev}.tsv or, without `glue_dir`, through the `datasets` library.
     seed: of the splits that are made here.
     text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts,
@@ -49,9 +51,9 @@ def load(
   files = {part: path for part, path in paths.items() if path is not None}
   if name not in NAMES:
     raise ValueError(f"No corpus {name!r}. Allowed: {', '.join(NAMES)}.")
-  if (name == "files") != ("train" in files) or (name != "files" and files):
+  if (name in FROM_FILES) != ("train" in files) or (name not in FROM_FILES and files):
     raise ValueError(
-      f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' with train_file and,"
+      f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' and 'e2e' with train_file and,"
       " if you have them, validation_file and test_file; every other name without them. Write e.g."
       " --config.data.train_file=train.csv."
     )
@@ -63,6 +65,10 @@ def load(
     )
   if name == "files":
     corpus = local.read(files, text_column, pair_column, label_column, regression)
+  elif name == "e2e":
+    if label_column is not None:
+      raise ValueError("the corpus 'e2e' has no classes; train on it by configs/causal_lm.py")
+    corpus = e2e.read(files)
   elif name.startswith("glue/"):
     corpus = glue.read(name.removeprefix("glue/"), glue_dir)
   else:

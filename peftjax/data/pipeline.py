@@ -22,9 +22,9 @@ def read_batch(
 
   Returns:
     "tokens" int32 [B, T], "mask" bool [B, T] (true at tokens), "types" int32 [B, T], "labels" [B]
-    or, if each token has one, [B, T] in their dtype, "weights" float32 [B] (1, or 0 for an empty row). An empty row has label 0 and
-    only `pad_id`, but its mask is true in the first place: a softmax over nothing would be NaN,
-    which weight 0 does not remove.
+    or, if each token has one, [B, T] in their dtype, "weights" float32 [B] (1, or 0 for an empty
+    row). An empty row has label 0 and only `pad_id`, but its mask is true in the first place: a
+    softmax over nothing would be NaN, which weight 0 does not remove.
   """
   real_B = index_B >= 0
   rows_B = np.where(real_B, index_B, 0)

@@ -122,7 +122,7 @@ def windows(
     ValueError: a question leaves no room for more than `stride` tokens of its passage.
   """
   texts = [(question.text, question.context) for question in questions]
-  how = dict(strategy="only_second", stride=stride)
+  how: Any = dict(strategy="only_second", stride=stride)
   with truncated(tokenizer, max_length, pairs=True, **how):
     encodings, owners, spans = [], [], []
     for i, first in enumerate(tokenizer.encodings(texts, offsets=True)):

@@ -17,6 +17,7 @@ from msgspec import Meta
 from peftjax import optim, sharding
 from peftjax.core import ranges
 from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, RowLength, Size
+from peftjax.data.corpora import FROM_FILES
 from peftjax.io.records import clip
 from peftjax.methods.base import Method, chain
 from peftjax.methods.registry import METHODS
@@ -144,7 +145,8 @@ class Text(Section):
     fields = dataclasses.asdict(self)
     for name in ("max_length", "loss", "other", "eval_rows"):
       del fields[name]
-    return {**fields, "label_column": None} if self.name == "files" else fields
+    bare = self.name in FROM_FILES
+    return {**fields, "label_column": None} if bare else fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
