@@ -9,7 +9,10 @@ method: lora, dora, adalora, ia3, adapters, vera, prefix, prompt, full.
 data: bbc, sentiment, e2e with the official CSV files of E2E NLG in --config.data.train_file and so
   on, or files with --config.data.train_file=train.jsonl, one text a row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column,
-  which are put together as they are: a space between them belongs to one of both.
+  which are put together as they are: a space between them belongs to one of both, or to
+  --config.data.between. Summaries, as XSum's: text_column=document, pair_column=summary,
+  between=" TL;DR:" and a max_length that documents fit in, as of what is longer the rest comes
+  without its beginning.
 Every field of the method (help(pj.lora)) and of the sections in peftjax/training/settings.py is a
 flag: --config.method.rank=4, --config.method.rank_pattern='("q_proj=16",)'.
 

@@ -25,6 +25,7 @@ def load(
   label_column: str | None = "label",
   regression: bool = False,
   glue_dir: str | None = None,
+  between: str = "",
 ) -> Corpus:
   """The corpus `name`, in train, validation and test splits that depend on it and `seed` alone.
 
@@ -43,6 +44,7 @@ def load(
     text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts,
       without a `label_column` (None) texts have no labels.
     regression: for "files", that labels are numbers and not classes.
+    between: for "files" with a `pair_column`, put behind each first text, as "\\nTL;DR:".
 
   Raises:
     ValueError: naming what is wrong with the name, a file (with its line), a class or a split.
@@ -65,6 +67,8 @@ def load(
     )
   if name == "files":
     corpus = local.read(files, text_column, pair_column, label_column, regression)
+    for examples in corpus.splits.values() if between and pair_column else ():
+      examples.texts[:] = [text + between if text else text for text in examples.texts]
   elif name == "e2e":
     if label_column is not None:
       raise ValueError("the corpus 'e2e' has no classes; train on it by configs/causal_lm.py")

@@ -39,5 +39,7 @@ def prompt(record: str) -> str:
   """
   fields = _FIELD.findall(record)
   if not fields or _FIELD.sub("", record).strip():
-    raise ValueError(f"the record {clip(record)} is none of E2E's; write it as name[The Eagle], ...")
+    raise ValueError(
+      f"the record {clip(record)} is none of E2E's; write it as name[The Eagle], ..."
+    )
   return " | ".join(f"{key} : {value}" for key, value in fields) + " ||"

@@ -133,6 +133,7 @@ class Text(Section):
   test_file: str | None = None
   text_column: str = "text"
   pair_column: str | None = None  # the completion, if text_column is a prompt
+  between: str = ""  # behind each prompt, as "\nTL;DR:"
   loss: str = "all"  # tokens, or those of "completions"
   other: str = "sentiment"  # another corpus, to see what is forgotten; "" for none
   eval_rows: Size | None = None  # of each held-out part, at most
