@@ -9,8 +9,7 @@ Files: a word a line, its tag in the last column, an empty line between sentence
 of each word is labelled. Scores are F1, precision and recall of whole names, by seqeval
 (pip install 'peftjax[scores]'); the F1 of validation chooses the epoch.
 
-Two CPU cores: MiniLM takes some ten minutes an epoch of CoNLL-2003. Its F1 has not been measured
-here.
+Two CPU cores: MiniLM takes some minutes an epoch of CoNLL-2003. Its F1 has not been measured here.
 """
 
 from ml_collections import ConfigDict

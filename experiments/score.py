@@ -4,9 +4,9 @@
   python -m experiments.score --predictions=written.jsonl --references=testset_w_refs.csv \\
     --source=mr --target=ref --metric=e2e
 
-The references are a .csv, .tsv or .jsonl file of a --source and a --target a row; rows of one source
-are references of one text. Predictions are a text a line or, of a .jsonl file, under "text", one for
-each source in the order of its first row.
+The references are a .csv, .tsv or .jsonl file of a --source and a --target a row; rows of one
+source are references of one text. Predictions are a text a line or, of a .jsonl file, under "text",
+one for each source in the order of its first row.
 metric: bleu, by sacrebleu; rouge, by rouge-score; e2e, BLEU and ROUGE-L as the E2E challenge counts
 them. pip install 'peftjax[scores]' has both.
 """

@@ -37,8 +37,8 @@ def load(
 
   Args:
     name: "bbc" and "sentiment" are read from their sample packages; "files" from `train_file` and,
-      if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl), as is "e2e", whose official
-      CSV files become prompts and completions; "glue/<task>" from
+      if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl), as is "e2e", whose
+      official CSV files become prompts and completions; "glue/<task>" from
       `glue_dir`/<TASK>/{train,dev}.tsv or, without `glue_dir`, through the `datasets` library.
     seed: of the splits that are made here.
     text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts,
@@ -55,8 +55,8 @@ def load(
     raise ValueError(f"No corpus {name!r}. Allowed: {', '.join(NAMES)}.")
   if (name in FROM_FILES) != ("train" in files) or (name not in FROM_FILES and files):
     raise ValueError(
-      f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' and 'e2e' with train_file and,"
-      " if you have them, validation_file and test_file; every other name without them. Write e.g."
+      f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' and 'e2e' with"
+      " train_file and, if you have them, validation_file and test_file; every other name without them. Write e.g."
       " --config.data.train_file=train.csv."
     )
   columns = [x for x in (text_column, pair_column, label_column) if x is not None]
@@ -94,8 +94,10 @@ def _finish(corpus: Corpus, seed: int) -> Corpus:
   empty = sum(map(len, corpus.splits.values())) - sum(map(len, splits.values()))
   if corpus.name.startswith("glue/"):
     splits["validation"], splits["test"] = split.halve(splits["validation"], names, seed)
+  further = {part: splits.pop(part) for part in corpus.further}
   splits, duplicates = split.drop_duplicates(split.complete(splits, names, seed))
   split.check(splits, names)
+  splits |= further
   return dataclasses.replace(
     corpus, splits=splits, dropped={"empty": empty, **duplicates, **corpus.dropped}
   )

@@ -1,6 +1,7 @@
 """Labelled texts, and the corpus they belong to."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -56,8 +57,9 @@ class Corpus:
     name: the name it was loaded by.
     label_names: class names by class index; empty for regression.
     metrics: names of the task's metrics, the one to select models by first.
-    splits: "train", "validation" and "test".
+    splits: "train", "validation" and "test", and those of `further`.
     dropped: how many examples were left out, by reason.
+    further: parts that are scored besides, with their metrics.
   """
 
   name: str
@@ -65,6 +67,7 @@ class Corpus:
   metrics: tuple[str, ...]
   splits: dict[str, Examples]
   dropped: dict[str, int]
+  further: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")

@@ -53,7 +53,7 @@ class Classification:
 
   @property
   def final(self) -> tuple[str, ...]:
-    return tuple(part for part in ("test",) if part in self.tokens)
+    return tuple(part for part in self.tokens if part not in ("train", "validation"))
 
   @property
   def kind(self) -> Kind:
@@ -88,7 +88,8 @@ class Classification:
     logits = evaluate.logits_of(predict, tokens, self.buckets, batch_size, self.pad_id)
     if not np.isfinite(logits).all():
       return None
-    return metrics.compute(self.corpus.metrics, logits, self.corpus.splits[part].labels)
+    names = self.corpus.further.get(part, self.corpus.metrics)
+    return metrics.compute(names, logits, self.corpus.splits[part].labels)
 
   def criterion(self, scores: Mapping[str, float]) -> float:
     return scores[self.corpus.metrics[0]]

@@ -12,9 +12,9 @@ from peftjax.training import text_scores
 MISSING = not all(importlib.util.find_spec(name) for name in ("sacrebleu", "rouge_score"))
 needs_scores = pytest.mark.skipif(MISSING, reason="sacrebleu and rouge-score are not installed")
 E2E = """mr,ref
-"name[Blue Spice], eatType[coffee shop], area[city centre]","A coffee shop in the city centre, Blue Spice."
-"name[Blue Spice], eatType[coffee shop], area[city centre]",Blue Spice is a coffee shop in the city centre.
-"name[Bibimbap House], food[English], near[Clare Hall]",Bibimbap House is English and near Clare Hall.
+"name[Blue Spice], eatType[coffee shop]","A coffee shop by the river, Blue Spice."
+"name[Blue Spice], eatType[coffee shop]",Blue Spice is a coffee shop by the river.
+"name[Bibimbap House], near[Clare Hall]",Bibimbap House lies near Clare Hall.
 """
 
 
@@ -27,9 +27,9 @@ def file(tmp_path):
 def test_e2e_s_files_are_prompts_and_completions(file, tmp_path):
   """In the splits of the three files; the completion begins with a space."""
   corpus = e2e.read({"train": file})
-  first = "name : Blue Spice | eatType : coffee shop | area : city centre ||"
+  first = "name : Blue Spice | eatType : coffee shop ||"
   assert corpus.splits["train"].texts[0] == first
-  assert corpus.splits["train"].pairs[1] == " Blue Spice is a coffee shop in the city centre."
+  assert corpus.splits["train"].pairs[1] == " Blue Spice is a coffee shop by the river."
   with pytest.raises(ValueError, match="the record 'Blue Spice' is none of E2E's"):
     e2e.prompt("Blue Spice")
   with pytest.raises(ValueError, match="'e2e' has no classes"):

@@ -4,9 +4,9 @@ Run:   python -m tests.golden.make_encoders
 With:  torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6
 
 Each directory `encoder_*` is as `save_pretrained` writes it, and holds `expected.safetensors`
-besides: `tokens`, `mask`, `types` int32 [4, 9]; `logits` float32 [4, 3], or [4, 9, 3] of a head
-that labels tokens, [4, 9, 2] of one that finds answers; `hidden` float32 [4, 9, 16], the last hidden state, in evaluation mode with
-eager attention.
+besides: `tokens`, `mask`, `types` int32 [4, 9]; `logits` float32 [4, 3], [4, 9, 3] of a head that
+labels tokens, or [4, 9, 2] of one that finds answers; `hidden` float32 [4, 9, 16], the last hidden
+state, in evaluation mode with eager attention.
 
 Every weight is drawn, biases and norms too, so that a dropped or swapped one shows.
 """
