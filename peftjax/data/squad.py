@@ -10,11 +10,12 @@ import collections
 import dataclasses
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding
 
 from peftjax.data.text_tokenizer import TextTokenizer
 from peftjax.data.tokenise import Tokens, joined, truncated
@@ -104,7 +105,7 @@ class Windows:
   Attributes:
     tokens: of each window; the first is the one that stands for no answer.
     question: int64 [W], ascending: whose window it is.
-    spans: of each window int64 [T, 2]: the characters of the passage that a token stands for, and
+    spans: of each window int32 [T, 2]: the characters of the passage that a token stands for, and
       -1 where it is none of the passage.
   """
 
@@ -123,15 +124,19 @@ def windows(
   """
   texts = [(question.text, question.context) for question in questions]
   how: Any = dict(strategy="only_second", stride=stride)
-  with truncated(tokenizer, max_length, pairs=True, **how):
-    encodings, owners, spans = [], [], []
+  owners: list[int] = []
+  spans: list[np.ndarray] = []
+
+  def each() -> Iterator[Encoding]:  # of which not all are kept: they take much memory
     for i, first in enumerate(tokenizer.encodings(texts, offsets=True)):
       for one in (first, *first.overflowing):
-        encodings.append(one)
-        owners.append(i)
         passage = np.array([part == 1 for part in one.sequence_ids])
-        spans.append(np.where(passage[:, None], np.asarray(one.offsets, np.int64), -1))
-  return Windows(joined(tokenizer, encodings), np.asarray(owners, np.int64), spans)
+        owners.append(i)
+        spans.append(np.where(passage[:, None], np.asarray(one.offsets, np.int32), np.int32(-1)))
+        yield one
+
+  with truncated(tokenizer, max_length, pairs=True, **how):
+    return Windows(joined(tokenizer, each()), np.asarray(owners, np.int64), spans)
 
 
 def labels_of(made: Windows, questions: Sequence[Question], max_length: int) -> np.ndarray:

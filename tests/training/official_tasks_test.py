@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+import peftjax as pj
 from configs import answer, tag
 from peftjax.data import squad
-from peftjax.training import answering, build, predict, tagging
+from peftjax.training import answering, build, finished, predict, tagging
 from peftjax.training.settings import from_config
 from tests import tiny
 
@@ -87,6 +88,13 @@ def test_a_run_of_tags_learns_and_predicts(conll_files, made, run_once, tmp_path
   assert tagging.scores(gold, found) == pytest.approx(metrics["test"])
   with pytest.raises(ValueError, match="a run of task=tag"):
     predictor.logits(["one"])
+  merged = finished.load(tmp_path / "run")
+  pj.save_pretrained(
+    tmp_path / "whole", pj.merge(merged.params), of=merged.base, labels=merged.labels
+  )
+  saved = json.loads((tmp_path / "whole" / "config.json").read_text())
+  assert saved["architectures"] == ["BertForTokenClassification"]
+  assert saved["id2label"]["3"] == "B-TECH"
 
 
 @needs_seqeval
