@@ -29,6 +29,7 @@ run; without it they are made as a sweep in --workdir, from models below --model
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,7 @@ def main(argv: list[str]) -> None:
 
 def at_paper_scale(argv: list[str]) -> None:
   """Prints the commands of a paper's table, or runs them as a sweep."""
-  from experiments.sweeping import driver, trials
-  from experiments.sweeping.folder import Folder
-  from experiments.sweeping.plan import Grid
-  from experiments.tables import paper
+  from experiments.tables import paper, runs
   from peftjax.training import build
 
   if len(argv) != 2 or argv[1] not in paper.TABLES:
@@ -94,12 +92,10 @@ def at_paper_scale(argv: list[str]) -> None:
       print(paper.command(run, Path(WORKDIR.value) / name / f"{i:03d}"))
     return
   runtime.set_up("~/.cache/peftjax")
-  plan = Grid(
-    Folder(build.resolve(WORKDIR.value) / name), trials.expand(paper.sweep(name, *folders)), 1
-  )
-  plan.folder.add(plan.trials())
-  driver.work(plan)
-  print(f"The results are in {plan.folder.root}/summary.jsonl.")
+  folder = build.resolve(WORKDIR.value) / name
+  for row in runs.rows(paper.sweep(name, *folders), folder / "rows.jsonl", folder):
+    print(row["overrides"]["base"], f"seed {row['config']['seed']}", json.dumps(row["metrics"]))
+  print(f"\nAll of it: {folder}/rows.jsonl")
 
 
 def of(name: str) -> Any:

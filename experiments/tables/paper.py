@@ -220,9 +220,8 @@ def sweep(name: str, models: Path, data: Path) -> ConfigDict:
     ValueError: the table cannot be made here, or a model or data are not where they should be.
   """
   listed = runs(name, models, data)
-  needed = dict.fromkeys(
-    run[key] for run in listed for key in run if key == "model.directory" or key[:5] == "data."
-  )
+  places = ("model.directory", *(f"data.{field}" for field in (*GLUE, *E2E)))
+  needed = dict.fromkeys(run[key] for run in listed for key in places if key in run)
   if missing := [path for path in needed if not Path(path).exists()]:
     raise ValueError(
       f"{name} needs {', '.join(missing)}: put models there as transformers saves them, with "
