@@ -56,8 +56,8 @@ def load(
   if (name in FROM_FILES) != ("train" in files) or (name not in FROM_FILES and files):
     raise ValueError(
       f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' and 'e2e' with"
-      " train_file and, if you have them, validation_file and test_file; every other name without them. Write e.g."
-      " --config.data.train_file=train.csv."
+      " train_file and, if you have them, validation_file and test_file; every other name without"
+      " them. Write e.g. --config.data.train_file=train.csv."
     )
   columns = [x for x in (text_column, pair_column, label_column) if x is not None]
   if len(set(columns)) < len(columns):
