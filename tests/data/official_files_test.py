@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from peftjax import data
 from peftjax.data import conll, squad
 
 CONLL = """-DOCSTART- -X- -X- O
@@ -152,3 +153,29 @@ def test_scores_are_those_of_the_official_rules(tmp_path):
   assert got["exact_match"] == 0 and got["f1"] == pytest.approx(0.8 / 3)
   assert "answerable_f1" not in squad.scores(questions[:2], ["", ""])
   assert squad.normalised(" An  apple-a, The day") == "applea day"
+
+
+def hand_made(*spans):
+  """Windows of one question whose tokens stand for these characters of its passage."""
+  spans = [np.array([(-1, -1), *own, (-1, -1)], np.int32) for own in spans]
+  offsets = np.cumsum([0, *map(len, spans)])
+  tokens = data.Tokens(np.zeros(offsets[-1], np.int32), np.zeros(offsets[-1], np.uint8), offsets)
+  return squad.Windows(tokens, np.zeros(len(spans), np.int64), spans)
+
+
+def test_spans_by_hand():
+  """The longest that is allowed, the least score of no answer, and answers that a window cuts."""
+  question = squad.Question("1", "?", "aa bb cc", (squad.Answer("bb cc", 3),))
+  made = hand_made([(0, 2), (3, 5), (6, 8)], [(6, 8)])
+  scores = [np.zeros((5, 2), np.float32), np.zeros((3, 2), np.float32)]
+  scores[0][0], scores[1][0] = (4, 4), (1, 1)
+  scores[0][1, 0], scores[0][3, 1] = 5, 3  # from aa to cc: 8
+  answer = lambda **how: squad.answers_of(made, scores, [question], **how)[0]
+  assert answer(max_answer=3, no_answer_threshold=None) == "aa bb cc"
+  assert answer(max_answer=2, no_answer_threshold=None) == "aa"
+  # No answer has 2 at the least: less 8, or less 5, that is -6, or -3.
+  assert answer(max_answer=3, no_answer_threshold=-6.0) == "aa bb cc"
+  assert answer(max_answer=3, no_answer_threshold=-6.5) == ""
+  labels = squad.labels_of(made, [question], 5)
+  assert labels.tolist() == [[0, 0, 1, 2, 0], [3, 0, 0, 0, 0]]
+  assert squad.labels_of(hand_made([(0, 2), (3, 5)]), [question], 4).tolist() == [[3, 0, 0, 0]]
