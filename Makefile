@@ -1,4 +1,4 @@
-# What there is to type. PYTHON=python3.12 picks the interpreter .venv is made with,
+# The targets. PYTHON=python3.12 picks the interpreter .venv is made with,
 # ARGS="..." adds flags to the command a target runs.
 
 PYTHON = python3
@@ -53,7 +53,7 @@ oldest: build/oldest/.installed ## Run the core tests on the oldest versions tha
 	$(OLDEST) tests/method_contract_test.py $(ARGS) \
 	  -k "lora-scanned or nf4-scanned or adalora-scanned or prefix-scanned"
 
-fuzz: .venv/.installed ## Damage 10,000 files, flags and folders and see what is made of them (ARGS=--seed=1)
+fuzz: .venv/.installed ## Damage 10,000 files, flags and folders and check the refusals (ARGS=--seed=1)
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: .venv/.installed ## Run ruff (rules and format) and mypy
@@ -61,14 +61,14 @@ lint: .venv/.installed ## Run ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.installed ## Let ruff mend what it can and format the code
+format: .venv/.installed ## Let ruff fix style where it can, and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 parity: .venv/.parity ## Add torch, transformers, peft and bitsandbytes, compare with them live
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
-interop: .venv/.parity build/interop/.installed ## What works with other people's models, trainers and files (1.8 GB more)
+interop: .venv/.parity build/interop/.installed ## Test other people's models, trainers and files (1.8 GB more)
 	build/interop/bin/python -m pytest tests/interop $(ARGS)
 	$(BIN)/python -m pytest $(WORKERS) $(INTEROP) $(ARGS)
 
@@ -78,7 +78,7 @@ bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=F
 	$(BIN)/python -m experiments.benchmarks.qlora_step $(ARGS)
 	$(BIN)/python -m experiments.benchmarks.whole_run $(ARGS)
 
-plan: .venv/.tpu ## Say what steps take of TPUs that are not there (65B on one chip, 7B on eight)
+plan: .venv/.tpu ## Plan steps on TPUs that are not there (65B on one chip, 7B on eight)
 	$(PLAN):quant=nf4,method=lora --model=llama-65b --topology=v5p:2x2x1 --devices=1 $(BFLOAT16) \
 	  --config.optimizer.name=adamw8bit --config.method.rank=64 \
 	  --config.train.batch_size=1 --config.data.max_length=512 $(ARGS)
@@ -94,7 +94,7 @@ matrix: .venv/.installed ## Run the laws of every method anew and write docs/mat
 	  tests/method_contract_test.py tests/training/together_test.py tests/training/every_step_test.py \
 	  -k "law or parameters_are or on_eight" $(ARGS)
 
-claims: .venv/.installed ## Measure what the text this project started from says (ARGS=--only=lora)
+claims: .venv/.installed ## Measure the claims of the text this project started from (ARGS=--only=lora)
 	$(BIN)/python -m experiments.claims $(ARGS)
 
 lock: ## Make requirements.lock anew (ARGS=--upgrade: with newer versions)

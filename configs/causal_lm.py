@@ -7,9 +7,9 @@ model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistr
 quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8.
 method: lora, dora, adalora, ia3, adapters, vera, prefix, prompt, full.
 data: bbc, sentiment, e2e with the official CSV files of E2E NLG in --config.data.train_file and so
-  on, or files with --config.data.train_file=train.jsonl, one text a row in
+  on, or files with --config.data.train_file=train.jsonl, one text per row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column,
-  which are put together as they are: a space between them belongs to one of both, or to
+  which are put together as they are: a space between them belongs to one of the two, or to
   --config.data.between. Summaries, as XSum's: text_column=document, pair_column=summary,
   between=" TL;DR:" and a max_length that documents fit in, as of what is longer the rest comes
   without its beginning.
@@ -29,7 +29,7 @@ from peftjax.methods.registry import METHODS as REGISTRY
 from peftjax.training import defaults
 
 METHODS = (*defaults.names(), "full")
-# What differs from the methods' own defaults, besides their targets.
+# Differences from the methods' own defaults, besides their targets.
 CHANGES: dict[str, dict[str, Any]] = {
   "lora": dict(rank=16),
   "dora": dict(rank=16, from_quantised=True),
@@ -78,6 +78,6 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _targets(method: str) -> dict[str, Any]:
-  """All linear layers, where the method's own targets have the names that encoders give them."""
+  """The targets: all linear layers, where the method's own targets have the names in encoders."""
   own = getattr(REGISTRY.get(method), "targets", None)
   return {"targets": "all-linear"} if own == ("query", "value") else {}

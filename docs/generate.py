@@ -1,4 +1,4 @@
-"""What pages show and nobody types: tables of results, the capability matrix, the API, llms.txt."""
+"""The generated parts of pages: tables of results, the capability matrix, the API, llms.txt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def result(name: str) -> Path:
 
 
 def write(folder: Path) -> None:
-  """Everything that pages include, new."""
+  """Makes everything that pages include, anew."""
   shutil.rmtree(folder, ignore_errors=True)
   for part in ("tables", "benchmarks", "parts", "api"):
     (folder / part).mkdir(parents=True)
@@ -116,7 +116,7 @@ def matrix() -> str:
 
 
 def contract(found: dict[str, Any]) -> str:
-  """A line a subject of the contract. What has no outcome stays empty."""
+  """One line per subject of the contract. A law without an outcome stays empty."""
   from experiments.tables.report import Report
 
   columns = {
@@ -146,7 +146,7 @@ def contract(found: dict[str, Any]) -> str:
 
 
 def steps(found: dict[str, dict[str, str]]) -> str:
-  """A line a model family and method, a column a base."""
+  """One line per model family and method, one column per base."""
   from experiments.tables.report import Report
 
   bases = ("float32", "bfloat16", "nf4")
@@ -161,7 +161,7 @@ def steps(found: dict[str, dict[str, str]]) -> str:
 
 
 def verdict(outcomes: Iterable[str]) -> str:
-  """What several outcomes say together; "" of none."""
+  """The common verdict of several outcomes; "" of none."""
   seen = set(outcomes)
   return next((x for x in ("failed", "refused", "passed", "skipped") if x in seen), "").replace(
     "passed", "yes"
@@ -187,7 +187,7 @@ def api() -> dict[str, str]:
 
 
 def public(module: ModuleType) -> list[str]:
-  """Functions and classes made in a module, or below it where it is a package."""
+  """The functions and classes made in a module, or below it where it is a package."""
   own = lambda x: (
     (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__.startswith(module.__name__)
   )

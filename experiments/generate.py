@@ -5,9 +5,9 @@
 
   python -m experiments.generate --workdir=DIR --part=test --output=written.jsonl
 
-Prints each prompt and what the best checkpoint writes after it; with --base, before that what the
-model wrote before it was trained. --part takes the prompts of a part of the run's data, each once,
-and --output writes the texts for experiments.score.
+Prints each prompt and the best checkpoint's continuation; with --base, before that the
+continuation of the model before it was trained. --part takes the prompts of one part of the run's
+data, each once, and --output writes the texts for experiments.score.
 """
 
 import json
@@ -36,9 +36,9 @@ TEMPERATURE = flags.DEFINE_float(
 TOP_P = flags.DEFINE_float(
   "top_p", 1.0, "Draw among the likeliest tokens that sum up to this.", 0.0, 1.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.", lower_bound=0, upper_bound=2**31 - 1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0, upper_bound=2**31 - 1)
 CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat template.")
-BASE = flags.DEFINE_bool("base", False, "Also show what the model wrote before training.")
+BASE = flags.DEFINE_bool("base", False, "Also show the model's continuation before training.")
 
 
 @runtime.readable_errors()

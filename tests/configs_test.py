@@ -139,6 +139,7 @@ def test_header_says_command_hardware_time_and_number(name):
     assert word in header
 
 
+@pytest.mark.fast_for("lora|adalora|prefix|full")
 @pytest.mark.parametrize("method", [*METHODS, "head", "full", "bitfit"])
 def test_init_and_one_step_of_each_method(method):
   """Abstractly, a step keeps every shape and dtype, and trains what the method says."""

@@ -178,8 +178,8 @@ ENTRIES = [
     _BOTTLENECKS,
     None,
     identity=3e-2,
-    layers=("unrolled",),
-    slow=("scanned",),
+    layers=(),
+    slow=("unrolled", "scanned"),
   ),
   Entry("parallel", lambda: adapters(8, "parallel"), _BOTTLENECKS, identity=2e-2, **_NONE),
   Entry(
@@ -499,6 +499,7 @@ def test_law_5_combine_undoes_partition_and_a_step_keeps_the_structure(subject):
   chex.assert_trees_all_equal(subject.split(subject.live)[1], frozen)
 
 
+@pytest.mark.fast_for("(lora|nf4|adalora|prefix|houlsby|embeddings)-.*")
 def test_law_6_scan_and_remat_give_the_same_loss_and_gradients(subject):
   """A rematerialised loss in a scan over two steps' keys, against those two steps."""
   train, frozen = subject.split(subject.live)
@@ -528,6 +529,7 @@ def test_law_6_an_adapter_is_swapped_without_tracing_again(subject):
   close(subject, subject.apart(moved), subject.forward(moved))
 
 
+@pytest.mark.fast_for("(lora|nf4|adalora|prefix|houlsby|embeddings)-.*")
 def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
   """One base, two adapters of different rank."""
   other = subject.run(subject.swapped[0])[0]
@@ -537,6 +539,7 @@ def test_law_6_vmap_over_two_stacked_adapters_equals_the_two_alone(subject):
   close(subject, subject.programs.vmapped_forward(both, base), alone)
 
 
+@pytest.mark.fast_for("(lora|nf4|adalora|prefix|houlsby|embeddings)-.*")
 @pytest.mark.parametrize(
   "shape",
   [

@@ -103,6 +103,7 @@ def test_describe_says_factored(case):
   assert {row.computed for row in rows if row.type == "LoRA"} == {"factored"}
 
 
+@pytest.mark.fast_for("subclass of Dense|vmapped experts|lm1b|own products")
 def test_four_bits_and_dropout_work_through_it(case):
   """The kernels that can be in four bits; a step draws anew, and evaluation does not."""
   layout = case.layout

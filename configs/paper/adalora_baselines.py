@@ -1,4 +1,4 @@
-"""What AdaLoRA is compared with on GLUE: Zhang et al. 2023 (arXiv 2303.10512), tables 1 and 14.
+"""Baselines of AdaLoRA on GLUE: Zhang et al. 2023 (arXiv 2303.10512), tables 1 and 14.
 
   python -m experiments.train --config=configs/paper/adalora_baselines.py:method=lora,task=rte \\
     --config.model.directory=DIR --config.data.glue_dir=GLUE --workdir=runs/baseline_rte

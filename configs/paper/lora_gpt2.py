@@ -15,7 +15,7 @@ Hardware and time: not given. Expected on E2E, table 3: BLEU 70.4 (medium, and l
 descriptions. `python -m experiments.generate --part=test` and `python -m experiments.score` give
 the BLEU of greedy ones. Others who ran the release report a BLEU of 68.7 to 68.9 for medium.
 
-What differs here: the paper adapts query and value apart, and here one pair of factors of the same
+Differences here: the paper adapts query and value apart, and here one pair of factors of the same
 size adapts the one kernel of query, key and value. There is no label smoothing (0.1 for E2E and
 WebNLG in the paper). Texts share rows of 512 tokens, so a batch of 8 rows has more than 8 texts,
 and the 500 updates of warm-up are a larger part of the run.

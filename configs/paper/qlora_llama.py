@@ -20,10 +20,10 @@ Expected, 5-shot MMLU, table 5:
   FLAN v2    44.5  51.4  59.2  63.9
 There is no MMLU here: this command ends with the perplexity of held-out texts.
 
-What differs here: texts share rows of as many tokens as a source and a target may have, where the
+Differences here: texts share rows of as many tokens as a source and a target may have, where the
 paper sorts them by length and pads, so a batch has more texts and a run of as many steps more
 epochs. A batch is in one piece; in 16, as the script has it: --config.train.batch_size=1
---config.optimizer.accumulate=16 and 16 times --config.train.steps. State of the optimizer lies in
+--config.optimizer.accumulate=16 and 16 times --config.train.steps. The optimizer's state lies in
 host memory all the time; only where it has to: --config.optimizer.paged=auto. Factors are float32,
 there bfloat16. The paper does not choose among checkpoints, and this command keeps the best.
 """

@@ -26,8 +26,8 @@ from peftjax.nn.attention import KERNELS, kernel_name
 from peftjax.nn.mask import AttentionMask
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-LENGTHS = flags.DEFINE_list("lengths", ["128", "256", "512", "1024", "2048", "4096"], "Which T.")
-TURNS = flags.DEFINE_integer("turns", 8, "How often the kernels change.")
+LENGTHS = flags.DEFINE_list("lengths", ["128", "256", "512", "1024", "2048", "4096"], "Lengths, T.")
+TURNS = flags.DEFINE_integer("turns", 8, "Number of turns that each kernel takes.")
 
 MIB = 2**20
 # Heads, heads of keys and values, size of a head, and whether later tokens are hidden.
@@ -71,7 +71,7 @@ def compare(shape: str, length: int) -> list[report.Row]:
 
 
 def times(programs: Mapping[str, Callable[..., Any]], *args: Any) -> dict[str, float]:
-  """Seconds of each: the least of its turns, each some 50 ms long."""
+  """Seconds of each program: the least of its turns, each some 50 ms long."""
   least = dict.fromkeys(programs, float("inf"))
   repeats = dict.fromkeys(programs, 1)
   for turn in range(1 + TURNS.value):

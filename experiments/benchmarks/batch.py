@@ -17,7 +17,7 @@ def example(batch_size: int, length: int) -> dict[str, np.ndarray]:
 
 
 def packed(batch_size: int, length: int, vocab: int) -> dict[str, np.ndarray]:
-  """Random tokens of a language model, one document a row."""
+  """Random tokens of a language model, one document per row."""
   shape = (batch_size, length)
   tokens = np.random.default_rng(0).integers(1000, min(vocab, 40_000), shape, np.int32)
   return {

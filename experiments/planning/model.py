@@ -35,10 +35,10 @@ class Planned:
   """A training step of shapes.
 
   Attributes:
-    module: of the model.
-    program: of the run.
-    state, frozen, batch, key: what the step takes: shapes, dtypes and, on a mesh, shardings.
-    mesh, rules: of all of them.
+    module: the model.
+    program: the run's program.
+    state, frozen, batch, key: arguments of the step: shapes, dtypes and, on a mesh, shardings.
+    mesh, rules: the mesh and sharding rules of all of them.
   """
 
   module: Any
@@ -60,11 +60,11 @@ def planned(
   """The step of a language model that a run with these settings would compile.
 
   Args:
-    settings: of a task "causal_lm"; its data is not read.
+    settings: settings with a task "causal_lm"; its data is not read.
     name: a key of `LLAMA`; "" for the model of the settings.
-    base_dtype: of the arrays of the base that are not quantised.
-    rows, length: of a batch.
-    mesh: of the devices.
+    base_dtype: dtype of the arrays of the base that are not quantised.
+    rows, length: shape of a batch.
+    mesh: the mesh of the devices.
 
   Raises:
     ValueError: another task, an unknown size, more tokens than positions, a batch or a length

@@ -40,12 +40,12 @@ from experiments import runtime
 RESULTS = flags.DEFINE_string("results", "experiments/results/tables", "Folder of the results.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/tables", "Folder for runs that tables need.")
 FORMAT = flags.DEFINE_enum(
-  "format", "terminal", ("terminal", "markdown", "latex", "csv"), "How the table is written."
+  "format", "terminal", ("terminal", "markdown", "latex", "csv"), "Format of the table."
 )
 PICTURES = flags.DEFINE_string(
   "pictures", None, "Draw the pictures of methods and rank_budget into this folder too."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is left to compute.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the rest to compute.")
 PAPER = flags.DEFINE_bool("paper_scale", False, "The table at the paper's own size.")
 MODELS = flags.DEFINE_string("models", "models", "Folder of the models of --paper_scale.")
 DATA = flags.DEFINE_string("data", "data", "Folder of the data of --paper_scale.")
@@ -121,7 +121,7 @@ def show_left(module: Any, file: Path, folder: Path) -> None:
 
 
 def rows(module: Any, file: Path, folder: Path) -> list[dict[str, Any]]:
-  """What the table shows, in its order; what the file lacks is computed and added to it."""
+  """The table's rows, in its order; missing ones are computed and added to the file."""
   from experiments.tables import cells, runs
 
   if hasattr(module, "get_config"):

@@ -19,7 +19,7 @@ from peftjax.core.layout import Axes, ConvAxes, Layout, TableAxes
 from peftjax.core.shared import is_shared
 from peftjax.core.tied import Tied, is_tied
 
-# What holds the weight inside a module: Flax's own names.
+# Names of the weight inside a module: Flax's own.
 _WEIGHT_NAMES = ("kernel", "embedding")
 _NO_KERNELS = ("embedding", "bias", "scale")
 # Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
@@ -27,12 +27,12 @@ _HEADS = ("head", "classifier", "score", "lm_head", "mlm_head", "qa_outputs", "r
 
 
 def is_leaf(node: Any) -> bool:
-  """Weights and Flax boxes count as one leaf."""
+  """Tells whether a node is a leaf: weights and Flax boxes count as one leaf."""
   return isinstance(node, meta.AxisMetadata)
 
 
 def name(key_path: tuple[Any, ...]) -> str:
-  """`a/b/c` of a JAX key path."""
+  """The path `a/b/c` for a JAX key path."""
   return "/".join(
     str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path
   )
@@ -52,13 +52,13 @@ def map_leaves(fn: Callable[[str, Any], Any], params: Any) -> Any:
 
 
 def tied(params: Any) -> dict[str, Tied]:
-  """Every head that is tied to a table, by path: they are no leaves."""
+  """Every head that is tied to a table, by path; these heads are not leaves."""
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_tied)
   return {name(path): node for path, node in flat if is_tied(node)}
 
 
 def matches(pattern: str, path: str) -> bool:
-  """Whether a target names a leaf.
+  """Tells whether a target names a leaf.
 
   A plain word is the name of a module or parameter: `query` matches `a/query/kernel`,
   `a/query/embedding` and `a/query`. Anything else is a regular expression that must match the
@@ -71,11 +71,11 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
-  """Whether "all-linear" means this leaf: a kernel of the body, not of a head.
+  """Tells whether "all-linear" means this leaf: a kernel of the body, not of a head.
 
-  It is a kernel by its name, or because the layout has seen a product with it; or else, once there
-  is no layout, because a method has adapted it. What the layout has seen in a convolution or a
-  lookup is none.
+  A leaf is a kernel if its name says so or the layout has seen a product with it; without a layout,
+  also if a method has adapted it. A leaf that the layout has seen in a convolution or a lookup is
+  not.
   """
   parts = path.split("/")
   name = parts[-1]
@@ -101,8 +101,8 @@ def select(
     targets: `"all-linear"` (every linear kernel of the body: no embedding, no task or
       language-model head; no convolution that `layout` knows as one), one pattern, or several
       (see `matches`).
-    layout: of the kernels, where there is one; see `peftjax.linen.layout`.
-    arrays: what is selected are arrays as such, to be trained or quantised. A tied head then goes
+    layout: axes of the kernels, if known; see `peftjax.linen.layout`.
+    arrays: select arrays as such, to be trained or quantised. A tied head is then selected along
       with its table, if the same pattern names both.
 
   Raises:
@@ -138,7 +138,7 @@ def select(
 
 
 def check_no_nnx(params: Any) -> None:
-  """Raises `ValueError` if what should be a tree of parameters, or a linen module, is of NNX."""
+  """Raises ValueError if a tree of parameters, or a linen module, is in fact one of NNX."""
   if any(of.__module__.startswith("flax.nnx") for of in type(params).__mro__):
     raise ValueError(
       f"a {type(params).__name__} of Flax NNX came where peftjax takes linen modules and plain "
@@ -147,7 +147,7 @@ def check_no_nnx(params: Any) -> None:
 
 
 def _of_modules(params: Any) -> dict[str, Any]:
-  """The leaves that the model has and its tied heads, without what methods put beside them."""
+  """The model's own leaves and tied heads, without the nodes that methods put beside them."""
   made = lambda node: is_attachment(node) or is_shared(node)
   whole = lambda node: is_leaf(node) or is_tied(node) or made(node)
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=whole)

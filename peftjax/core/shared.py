@@ -9,10 +9,10 @@ from typing import Any
 
 import flax.struct
 
-# The top-level entry of a parameter tree that they lie in, by name; linen modules ignore it.
+# The top-level entry of a parameter tree that holds them, by name; linen modules ignore it.
 GROUP = "shared"
 
-# By path, in the call of a model that `lending` surrounds.
+# Nodes by path, during the call of a model inside `lending`.
 _lent: ContextVar[Mapping[str, Shared]] = ContextVar("_lent")
 
 
@@ -37,10 +37,10 @@ def nodes(params: Any) -> dict[str, Shared]:
 
 @contextlib.contextmanager
 def lending(params: Any) -> Iterator[None]:
-  """Within it, `lent` finds the shared nodes of `params`.
+  """A context within which `lent` finds the shared nodes of `params`.
 
-  So a scanned layer uses them from outside the scan, as constants of all its steps. Put into a
-  stacked weight they would be as many copies as it has layers.
+  Scanned layers thus use them from outside the scan, as constants of all its steps. In a
+  stacked weight there would be as many copies as layers.
   """
   token = _lent.set(nodes(params))
   try:
@@ -54,10 +54,10 @@ def lent(path: str) -> Shared | None:
 
 
 def add(params: Any, found: Mapping[str, Shared]) -> Any:
-  """`params` with shared nodes, by path, in it.
+  """`params` with shared nodes added, by path.
 
   Raises:
-    ValueError: if `params` is no dict that could hold them.
+    ValueError: if `params` is not a dict that could hold them.
   """
   if not found:
     return params
@@ -67,7 +67,7 @@ def add(params: Any, found: Mapping[str, Shared]) -> Any:
       f"then, and are a {type(params).__name__}"
     )
   named = {path.rpartition("/")[2]: node for path, node in found.items()}
-  make: Any = type(params)  # dict, or what is like one
+  make: Any = type(params)  # dict, or a class like it
   return make({**params, GROUP: {**params.get(GROUP, {}), **named}})
 
 

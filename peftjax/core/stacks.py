@@ -12,9 +12,9 @@ from peftjax.core.layout import Axes, Layout, Site
 def of_stacks(params: Any, layout: Layout | None) -> Layout:
   """`layout` with the axes of scanned kernels, as far as the tree alone tells them.
 
-  Below a module called `layers` all arrays have one first axis, among them a bias or a scale with
-  two axes: that axis is then the stack's, and a kernel of three axes a matrix `[in, out]` of each
-  layer. Scanned models of this library are so. Other kernels stay ambiguous.
+  Below a module called `layers` all arrays have one first axis, and some bias or scale among them
+  has two axes: that axis is then the stack's, and a kernel of three axes has a matrix `[in, out]`
+  per layer. Scanned models of this library are so. Other kernels stay ambiguous.
   """
   groups: dict[str, dict[str, tuple[int, ...]]] = {}
   for path, leaf in paths.leaves(params).items():

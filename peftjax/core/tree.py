@@ -36,7 +36,7 @@ def combine(*trees: Any) -> Any:
 
 
 def tie(params: Any, *, spread: bool = True) -> Any:
-  """`params` with, in every weight that borrows arrays of another leaf or shared node, those.
+  """`params` in which every weight that borrows arrays, of a leaf or a shared node, holds them.
 
   Such a weight names the lender in `of`, and its own children are None, so that an array that
   several weights use is trained, saved and counted once.
@@ -66,20 +66,20 @@ def tie(params: Any, *, spread: bool = True) -> Any:
 def merge(params: Any, *, dense: bool = False) -> Any:
   """Ordinary arrays: every `Weight` replaced by the dense array it stands for.
 
-  What weights shared (VeRA's projections) is left out. A head that is tied to an adapted table gets
-  an array of its own, since the adapter changed the lookup alone: outputs stay what they were.
+  Arrays that weights shared (VeRA's projections) are left out. A head that is tied to an adapted
+  table gets its own array, since the adapter changed the lookup alone: outputs stay what they were.
 
   Args:
     params: a tree of arrays and weights.
     dense: dequantise quantised weights too, which makes them four to eight times as large.
 
   Raises:
-    ValueError: on a quantised weight, alone or under an adapter, unless `dense`; on what stands
-      for no dense array (bottleneck adapters, prefixes, prompts).
+    ValueError: on a quantised weight, alone or under an adapter, unless `dense`; on nodes that
+      stand for no dense array (bottleneck adapters, prefixes, prompts).
   """
   if found := attachments(params):
     raise ValueError(
-      f"{type(found[0]).__name__} cannot be merged: it is no change of a weight. Keep the adapted "
+      f"{type(found[0]).__name__} cannot be merged: it does not change a weight. Keep the adapted "
       "parameters and call pj.apply(model, params, ...)."
     )
 
@@ -127,7 +127,7 @@ def replace_tied(fn: Callable[[str, Tied], Any], params: Any) -> Any:
 
 
 def made_mask(params: Any) -> Any:
-  """True on every array that `attach` made, false on every array the model came with."""
+  """True on every array that `attach` made, False on every array the model came with."""
 
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, Weight):
@@ -144,9 +144,9 @@ def made_mask(params: Any) -> Any:
 
 
 def adapter_mask(params: Any, trainable: Any) -> Any:
-  """True on all that did not come from the pretrained files as it is: made or trained arrays.
+  """True on every array that differs from the pretrained files: made or trained arrays.
 
-  `partition(params, adapter_mask(...))` splits a model into what has to be saved, or swapped
+  `partition(params, adapter_mask(...))` splits a model into the arrays to save, or to swap
   between tasks, and the base that every task shares.
   """
   return jax.tree.map(lambda made, trained: made or trained, made_mask(params), trainable)
@@ -193,7 +193,7 @@ def with_dropout_keys(params: Any, key: jax.Array | None) -> Any:
 
 
 def count(params: Any, mask: Any | None = None) -> int:
-  """Number of parameters (where `mask` holds): padding rows of a stack are not counted.
+  """Number of parameters (where `mask` holds); padding rows of a stack are not counted.
 
   Counts what a model owner would: the arrays of the model and the factors a method trains, not
   scales, ranks and keys.
@@ -205,7 +205,7 @@ def count(params: Any, mask: Any | None = None) -> int:
 
 
 def restore_ranks(chosen: Any, params: Any) -> Any:
-  """Puts each weight's recorded rank back into a tree that a partition has taken it from."""
+  """Puts each weight's recorded rank back into a tree that `partition` has taken it from."""
   fill = lambda c, p: p.with_ranks(c) if isinstance(p, Adapted) else c
   return jax.tree.map(fill, chosen, params, is_leaf=lambda n: n is None or paths.is_leaf(n))
 
@@ -213,4 +213,4 @@ def restore_ranks(chosen: Any, params: Any) -> Any:
 def _true_size(leaf: Any) -> int:
   if isinstance(leaf, Weight | Attachment):
     return leaf.true_size()
-  return sum(x.size for x in jax.tree.leaves(leaf))  # of a box what is in it, if anything
+  return sum(x.size for x in jax.tree.leaves(leaf))  # for a box, the arrays in it, if any

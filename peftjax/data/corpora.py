@@ -40,8 +40,8 @@ def load(
       if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl), as is "e2e", whose
       official CSV files become prompts and completions; "glue/<task>" from
       `glue_dir`/<TASK>/{train,dev}.tsv or, without `glue_dir`, through the `datasets` library.
-    seed: of the splits that are made here.
-    text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts,
+    seed: seed of the splits that are made here.
+    text_column, pair_column, label_column: columns of "files"; a `pair_column` makes pairs,
       without a `label_column` (None) texts have no labels.
     regression: for "files", that labels are numbers and not classes.
     between: for "files" with a `pair_column`, put behind each first text, as "\\nTL;DR:".
@@ -81,14 +81,14 @@ def load(
 
 
 def text_columns(name: str, text_column: str, pair_column: str | None) -> list[str]:
-  """The column of the text, or those of both texts of a pair, as files of that corpus name them."""
+  """The columns of the text, or of both texts of a pair, as files of that corpus name them."""
   if name.startswith("glue/"):
     return list(glue.TASKS[name.removeprefix("glue/")].columns[:-1])
   return [text_column] if name != "files" or pair_column is None else [text_column, pair_column]
 
 
 def _finish(corpus: Corpus, seed: int) -> Corpus:
-  """The corpus without empty texts, with all three splits, and without texts in two of them."""
+  """The corpus without empty texts, with all three splits, and no text in two of them."""
   names = corpus.label_names
   splits = {part: _without_empty(examples) for part, examples in corpus.splits.items()}
   empty = sum(map(len, corpus.splits.values())) - sum(map(len, splits.values()))
@@ -104,5 +104,5 @@ def _finish(corpus: Corpus, seed: int) -> Corpus:
 
 
 def _without_empty(examples: Examples) -> Examples:
-  """The examples that have a text and, of pairs, both."""
+  """The examples with a text and, for pairs, both texts."""
   return examples.take(np.flatnonzero([all(key) for key in examples.keys()]))

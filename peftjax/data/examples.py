@@ -37,7 +37,7 @@ class Examples:
     return self.take(subset(len(self), size, seed))
 
   def keys(self) -> list[tuple[str, ...]]:
-    """What makes two examples duplicates: their texts, every run of whitespace being one space."""
+    """Keys by which two examples are duplicates: the texts, each run of whitespace as one space."""
     columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
     return [tuple(" ".join(text.split()) for text in row) for row in zip(*columns, strict=True)]
 
@@ -45,13 +45,13 @@ class Examples:
 def subset(count: int, size: int | None, seed: int) -> np.ndarray:
   """At most `size` of 0 to `count` - 1, drawn without replacement, ascending; all for None."""
   if size is not None and size < 1:
-    raise ValueError(f"a subset of {size} examples is none; write a number from 1 on, or null")
+    raise ValueError(f"a subset of {size} examples is empty; write a number from 1 on, or null")
   return np.sort(np.random.default_rng(seed).permutation(count)[:size])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-  """A task: its texts in splits, what its labels mean, and how it is scored.
+  """A task: its texts in splits, the meaning of its labels, and its metrics.
 
   Attributes:
     name: the name it was loaded by.

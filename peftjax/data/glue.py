@@ -17,7 +17,7 @@ from peftjax.io import records
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Where a task's columns are: in the official TSV files and in the `datasets` library.
+  """The places of a task's columns: in the official TSV files and in the `datasets` library.
 
   Attributes:
     folder: the official directory.

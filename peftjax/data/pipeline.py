@@ -62,7 +62,7 @@ def batches(
 class Stream:
   """The training batches of all epochs, one after the other, by global step from 0.
 
-  They are the same on every process: which rows it needs is for the sharding of a batch to say.
+  They are the same on every process; the sharding of a batch says which rows a process needs.
 
   Step s is batch s mod S of the plan of epoch ⌊s/S⌋, S being `steps_per_epoch`. Batches depend on
   the step and the arguments alone, so a run that stopped after consuming k batches goes on with
@@ -110,5 +110,5 @@ def _read_step(tokens: Tokens, labels: np.ndarray, pad_id: int, plan: Plan, step
 
 
 def iterate(read: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
-  """`read(i)` for i from `start` to `stop` - 1, ahead, by a thread."""
+  """Yields `read(i)` for i from `start` to `stop` - 1, read ahead by a thread."""
   return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ_AHEAD))

@@ -1,4 +1,4 @@
-"""Texts to token ids: of a classifier's inputs, and of a language model's documents."""
+"""Texts to token ids: for a classifier's inputs, and for a language model's documents."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Tokens:
 
 
 def encode(tokenizer: TextTokenizer, examples: Examples, max_length: int) -> Tokens:
-  """Token ids with the special tokens, at most `max_length` a text (of pairs, a pair).
+  """Token ids with the special tokens, at most `max_length` per text (for pairs, per pair).
 
   Longer texts lose their last tokens (or first, if the model's files say so) but not the special
-  ones; of a pair the longer text loses first.
+  ones; in a pair the longer text loses first.
 
   Raises:
     ValueError: if `max_length` leaves no room beside the special tokens.
@@ -95,13 +95,13 @@ def documents(
 ) -> tuple[list[np.ndarray], list[int]]:
   """Each text, or prompt and completion one after the other, as ids that end in an end-of-text id.
 
-  A document is tokenised as one text, special tokens included: of a pair, `prompt + completion`
+  A document is tokenised as one text, special tokens included; a pair is `prompt + completion`
   with nothing between. The first of `end_ids` comes after it, unless the last id is one already.
 
   Returns:
     int32 arrays, and how many ids of each are prompt: with `completions` the first text of a pair,
     or the first line of a text, which is the title in BBC's articles; else none. A token that has
-    any character of the completion is completion, and so is all after it.
+    any character of the completion is completion, and so are all after it.
   """
   texts, pairs = examples.texts, examples.pairs
   if pairs is None:
@@ -121,7 +121,7 @@ def documents(
 
 
 def _prompt(encoding: Encoding, border: int, length: int) -> int:
-  """How many of `length` ids have no character from `border` on; the end of a text is asked for."""
+  """The number of prompt ids: those of `length` without a character from `border` on."""
   ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)[:, 1]  # 0 of added special tokens
   later = np.flatnonzero(ends > border)
   return int(later[0]) if len(later) else length - 1

@@ -42,12 +42,12 @@ def build(
   path).
 
   Args:
-    modules: all of the model, those that hold others included.
-    conv1d: the linear layers are GPT-2's.
-    tied: head and table, both saved whole, are one.
+    modules: all modules of the model, those that hold others included.
+    conv1d: True if the linear layers are GPT-2's.
+    tied: True if head and table, both saved whole, are one.
 
   Raises:
-    ValueError: if a field differs that cannot, such as a dropout rate.
+    ValueError: if the adapters differ in a field that PEFT has only once, such as a dropout rate.
   """
   adapters = codec.together(adapters)
   names = lambda targets: suffixes(targets, modules)

@@ -1,4 +1,4 @@
-"""Reads adapters from directories of Hugging Face's PEFT library (0.21), as `writer` has them."""
+"""Reads adapters from directories of Hugging Face's PEFT library (0.21); see `writer` for these."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
   """`params` with a PEFT directory's adapters attached and its saved modules put in.
 
   A scanned stack is padded to its largest rank; a layer without an adapter has rank 0, scale 0.
-  Of a tied model, a table or head that alone is saved or adapted is untied, as in peft; with
+  In a tied model, a table or head that is saved or adapted alone is untied, as in peft; with
   `ensure_weight_tying` both are saved as one and stay so.
-  Factors are read as float32, saved modules in the dtype of what they replace.
+  Factors are read as float32, saved modules in the dtype of the arrays they replace.
 
   Args:
     directory: as peft's `save_pretrained` or `save` wrote it.
@@ -37,14 +37,14 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
     model: the module it belongs to.
 
   Returns:
-    `(params, mask)`; the mask is true on all that came from the directory: A, B, saved modules, and
-    a table or head beside its adapter that is another than the model had.
+    `(params, mask)`; the mask is True on all that came from the directory: A, B, saved modules, and
+    a table or head beside its adapter that differs from the model's.
 
   Raises:
-    ValueError: adapters in params; a missing or damaged file; a config field that is not known, of
-      another type, out of its range or of what is not read; a tensor missing, of another shape than
-      model and config mean, or without a place in them; NaN or infinite entries, which peft loads;
-      a head that labels texts, where the model's labels tokens, or the other way round.
+    ValueError: adapters in params; a missing or damaged file; a config field that is unknown, of
+      another type, out of its range or with a value that is not read; a tensor missing, of another
+      shape than model and config mean, or without a place in them; NaN or infinite entries, which
+      peft loads; a head that labels texts where the model's labels tokens, or the other way round.
   """
   if nodes := attachments(params):
     raise ValueError(
@@ -86,13 +86,13 @@ def _check_task(task_type: str | None, model: Any, where: str) -> None:
 
 
 class Reader:
-  """Takes what each parameter has in one directory, and notes what it took.
+  """Takes the arrays of each parameter from one directory, and notes what it took.
 
   Attributes:
-    plan: what the directory holds, checked.
+    plan: the contents of the directory, checked.
     replaced: paths of parameters that were saved whole.
     attached: paths of weights with an adapter.
-    rebased: paths of tables and heads that the directory has other arrays of than the model had.
+    rebased: paths of tables and heads whose arrays in the directory differ from the model's.
   """
 
   def __init__(
@@ -110,13 +110,13 @@ class Reader:
     self.rebased: set[str] = set()
 
   def base(self, params: Any) -> Any:
-    """`params` as the directory's adapter is of: other tables and heads, and untied ones.
+    """`params` as the base of the directory's adapter: its tables and heads, untied where they are.
 
     peft loads a table (or head) that lies beside its adapter over the model's own; a tied one is
     one array in both places.
 
     Raises:
-      ValueError: two tensors of one array that differ; one of a quantised weight.
+      ValueError: two tensors for one array that differ; one for a quantised weight.
     """
     plan = self.plan
     given: dict[str, list[str]] = {}
@@ -205,7 +205,7 @@ class Reader:
     return jnp.stack([jnp.asarray(row) for row in rows])
 
   def _check_one(self) -> None:
-    """Raises `ValueError` if a head and a table that are saved as one differ."""
+    """Raises ValueError if a head and a table that are saved as one differ."""
     plan = self.plan
     names = [plan.name(plan.sites[path][0]) for path in (plan.tied, f"{HEAD}/kernel")]
     table, head = (self._read(name) for name in names)
@@ -219,7 +219,7 @@ class Reader:
     """A tensor of the plan, which has checked its shape.
 
     Raises:
-      ValueError: an entry that is NaN, infinite, or becomes so in `dtype`. peft loads such.
+      ValueError: an entry is NaN, infinite, or becomes so in `dtype`. peft loads such entries.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # told below
       array = self.tensors.read(self.plan.real[name]).astype(dtype)

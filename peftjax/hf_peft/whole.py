@@ -1,4 +1,4 @@
-"""What a PEFT directory holds whole: modules in `modules_to_save`, and bases under adapters."""
+"""The tensors a PEFT directory holds whole: `modules_to_save`, and bases under adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftjax.hf_peft.plan import BASES, HEAD
 from peftjax.models.names import turned
 from peftjax.models.pretrained import stack_of
 
-# What the head labels that each of peft's tasks has, in a model's `labels_of`.
+# Maps each of peft's tasks to what its head labels, as in a model's `labels_of`.
 LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token", "QUESTION_ANS": "span"}
 
 
@@ -40,10 +40,10 @@ class Whole(NamedTuple):
 def collect(
   params: Any, trained: Any | None, family: Any, task_type: str | None, adapted: Collection[str]
 ) -> Whole:
-  """All of each module that has a trained array, and the head of a classifier.
+  """All arrays of each module that has a trained one, and the head of a classifier.
 
   Args:
-    params: less prefixes and prompts.
+    params: parameters without prefixes and prompts.
     trained: a mask over them; without it the head counts as trained, all else as the base's.
     adapted: the modules with an adapter.
 
@@ -77,8 +77,8 @@ def collect(
         if isinstance(leaf, Weight):
           raise ValueError(
             f"{path} is a {type(leaf).__name__} in {unit}, which is saved whole; peft does not "
-            "take both.\nMerge it (pj.merge), or leave it out of the targets or out of what is "
-            "trained."
+            "take both.\nMerge it (pj.merge), or leave it out of the targets or of the "
+            "trained arrays."
           )
         array = np.asarray(leaf[i] if stack_of(path, leaf) else leaf)
         chosen[unit][family.hf_name(layer)] = array.T if turned(family, path) else array
@@ -86,7 +86,7 @@ def collect(
 
 
 def _with_heads(params: Any, family: Any, chosen: Any, bases: Any) -> tuple[Any, Any, bool]:
-  """And the head that is tied to a table among the modules: peft would leave it as it was."""
+  """Adds the head that is tied to a saved table: peft would leave it as it was."""
   tied = False
   for path, head in paths.tied(params).items():
     if (table := _module(family, head.of)) in chosen:
@@ -100,7 +100,7 @@ def _is_table_or_head(path: str) -> bool:
 
 
 def _unit(family: Any, path: str) -> str:
-  """What peft wraps: the whole head (`classifier`), or one module of the body."""
+  """The module that peft wraps: the whole head (`classifier`), or one module of the body."""
   module = _module(family, path)
   return module.partition(".")[0] if path.startswith("head/") else module
 

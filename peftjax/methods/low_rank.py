@@ -1,4 +1,4 @@
-"""What LoRA and its kin share: a product of two thin factors beside every targeted weight."""
+"""The common part of LoRA and its kin: a product of two thin factors beside a targeted weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peftjax.methods.lora_weight import LoRA
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Method):
-  """h = W x + s B A x: the fields that every low-rank method has, and how it attaches.
+  """h = W x + s B A x: the fields of every low-rank method, and how it attaches.
 
   Args:
     rank: r.
@@ -31,10 +31,10 @@ class LowRank(Method):
     dropout: rate on the branch's input, rounded to 1/256.
     rank_pattern, alpha_pattern: patterns to another r or α; the first match wins. The layers of a
       scanned stack go by the unrolled model's names: `.*/layers_3/.*`.
-    dtype: of what is trained.
+    dtype: dtype of the trained arrays.
   """
 
-  # What every targeted weight becomes.
+  # The leaf that every targeted weight becomes.
   leaf: ClassVar[Any] = LoRA
 
   rank: Size = 8
@@ -50,15 +50,15 @@ class LowRank(Method):
     return paths.select(params, self.targets, layout=layout)
 
   def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
-    """Every targeted weight becomes a `leaf` around it; the branch is 0, so outputs stay.
+    """Puts a `leaf` around every targeted weight; the branch is 0, so outputs stay.
 
     Args:
       key: folded with each leaf's path, so another rule elsewhere changes nothing here.
       params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
-      layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+      layout: axes of kernels with more than two axes; see `peftjax.linen.layout`.
 
     Raises:
-      ValueError: a target that matches nothing or is no matrix; a rank above the matrix's; a
+      ValueError: a target that matches nothing or is not a matrix; a rank above the matrix's; a
         pattern that matches no target; a leaf that has an adapter already; a kernel of more than
         two axes without `layout`.
     """
@@ -86,12 +86,12 @@ class LowRank(Method):
   def _factors(
     self, key: jax.Array, rank: int, n_in: int, n_out: int, is_table: bool
   ) -> dict[str, tuple[jax.Array, int | None]]:
-    """What the leaf has of one layer beside its base, whose product is zero, with r's axis."""
+    """The leaf's arrays for one layer beside its base, whose product is zero, with r's axis."""
     a, b = lora_init.factors(key, self._init(), rank, n_in, n_out, is_table, self.dtype)
     return {"a": (a, -2), "b": (b, -1)}
 
   def _init(self) -> str:
-    """How A and B begin; see `lora_init.factors`."""
+    """The initialisation of A and B; see `lora_init.factors`."""
     return "kaiming"
 
   def _scale(self, alpha: float, rank: int) -> float:

@@ -28,11 +28,11 @@ from peftjax.quant.weight import Quantized
 def save(directory: str | os.PathLike, params: Any, model: Any, config: Mapping[str, Any]) -> None:
   """Writes a model that `AutoModelForCausalLM.from_pretrained` loads with 4-bit linear layers.
 
-  Codes and scales are written as they are: what is loaded dequantises to the same numbers.
+  Codes and scales are written as they are: the loaded weights dequantise to the same numbers.
 
   Args:
     directory: new or empty; it appears whole or not at all.
-    params: of a model whose kernels are quantised by one `pj.quant.nf4(...)` or
+    params: parameters of a model whose kernels are quantised by one `pj.quant.nf4(...)` or
       `pj.quant.fp4(...)`; dense leaves are written in their own dtype. Layers unrolled or scanned.
     model: the module it belongs to; `model.config.family` names the torch modules.
     config: the base's `config.json`, for example `safetensors_dir.read_config(base)`.
@@ -85,7 +85,7 @@ def _tensors(
 
 
 def _format(path: str, leaf: Weight) -> Format:
-  """Of a leaf that can be written."""
+  """The format of a leaf, if it can be written."""
   if not isinstance(leaf, Quantized):
     raise ValueError(
       f"{path} is a {type(leaf).__name__}, and this writes no adapters: save them with "
@@ -99,7 +99,7 @@ def _format(path: str, leaf: Weight) -> Format:
     )
   if leaf.shape[-2] % leaf.fmt.block_size:
     raise ValueError(
-      f"{path} {leaf.shape} has {leaf.shape[-2]} inputs, no multiple of the block size "
+      f"{path} {leaf.shape} has {leaf.shape[-2]} inputs, not a multiple of the block size "
       f"{leaf.fmt.block_size}, and bitsandbytes' blocks would run across its columns. Quantise it "
       "with a block size that divides them, or leave it out of `where`."
     )

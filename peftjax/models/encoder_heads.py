@@ -1,4 +1,4 @@
-"""Heads of encoders: what an encoder gives of a text, or of each token, to labels."""
+"""Heads of encoders: from a text's features, or each token's, to labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftjax.nn.linear import Linear
 
 
 class DenseHead(nn.Module):
-  """Dropout, dense, an activation, dropout, projection: RoBERTa's and ELECTRA's."""
+  """Dropout, dense, an activation, dropout, projection: the head of RoBERTa and ELECTRA."""
 
   config: Any
   activation: Callable[[jax.Array], jax.Array]
@@ -43,12 +43,12 @@ def _span(c: Any, x: jax.Array, keys: Any) -> jax.Array:
 
 
 def _relu(c: Any, x: jax.Array, keys: Any) -> jax.Array:
-  """DistilBERT's: dense, ReLU, dropout, projection."""
+  """DistilBERT's head: dense, ReLU, dropout, projection."""
   return _plain(c, jax.nn.relu(Linear(c.width, name="pre_classifier")(x)), keys)
 
 
 class ContextPooler(nn.Module):
-  """DeBERTa's: act(dense(dropout(first token)))."""
+  """DeBERTa's pooler: act(dense(dropout(first token)))."""
 
   config: Any
 
@@ -63,7 +63,7 @@ def _context(c: Any, x: jax.Array, keys: Any) -> jax.Array:
   return _plain(c, ContextPooler(c, name="pooler")(x, keys[1]), keys)
 
 
-# Heads of whole texts, by the name that `bert.KINDS` has for them; of tokens, the same for all.
+# Heads for whole texts, by the name that `bert.KINDS` has for them. Tokens have the same for all.
 HEADS: Mapping[str, Callable[..., jax.Array]] = {
   "plain": _plain,
   "tanh": _dense(jnp.tanh),
@@ -75,7 +75,7 @@ OF_TOKENS: Mapping[str, Callable[..., jax.Array]] = {"token": _plain, "span": _s
 
 
 class Head(nn.Module):
-  """What the body gives, `[B, D]` or of each token `[B, T, D]`, to logits `[..., labels]`."""
+  """The body's features, `[B, D]` or for each token `[B, T, D]`, to logits `[..., labels]`."""
 
   config: Any
 

@@ -15,7 +15,7 @@ from peftjax.core import paths
 from peftjax.core.attachment import Attachment, is_attachment
 from peftjax.nn.mask import AttentionMask
 
-# Paths of the nodes that were read so far in the call of a model that `all_read` surrounds.
+# Paths of the nodes that have been read so far in a model's call inside `all_read`.
 _read: ContextVar[set[str]] = ContextVar("_read")
 
 
@@ -23,7 +23,7 @@ class Prefix(Attachment):
   """Keys and values of P virtual tokens, the parameter `prefix` of an attention module.
 
   Attributes:
-    keys, values: `[*stack, P, K·H]`; of rotary models after the rotation.
+    keys, values: `[*stack, P, K·H]`; in rotary models after the rotation.
   """
 
   keys: Any
@@ -48,13 +48,13 @@ class Prompt(Attachment):
     return self.embeddings.shape[-2]
 
   def put_before(self, x_BTD: jax.Array) -> jax.Array:
-    """The embeddings of a text, `[B, P + T, D]`, behind these."""
+    """The embeddings of a text, `[B, P + T, D]`, after these."""
     return _before(self.embeddings, x_BTD)
 
 
 @contextlib.contextmanager
 def all_read(params: Any) -> Iterator[None]:
-  """Around the call of a model.
+  """A context around the call of a model.
 
   Raises:
     ValueError: on leaving, if no module has read one of the prefixes and prompts in `params`.
@@ -87,7 +87,7 @@ def with_prefix(
 ) -> tuple[jax.Array, jax.Array, AttentionMask]:
   """Keys, values and mask with the module's prefix, if it has one, before them.
 
-  Every token of a text attends to it: of whatever document in a packed row, however far behind.
+  Every token of a text attends to it: from any document in a packed row, however far behind.
   """
   prefix = _own(module, "prefix")
   if not isinstance(prefix, Prefix):
@@ -97,7 +97,7 @@ def with_prefix(
 
 
 def prefix_length(module: nn.Module) -> int:
-  """P of the prefixes inside the module, 0 if there are none: by how much positions are shifted."""
+  """P of the prefixes inside the module, 0 if there are none: the shift of positions."""
   return _longest(_params(module), Prefix)
 
 
@@ -108,13 +108,13 @@ def prompt_of(module: nn.Module) -> tuple[Prompt | None, int]:
 
 
 def with_prompt(module: nn.Module, x_BTD: jax.Array, positions: jax.Array) -> jax.Array:
-  """Embeddings behind the module's prompt, where there are positions for it: not in mid-text."""
+  """Embeddings after the module's prompt, where there are positions for it: not in mid-text."""
   prompt = _own(module, "prompt")
   return x_BTD if positions.shape[1] == x_BTD.shape[1] else prompt.put_before(x_BTD)
 
 
 def length(params: Any) -> int:
-  """Virtual tokens, of prompts and prefixes, among the parameters of a model."""
+  """The number of virtual tokens, in prompts and prefixes, among the parameters of a model."""
   found = jax.tree.leaves(params, is_leaf=is_attachment)
   return sum(
     max((n.length for n in found if isinstance(n, kind)), default=0) for kind in (Prefix, Prompt)

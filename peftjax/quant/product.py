@@ -28,11 +28,11 @@ def product(
 
   Args:
     eqn: two operands; every axis of x is in W or in the result.
-    fmt, axis: of the weight.
-    spec: the mesh axes that its last axes are split over; () if that is not known. What is split
-      over the data axes is gathered for the product as codes, a byte for two weights.
+    fmt, axis: format and block axis of the weight.
+    spec: the mesh axes that its last axes are split over; () if that is not known. Parts split
+      over the data axes are gathered for the product as codes, a byte for two weights.
     x: activations. The gradient is with respect to them alone.
-    codes, scales: of the frozen weight.
+    codes, scales: arrays of the frozen weight.
   """
   return _product(eqn, fmt, axis, spec, x, codes, scales)
 
@@ -83,7 +83,7 @@ def _einsum_of_pairs(eqn: str, x: jax.Array, halves: jax.Array, axis: int) -> ja
 
 
 def _place(letter: str, subscripts: str, ndim: int) -> int:
-  """Which axis of `ndim` a letter names; an ellipsis may stand for some."""
+  """The axis, of `ndim`, that a letter names; an ellipsis may stand for some."""
   before, _, after = subscripts.partition(letter)
   return ndim - 1 - len(after) if "." in before else len(before)
 
@@ -94,7 +94,7 @@ def opened(fmt: Format, axis: int, spec: Any, codes: Any, scales: Any, x: jax.Ar
 
 
 def _closed(spec: tuple[Any, ...], codes: Any, scales: Any, x: jax.Array) -> tuple[Any, Any]:
-  """Codes and scales, not before x is there; whole along what "data" and "fsdp" split."""
+  """Codes and scales, not before x is there; whole along the parts of "data" and "fsdp"."""
   arrays: tuple[Any, Any] = tied((codes, scales), x)
   if not spec:
     return arrays

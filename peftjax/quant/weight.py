@@ -21,10 +21,10 @@ class Quantized(Weight):
   """W = value(codes) · absmax of their block, for a kernel `[*stack, in, out]` or a table `[V, D]`.
 
   Attributes:
-    codes: uint8 `[*stack, in/2, out]`, two a byte, or `[*stack, in, out]` of eight bits.
+    codes: uint8 `[*stack, in/2, out]`, two per byte, or `[*stack, in, out]` for eight bits.
     scales: float32 `[*stack, ⌈in/block_size⌉, out]`, or `DoubleScales` of this shape.
-    fmt: what they mean.
-    axis: of the blocks and the pairs, the contraction axis: -2 of a kernel, -1 of a table.
+    fmt: the format of codes and scales.
+    axis: axis of the blocks and the pairs, the contraction axis: -2 for a kernel, -1 for a table.
     dense_dtype: name of the dtype that the weight was quantised from and `materialize` returns.
   """
 
@@ -90,7 +90,7 @@ class Quantized(Weight):
     return jax.checkpoint(run)(x, self)
 
   def transposed(self) -> Quantized:
-    """Wᵀ of a matrix, of the same codes: blocks and pairs run along the axis they ran along."""
+    """Wᵀ of a matrix, with the same codes: blocks and pairs run along the axis they ran along."""
     scales = self.scales
     turned = scales.replace(codes=scales.codes.T) if isinstance(scales, DoubleScales) else scales.T
     names = self.names and self.names[::-1]

@@ -1,4 +1,4 @@
-"""Arrays to classes, or to numbers: the task of a module of one's own."""
+"""Arrays to classes, or to numbers: the task of a module of your own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Arrays:
     """One part, "train".
 
     Raises:
-      ValueError: no rows, another number of labels, or labels that are no vector of numbers.
+      ValueError: no rows, another number of labels, or labels that are not a vector of numbers.
     """
     rows, labels = np.asarray(rows), np.asarray(labels)
     kind = "int32" if np.issubdtype(labels.dtype, np.integer) else "float32"
@@ -68,12 +68,12 @@ class Arrays:
     return f"<arrays: inputs {rows.shape} {rows.dtype}, labels {labels.dtype}>"
 
   def task(self, held_out: Arrays | None, seed: int) -> Arrays:
-    """As a run trains on it; `held_out` is its validation part."""
+    """The data as a run trains on it; `held_out` is its validation part."""
     more = {} if held_out is None else {"validation": held_out.parts["train"]}
     return Arrays({**self.parts, **more})
 
   def layout(self, model: nn.Module) -> Layout:
-    """Of the model, called with one row."""
+    """The layout of the model, called with one row."""
     row = self.parts["train"][0][:1]
     return linen.layout(model, jax.ShapeDtypeStruct(row.shape, row.dtype))
 

@@ -1,4 +1,4 @@
-"""What a run is made of, built from its settings: texts as tokens, and a model with its method."""
+"""Parts of a run, built from its settings: texts as tokens, and a model with its method."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TASKS: Mapping[str, Any] = {
 
 
 class Attached(NamedTuple):
-  """A model with a method attached; `mask` is what trains."""
+  """A model with a method attached; `mask` marks the trained arrays."""
 
   module: nn.Module
   params: Any
@@ -41,7 +41,7 @@ class Attached(NamedTuple):
 
 
 def task(settings: Settings) -> Task:
-  """Data, loss and metrics of what the config asks for."""
+  """The data, loss and metrics that the config asks for."""
   return TASKS[settings.task].load(settings)
 
 
@@ -79,13 +79,13 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
 
 
 def attach_key(seed: int) -> jax.Array:
-  """What a method draws its arrays by."""
+  """The key that a method draws its arrays with."""
   return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 @functools.lru_cache(maxsize=16)  # a sweep attaches to one model many times
 def layout(module: nn.Module) -> Layout:
-  """Of a model of ours; only to be read."""
+  """The layout of a model of this library; only to be read."""
   return linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
 
 
@@ -102,9 +102,9 @@ def mesh_of(text: str) -> Mesh | None:
 
 
 def resolve(path: str | Path) -> Path:
-  """A workdir as an absolute path; ValueError for one that is empty or names no user's home.
+  """A workdir as an absolute path; ValueError for an empty path or an unknown user's home.
 
-  Also for one in a bucket: those who can do with one ask `mirror.where`.
+  A bucket is refused, too: callers that can work in one use `mirror.where`.
   """
   if bucket.url(path):
     raise ValueError(

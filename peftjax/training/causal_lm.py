@@ -36,7 +36,7 @@ class LanguageModelling:
   """Packed rows by part; see `task.Task`.
 
   Attributes:
-    name: of the corpus.
+    name: name of the corpus.
     rows: "train", "validation" and "test", and "other", held-out text of another domain.
     idle: rows that training leaves out.
   """
@@ -119,7 +119,7 @@ class LanguageModelling:
 
 
 def load(settings: Settings) -> LanguageModelling:
-  """Reads, tokenises and packs the corpus and, for what is forgotten, another one's test texts."""
+  """Reads, tokenises and packs the corpus and, to measure forgetting, another one's test texts."""
   wanted = settings.data
   path = settings.model.path()
   pretrained.check_decoder(path)

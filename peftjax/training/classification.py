@@ -61,7 +61,7 @@ class Classification:
 
   @property
   def outputs(self) -> int:
-    """Of the head: one a class, or one number."""
+    """The number of the head's outputs: one per class, or one number."""
     return len(self.corpus.label_names) or 1
 
   @property

@@ -34,7 +34,7 @@ def rows_of(
   Args:
     predict: a jitted function of a batch; compiled once for each of `buckets`.
     tokens: N examples.
-    buckets, batch_size, pad_id: of the batches; see `peftjax.data`.
+    buckets, batch_size, pad_id: parameters of the batches; see `peftjax.data`.
   """
   plan = batch_plan(tokens.lengths, buckets, batch_size, seed=0, epoch=0, shuffle=False)
   labels = np.zeros(len(tokens), np.int32)

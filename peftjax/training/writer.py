@@ -26,16 +26,16 @@ class Writer:
   """The best checkpoint of a `causal_lm` run in `workdir`, ready to continue texts.
 
   Args:
-    workdir: of the run.
+    workdir: workdir of the run.
     adapted: False for the model as it was before training.
 
   Attributes:
-    path: of the pretrained model.
+    path: path of the pretrained model.
     model, params: with the trained adapter.
-    mask: true on what was trained.
+    mask: true on the trained arrays.
 
   Raises:
-    ValueError: if `workdir` holds no trained language model, or the pretrained one is another now.
+    ValueError: if `workdir` holds no trained language model, or the pretrained one has changed.
   """
 
   def __init__(self, workdir: str | Path, *, adapted: bool = True):
@@ -99,9 +99,9 @@ class Writer:
     seed: int = 0,
     as_chat: bool = False,
   ) -> list[str]:
-    """What follows each prompt; with `as_chat`, the answer to it as a user's message.
+    """The continuation of each prompt; with `as_chat`, the answer to it as a user's message.
 
-    A prompt and what is written after it are together the text of all ids.
+    A prompt and its continuation are together the text of all ids.
 
     Raises:
       ValueError: if a prompt has no ids, or the model has no chat template for it.
@@ -115,7 +115,7 @@ class Writer:
       raise ValueError(
         f"the prompt {prompts[ids.index([])]!r} has no tokens of {self.path}: write some text"
       )
-    # A length of its own would be a program of its own.
+    # Each length of its own would be a program of its own.
     length = -(-max(map(len, ids)) // 16) * 16
     tokens = np.full((len(ids), length), self._end[0], np.int32)
     mask = np.zeros((len(ids), length), bool)
@@ -139,13 +139,13 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-  """Of `generation_config.json`."""
+  """The fields that are read of `generation_config.json`."""
 
   eos_token_id: Count | list[Count] | None = None
 
 
 def _stop_ids(path: Path) -> tuple[int, ...]:
-  """What `generation_config.json` says ends a text: of chat models, more than `config.json`."""
+  """The ids that end a text, by `generation_config.json`: chat models have more than one."""
   where = path / "generation_config.json"
   if path.suffix == ".gguf" or not where.exists():
     return ()

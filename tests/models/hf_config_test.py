@@ -95,7 +95,7 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
     ("bert_tiny", {"id2label": None, "num_labels": 2**30}, "num_labels is 1073741824; it must be"),
     ("bert_tiny", {"hidden_act": "mish"}, "hidden_act is 'mish'; it must be one of gelu"),
     ("bert_tiny", {"add_cross_attention": True}, "add_cross_attention is True; only encoders"),
-    ("roberta_tiny", {"pad_token_id": None}, "pad_token_id is None; positions start behind it"),
+    ("roberta_tiny", {"pad_token_id": None}, "pad_token_id is None; positions start after it"),
     ("roberta_tiny", {"max_position_embeddings": 2}, "pad_token_id is 1; .* from 0 to 0"),
     ("llama_tiny", {"num_key_value_heads": 4}, "num_key_value_heads is 4; it must divide num_atte"),
     ("llama_tiny", {"head_dim": 7}, "head_size is 7; .* even"),

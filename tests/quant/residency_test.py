@@ -119,12 +119,14 @@ def grows(name, sharding=None):
   return (temporaries(8) - temporaries(2)) / 6
 
 
+@pytest.mark.fast_for("traced|scan and remat|DoRA, decode")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_dense_weight_stays(name):
   """Less than half a dense weight a layer."""
   assert grows(name) < DENSE / 2
 
 
+@pytest.mark.fast_for("decode|accumulation")
 @pytest.mark.parametrize("name", ["unrolled", "decode", "accumulation", "DoRA, decode"])
 def test_without_the_data_dependence_they_stay(name, monkeypatch):
   """What the test above would miss if it could not fail."""

@@ -123,6 +123,7 @@ def whole(name):
   return two_updates(name, (ROWS,))
 
 
+@pytest.mark.fast_for("causal_lm-sizes1.*|classes.*")
 @pytest.mark.parametrize(
   ("name", "sizes", "devices"),
   [

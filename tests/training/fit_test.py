@@ -41,6 +41,7 @@ def encoder(model_dir):
   return pj.load_pretrained(model_dir, num_labels=3, key=jax.random.fold_in(KEY, 0))
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_the_numbers_are_those_of_a_run(finished, splits, corpus, model_dir, encoder, tmp_path):
   """Losses, rates, scores and the choice of the best, to the bit; the workdir has them too."""
   names = ["business", "sport", "tech"]
@@ -180,7 +181,7 @@ def test_a_history_draws_itself():
     (["a", "b"], ["x", "x"], {}, r"the classes are \['x'\].*two"),
     (["a", "b"], ["x", "z"], {"label_names": ["x", "y"]}, "label 'z' is none of the classes"),
     (["a"], None, {"label_names": ["x"]}, "label_names without labels"),
-    (["a", "b"], [0.5, float("nan")], {}, "nan is no finite number"),
+    (["a", "b"], [0.5, float("nan")], {}, "nan is not a finite number"),
     (["a", "b"], [0, 1], {"max_length": 0}, "max_length=0: write a whole number"),
     (["a", "b"], [0, 1], {"tokenizer": "no/model"}, "no folder no/model"),
   ],
@@ -205,7 +206,7 @@ def test_data_of_another_model_are_refused(encoder, few, decoder):
   plain = pj.texts(["1 2"], tokenizer=decoder)
   with pytest.raises(ValueError, match="BertClassifier takes texts with labels"):
     pj.fit(model, params, METHOD, plain)
-  with pytest.raises(ValueError, match=r"data is a list; give what pj\.texts"):
+  with pytest.raises(ValueError, match=r"data is a list; give the result of pj\.texts"):
     pj.fit(model, params, METHOD, ["a text"])
   with pytest.raises(ValueError, match="give two of a kind"):
     pj.fit(model, params, METHOD, few, eval_data=plain)
