@@ -71,7 +71,7 @@ def test_paper_header_says_what_one_has_to_know(name):
   """Command, hardware, time, what to expect from which table, and what differs here."""
   header = module(name).__doc__
   assert f"python -m experiments.train --config=configs/paper/{name}.py" in header
-  for word in ("arxiv", "table", "hardware", "time", "seeds", "what differs", "--workdir"):
+  for word in ("arxiv", "table", "hardware", "time", "seeds", "differences", "--workdir"):
     assert word in header.lower()
   for choice in module(name).CHOICES:
     assert f"{choice}: " in header

@@ -14,7 +14,7 @@ Hardware: one V100. Time, table 15, of MNLI: 117 minutes an epoch. Expected, SST
 and 5: adalora 95.80, prune-lora 94.50, sensitivity 95.30, magnitude 95.41, lora-regu 94.61,
 svd-lora 95.18, no-penalty 95.10.
 
-What differs here: as in adalora_glue.py, whose settings these are.
+Differences here: as in adalora_glue.py, whose settings these are.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ Hardware: one V100. Time: not given. Expected, dev set, table 1 (MNLI m/mm, QQP 
   lora, 576      90.65/90.69  94.95  69.82  91.99/89.38  93.87  85.20  89.95  91.60
   lora, 144      90.30/90.38  94.95  68.71  91.61/88.91  94.03  85.56  89.71  91.68
 
-What differs here: the learning rates of the baselines are not verified: LoRA's are those of
+Differences here: the learning rates of the baselines are not verified: LoRA's are those of
 adalora_glue.py, the others' those of configs/classify.py. Epochs, batch, tokens and sizes are the
 paper's. Half of the dev set chooses the epoch and the other half is reported.
 """

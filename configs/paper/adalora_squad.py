@@ -21,7 +21,7 @@ and 85.4/88.4 of 2.0):
   2.0 lora     84.7/87.5  83.6/86.7  84.5/87.4  85.0/88.0
   2.0 adalora  85.6/88.7  85.7/88.8  85.5/88.6  86.0/88.9
 
-What differs here: α, windows and the warm-up of the learning rate are those of the release's script
+Differences here: α, windows and the warm-up of the learning rate are those of the release's script
 for 2.0, for 1.1 too. The learning rates of what is not AdaLoRA are not verified: LoRA's is
 AdaLoRA's, the others' are those of configs/classify.py. Weight decay is configs/answer.py's.
 """

@@ -14,7 +14,7 @@ Hardware and time: not given. Expected, dev set, table 2:
   houlsby-64   89.9  96.2  88.7  66.5  94.7  92.1  83.4  91.0
   houlsby-8    90.3  96.3  87.7  66.3  94.7  91.5  72.9  91.5
 
-What differs here: the order of the epochs in the paper's rows is taken to be that of its table's
+Differences here: the order of the epochs in the paper's rows is taken to be that of its table's
 columns. The release's swish is GELU here. Weight decay and warm-up are those of lora_roberta.py.
 Half of the dev set chooses the epoch and the other half is reported.
 """

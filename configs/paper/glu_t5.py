@@ -11,7 +11,7 @@ Seeds: one.
 Hardware and time: not given. Expected of GEGLU: GLUE 84.12 (table 2), SuperGLUE 73.96 (table 3),
 SQuAD 83.55/91.12 (table 4), each task at its best checkpoint.
 
-What differs here: AdamW stands for Adafactor. A batch has 128 rows, which were 512 tokens each in
+Differences here: AdamW stands for Adafactor. A batch has 128 rows, which were 512 tokens each in
 pretraining (65,536 tokens). The paper freezes the embeddings in fine-tuning, as is done here. The
 dropout of 0.1 is the checkpoint's.
 """

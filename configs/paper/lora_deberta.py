@@ -11,7 +11,7 @@ Seeds: the paper has five, whose median it prints: --config.seed=0 to 4.
 Hardware and time: not given. Expected, dev set, table 2: MNLI 91.9, SST-2 96.9, MRPC 92.6, CoLA
 72.4, QNLI 96.0, QQP 92.9, RTE 94.9, STS-B 93.0.
 
-What differs here: MRPC, RTE and STS-B start from the plain model and not from the adapter of MNLI.
+Differences here: MRPC, RTE and STS-B start from the plain model and not from the adapter of MNLI.
 The warm-up is a share of 0.1, as the paper has it; the scripts count steps. Rank and α are the
 scripts' 16 and 32, which alone give the paper's 4.7 million parameters; its table has 8 and 8. Half
 of the dev set chooses the epoch and the other half is reported.

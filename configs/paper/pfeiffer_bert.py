@@ -10,7 +10,7 @@ Seeds: not given. DIR is BERT-base (table 3) or RoBERTa-base (table 4), 768 wide
 Hardware and time: not given. Expected, dev accuracy of MNLI with a factor of 16: 84.32 (BERT),
 86.06 (RoBERTa).
 
-What differs here: the paper stops early, and here the best of 30 epochs is kept. Batch and tokens
+Differences here: the paper stops early, and here the best of 30 epochs is kept. Batch and tokens
 are not verified. Half of the dev set chooses the epoch and the other half is reported.
 """
 

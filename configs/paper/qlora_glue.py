@@ -10,7 +10,7 @@ Seeds: not given.
 Hardware and time: not given. Expected, the mean of accuracies, table 3: LoRA in 16 bits 88.8, int8
 88.8, fp4 88.6.
 
-What differs here: the paper's settings for GLUE are not known. All are those of LoRA for
+Differences here: the paper's settings for GLUE are not known. All are those of LoRA for
 RoBERTa-large, lora_roberta.py, but for the layers: all linear ones, as QLoRA has them elsewhere.
 """
 

@@ -11,7 +11,7 @@ Hardware and time: not given. Expected, ROUGE-L, table 3, 80M to 11B: LoRA in 16
 47.1 55.4 60.7, int8 40.4 42.9 45.4 56.5 60.7, fp4 40.3 42.4 47.5 55.6 60.9, nf4 40.4 42.7 47.7
 55.3 60.9.
 
-What differs here: rank (16, of xl and xxl 64), α (64) and no dropout are from notes on the paper;
+Differences here: rank (16, of xl and xxl 64), α (64) and no dropout are from notes on the paper;
 learning rate, steps and batch are not known, and are those of configs/paper/qlora_llama.py for 7B.
 """
 

@@ -10,7 +10,7 @@ Seeds: the paper has the median of five: --config.seed=0 to 4.
 Hardware and time: not given. Expected, dev set, table 2: MNLI/SST-2 full 87.6/94.6, bitfit
 84.7/93.7, prefix 86.3/94.0, lora 87.2/94.2, adapter 87.2/94.2.
 
-What differs here: the sizes of prefix, LoRA and adapters are 16, 8 and 16, of which only the last
+Differences here: the sizes of prefix, LoRA and adapters are 16, 8 and 16, of which only the last
 is from the release; those of table 2 are not verified. MAM, of a prefix and of parallel adapters at
 once, is no method of a config. The release scores 1,600 examples of the dev set; here half of it
 chooses the epoch and the other half is reported.
