@@ -6,9 +6,13 @@
 model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
 quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8.
 method: lora, dora, adalora, ia3, adapters, vera, prefix, prompt, full.
-data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text per row in
+data: bbc, sentiment, e2e with the official CSV files of E2E NLG in --config.data.train_file and so
+  on, or files with --config.data.train_file=train.jsonl, one text per row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column,
-  which are put together as they are: a space between them belongs to one of the two.
+  which are put together as they are: a space between them belongs to one of the two, or to
+  --config.data.between. Summaries, as XSum's: text_column=document, pair_column=summary,
+  between=" TL;DR:" and a max_length that documents fit in, as of what is longer the rest comes
+  without its beginning.
 Every field of the method (help(pj.lora)) and of the sections in peftjax/training/settings.py is a
 flag: --config.method.rank=4, --config.method.rank_pattern='("q_proj=16",)'.
 
@@ -65,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train=dict(
       batch_size=4,
       epochs=1.0,
-      steps=None if data == "files" else 60,  # goes before epochs
+      steps=None if data in ("files", "e2e") else 60,  # goes before epochs
       eval_batch_size=4,
       log_every=5,
       save_every=20,

@@ -6,14 +6,15 @@
 
 A .csv, .tsv or .jsonl file has the columns that the run was trained on, its labels aside; any other
 file has one text per line. Prints one line per text: the label, its probability and the text (for
-a regression, the value); for pairs, both texts.
+a regression, the value); for pairs, both texts. For a run of configs/tag.py it prints one word and
+its tag per line, and an empty line after each text.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
 
@@ -54,8 +55,12 @@ def main(argv: list[str]) -> None:
 
   predictor = Predictor(WORKDIR.value, FACTORY.value)
   given = read(predictor, TEXT.value, PAIR.value, FILE.value)
-  rows = []
-  for i, logits in enumerate(predictor.logits(*given)):
+  rows: list[dict[str, Any]] = []
+  if predictor.settings.task == "tag":
+    for text, tags in zip(given.texts, predictor.tags(given.texts), strict=True):
+      rows.append({"words": text.split(), "tags": tags})
+      print("\n".join(map("\t".join, zip(text.split(), tags, strict=True))), end="\n\n")
+  for i, logits in enumerate(() if rows else predictor.logits(*given)):
     row = {"text": given.texts[i]} | ({} if given.pairs is None else {"pair": given.pairs[i]})
     shown = "\t".join(re.sub(r"[\t\r\n]", " ", text) for text in row.values())  # one line per text
     if not predictor.labels:

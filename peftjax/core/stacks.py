@@ -14,8 +14,8 @@ def of_stacks(params: Any, layout: Layout | None) -> Layout:
 
   Below a module called `layers` all arrays have one first axis, among them a bias or a scale with
   two axes: that axis is then the stack's, and below one called `experts` all have one as well. The
-  rest of a kernel is a matrix `[in, out]` per layer and expert. Models of this library are so. Other
-  kernels stay ambiguous.
+  rest of a kernel is a matrix `[in, out]` per layer and expert. Models of this library are so.
+  Other kernels stay ambiguous.
   """
   groups: dict[str, dict[str, tuple[int, ...]]] = {}
   for path, leaf in paths.leaves(params).items():

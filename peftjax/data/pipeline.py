@@ -22,9 +22,9 @@ def read_batch(
 
   Returns:
     "tokens" int32 [B, T], "mask" bool [B, T] (true at tokens), "types" int32 [B, T], "labels" [B]
-    in their dtype, "weights" float32 [B] (1, or 0 for an empty row). An empty row has label 0 and
-    only `pad_id`, but its mask is true in the first place: a softmax over nothing would be NaN,
-    which weight 0 does not remove.
+    or, if each token has one, [B, T] in their dtype, "weights" float32 [B] (1, or 0 for an empty
+    row). An empty row has label 0 and only `pad_id`, but its mask is true in the first place: a
+    softmax over nothing would be NaN, which weight 0 does not remove.
   """
   real_B = index_B >= 0
   rows_B = np.where(real_B, index_B, 0)
@@ -35,9 +35,13 @@ def read_batch(
   batch = {
     "tokens": np.where(mask_BT, tokens.ids[at_BT], np.int32(pad_id)),
     "types": np.where(mask_BT, tokens.types[at_BT], np.uint8(0)).astype(np.int32),
-    "labels": np.where(real_B, labels[rows_B], labels.dtype.type(0)),
+    "labels": np.where(
+      real_B[:, None] if labels.ndim > 1 else real_B, labels[rows_B], labels.dtype.type(0)
+    ),
     "weights": real_B.astype(np.float32),
   }
+  if labels.ndim > 1:
+    batch["labels"] = batch["labels"][:, :length]
   mask_BT[~real_B, 0] = True
   return batch | {"mask": mask_BT}
 
@@ -65,7 +69,7 @@ class Stream:
   `iterate(k, stop)`, whatever had been read ahead.
 
   Args:
-    tokens, labels: N examples; labels int32 or float32 [N].
+    tokens, labels: N examples; labels int32 or float32 [N], or [N, max_length] of each token.
     buckets, batch_size, seed: see `plan.batch_plan`.
     pad_id: the token id of padding.
 

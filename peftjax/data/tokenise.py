@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
@@ -45,24 +47,45 @@ def encode(tokenizer: TextTokenizer, examples: Examples, max_length: int) -> Tok
     ValueError: if `max_length` leaves no room beside the special tokens.
   """
   pairs = examples.pairs
-  special = tokenizer.backend.num_special_tokens_to_add(pairs is not None)
+  inputs = examples.texts if pairs is None else list(zip(examples.texts, pairs, strict=True))
+  with truncated(tokenizer, max_length, pairs=pairs is not None, side=tokenizer.truncation_side):
+    return joined(tokenizer, tokenizer.encodings(inputs))
+
+
+@contextlib.contextmanager
+def truncated(
+  tokenizer: TextTokenizer, max_length: int, *, pairs: bool, side: str = "right", **how: Any
+) -> Iterator[None]:
+  """Encodings have at most `max_length` tokens.
+
+  Args:
+    pairs: of texts; the longer loses first, unless `how` says otherwise.
+    side: where texts are cut.
+    **how: of `tokenizers.Tokenizer.enable_truncation`.
+
+  Raises:
+    ValueError: if `max_length` leaves no room beside the special tokens.
+  """
+  special = tokenizer.backend.num_special_tokens_to_add(pairs)
   # Below this the library would, without a word, not truncate at all.
-  least = special + (pairs is not None) + 1
-  if max_length < least:
+  if max_length < (least := special + pairs + 1):
     raise ValueError(
       f"max_length {max_length} is too short: the tokenizer adds {special} special tokens. Allowed:"
       f" {least} or more."
     )
-  inputs = examples.texts if pairs is None else list(zip(examples.texts, pairs, strict=True))
-  side = tokenizer.truncation_side
-  tokenizer.backend.enable_truncation(max_length, strategy="longest_first", direction=side)
-  ids, types = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)]
+  tokenizer.backend.enable_truncation(max_length, direction=side, **how)
   try:
-    for encoding in tokenizer.encodings(inputs):
-      ids.append(np.asarray(encoding.ids, np.int32))
-      types.append(np.asarray(encoding.type_ids, np.uint8) * np.uint8(tokenizer.typed))
+    yield
   finally:
     tokenizer.backend.no_truncation()
+
+
+def joined(tokenizer: TextTokenizer, encodings: Iterable[Encoding]) -> Tokens:
+  """The tokens of encodings."""
+  ids, types = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)]
+  for encoding in encodings:
+    ids.append(np.asarray(encoding.ids, np.int32))
+    types.append(np.asarray(encoding.type_ids, np.uint8) * np.uint8(tokenizer.typed))
   offsets = np.cumsum([len(one) for one in ids], dtype=np.int64)
   return Tokens(np.concatenate(ids), np.concatenate(types), offsets)
 

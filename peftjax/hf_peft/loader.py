@@ -77,7 +77,7 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
 
 
 def _check_task(task_type: str | None, model: Any, where: str) -> None:
-  """Raises if the adapter's head labels texts and the model's tokens, or the other way round."""
+  """Raises if the adapter's head labels something else than the model's, as texts or tokens."""
   theirs, own = LABELS_OF.get(task_type or ""), getattr(model, "labels_of", None)
   if theirs and own and theirs != own:
     raise ValueError(

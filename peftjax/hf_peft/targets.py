@@ -22,7 +22,9 @@ from peftjax.methods.codec import END, Codec, Common, Targeted
 UNDER = r"(^|.*\.){}($|\..*)"  # a module in modules_to_save
 LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # for an entry of layers_pattern
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
-_HEADS = ("score", "classifier")  # peft adds both to modules_to_save, whichever there is
+# What peft adds to modules_to_save by the task, whichever there is.
+_HEADS = ("score", "classifier")
+_OF_TASK = {"SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": ("qa_outputs",)}
 SECONDS = 5.0  # for all patterns of a config together
 
 
@@ -149,8 +151,7 @@ def targeted(
 def saved(config: Common, modules: Modules) -> frozenset[str]:
   """The modules that peft trains and saves whole."""
   names = [*(config.modules_to_save or ())]
-  if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-    names += [name for name in _HEADS if name not in names]
+  names += [name for name in _OF_TASK.get(config.task_type or "", ()) if name not in names]
   return frozenset(m for m in modules.every if m.endswith(tuple(names)))
 
 
@@ -166,7 +167,7 @@ def tell_unused(
   unused["modules_to_save"] = [
     x
     for x in config.modules_to_save or ()
-    if x not in _HEADS and not any(m.endswith(x) for m in modules.every)
+    if x not in (*_HEADS, "qa_outputs") and not any(m.endswith(x) for m in modules.every)
   ]
   for field in codec.exceptions.values() if codec else ():
     keys = getattr(config, field) or {}
@@ -200,9 +201,7 @@ def _is_targeted(config: Targeted, targets: Any, module: str, matcher: Matcher) 
     matcher.fullmatch(excluded, module) if isinstance(excluded, str) else within(excluded)
   ):
     return False
-  whole = [*(config.modules_to_save or ())]
-  if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-    whole += _HEADS
+  whole = [*(config.modules_to_save or ()), *_OF_TASK.get(config.task_type or "", ())]
   if any(matcher.match(UNDER.format(name), module) for name in whole):
     return False
   if isinstance(targets, str):

@@ -15,7 +15,7 @@ from peftjax.models.match import layers_of
 from peftjax.models.names import turned
 
 # Maps each of peft's tasks to what its head labels, as in a model's `labels_of`.
-LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token"}
+LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token", "QUESTION_ANS": "span"}
 
 
 class Whole(NamedTuple):

@@ -66,7 +66,8 @@ def save(
       array is saved whole. Without it the head counts as trained and all other plain arrays as the
       base's.
     task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; for a
-      head that labels tokens it is "TOKEN_CLS", for a decoder "CAUSAL_LM".
+      head that labels tokens it is "TOKEN_CLS", for answers "QUESTION_ANS", for a decoder
+      "CAUSAL_LM".
     rslora: write `use_rslora`.
 
   Raises:
@@ -94,8 +95,9 @@ def save(
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
     task_type = "CAUSAL_LM"
-  if task_type == "SEQ_CLS" and getattr(model.config, "labels_of", "text") == "token":
-    task_type = "TOKEN_CLS"
+  if task_type == "SEQ_CLS":
+    of = getattr(model.config, "labels_of", "text")
+    task_type = next(task for task, labels_of in whole.LABELS_OF.items() if labels_of == of)
   saved = whole.collect(bare, flags, family, task_type, adapters)
   common: Any = dict(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model

@@ -95,7 +95,7 @@ class BertConfig:
   head_dropout: float
   pad_id: int
   labels: int  # outputs of the head; 1 is a regression
-  labels_of: str = "text"  # or "token": what the head gives labels to
+  labels_of: str = "text"  # or "token", or "span": see `heads.of_files`
   embedding: int | None = None  # E, the width of the tables, if that is not D
   absolute: bool = True  # there is a table of positions
   scan_layers: bool = False
@@ -280,7 +280,7 @@ class Body(nn.Module):
       x = Linear(c.width, name="embeddings_project")(x)
     x_BTD = self.ENCODER(c, name="encoder")(x, visible, keys[1])
     text_BTD = x_BTD[:, length:]
-    if c.labels_of == "token":
+    if c.labels_of != "text":
       return text_BTD, text_BTD
     # As in PEFT, the first token is a virtual one where there is a prompt.
     return text_BTD, Pooler(c, name="pooler")(x_BTD) if c.kind.pools else x_BTD[:, 0]
@@ -313,7 +313,7 @@ class BertClassifier(nn.Module):
     train: bool = False,
     hidden: bool = False,
   ) -> Float[Array, "B *T K"] | tuple[Float[Array, "B T D"], Float[Array, "B *T D"]]:
-    """Logits of each text, or of each token if `config.labels_of` is "token"; float32.
+    """Logits of each text, or of each token unless `config.labels_of` is "text"; float32.
 
     For a regression K = 1.
 

@@ -66,7 +66,9 @@ class Bert(Encoder):
     return self.hidden_size
 
   def head_dropout(self, labels_of: str) -> float:
-    """The rate before the head's projection, by what the head labels: "text" or "token"."""
+    """The rate before the head's projection, by what the head labels; see `heads.Head`."""
+    if labels_of == "span":
+      return 0.0
     head = self.classifier_dropout
     return self.hidden_dropout_prob if head is None else head
 
@@ -128,6 +130,7 @@ class DistilBert(Encoder):
   attention_dropout: Fraction = 0.1
   activation: str = "gelu"
   seq_classif_dropout: Fraction = 0.2
+  qa_dropout: Fraction = 0.1
   pad_token_id: PadId | None = 0
 
   aliases: ClassVar[Mapping[str, str]] = {
@@ -155,7 +158,8 @@ class DistilBert(Encoder):
 
   def head_dropout(self, labels_of: str) -> float:
     """See `Bert.head_dropout`."""
-    return self.seq_classif_dropout if labels_of == "text" else self.dropout
+    own = {"text": self.seq_classif_dropout, "span": self.qa_dropout}
+    return own.get(labels_of, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,5 +236,7 @@ class DebertaV2(Bert):
 
   def head_dropout(self, labels_of: str) -> float:
     """See `Bert.head_dropout`."""
+    if labels_of == "span":
+      return 0.0
     own = self.cls_dropout if labels_of == "text" else None
     return self.hidden_dropout_prob if own is None else own

@@ -17,6 +17,12 @@ from peftjax.models.encoder_configs import Encoder
 _LABELS_OF: Mapping[str, str] = {
   "text": "ForSequenceClassification",
   "token": "ForTokenClassification",
+  "span": "ForQuestionAnswering",
+}
+_MEANT = {
+  "text": "whole texts",
+  "token": "each token",
+  "span": "the ends of an answer",
 }
 _NO_TASK = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
 _DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
@@ -48,7 +54,7 @@ def architecture(model_type: str, labels_of: str | None) -> str:
 
   Args:
     model_type: model type of the files.
-    labels_of: "text" or "token", what the head gives labels to; None for a language model.
+    labels_of: a key of `_LABELS_OF`, what the head gives labels to; None for a language model.
   """
   lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]
   return _NAMES[model_type] + (_LABELS_OF[labels_of] if labels_of else lm)
@@ -58,7 +64,8 @@ class Head(NamedTuple):
   """The head that a model is to have.
 
   Attributes:
-    labels_of: for an encoder, "text" or "token": what it gives labels to; None for a decoder.
+    labels_of: for an encoder, what it gives labels to: "text", "token", or "span", each token by
+      two outputs, whether an answer starts there and whether it ends there; None for a decoder.
     foreign: the head in the files is another task's, so that one of its name must not be loaded.
   """
 
@@ -90,9 +97,8 @@ def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
   if all(end in _NO_TASK for end in ends) or (found and found == (asked or found)):
     return Head(asked or found or "text")
   if not new:
-    wanted = "each token" if asked == "token" else "whole texts"
     raise ValueError(
-      f"{where}: architectures is {named}, whose head is not for {wanted}. Write "
+      f"{where}: architectures is {named}, whose head is not for {_MEANT[asked or 'text']}. Write "
       "load_pretrained(..., num_labels=...) for a new head on this body."
     )
   return Head(asked or "text", foreign=True)

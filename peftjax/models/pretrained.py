@@ -103,8 +103,9 @@ def load_pretrained(
     num_labels: outputs of the head, 1 for a regression; a decoder then scores texts by their last
       token. By default the checkpoint's: for a decoder, none unless its class has such a head. A
       head of this size in the checkpoint is loaded, otherwise a new one is drawn.
-    labels_of: for an encoder: "text", or "token" for labels of each token. By default what the head
-      in the files labels, and "text" where there is none.
+    labels_of: for an encoder: "text", "token" for labels of each token, or "span" for the ends of
+      an answer (`num_labels=2`). By default what the head in the files labels, and "text" where
+      there is none.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
     remat: for a decoder: keep only each layer's input for the backward pass and compute the rest
       again ("gradient checkpointing"); True or "layer". "products" also keeps the results of

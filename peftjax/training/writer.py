@@ -50,7 +50,7 @@ class Writer:
     workdirs.check_checkpoints(workdir / "checkpoints")
     if not (workdir / "checkpoints" / "best").is_dir():
       raise untrained
-    settings = workdirs.settings(workdir)
+    self.settings = settings = workdirs.settings(workdir)
     if settings.task != "causal_lm":
       raise untrained
     if settings.model.factory:
@@ -80,6 +80,19 @@ class Writer:
     self._tokenizer = data.load_tokenizer(self.path)
     self._end = pretrained.end_ids(self.path)
     self._stop = _stop_ids(self.path) or self._end
+
+  def prompts(self, part: str) -> list[str]:
+    """Those of a part of the data that the run was made on, each once, in their order.
+
+    Raises:
+      ValueError: its texts are no prompts with completions.
+    """
+    wanted = self.settings.data
+    corpus = data.load(seed=self.settings.seed, **wanted.corpus_arguments())
+    examples = corpus.splits[part]
+    if examples.pairs is None:
+      raise ValueError(f"the run was made on whole texts of {wanted.name}, which have no prompts")
+    return list(dict.fromkeys(examples.texts))
 
   def write(
     self,
