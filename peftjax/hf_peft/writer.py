@@ -34,6 +34,7 @@ from peftjax.hf_peft.fields import Virtual
 from peftjax.hf_peft.plan import EMBEDDINGS, STEM
 from peftjax.io import safetensors_dir
 from peftjax.methods.codec import Adapter, Codec, Common
+from peftjax.models.names import module_name
 from peftjax.models.pretrained import FAMILIES, stack_of
 
 
@@ -66,7 +67,8 @@ def save(
       array is saved whole. Without it the head counts as trained and all other plain arrays as the
       base's.
     task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; of a
-      head that labels tokens it is "TOKEN_CLS", of a decoder "CAUSAL_LM".
+      head that labels tokens it is "TOKEN_CLS", of a decoder "CAUSAL_LM", and of images there is
+      none.
     rslora: write `use_rslora`.
 
   Raises:
@@ -94,8 +96,8 @@ def save(
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
     task_type = "CAUSAL_LM"
-  if task_type == "SEQ_CLS" and getattr(model.config, "labels_of", "text") == "token":
-    task_type = "TOKEN_CLS"
+  elif task_type == "SEQ_CLS":
+    task_type = whole.task_of(model.config)
   saved = whole.collect(bare, flags, family, task_type, adapters)
   common: Any = dict(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
@@ -135,7 +137,7 @@ def _one_kind(params: Any, adapted: list[Any]) -> Codec | None:
 
 
 def _module(family: Any, path: str) -> str:
-  return family.hf_name(path).rpartition(".")[0]
+  return module_name(family, path).rpartition(".")[0]
 
 
 def _modules(params: Any, family: Any) -> set[str]:

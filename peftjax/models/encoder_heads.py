@@ -58,7 +58,8 @@ def _context(c: Any, x: jax.Array, keys: Any) -> jax.Array:
   return _plain(c, ContextPooler(c, name="pooler")(x, keys[1]), keys)
 
 
-# Heads of whole texts, by the name that `bert.KINDS` has for them. Tokens have the plain one.
+# Heads of whole texts, by the name that `bert.KINDS` has for them. Tokens and images have the plain
+# one.
 HEADS: Mapping[str, Callable[..., jax.Array]] = {
   "plain": _plain,
   "tanh": _dense(jnp.tanh),
@@ -77,4 +78,4 @@ class Head(nn.Module):
   def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     c = self.config
     keys = (None, None) if key is None else jax.random.split(key)
-    return HEADS["plain" if c.labels_of == "token" else c.kind.head](c, x, keys)
+    return HEADS[c.kind.head if c.labels_of == "text" else "plain"](c, x, keys)

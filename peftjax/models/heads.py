@@ -11,14 +11,17 @@ import numpy as np
 
 from peftjax.core import ranges
 from peftjax.io.safetensors_dir import file_of
-from peftjax.models.encoder_configs import Encoder
 
 # How classes end that have a head which is loaded here, and that have none of a task.
-_LABELS_OF: Mapping[str, str] = {
+LABELS_OF: Mapping[str, str] = {
   "text": "ForSequenceClassification",
   "token": "ForTokenClassification",
+  "image": "ForImageClassification",
 }
-_NO_TASK = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
+_NO_TASK = (
+  *("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM"),
+  "ForMaskedImageModeling",
+)
 _DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
 _GPT2 = (("LMHeadModel",), ("Model",))
 # How they begin.
@@ -30,6 +33,7 @@ _NAMES: Mapping[str, str] = {
   "electra": "Electra",
   "distilbert": "DistilBert",
   "deberta-v2": "DebertaV2",
+  "vit": "ViT",
   "llama": "Llama",
   "mistral": "Mistral",
   "qwen2": "Qwen2",
@@ -46,17 +50,17 @@ def architecture(model_type: str, labels_of: str | None) -> str:
 
   Args:
     model_type: of the files.
-    labels_of: "text" or "token", what the head gives labels to; None of a language model.
+    labels_of: what the head gives labels to, a key of `LABELS_OF`; None of a language model.
   """
   lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]
-  return _NAMES[model_type] + (_LABELS_OF[labels_of] if labels_of else lm)
+  return _NAMES[model_type] + (LABELS_OF[labels_of] if labels_of else lm)
 
 
 class Head(NamedTuple):
   """What a model's head is to be.
 
   Attributes:
-    labels_of: of an encoder, "text" or "token": what it gives labels to; None of a decoder.
+    labels_of: of an encoder, what it gives labels to, a key of `LABELS_OF`; None of a decoder.
     foreign: the head in the files is another task's, so that one of its name must not be loaded.
   """
 
@@ -77,23 +81,24 @@ def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
     ValueError: if the file's head is of another task than asked, and no new one was asked for, or
       the class is none of this model type.
   """
-  if asked is not None:
-    ranges.one_of("labels_of", asked, _LABELS_OF)
+  allowed = fields.labels_of
+  if asked is not None and allowed:
+    ranges.one_of("labels_of", asked, allowed)
   ends = _ends(fields, where)
   named = " and ".join(fields.architectures or ())
-  if not isinstance(fields, Encoder):
+  if not allowed:
     _check_decoder(fields.model_type, ends, named, where)
     return Head(None)
-  found = next((of for of, end in _LABELS_OF.items() if end in ends), None)
+  found = next((of for of in allowed if LABELS_OF[of] in ends), None)
   if all(end in _NO_TASK for end in ends) or (found and found == (asked or found)):
-    return Head(asked or found or "text")
+    return Head(asked or found or allowed[0])
   if not new:
-    wanted = "each token" if asked == "token" else "whole texts"
+    wanted = {"text": "whole texts", "token": "each token", "image": "images"}[asked or allowed[0]]
     raise ValueError(
       f"{where}: architectures is {named}, whose head is none for {wanted}. Write "
       "load_pretrained(..., num_labels=...) for a new head on this body."
     )
-  return Head(asked or "text", foreign=True)
+  return Head(asked or allowed[0], foreign=True)
 
 
 def _ends(fields: Any, where: str) -> list[str]:

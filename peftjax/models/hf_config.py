@@ -22,6 +22,7 @@ from peftjax.models.encoder_configs import (
   Roberta,
   XLMRoberta,
 )
+from peftjax.models.image_configs import ViT
 
 SCHEMAS: Mapping[str, type[Common]] = {
   "bert": Bert,
@@ -31,6 +32,7 @@ SCHEMAS: Mapping[str, type[Common]] = {
   "electra": Electra,
   "distilbert": DistilBert,
   "deberta-v2": DebertaV2,
+  "vit": ViT,
   "llama": Llama,
   "mistral": Mistral,
   "qwen2": Qwen2,

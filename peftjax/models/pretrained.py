@@ -21,7 +21,7 @@ from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama
+from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama, vit
 from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
@@ -43,6 +43,7 @@ FAMILIES: Mapping[str, Any] = {
   "electra": bert,
   "distilbert": distilbert,
   "deberta-v2": deberta,
+  "vit": vit,
   "llama": llama,
   "mistral": llama,
   "qwen2": llama,
@@ -55,8 +56,9 @@ FAMILIES: Mapping[str, Any] = {
 
 
 def ours(model: Any) -> bool:
-  """Whether a module is of one of these families, with a `config`."""
-  return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
+  """Whether a module is of one of these families, with a `config`, and reads texts."""
+  files = {family.__name__ for family in FAMILIES.values() if hasattr(family.CONFIG, "max_length")}
+  return type(model).__module__ in files
 
 
 class Pretrained(NamedTuple):
@@ -200,7 +202,9 @@ def load(
 
 
 def _init(model: nn.Module, key: jax.Array) -> Any:
-  return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+  image = getattr(model.config, "image", None)
+  example = jnp.zeros((1, *image)) if image else jnp.zeros((1, 1), jnp.int32)
+  return model.init(key, example)["params"]
 
 
 @functools.lru_cache(maxsize=16)  # a sweep loads one model many times
@@ -306,6 +310,7 @@ def check_decoder(directory: str | Path) -> None:
   """ValueError if the model is no language model, going by its configuration alone."""
   config, said = config_of(directory), _config_file(directory)
   fields = hf_config.read(config, said)
+  _check_texts(fields, said)
   kind = fields.model_type
   decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
   if kind not in decoders:
@@ -326,7 +331,7 @@ def end_ids(path: str | Path) -> tuple[int, ...]:
   Raises:
     ValueError: if the configuration names none, or one beyond the vocabulary.
   """
-  fields = hf_config.read(config_of(path), _config_file(path))
+  fields = _text_fields(path)
   if not fields.end_ids:
     raise ValueError(f"{_config_file(path)} names no eos_token_id: add it")
   if strange := [i for i in fields.end_ids if not 0 <= i < fields.vocab_size]:
@@ -339,7 +344,22 @@ def end_ids(path: str | Path) -> tuple[int, ...]:
 
 def pad_id(path: str | Path) -> int:
   """The token id that pads a batch for this model."""
-  return hf_config.read(config_of(path), _config_file(path)).padding
+  return _text_fields(path).padding
+
+
+def _text_fields(path: str | Path) -> Any:
+  """The typed configuration of a model that reads texts."""
+  fields = hf_config.read(config_of(path), _config_file(path))
+  _check_texts(fields, _config_file(path))
+  return fields
+
+
+def _check_texts(fields: Any, where: str) -> None:
+  if "image" in fields.labels_of:
+    raise ValueError(
+      f"{where} is of a {fields.model_type}, which reads images: tasks and pj.texts take models of "
+      "texts. Train it with pj.fit on arrays (images, labels), or in a loop of your own."
+    )
 
 
 def _config_file(path: str | Path) -> str:

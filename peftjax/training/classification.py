@@ -113,6 +113,7 @@ class Classification:
 
 def load(settings: Settings) -> Classification:
   """Reads and tokenises the corpus; one set of length buckets for all of its splits."""
+  pad_id = pretrained.pad_id(settings.model.path())
   wanted = settings.data
   seed = settings.seed if wanted.split_seed is None else wanted.split_seed
   corpus = data.load(seed=seed, **wanted.corpus_arguments())
@@ -125,5 +126,4 @@ def load(settings: Settings) -> Classification:
   length = wanted.max_length
   tokens = {part: data.encode(tokenizer, corpus.splits[part], length) for part in corpus.splits}
   lengths = np.concatenate([t.lengths for t in tokens.values()])
-  pad_id = pretrained.pad_id(settings.model.path())
   return Classification(corpus, tokens, data.buckets(lengths, max_length=length), pad_id)
