@@ -83,7 +83,7 @@ def load_pretrained(
   rules: sharding.Rules = sharding.RULES,
   key: jax.Array | None = None,
 ) -> tuple[nn.Module, Any]:
-  """A pretrained encoder or decoder with a head to classify or regress, or a language model.
+  """A pretrained encoder (of texts or images) or decoder with a head, or a language model.
 
   Args:
     directory: a path, or a name on the Hugging Face hub, `org/name` or `org/name@revision`, which
@@ -93,8 +93,8 @@ def load_pretrained(
     num_labels: outputs of the head, 1 for a regression; a decoder then scores texts by their last
       token. By default the checkpoint's: of a decoder, none unless its class has such a head. A
       head of this size in the checkpoint is loaded, otherwise a new one is drawn.
-    labels_of: of an encoder: "text", or "token" for labels of each token. By default what the head
-      in the files labels, and "text" where there is none.
+    labels_of: of an encoder of texts: "text", or "token" for labels of each token. By default what
+      the head in the files labels, and "text" where there is none.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
     remat: of a decoder: keep only each layer's input for the backward pass and compute the rest
       again ("gradient checkpointing"); True or "layer". "products" keeps what products with weights
@@ -106,7 +106,8 @@ def load_pretrained(
     key: of the new head's weights; by default `jax.random.key(0)`.
 
   Returns:
-    The model and its parameters; `peftjax.apply(model, params, tokens, mask)` gives logits.
+    The model and its parameters; `peftjax.apply(model, params, tokens, mask)` gives logits, or of
+    images `peftjax.apply(model, params, pixel_values)`.
 
   Raises:
     ValueError: before any weight is read, an unknown model_type, a damaged file, a tensor missing,

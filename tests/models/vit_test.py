@@ -1,5 +1,6 @@
 """ViT: transformers' outputs, training on images, and what is refused."""
 
+import collections
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +17,9 @@ import peftjax as pj
 from peftjax import sharding
 from peftjax.core import paths
 from peftjax.core.layout import ConvAxes
-from peftjax.models import pretrained
+from peftjax.models import pretrained, vit
 from peftjax.models.pretrained import load
+from peftjax.nn import encoder
 from peftjax.quant.weight import Quantized
 from tests.core.programs import jit
 
@@ -27,6 +29,19 @@ VIT = Path(__file__).parents[1] / "golden" / "image_vit"
 @pytest.fixture(scope="module")
 def want():
   return load_file(VIT / "expected.safetensors")
+
+
+@pytest.fixture
+def change(tmp_path):
+  """The golden directory with its config changed."""
+
+  def make(**fields):
+    shutil.copytree(VIT, tmp_path / "vit")
+    path = tmp_path / "vit" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return tmp_path / "vit"
+
+  return make
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
@@ -100,6 +115,24 @@ def test_fit_takes_arrays_of_images(want):
   assert np.isfinite(history.rows[-1]["loss"])
 
 
+def test_every_place_of_dropout_has_its_own_key_and_rate(change, want, monkeypatch):
+  """As transformers has them: embeddings, probabilities and two outputs a layer."""
+  seen = []
+
+  def note(key, x, rate):
+    seen.extend([] if key is None else [(rate, jax.random.key_data(key).tobytes())])
+    return x
+
+  attention = lambda q, k, v, mask, heads, *, key, rate: note(key, v, rate)
+  monkeypatch.setattr(vit, "dropout", note)
+  monkeypatch.setattr(encoder, "attention", attention)
+  directory = change(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
+  model, params = pj.load_pretrained(directory)
+  pj.apply(model, params, want["pixels"], train=True, rngs={"dropout": jax.random.key(0)})
+  assert collections.Counter(rate for rate, _ in seen) == {0.1: 1 + 2 * 2, 0.2: 2}
+  assert len(set(seen)) == len({key for _, key in seen}) == len(seen)
+
+
 @pytest.mark.parametrize(
   "pixels, message",
   [
@@ -113,19 +146,6 @@ def test_pixels_of_another_form_are_refused(pixels, message):
   model, params = pj.load_pretrained(VIT)
   with pytest.raises(ValueError, match=message):
     pj.apply(model, params, pixels)
-
-
-@pytest.fixture
-def change(tmp_path):
-  """The golden directory with its config changed."""
-
-  def make(**fields):
-    shutil.copytree(VIT, tmp_path / "vit")
-    path = tmp_path / "vit" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    return tmp_path / "vit"
-
-  return make
 
 
 @pytest.mark.parametrize(
