@@ -28,6 +28,7 @@ from peftjax.methods.ia3 import ia3
 from peftjax.methods.loha import loha
 from peftjax.methods.lokr import lokr
 from peftjax.methods.lora import lora
+from peftjax.methods.oft import oft
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
 from peftjax.methods.stack import stack_adapters
@@ -67,6 +68,7 @@ __all__ = [
   "losses",
   "merge",
   "nnx",
+  "oft",
   "optim",
   "partition",
   "prefix",
