@@ -45,7 +45,7 @@ class OFT(Adapted):
 
   Q is the skew-symmetric matrix of a row of `q`, and its block of R by the Cayley transform
   (I − Q)(I + Q)⁻¹, or as PEFT approximates (I + Q)(I − Q)⁻¹ (note the sign) by `terms` terms of a
-  Neumann series, I + 2Q + 2Q² + ... + 2Qᵗ⁻² + Qᵗ⁻¹.
+  Neumann series, I + 2Q + 2Q² + ... + 2Qᵗ⁻² + Qᵗ⁻¹ (two terms are I + 2Q, and three are four).
 
   Attributes:
     q: `[*stack, blocks, b (b − 1) / 2]`, above the diagonal of each block of size b, row by row; of
@@ -112,7 +112,7 @@ class OFT(Adapted):
     if self.terms is None:
       return jnp.linalg.solve(eye + skew, eye - skew)
     total, power = eye + 2 * skew, skew
-    last = 1 if self.terms == 2 else max(self.terms - 1, 3)  # three terms are four in PEFT
+    last = 1 if self.terms == 2 else max(self.terms - 1, 3)
     for i in range(2, last + 1):
       power = jnp.matmul(power, skew, precision="highest")
       total = total + (1 if i == last else 2) * power
