@@ -249,7 +249,7 @@ class OFTMethod(Method):
 
   codec = OFTCodec()
 
-  block_size: Size = 32
+  block_size: Size = 16
   targets: str | Sequence[str] = ("query", "value")
   _: dataclasses.KW_ONLY
   neumann_terms: Terms | None = 5
