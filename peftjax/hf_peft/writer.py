@@ -72,10 +72,11 @@ def save(
     rslora: write `use_rslora`.
 
   Raises:
-    ValueError: no adapter and no trained norm; an adapter that the format cannot say; a PiSSA leaf;
-      AdaLoRA of several scales; a prefix before a sliding window; adapters of several kinds; a
-      trained array under an adapter or beside one in its module, but for tables and heads; an
-      adapter in a module that is saved whole; dropout rates that differ.
+    ValueError: no adapter and no trained norm; an adapter that the format cannot say, or of a
+      convolution; a prefix of a model of images or before a sliding window; a PiSSA leaf; AdaLoRA
+      of several scales; adapters of several kinds; a trained array under an adapter or beside one
+      in its module, but for tables and heads; an adapter in a module that is saved whole; dropout
+      rates that differ.
   """
   family = FAMILIES[model.config.family]
   lenders, params = shared.nodes(params), shared.without(params)
@@ -83,6 +84,12 @@ def save(
   adapted = []
   for path, leaf in paths.leaves(params).items():
     if codec := codec_of(leaf):
+      if path.endswith("/filters"):
+        raise ValueError(
+          f"{path} is a convolution with a {type(leaf).__name__}, and only adapters of linear "
+          "layers and tables are written: leave it out of the targets, or save the whole model, "
+          "pj.save_pretrained(...)"
+        )
       adapted.append(leaf)
       made = codec.write(path, leaf, rslora=rslora)
       adapters.update({_module(family, layer): adapter for layer, adapter in made.items()})

@@ -173,6 +173,17 @@ def test_heads_of_images_and_of_texts_are_not_taken_for_each_other():
     load(VIT.parent / "encoder_bert_token", labels_of="image")
 
 
+def test_what_peft_has_no_place_for_is_refused(want, tmp_path):
+  """Adapters of the convolution, and prefixes; nothing is written."""
+  model, params = pj.load_pretrained(VIT)
+  layout = pj.linen.layout(model, want["pixels"])
+  patches = pj.lora(2, 4, "vit/embeddings/patch_embeddings/filters")
+  for method, message in ((patches, "a convolution with a LoRA"), (pj.prefix(2), "images")):
+    with pytest.raises(ValueError, match=message):
+      pj.save_peft(tmp_path, method.attach(jax.random.key(0), params, layout), model)
+  assert not list(tmp_path.iterdir())
+
+
 def test_commands_that_read_texts_refuse_it():
   for refuse in (pretrained.pad_id, pretrained.end_ids, pretrained.check_decoder):
     with pytest.raises(ValueError, match="is of a vit, which reads images: .* pj.fit"):

@@ -88,7 +88,10 @@ def test_what_is_saved_has_the_same_logits(case, scan, four_bits, tmp_path):
   make(case, 2).save_pretrained(tmp_path / "base")
   quant = pj.quant.nf4(block_size=32) if four_bits else None
   model, params = pj.load_pretrained(tmp_path / "base", scan_layers=scan, quant=quant, num_labels=5)
-  params, _ = _drawn(pj.chain(pj.lora(2, 4, "all-linear"), pj.unfreeze("head/.*")), params)
+  patches = pj.lora(2, 4, "vit/embeddings/patch_embeddings/filters")
+  method = pj.chain(pj.lora(2, 4, "all-linear"), patches, pj.unfreeze("head/.*"))
+  layout = pj.linen.layout(model, np.zeros((1, *model.config.image), np.float32))
+  params, _ = _drawn(method, params, layout)
   pj.save_pretrained(tmp_path / "made", params, of=tmp_path / "base", labels=[*"abcde"])
   theirs = _load(tmp_path / "made")
   assert theirs.config.id2label == dict(enumerate("abcde"))
