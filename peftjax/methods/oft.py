@@ -228,17 +228,17 @@ class OFTCodec(Codec):
 
 @dataclasses.dataclass(frozen=True)
 class OFTMethod(Method):
-  """OFT: h = (x R) W, R orthogonal and block-diagonal (Qiu et al. 2023, eq. 6).
+  """OFT: h = (x R) W, R orthogonal and block-diagonal (Qiu et al. 2023).
 
   It turns the inputs, so lengths and angles between the neurons of a block stay as they are. The
-  base is never made dense (Qiu et al. 2025, arXiv 2506.19847, section 3).
+  base is never made dense (Qiu et al. 2025, arXiv 2506.19847).
 
   Args:
     block_size: b, a divisor of each target's inputs; b (b − 1) / 2 numbers are trained a block.
     targets: module names, regexes of whole paths, or `"all-linear"`.
     neumann_terms: of the series that approximates the Cayley transform, as PEFT has it; None for
       the exact transform, which solves a system a block.
-    block_share: one block for all (the paper's, section 3.3).
+    block_share: one block for all.
     dtype: of what is trained.
 
   Raises:
