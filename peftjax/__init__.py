@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from peftjax import linen, losses, nnx, optim, quant, sharding, tree
 from peftjax.core.einsum import einsum
 from peftjax.core.factored import factored
-from peftjax.core.paths import select
 from peftjax.core.tree import (
   combine,
   count,
@@ -28,6 +27,7 @@ from peftjax.methods.ia3 import ia3
 from peftjax.methods.loha import loha
 from peftjax.methods.lokr import lokr
 from peftjax.methods.lora import lora
+from peftjax.methods.oft import oft
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
 from peftjax.methods.stack import stack_adapters
@@ -67,6 +67,7 @@ __all__ = [
   "losses",
   "merge",
   "nnx",
+  "oft",
   "optim",
   "partition",
   "prefix",
@@ -75,7 +76,6 @@ __all__ = [
   "quantize",
   "save_peft",
   "save_pretrained",
-  "select",
   "sharding",
   "stack_adapters",
   "texts",

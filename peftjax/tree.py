@@ -3,6 +3,7 @@
 The frequent ones, `partition`, `combine`, `merge` and `count`, are names of `peftjax` itself.
 """
 
+from peftjax.core.paths import select
 from peftjax.core.tree import adapter_mask, untie
 from peftjax.methods.adalora_ranks import ranks, to_lora
 from peftjax.methods.stack import unstack_adapters
@@ -14,6 +15,7 @@ __all__ = [
   "align_ranks",
   "convert_to_lora",
   "ranks",
+  "select",
   "to_lora",
   "unmerge",
   "unstack_adapters",

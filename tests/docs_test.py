@@ -85,8 +85,9 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("page", list(with_python()), ids=name)
 def test_python_blocks_run_in_order(page, directory, tmp_path, monkeypatch):
-  """One after the other in one namespace, in an empty folder, on a tiny model."""
+  """One after the other in one namespace, in a folder with nothing but a ViT, on a tiny model."""
   monkeypatch.chdir(tmp_path)
+  (tmp_path / "vit").symlink_to(ROOT / "tests" / "golden" / "image_vit")
   monkeypatch.setattr(Model, "path", lambda self: directory)
   # A dataclass looks its module up.
   monkeypatch.setitem(sys.modules, "page", module := type(sys)("page"))

@@ -84,6 +84,7 @@ METHODS = {
   "dora": pj.dora(2, targets=ALL),
   "loha": pj.loha(2, targets=ALL),
   "lokr": pj.lokr(2, targets=ALL),
+  "oft": pj.oft(4, targets=ALL),
   "adalora": pj.adalora(2, targets=ALL, target_rank=1),
   "ia3": pj.ia3(["up"], ["down"]),
   "vera": pj.vera(4, targets=ALL),

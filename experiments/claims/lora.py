@@ -115,7 +115,7 @@ def low_rank_change() -> Finding:
   old, new = paths.leaves(before), paths.leaves(after)
   shares: dict[str, list[float]] = {"ΔW": [], "W": [], "random": []}
   cut = {}
-  for path in pj.select(before, "all-linear"):
+  for path in pj.tree.select(before, "all-linear"):
     u, s, vt = np.linalg.svd(np.asarray(new[path] - old[path]), full_matrices=False)
     cut[path] = old[path] + (u[:, :8] * s[:8]) @ vt[:8]
     noise = np.random.default_rng(0).normal(size=old[path].shape)
@@ -145,7 +145,7 @@ def low_rank_change() -> Finding:
 def frozen_base() -> Finding:
   run, params, rows = runs.minilm("lora"), sample_models.minilm()[1], sample_models.batch(0)
   leaves = paths.leaves(params)
-  weights = [leaves[path] for path in pj.select(params, "all-linear")]
+  weights = [leaves[path] for path in pj.tree.select(params, "all-linear")]
   halves = {
     "LoRA": pj.partition(run.start, run.mask),
     "full": pj.partition(params, jax.tree.map(lambda _: True, params)),

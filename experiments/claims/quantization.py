@@ -48,7 +48,7 @@ def entropy(fmt: str) -> float:
 def minilm_weights() -> list[jax.Array]:
   """The 37 linear kernels, which are true float32."""
   params = sample_models.minilm()[1]
-  return [paths.leaves(params)[path] for path in pj.select(params, "all-linear")]
+  return [paths.leaves(params)[path] for path in pj.tree.select(params, "all-linear")]
 
 
 @claim(

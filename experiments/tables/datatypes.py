@@ -70,7 +70,7 @@ def _quantised(
   model: str, score: Callable[[], Any], fmt: Format, paper: float | None
 ) -> dict[str, Any]:
   params, measure = score()
-  chosen = set(pj.select(params, "all-linear"))
+  chosen = set(pj.tree.select(params, "all-linear"))
   off = total = stored = count = 0.0
   used = np.zeros(256)
 

@@ -79,7 +79,7 @@ def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, An
 def _check_task(task_type: str | None, model: Any, where: str) -> None:
   """Raises if the adapter's head labels something else than the model's, as texts or tokens."""
   theirs, own = LABELS_OF.get(task_type or ""), getattr(model, "labels_of", None)
-  if theirs and own and theirs != own:
+  if theirs and own in LABELS_OF.values() and theirs != own:
     raise ValueError(
       f"{where} has task_type {task_type!r}, whose head labels each {theirs}, and this model's "
       f'labels each {own}. Load the base with load_pretrained(..., labels_of="{theirs}").'

@@ -14,6 +14,7 @@ from peftjax.core import paths
 from peftjax.hf_peft.build import suffixes
 from peftjax.hf_peft.fields import NORMS, Norms
 from peftjax.hf_peft.whole import Whole
+from peftjax.models.names import module_name
 from peftjax.models.pretrained import stack_of
 
 NOTHING = (
@@ -25,7 +26,7 @@ NOTHING = (
 def modules_of(params: Any, family: Any) -> set[str]:
   """The torch modules of all norms."""
   return {
-    family.hf_name(layer).rpartition(".")[0]
+    module_name(family, layer).rpartition(".")[0]
     for path, leaf in paths.leaves(params).items()
     if path.endswith("/scale")
     for layer in paths.layer_paths(path, stack_of(path, leaf))

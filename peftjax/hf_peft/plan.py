@@ -6,6 +6,7 @@ read, so that no array is made whose size only a config claims.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ class Plan:
     self.config = config.read(directory)
     self.codec = codecs.reader_of(self.config)
     self.matcher = Matcher(self.where)
-    self.sites, self.tied = sites_of(params, family)
+    self.sites, self.tied = sites_of(params, family, of_files=_has_files_names(tensors, family))
     self.real = _names(tensors, self.file)  # the name in the file of each plain one
     self.prefix = self.config.prefix
     self.bare = _bare(self.sites, self.real, self.prefix)
@@ -201,13 +202,20 @@ class Plan:
           )
 
 
-def sites_of(params: Any, family: Any) -> tuple[dict[str, list[Site]], str]:
-  """The layers of every parameter, and the table of a tied head, which has layers too."""
+def sites_of(
+  params: Any, family: Any, *, of_files: bool = False
+) -> tuple[dict[str, list[Site]], str]:
+  """The layers of every parameter, and the table of a tied head, which has layers too.
+
+  Args:
+    of_files: their modules have the names of the family's files, where transformers has others.
+  """
+  named = family.hf_name if of_files else functools.partial(names.module_name, family)
   found = {}
 
   def add(path: str, stack: tuple[int, ...], shape: tuple[int, ...]) -> None:
     turned, kind = names.turned(family, path), path.rpartition("/")[2]
-    tensors = [family.hf_name(layer) for layer in paths.layer_paths(path, stack)]
+    tensors = [named(layer) for layer in paths.layer_paths(path, stack)]
     found[path] = [Site(x.rpartition(".")[0], x, shape, turned, kind) for x in tensors]
 
   flat = paths.leaves(params)
@@ -219,6 +227,11 @@ def sites_of(params: Any, family: Any) -> tuple[dict[str, list[Site]], str]:
     table = head.of
     add(path, (), tuple(flat[table].shape[::-1]))
   return found, table
+
+
+def _has_files_names(tensors: TensorDir, family: Any) -> bool:
+  """True where layers are numbered as in files, which older releases named their modules by."""
+  return any(re.fullmatch(family.LAYER, name) for name in tensors.names())
 
 
 def _names(tensors: TensorDir, file: str) -> Mapping[str, str]:

@@ -42,9 +42,13 @@ def build(
   """`adapter_config.json` and the tensor, from parameters with attachments of one kind.
 
   Raises:
-    ValueError: a prefix before a sliding window.
+    ValueError: a prefix before a sliding window, or of a model of images.
   """
   node = attachments(params)[0]
+  if getattr(model.config, "labels_of", "") == "image":
+    raise ValueError(
+      "peft has prefixes for models of texts alone, and this one reads images: keep the checkpoint"
+    )
   if isinstance(node, Prompt):
     kind, rows = "PROMPT_TUNING", np.asarray(node.embeddings)
     width = rows.shape[1]

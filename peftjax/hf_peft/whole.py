@@ -12,10 +12,16 @@ from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.hf_peft.plan import BASES, HEAD
 from peftjax.models.match import layers_of
-from peftjax.models.names import turned
+from peftjax.models.names import module_name, turned
 
 # Maps each of peft's tasks to what its head labels, as in a model's `labels_of`.
 LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token", "QUESTION_ANS": "span"}
+
+
+def task_of(config: Any) -> str | None:
+  """PEFT's name for what the head of a model is trained for; it has none for images."""
+  of = getattr(config, "labels_of", "text")
+  return next((task for task, labelled in LABELS_OF.items() if labelled == of), None)
 
 
 class Whole(NamedTuple):
@@ -81,7 +87,7 @@ def collect(
             "trained arrays."
           )
         array = np.asarray(leaf)[at]
-        chosen[unit][family.hf_name(layer)] = array.T if turned(family, path) else array
+        chosen[unit][module_name(family, layer)] = array.T if turned(family, path) else array
   return Whole(*_with_heads(params, family, chosen, bases))
 
 
@@ -90,7 +96,8 @@ def _with_heads(params: Any, family: Any, chosen: Any, bases: Any) -> tuple[Any,
   tied = False
   for path, head in paths.tied(params).items():
     if (table := _module(family, head.of)) in chosen:
-      chosen[_module(family, path)] = {family.hf_name(path): chosen[table][family.hf_name(head.of)]}
+      name = _module(family, path)
+      chosen[name] = {f"{name}.weight": chosen[table][f"{table}.weight"]}
       tied = True
   return chosen, bases, tied
 
@@ -106,4 +113,4 @@ def _unit(family: Any, path: str) -> str:
 
 
 def _module(family: Any, path: str) -> str:
-  return family.hf_name(path).rpartition(".")[0]
+  return module_name(family, path).rpartition(".")[0]

@@ -34,6 +34,7 @@ from peftjax.hf_peft.fields import Virtual
 from peftjax.hf_peft.plan import EMBEDDINGS, STEM
 from peftjax.io import safetensors_dir
 from peftjax.methods.codec import Adapter, Codec, Common
+from peftjax.models.names import module_name
 from peftjax.models.pretrained import family_of, stack_of
 
 
@@ -67,14 +68,15 @@ def save(
       base's.
     task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; for a
       head that labels tokens it is "TOKEN_CLS", for answers "QUESTION_ANS", for a decoder
-      "CAUSAL_LM".
+      "CAUSAL_LM", and for images there is none.
     rslora: write `use_rslora`.
 
   Raises:
-    ValueError: no adapter and no trained norm; an adapter that the format cannot say; a PiSSA leaf;
-      AdaLoRA of several scales; a prefix before a sliding window; adapters of several kinds; a
-      trained array under an adapter or beside one in its module, but for tables and heads; an
-      adapter in a module that is saved whole; dropout rates that differ.
+    ValueError: no adapter and no trained norm; an adapter that the format cannot say, or of a
+      convolution; a prefix of a model of images or before a sliding window; a PiSSA leaf; AdaLoRA
+      of several scales; adapters of several kinds; a trained array under an adapter or beside one
+      in its module, but for tables and heads; an adapter in a module that is saved whole; dropout
+      rates that differ.
   """
   family = family_of(model)
   lenders, params = shared.nodes(params), shared.without(params)
@@ -82,6 +84,12 @@ def save(
   adapted = []
   for path, leaf in paths.leaves(params).items():
     if codec := codec_of(leaf):
+      if path.endswith("/filters"):
+        raise ValueError(
+          f"{path} is a convolution with a {type(leaf).__name__}, and only adapters of linear "
+          "layers and tables are written: leave it out of the targets, or save the whole model, "
+          "pj.save_pretrained(...)"
+        )
       adapted.append(leaf)
       made = codec.write(path, leaf, rslora=rslora)
       adapters.update({_module(family, layer): adapter for layer, adapter in made.items()})
@@ -95,9 +103,8 @@ def save(
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
     task_type = "CAUSAL_LM"
-  if task_type == "SEQ_CLS":
-    of = getattr(model.config, "labels_of", "text")
-    task_type = next(task for task, labels_of in whole.LABELS_OF.items() if labels_of == of)
+  elif task_type == "SEQ_CLS":
+    task_type = whole.task_of(model.config)
   saved = whole.collect(bare, flags, family, task_type, adapters)
   common: Any = dict(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
@@ -137,7 +144,7 @@ def _one_kind(params: Any, adapted: list[Any]) -> Codec | None:
 
 
 def _module(family: Any, path: str) -> str:
-  return family.hf_name(path).rpartition(".")[0]
+  return module_name(family, path).rpartition(".")[0]
 
 
 def _modules(params: Any, family: Any) -> set[str]:

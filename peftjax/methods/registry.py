@@ -12,6 +12,7 @@ from peftjax.methods.ia3 import IA3Method
 from peftjax.methods.loha import LoHaMethod
 from peftjax.methods.lokr import LoKrMethod
 from peftjax.methods.lora import LoRAMethod
+from peftjax.methods.oft import OFTMethod
 from peftjax.methods.prefix import PrefixMethod
 from peftjax.methods.prompt import PromptMethod
 from peftjax.methods.unfreeze import UnfreezeMethod
@@ -23,6 +24,7 @@ METHODS: Mapping[str, type[Method]] = {
   "dora": DoRAMethod,
   "loha": LoHaMethod,
   "lokr": LoKrMethod,
+  "oft": OFTMethod,
   "adalora": AdaLoRAMethod,
   "ia3": IA3Method,
   "adapters": AdaptersMethod,

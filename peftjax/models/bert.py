@@ -17,8 +17,7 @@ from peftjax.models.encoder_heads import Head
 from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_keys, run_layers
 from peftjax.nn import virtual
-from peftjax.nn.attention import attention
-from peftjax.nn.ffn import ACTIVATIONS
+from peftjax.nn.encoder import Intermediate, SelfAttention
 from peftjax.nn.linear import Embedding, Linear
 from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import LayerNorm
@@ -150,6 +149,10 @@ class BertConfig:
     return self.embedding or self.width
 
   @property
+  def table_shape(self) -> tuple[int, ...]:
+    return self.vocab, self.table_width
+
+  @property
   def max_length(self) -> int:
     """Longest sequence: RoBERTa's positions start after the padding id."""
     return self.positions - (self.pad_id + 1 if self.kind.pads_first else 0)
@@ -183,19 +186,6 @@ class Embeddings(nn.Module):
     return dropout(key, LayerNorm(c.eps, name="LayerNorm")(x), c.dropout)
 
 
-class SelfAttention(nn.Module):
-  """Projections to query, key and value, and attention among them."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask: AttentionMask, key: jax.Array | None) -> jax.Array:
-    c = self.config
-    q, k, v = (Linear(c.width, name=name)(x_BTD) for name in ("query", "key", "value"))
-    k, v, mask = virtual.with_prefix(self, k, v, mask)
-    return attention(q, k, v, mask, c.heads, key=key, rate=c.attention_dropout)
-
-
 class Output(nn.Module):
   """Computes LayerNorm(residual + dropout(dense(x)))."""
 
@@ -220,16 +210,6 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array, mask: Any, keys: Any) -> jax.Array:
     y = self.inner(self.config, name="self")(x, mask, keys[0])
     return Output(self.config, self.config.kind.drops_attention, name="output")(y, x, keys[1])
-
-
-class Intermediate(nn.Module):
-  """Computes act(dense(x)), `[B, T, F]`."""
-
-  config: BertConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return ACTIVATIONS[self.config.activation](Linear(self.config.ffn, name="dense")(x))
 
 
 class Layer(nn.Module):

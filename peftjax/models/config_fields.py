@@ -39,18 +39,30 @@ class Common:
 
   model_type: str = ""
   architectures: tuple[str, ...] | None = None
+
+  # Other names of the same fields, which some files use.
+  aliases: ClassVar[Mapping[str, str]] = {}
+  # What the head of an encoder may label, keys of `heads.LABELS_OF`; the first where none is named.
+  labels_of: ClassVar[tuple[str, ...]] = ()
+
+  def faults(self) -> Faults:
+    """Fields whose values do not go together with others, and what is allowed."""
+    yield from ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts(Common):
+  """The further fields of model types that read texts."""
+
   vocab_size: Size
   pad_token_id: PadId | None = None
   eos_token_id: Ids = None
   tie_word_embeddings: bool = True  # of decoders
 
-  # Other names of the same fields, which some files use.
-  aliases: ClassVar[Mapping[str, str]] = {}
-
   def faults(self) -> Faults:
-    """Fields whose values do not go together with others, and what is allowed."""
     if self.eos_token_id == []:
       yield "eos_token_id", "it must name a token, or be left out"
+    yield from super().faults()
 
   @property
   def end_ids(self) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from peftjax.core.ranges import Count, Fraction, Positive, Size
 from peftjax.models import rope_config
 from peftjax.models.config_fields import (
   MOST_OF_A_HEAD,
-  Common,
   Eps,
   Faults,
   HeadSize,
@@ -18,6 +17,7 @@ from peftjax.models.config_fields import (
   Labelled,
   Layers,
   PadId,
+  Texts,
   Theta,
   refused,
 )
@@ -28,7 +28,7 @@ _ALL, _WINDOW = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama(Labelled):
+class Llama(Labelled, Texts):
   """`LlamaConfig`."""
 
   vocab_size: Size = 32000
@@ -319,7 +319,7 @@ class Phi3(Llama):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPT2(Common):
+class GPT2(Texts):
   """`GPT2Config`."""
 
   vocab_size: Size = 50257

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 
 from peftjax.core.ranges import Count, Fraction, Size
-from peftjax.models.config_fields import Eps, Faults, Ids, Labelled, PadId
+from peftjax.models.config_fields import Eps, Faults, Ids, Labelled, PadId, Texts
 from peftjax.nn.ffn import ACTIVATIONS
 
 _DISTIL_EPS = 1e-12  # no field says it
@@ -18,8 +18,10 @@ Span = Annotated[int, Meta(ge=-1, le=2**16)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoder(Labelled):
-  """The fields that the configurations of all encoders have."""
+class Encoder(Labelled, Texts):
+  """The fields that the configurations of all encoders of texts have."""
+
+  labels_of: ClassVar[tuple[str, ...]] = ("text", "token", "span")
 
   def faults(self) -> Faults:
     if (self.pad_token_id or 0) >= self.vocab_size:

@@ -63,7 +63,8 @@ def _context(c: Any, x: jax.Array, keys: Any) -> jax.Array:
   return _plain(c, ContextPooler(c, name="pooler")(x, keys[1]), keys)
 
 
-# Heads for whole texts, by the name that `bert.KINDS` has for them. Tokens have the same for all.
+# Heads for whole texts, by the name that `bert.KINDS` has for them. Tokens and images have the
+# plain one.
 HEADS: Mapping[str, Callable[..., jax.Array]] = {
   "plain": _plain,
   "tanh": _dense(jnp.tanh),
@@ -83,4 +84,5 @@ class Head(nn.Module):
   def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     c = self.config
     keys = (None, None) if key is None else jax.random.split(key)
-    return OF_TOKENS.get(c.labels_of, HEADS[c.kind.head])(c, x, keys)
+    plain = HEADS["plain" if c.labels_of == "image" else c.kind.head]
+    return OF_TOKENS.get(c.labels_of, plain)(c, x, keys)

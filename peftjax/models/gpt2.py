@@ -98,6 +98,10 @@ class GPT2Config:
     return cls(**{**fields, **overrides})
 
   @property
+  def table_shape(self) -> tuple[int, ...]:
+    return self.vocab, self.width
+
+  @property
   def kv_heads(self) -> int:
     return self.heads
 

@@ -11,20 +11,24 @@ import numpy as np
 
 from peftjax.core import ranges
 from peftjax.io.safetensors_dir import file_of
-from peftjax.models.encoder_configs import Encoder
 
 # Endings of classes that have a head which is loaded here, and of those that have none.
-_LABELS_OF: Mapping[str, str] = {
+LABELS_OF: Mapping[str, str] = {
   "text": "ForSequenceClassification",
   "token": "ForTokenClassification",
   "span": "ForQuestionAnswering",
+  "image": "ForImageClassification",
 }
 _MEANT = {
   "text": "whole texts",
   "token": "each token",
   "span": "the ends of an answer",
+  "image": "images",
 }
-_NO_TASK = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
+_NO_TASK = (
+  *("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM"),
+  "ForMaskedImageModeling",
+)
 _DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
 _GPT2 = (("LMHeadModel",), ("Model",))
 # Beginnings of the same classes.
@@ -36,6 +40,7 @@ _NAMES: Mapping[str, str] = {
   "electra": "Electra",
   "distilbert": "DistilBert",
   "deberta-v2": "DebertaV2",
+  "vit": "ViT",
   "llama": "Llama",
   "mistral": "Mistral",
   "qwen2": "Qwen2",
@@ -54,18 +59,18 @@ def architecture(model_type: str, labels_of: str | None) -> str:
 
   Args:
     model_type: model type of the files.
-    labels_of: a key of `_LABELS_OF`, what the head gives labels to; None for a language model.
+    labels_of: a key of `LABELS_OF`, what the head gives labels to; None for a language model.
   """
   lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]
-  return _NAMES[model_type] + (_LABELS_OF[labels_of] if labels_of else lm)
+  return _NAMES[model_type] + (LABELS_OF[labels_of] if labels_of else lm)
 
 
 class Head(NamedTuple):
   """The head that a model is to have.
 
   Attributes:
-    labels_of: for an encoder, what it gives labels to: "text", "token", or "span", each token by
-      two outputs, whether an answer starts there and whether it ends there; None for a decoder.
+    labels_of: for an encoder, what it gives labels to: "text", "token", "image", or "span", each
+      token by two outputs, whether an answer starts there and ends there; None for a decoder.
     foreign: the head in the files is another task's, so that one of its name must not be loaded.
   """
 
@@ -86,22 +91,23 @@ def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
     ValueError: if the file's head is for another task than asked, and no new one was asked for, or
       the class is not one of this model type.
   """
-  if asked is not None:
-    ranges.one_of("labels_of", asked, _LABELS_OF)
+  allowed = fields.labels_of
+  if asked is not None and allowed:
+    ranges.one_of("labels_of", asked, allowed)
   ends = _ends(fields, where)
   named = " and ".join(fields.architectures or ())
-  if not isinstance(fields, Encoder):
+  if not allowed:
     _check_decoder(fields.model_type, ends, named, where)
     return Head(None)
-  found = next((of for of, end in _LABELS_OF.items() if end in ends), None)
+  found = next((of for of in allowed if LABELS_OF[of] in ends), None)
   if all(end in _NO_TASK for end in ends) or (found and found == (asked or found)):
-    return Head(asked or found or "text")
+    return Head(asked or found or allowed[0])
   if not new:
     raise ValueError(
-      f"{where}: architectures is {named}, whose head is not for {_MEANT[asked or 'text']}. Write "
-      "load_pretrained(..., num_labels=...) for a new head on this body."
+      f"{where}: architectures is {named}, whose head is not for {_MEANT[asked or allowed[0]]}. "
+      "Write load_pretrained(..., num_labels=...) for a new head on this body."
     )
-  return Head(asked or "text", foreign=True)
+  return Head(asked or allowed[0], foreign=True)
 
 
 def _ends(fields: Any, where: str) -> list[str]:

@@ -23,6 +23,7 @@ from peftjax.models.encoder_configs import (
   XLMRoberta,
 )
 from peftjax.models.expert_configs import Mixtral, Qwen3Moe
+from peftjax.models.image_configs import ViT
 
 SCHEMAS: Mapping[str, type[Common]] = {
   "bert": Bert,
@@ -32,6 +33,7 @@ SCHEMAS: Mapping[str, type[Common]] = {
   "electra": Electra,
   "distilbert": DistilBert,
   "deberta-v2": DebertaV2,
+  "vit": ViT,
   "llama": Llama,
   "mistral": Mistral,
   "qwen2": Qwen2,

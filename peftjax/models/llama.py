@@ -131,6 +131,10 @@ class LlamaConfig:
     return made
 
   @property
+  def table_shape(self) -> tuple[int, ...]:
+    return self.vocab, self.width
+
+  @property
   def max_length(self) -> int:
     return self.positions
 

@@ -62,10 +62,7 @@ def check_sizes(tensors: Tensors, family: Any, config: Any, where: str, table: s
       f"{count}" + (f": the last is that of {last}" if last else "")
     )
   if table is not None:
-    got, want = (
-      tensors.info(table).shape,
-      (config.vocab, getattr(config, "table_width", config.width)),
-    )
+    got, want = tensors.info(table).shape, config.table_shape
     if got != want:
       raise ValueError(_misshapen(tensors, table, got, want, where))
 

@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+# Others have the same name in both.
+_LEAVES = dict.fromkeys(("kernel", "filters", "embedding", "scale"), "weight")
 
 
 def torch_name(path: str, layer: str) -> str:
@@ -13,13 +14,23 @@ def torch_name(path: str, layer: str) -> str:
   'transformer.h.0.attn.c_attn.weight'
   """
   *modules, leaf = path.split("/")
-  name = re.sub(r"\blayers_(?=\d)", layer, ".".join([*modules, _LEAVES[leaf]]))
+  name = re.sub(r"\blayers_(?=\d)", layer, ".".join([*modules, _LEAVES.get(leaf, leaf)]))
   return re.sub(r"\bexperts_(?=\d)", "experts.", name)
 
 
 def turned(family: Any, path: str) -> bool:
-  """Tells whether the family's files hold this parameter transposed, [out, in].
+  """Tells whether the family's files hold this parameter with its axes reversed: kernels [out, in].
 
   The language-model head is an `nn.Linear` in GPT-2 too, whose other kernels are [in, out].
   """
+  if path.endswith("filters"):
+    return True
   return path.endswith("kernel") and (family.OUT_FIRST or path.startswith("lm_head/"))
+
+
+def module_name(family: Any, path: str) -> str:
+  """The tensor of a parameter, named by the modules of transformers, as PEFT names it.
+
+  It is the name in the family's files unless the family has another.
+  """
+  return getattr(family, "module_name", family.hf_name)(path)

@@ -21,7 +21,7 @@ from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama, mixtral
+from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama, mixtral, vit
 from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
@@ -43,6 +43,7 @@ FAMILIES: Mapping[str, Any] = {
   "electra": bert,
   "distilbert": distilbert,
   "deberta-v2": deberta,
+  "vit": vit,
   "llama": llama,
   "mistral": llama,
   "qwen2": llama,
@@ -57,8 +58,9 @@ FAMILIES: Mapping[str, Any] = {
 
 
 def ours(model: Any) -> bool:
-  """Tells whether a module is of one of these families, with a `config`."""
-  return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
+  """Tells whether a module is of one of these families, with a `config`, and reads texts."""
+  files = {family.__name__ for family in FAMILIES.values() if hasattr(family.CONFIG, "max_length")}
+  return type(model).__module__ in files
 
 
 def family_of(model: Any) -> Any:
@@ -93,7 +95,7 @@ def load_pretrained(
   rules: sharding.Rules = sharding.RULES,
   key: jax.Array | None = None,
 ) -> tuple[nn.Module, Any]:
-  """A pretrained encoder or decoder with a head to classify or regress, or a language model.
+  """A pretrained encoder (of texts or images) or decoder with a head, or a language model.
 
   Args:
     directory: a path, or a name on the Hugging Face hub, `org/name` or `org/name@revision`, which
@@ -103,9 +105,9 @@ def load_pretrained(
     num_labels: outputs of the head, 1 for a regression; a decoder then scores texts by their last
       token. By default the checkpoint's: for a decoder, none unless its class has such a head. A
       head of this size in the checkpoint is loaded, otherwise a new one is drawn.
-    labels_of: for an encoder: "text", "token" for labels of each token, or "span" for the ends of
-      an answer (`num_labels=2`). By default what the head in the files labels, and "text" where
-      there is none.
+    labels_of: for an encoder of texts: "text", "token" for labels of each token, or "span" for the
+      ends of an answer (`num_labels=2`). By default what the head in the files labels, and "text"
+      where there is none.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
     remat: for a decoder: keep only each layer's input for the backward pass and compute the rest
       again ("gradient checkpointing"); True or "layer". "products" also keeps the results of
@@ -117,7 +119,8 @@ def load_pretrained(
     key: random key of the new head's weights; by default `jax.random.key(0)`.
 
   Returns:
-    The model and its parameters; `peftjax.apply(model, params, tokens, mask)` gives logits.
+    The model and its parameters; `peftjax.apply(model, params, tokens, mask)` gives logits, or of
+    images `peftjax.apply(model, params, pixel_values)`.
 
   Raises:
     ValueError: before any weight is read, an unknown model_type, a damaged file, a tensor missing,
@@ -213,7 +216,9 @@ def load(
 
 
 def _init(model: nn.Module, key: jax.Array) -> Any:
-  return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+  image = getattr(model.config, "image", None)
+  example = jnp.zeros((1, *image)) if image else jnp.zeros((1, 1), jnp.int32)
+  return model.init(key, example)["params"]
 
 
 @functools.lru_cache(maxsize=16)  # a sweep loads one model many times
@@ -331,6 +336,7 @@ def check_decoder(directory: str | Path) -> None:
   """Raises ValueError unless the model is a language model, going by its configuration alone."""
   config, said = config_of(directory), _config_file(directory)
   fields = hf_config.read(config, said)
+  _check_texts(fields, said)
   kind = fields.model_type
   decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
   if kind not in decoders:
@@ -351,7 +357,7 @@ def end_ids(path: str | Path) -> tuple[int, ...]:
   Raises:
     ValueError: if the configuration names none, or one beyond the vocabulary.
   """
-  fields = hf_config.read(config_of(path), _config_file(path))
+  fields = _text_fields(path)
   if not fields.end_ids:
     raise ValueError(f"{_config_file(path)} names no eos_token_id: add it")
   if strange := [i for i in fields.end_ids if not 0 <= i < fields.vocab_size]:
@@ -364,7 +370,27 @@ def end_ids(path: str | Path) -> tuple[int, ...]:
 
 def pad_id(path: str | Path) -> int:
   """The token id that pads a batch for this model."""
-  return hf_config.read(config_of(path), _config_file(path)).padding
+  return _text_fields(path).padding
+
+
+def check_texts(path: str | Path) -> None:
+  """Raises ValueError unless the model reads texts, going by its configuration alone."""
+  _text_fields(path)
+
+
+def _text_fields(path: str | Path) -> Any:
+  """The typed configuration of a model that reads texts."""
+  fields = hf_config.read(config_of(path), _config_file(path))
+  _check_texts(fields, _config_file(path))
+  return fields
+
+
+def _check_texts(fields: Any, where: str) -> None:
+  if "image" in fields.labels_of:
+    raise ValueError(
+      f"{where} is of a {fields.model_type}, which reads images: tasks and pj.texts take models of "
+      "texts. Train it with pj.fit on arrays (images, labels), or in a loop of your own."
+    )
 
 
 def _config_file(path: str | Path) -> str:

@@ -25,12 +25,12 @@ from peftjax.models.names import turned
 from peftjax.models.pretrained import FAMILIES, abstract_params, config_of
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Files beside the weights that say how texts go in and come out.
+# Files beside the weights that say how texts or images go in and come out.
 BESIDE = (
   *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
   *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
   *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-  "generation_config.json",
+  *("generation_config.json", "preprocessor_config.json"),
 )
 
 
@@ -140,16 +140,15 @@ def _check(
     ValueError: naming a leaf that only one of them has, or that differs in shape.
   """
   family = FAMILIES[source["model_type"]]
-  encoder = not hasattr(family.CONFIG, "remat")
+  kinds = hf_config.SCHEMAS[source["model_type"]].labels_of  # of an encoder
   head = [x.shape[-1] for path, x in flat.items() if path.startswith("head/")]
-  outputs = head[-1] if head else 1 if encoder else None
+  outputs = head[-1] if head else 1 if kinds else None
   options: dict[str, Any] = {"scan_layers": any("layers" in path.split("/") for path in flat)}
   options |= {"tied": is_tied} if outputs is None else {"labels": outputs}
   wanted: dict[str, Any] = {}
   labels_of = None if outputs is None else "text"
-  # A tree is told by its leaves.
-  for kind in ("span", "token", "text") if encoder else (labels_of,):
-    own = {"labels_of": kind} if encoder else {}
+  for kind in kinds[::-1] or (labels_of,):  # a tree is told by its leaves
+    own = {"labels_of": kind} if kinds else {}
     model = family.MODEL(family.CONFIG.from_hf(source, str(of), **options, **own))
     wanted, labels_of = paths.leaves(abstract_params(model)), kind
     if wanted.keys() == flat.keys():

@@ -14,33 +14,33 @@ SELF = "bert/encoder/layers_{}/attention/self/{}/kernel"
 
 
 def test_a_plain_word_names_a_module_or_a_parameter():
-  found = pj.select(tiny.params(), ["query", "value"])
+  found = pj.tree.select(tiny.params(), ["query", "value"])
   assert found == [SELF.format(i, name) for i in (0, 1) for name in ("query", "value")]
-  assert pj.select(tiny.params(), "word_embeddings") == [
+  assert pj.tree.select(tiny.params(), "word_embeddings") == [
     "bert/embeddings/word_embeddings/embedding"
   ]
-  assert all(p.endswith("/bias") for p in pj.select(tiny.params(), "bias"))
+  assert all(p.endswith("/bias") for p in pj.tree.select(tiny.params(), "bias"))
   assert paths.matches("query", "query") and not paths.matches("query", "query/bias")
   assert not paths.matches("que", "a/query/kernel")
 
 
 def test_a_regex_matches_the_whole_path():
-  assert pj.select(tiny.params(), r".*_1/.*/query/kernel") == [SELF.format(1, "query")]
+  assert pj.tree.select(tiny.params(), r".*_1/.*/query/kernel") == [SELF.format(1, "query")]
   assert not paths.matches(r"query/kernel", "a/query/kernel")
 
 
 def test_all_linear_is_every_kernel_of_the_body_but_embeddings_and_heads():
-  found = pj.select(tiny.params(), "all-linear")
+  found = pj.tree.select(tiny.params(), "all-linear")
   flat = paths.leaves(tiny.params())
   assert len(found) == 2 * 6 + 1  # and the pooler
   assert set(flat) - set(found) >= {"head/classifier/kernel"}
   assert all(p.startswith("bert/") and p.endswith("/kernel") for p in found)
   tree = {name: {"kernel": jnp.ones((2, 2))} for name in ("lm_head", "score", "a", "classifier")}
-  assert pj.select(tree, "all-linear") == ["a/kernel"]
+  assert pj.tree.select(tree, "all-linear") == ["a/kernel"]
 
 
 def test_paths_come_in_tree_order_and_once():
-  found = pj.select(tiny.params(), [".*/value/kernel", "query", ".*layers_0/.*query/kernel"])
+  found = pj.tree.select(tiny.params(), [".*/value/kernel", "query", ".*layers_0/.*query/kernel"])
   assert found == [p for p in paths.leaves(tiny.params()) if p in found]
   assert len(found) == len(set(found)) == 4
 
@@ -48,19 +48,19 @@ def test_paths_come_in_tree_order_and_once():
 @pytest.mark.parametrize("targets", ["qeury", ["query", "valeu"], ".*/keys/kernel", "all_linear"])
 def test_a_target_that_matches_nothing_raises(targets):
   with pytest.raises(ValueError, match="matches no parameter"):
-    pj.select(tiny.params(), targets)
+    pj.tree.select(tiny.params(), targets)
 
 
 def test_near_misses_are_named():
   with pytest.raises(ValueError, match=r"'qeury' matches no parameter.\nDid you mean: query"):
     pj.lora(2, targets=["value", "qeury"]).attach(jax.random.key(0), tiny.params())
   with pytest.raises(ValueError, match="targets is empty"):
-    pj.select(tiny.params(), [])
+    pj.tree.select(tiny.params(), [])
 
 
 def test_the_error_stays_on_one_screen():
   with pytest.raises(ValueError) as error:
-    pj.select(tiny.params(), "nothing like it")
+    pj.tree.select(tiny.params(), "nothing like it")
   assert len(str(error.value).splitlines()) < 20
 
 

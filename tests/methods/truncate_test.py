@@ -16,6 +16,7 @@ _METHODS = {
   "adalora": pj.adalora(3, 6, targets="w", target_rank=1.0),
   "loha": pj.loha(2, 4, targets="w"),
   "lokr": pj.lokr(2, 4, targets="w"),
+  "oft": pj.oft(4, targets="w", neumann_terms=None),
   "vera": pj.vera(5, targets="w"),
   "ia3": pj.ia3(outputs="w"),
 }

@@ -40,9 +40,9 @@ def test_train_looks_into_a_box_and_leaves_it():
   train, _ = pj.partition(attached, mask)
   assert nn.get_partition_spec(train)["a"]["kernel"] == P("fsdp", "tensor")
   assert pj.count(attached, mask) == 12 * 8 + 8
-  assert pj.select(tree, "all-linear") == ["a/kernel"]
+  assert pj.tree.select(tree, "all-linear") == ["a/kernel"]
   with pytest.raises(ValueError, match="'b' matches no parameter"):
-    pj.select(tree, "b")
+    pj.tree.select(tree, "b")
   with pytest.raises(ValueError, match="cannot train codes"):
     pj.unfreeze(".*").attach(KEY, tree)
 

@@ -118,7 +118,7 @@ def test_no_regex_reaches_the_pair():
   assert not any(jax.tree.leaves(mask["shared"]))
   assert mask["down"] == {"kernel": True, "bias": True} and mask["up"]["bias"]
   with pytest.raises(ValueError, match="matches no parameter"):
-    pj.select(params, "shared/.*")
+    pj.tree.select(params, "shared/.*")
 
 
 def test_no_gradient_has_the_shape_of_a_factor():

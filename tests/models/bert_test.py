@@ -14,6 +14,7 @@ from peftjax.core import paths
 from peftjax.methods.lora_weight import LoRA
 from peftjax.models import bert, encoder_heads
 from peftjax.models.bert import BertClassifier, BertConfig, hf_name
+from peftjax.nn import encoder
 from tests.core.programs import jit
 from tests.models import tiny
 
@@ -88,7 +89,7 @@ def test_every_place_of_dropout_has_its_own_key_and_rate(family, outputs, heads,
 
   for module in (bert, encoder_heads):
     monkeypatch.setattr(module, "dropout", note)
-  monkeypatch.setattr(bert, "attention", attention)
+  monkeypatch.setattr(encoder, "attention", attention)
   rates = dict(dropout=0.1, attention_dropout=0.2, head_dropout=0.3)
   config = tiny.config(family=family, pad_id=int(family == "roberta"), **rates)
   model = BertClassifier(config)

@@ -30,7 +30,7 @@ def test_a_file_of_transformers_gives_its_logits(scan):
   model, params = pj.load_pretrained(GOLDEN / "bnb_tiny", scan_layers=scan)
   kinds = {path: type(leaf) for path, leaf in paths.leaves(params).items()}
   packed = [path for path, kind in kinds.items() if kind is Quantized]
-  assert packed == pj.select(params, "all-linear")
+  assert packed == pj.tree.select(params, "all-linear")
   got = jit(lambda p: pj.apply(model, p, want["tokens"], want["mask"]))(params)
   real = want["mask"] > 0
   np.testing.assert_allclose(np.asarray(got)[real], want["logits"][real], atol=1e-4)

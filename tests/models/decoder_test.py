@@ -121,6 +121,6 @@ def test_too_long_a_text_is_refused():
 def test_all_linear_is_the_projections_of_the_layers(name, path):
   """Not the table, nor the head of an untied model."""
   _, params, _ = load(name)
-  found = pj.select(params, "all-linear")
+  found = pj.tree.select(params, "all-linear")
   assert found and all(p.startswith(f"{path}/layers_") and p.endswith("kernel") for p in found)
   assert len(found) == (14 if name == "llama3_tiny" else 8)

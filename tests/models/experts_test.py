@@ -67,9 +67,9 @@ def test_slices_of_a_stack_of_experts_have_names_and_all_linear_takes_no_router(
   names = paths.layer_paths(UP, (2, count))
   assert names[1] == "model/layers_0/mlp/experts_1/up_proj/kernel"
   assert names[count] == "model/layers_1/mlp/experts_0/up_proj/kernel"
-  found = {path.split("/")[-2] for path in pj.select(params, "all-linear")}
+  found = {path.split("/")[-2] for path in pj.tree.select(params, "all-linear")}
   assert found == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
-  assert pj.select(params, "router") == ["model/layers/mlp/router/kernel"]
+  assert pj.tree.select(params, "router") == ["model/layers/mlp/router/kernel"]
 
 
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=RARE), True])

@@ -38,11 +38,11 @@ def test_adapters_and_sharding_of_each_kernel(name):
   """All linear layers and the usual two; no kernel is left to the rule for what is unknown."""
   modules, usual = FAMILIES[name]
   _, params, _ = load(name)
-  found = pj.select(params, "all-linear")
+  found = pj.tree.select(params, "all-linear")
   assert sorted({path.split("/")[-2] for path in found}) == sorted(modules)
   assert len(found) == 2 * len(modules)
   adapted = pj.lora(2, 4, usual).attach(jax.random.key(0), params)
-  assert len(pj.select(adapted, usual)) == 2 * len(usual)
+  assert len(pj.tree.select(adapted, usual)) == 2 * len(usual)
   rules = [pattern for pattern, _ in sharding.RULES]
   for path in found:
     matched = next(i for i, pattern in enumerate(rules) if re.fullmatch(pattern, path))

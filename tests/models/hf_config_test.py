@@ -52,7 +52,7 @@ use_bidirectional_attention""".split()
 @pytest.mark.parametrize(
   "name",
   """bert_tiny roberta_tiny llama3_tiny mistral_tiny qwen2_tiny qwen3_tiny gemma2_tiny gemma3_tiny
-  phi3_tiny qwen3_moe_tiny mixtral_tiny gpt2_tiny""".split(),
+  phi3_tiny qwen3_moe_tiny mixtral_tiny gpt2_tiny image_vit""".split(),
 )
 def test_damage_is_one_sentence_with_file_field_and_value(name):
   """Every field that is read, with values of every wrong kind; what is left is harmless."""

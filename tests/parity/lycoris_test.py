@@ -1,10 +1,10 @@
-"""LoHa and LoKr against peft: outputs of its directories, and of ours in it."""
+"""LoHa, LoKr and OFT against peft: outputs of its directories, and of ours in it."""
 
 import jax
 import numpy as np
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, OFTConfig, PeftModel, get_peft_model
 
 import peftjax as pj
 from peftjax import hf_peft
@@ -14,6 +14,7 @@ from tests.parity.reference import GOLDEN, decoder
 pytestmark = [
   pytest.mark.parity,
   pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+  pytest.mark.filterwarnings("ignore:Invalid `(oft_block_size|r)`.*Adjusted"),
 ]
 IDS = np.random.default_rng(0).integers(3, 40, (2, 9))
 LINEAR = ["q_proj", "o_proj", "down_proj"]
@@ -26,6 +27,18 @@ CASES = {
   "lokr whole": LoKrConfig(r=64, alpha=5, target_modules=LINEAR),
   "lokr factor": LoKrConfig(r=3, alpha=5, decompose_factor=4, target_modules=LINEAR),
   "lokr both": LoKrConfig(r=1, alpha=5, decompose_both=True, target_modules=LINEAR),
+  "oft": OFTConfig(oft_block_size=8, target_modules=LINEAR),
+  "oft default": OFTConfig(target_modules=LINEAR),  # whose blocks of 32 fit no module
+  "oft exact": OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=LINEAR),
+  "oft shared": OFTConfig(oft_block_size=4, block_share=True, target_modules=LINEAR),
+  "oft r": OFTConfig(r=4, oft_block_size=0, target_modules=LINEAR),
+  "oft r adjusted": OFTConfig(r=5, oft_block_size=0, target_modules=LINEAR),
+  **{
+    f"oft {n} terms": OFTConfig(
+      oft_block_size=8, num_cayley_neumann_terms=n, target_modules=LINEAR, layers_to_transform=[1]
+    )
+    for n in (2, 3, 4, 7)
+  },
 }
 
 
@@ -36,6 +49,8 @@ def drawn(model):
     for name, array in model.named_parameters():
       if "hada_" in name or "lokr_" in name:
         array.normal_(std=0.3)
+      if "oft_" in name:
+        array.normal_(std=0.05)
   return model.eval()
 
 
@@ -70,8 +85,13 @@ def test_directories_go_both_ways(name, scan, tmp_path):
       pj.lokr(1, 6, LINEAR, factor=4, decompose_both=True),
       LoKrConfig(r=1, alpha=6, decompose_factor=4, decompose_both=True, target_modules=LINEAR),
     ),
+    (pj.oft(8, LINEAR), OFTConfig(oft_block_size=8, target_modules=LINEAR)),
+    (
+      pj.oft(4, LINEAR, block_share=True),
+      OFTConfig(oft_block_size=4, block_share=True, target_modules=LINEAR),
+    ),
   ],
-  ids=["loha", "lokr", "lokr both"],
+  ids=["loha", "lokr", "lokr both", "oft", "oft shared"],
 )
 def test_as_many_parameters_are_trained(ours, config):
   base = GOLDEN / "llama3_tiny"
@@ -79,4 +99,4 @@ def test_as_many_parameters_are_trained(ours, config):
   attached = ours.attach(jax.random.key(0), params)
   theirs = get_peft_model(decoder(base), config).get_nb_trainable_parameters()[0]
   assert pj.count(attached, ours.trainable(attached)) == theirs
-  assert any(type(x) is ours.leaf for x in paths.leaves(attached).values())
+  assert any(type(x) is ours.codec.leaf for x in paths.leaves(attached).values())

@@ -50,7 +50,7 @@ def config(tmp_path_factory):
     where = directory(family, "bfloat16" if base == "bfloat16" else "float32")
     if family == "bert":
       return tiny.config(where, texts, method, quant__block_size=32, **common)
-    own = {"adalora": {"method__target_rank": 2.0}}
+    own = {"adalora": {"method__target_rank": 2.0}, "oft": {"method__block_size": 8}}
     own |= dict.fromkeys(("prefix", "prompt"), {"method__length": 3})
     return tiny_lm.config(where, rows, f"method={method}", **common, **own.get(method, {}))
 
