@@ -33,8 +33,8 @@ UNUSED = (
 )
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
-# What the layers are numbered in, of a tensor's name.
-LAYER = r"(.*\.)?encoder\.layer\.(\d+)\..*"
+# What the layers are numbered in, of a tensor's name, and the field with their number.
+LAYERS = {r"(.*\.)?encoder\.layer\.(\d+)\..*": "layers"}
 
 
 class Kind(NamedTuple):

@@ -31,8 +31,8 @@ NEW = r"(?!)"
 UNUSED = r".*attn\.(masked_)?bias|lm_head\.weight"
 # Hugging Face keeps these kernels [in, out], as here.
 OUT_FIRST = False
-# What the layers are numbered in, of a tensor's name.
-LAYER = r"(.*\.)?h\.(\d+)\..*"
+# What the layers are numbered in, of a tensor's name, and the field with their number.
+LAYERS = {r"(.*\.)?h\.(\d+)\..*": "layers"}
 
 
 def hf_name(path: str) -> str:

@@ -22,6 +22,7 @@ from peftjax.models.encoder_configs import (
   Roberta,
   XLMRoberta,
 )
+from peftjax.models.seq2seq_configs import MT5, T5
 
 SCHEMAS: Mapping[str, type[Common]] = {
   "bert": Bert,
@@ -39,6 +40,8 @@ SCHEMAS: Mapping[str, type[Common]] = {
   "gemma3_text": Gemma3,
   "phi3": Phi3,
   "gpt2": GPT2,
+  "t5": T5,
+  "mt5": MT5,
 }
 
 

@@ -33,8 +33,8 @@ NEW = r"head/.*"
 UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
-# What the layers are numbered in, of a tensor's name.
-LAYER = r"(.*\.)?layers\.(\d+)\..*"
+# What the layers are numbered in, of a tensor's name, and the field with their number.
+LAYERS = {r"(.*\.)?layers\.(\d+)\..*": "layers"}
 
 
 def hf_name(path: str) -> str:

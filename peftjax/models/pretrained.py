@@ -21,7 +21,7 @@ from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama
+from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama, t5
 from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
@@ -51,6 +51,8 @@ FAMILIES: Mapping[str, Any] = {
   "gemma3_text": llama,
   "phi3": llama,
   "gpt2": gpt2,
+  "t5": t5,
+  "mt5": t5,
 }
 
 
@@ -157,11 +159,13 @@ def load(
     options["labels_of"] = head.labels_of
   settings = family.CONFIG.from_hf(config, said, **options)
   body, available = body_of(family, settings), set(tensors.names())
-  words = heads.Words(*(find(n, available, body) for n in (family.hf_name(settings.table), HEAD)))
-  others: dict[str, str] = {}
+  tables = (family.hf_name(settings.table), *getattr(family, "TABLES", ()))
+  words = heads.words(tensors, *([find(n, available, body) for n in ns] for ns in (tables, [HEAD])))
+  others = {settings.table: words.table} if words.table else {}
   check_sizes(tensors, family, settings, said, words.table)
   if hasattr(settings, "tied"):
-    settings, others = heads.settle(tensors, words, settings, said)
+    settings, tied_to = heads.settle(tensors, words, settings, said)
+    others |= tied_to
   model = family.MODEL(settings)
   key = jax.random.key(0) if key is None else key
   abstract = abstract_params(model)
