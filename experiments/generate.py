@@ -1,4 +1,4 @@
-"""Continues prompts with a fine-tuned language model.
+"""Continues prompts with a fine-tuned language model, or answers them with an encoder-decoder.
 
   python -m experiments.generate --workdir=DIR --prompt="Shares in the airline"
   python -m experiments.generate --workdir=DIR --chat --prompt="What is NF4?" --temperature=0.7
@@ -14,7 +14,8 @@ from experiments import runtime
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of a run of experiments.train with configs/causal_lm.py, here or in a bucket.",
+  "Folder of a run of experiments.train with configs/causal_lm.py or configs/seq2seq.py, here or "
+  "in a bucket.",
   required=True,
 )
 PROMPT = flags.DEFINE_multi_string(
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> None:
       as_chat=CHAT.value,
     )
     for prompt, text in zip(PROMPT.value, texts, strict=True):
-      print(f"{f'[{name}] ' if name else ''}{prompt}{' => ' if CHAT.value else ''}{text}\n")
+      between = " => " if CHAT.value or writer.answers else ""
+      print(f"{f'[{name}] ' if name else ''}{prompt}{between}{text}\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ read, so that no array is made whose size only a config claims.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -79,6 +79,7 @@ class Plan:
     self.whole = targets.saved(self.config, modules)
     self.keeps_tie = False  # head and table are saved whole as one
     self._tie(modules)
+    check_copied(self.targets | self.whole, family, self.where)
     found = self.targets | self.norms
     targets.tell_unused(self.config, self.codec, modules, found, self.matcher)
     self.wants = self._wanted(virtual)
@@ -199,6 +200,16 @@ class Plan:
             f"{self.file}: tensor {self.real[name]} is {info.dtype} {info.shape}; the model means "
             f"floats of {want.shape}{want.hint}"
           )
+
+
+def check_copied(modules: Collection[str], family: Any, where: str) -> None:
+  """ValueError if an adapter or a whole module is one of which transformers reads copies."""
+  if found := sorted(getattr(family, "COPIED", frozenset()) & {*modules}):
+    raise ValueError(
+      f"{where}: {found[0]} has an adapter or is saved whole, and transformers' models of this "
+      "family read copies of it, one in each stack, which would stay as they are. Leave it out, or "
+      "save the whole model: pj.save_pretrained(...)"
+    )
 
 
 def sites_of(params: Any, family: Any) -> tuple[dict[str, list[Site]], str]:

@@ -31,7 +31,7 @@ from peftjax.hf_peft import build, norms, virtual, whole
 from peftjax.hf_peft.codecs import codec_of, codecs
 from peftjax.hf_peft.config import NAME
 from peftjax.hf_peft.fields import Virtual
-from peftjax.hf_peft.plan import EMBEDDINGS, STEM
+from peftjax.hf_peft.plan import EMBEDDINGS, STEM, check_copied
 from peftjax.io import safetensors_dir
 from peftjax.methods.codec import Adapter, Codec, Common
 from peftjax.models.pretrained import FAMILIES, stack_of
@@ -66,7 +66,8 @@ def save(
       array is saved whole. Without it the head counts as trained and all other plain arrays as the
       base's.
     task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; of a
-      head that labels tokens it is "TOKEN_CLS", of a decoder "CAUSAL_LM".
+      head that labels tokens it is "TOKEN_CLS", of a decoder "CAUSAL_LM",
+      of an encoder with a decoder "SEQ_2_SEQ_LM".
     rslora: write `use_rslora`.
 
   Raises:
@@ -93,10 +94,11 @@ def save(
   codec = None if is_plain else _one_kind(params, adapted)
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
-    task_type = "CAUSAL_LM"
+    task_type = "SEQ_2_SEQ_LM" if hasattr(model.config, "decoder") else "CAUSAL_LM"
   if task_type == "SEQ_CLS" and getattr(model.config, "labels_of", "text") == "token":
     task_type = "TOKEN_CLS"
   saved = whole.collect(bare, flags, family, task_type, adapters)
+  check_copied({*adapters, *saved.modules}, family, "params")
   common: Any = dict(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
   )

@@ -29,7 +29,7 @@ class Cache(flax.struct.PyTreeNode):
   valid: jax.Array
   index: jax.Array
   cross: Any = None
-  source: jax.Array | None = None
+  source: Any = None
   begun: bool = flax.struct.field(pytree_node=False, default=False)
 
   @classmethod

@@ -56,6 +56,10 @@ FAMILIES: Mapping[str, Any] = {
 }
 
 
+# Model types of an encoder and a decoder that reads it.
+READERS = tuple(name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "decoder"))
+
+
 def ours(model: Any) -> bool:
   """Whether a module is of one of these families, with a `config`."""
   return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
@@ -311,17 +315,40 @@ def check_decoder(directory: str | Path) -> None:
   config, said = config_of(directory), _config_file(directory)
   fields = hf_config.read(config, said)
   kind = fields.model_type
-  decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
+  decoders = [
+    name for name, x in FAMILIES.items() if hasattr(x.CONFIG, "remat") and name not in READERS
+  ]
   if kind not in decoders:
     raise ValueError(
       f"{said} is of a {kind}, which is no language model; task=causal_lm takes "
-      f"{', '.join(decoders)}, and configs/classify.py the others"
+      f"{', '.join(decoders)}, configs/seq2seq.py {', '.join(READERS)}, and configs/classify.py "
+      "the others"
     )
   if classifies(fields.architectures):
     raise ValueError(
       f"{said}: architectures is {' and '.join(fields.architectures)}, which is no language model; "
       "configs/classify.py takes it"
     )
+
+
+def check_encoder_decoder(directory: str | Path) -> None:
+  """ValueError if the model has no decoder that reads what an encoder has read."""
+  kind = config_of(directory)["model_type"]
+  if kind not in READERS:
+    raise ValueError(
+      f"{_config_file(directory)} is of a {kind}, and task=seq2seq takes {', '.join(READERS)}: "
+      "name one of these, --config.model.directory=DIR, or take configs/causal_lm.py for a decoder"
+    )
+
+
+def reads_source(path: str | Path) -> bool:
+  """Whether the model is an encoder with a decoder, which answers a text and does not go on."""
+  return config_of(path)["model_type"] in READERS
+
+
+def start_id(path: str | Path) -> int:
+  """The token id that a decoder which reads a source begins with."""
+  return hf_config.read(config_of(path), _config_file(path)).start_id
 
 
 def end_ids(path: str | Path) -> tuple[int, ...]:

@@ -44,10 +44,11 @@ LAYERS = {
 # Other names of the table of words, whose values are one.
 TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
-
-_FIRST = (
-  "layers_0/layer_0/SelfAttention"  # of a stack, whose bias is in the files of its first layer
-)
+# Where transformers reads a table from is its copies, one a stack: an adapter of it, or another one
+# in a PEFT directory, changes nothing there.
+COPIED = frozenset({"shared"})
+# Where a stack's bias is in files, in its first layer.
+_BIAS = "layers_0/layer_0/SelfAttention/relative_attention_bias"
 
 
 def hf_name(path: str) -> str:
@@ -58,7 +59,7 @@ def hf_name(path: str) -> str:
   >>> hf_name("encoder/relative_attention_bias/embedding")
   'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
   """
-  path = path.replace("/relative_attention_bias", f"/{_FIRST}/relative_attention_bias")
+  path = path.replace("/relative_attention_bias", f"/{_BIAS}")
   path = re.sub(r"^embed_tokens/", "shared/", path)  # peftjax.core.shared has that name for others
   return re.sub(r"\blayer_(?=\d)", "layer.", torch_name(path, "block."))
 

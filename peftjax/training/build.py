@@ -17,12 +17,16 @@ from peftjax.core.layout import Layout
 from peftjax.io import bucket
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
-from peftjax.training import causal_lm, classification
+from peftjax.training import causal_lm, classification, seq2seq
 from peftjax.training.settings import Settings
 from peftjax.training.task import Task
 
 # The name of a task in a config, and the file that knows it.
-TASKS: Mapping[str, Any] = {"classify": classification, "causal_lm": causal_lm}
+TASKS: Mapping[str, Any] = {
+  "classify": classification,
+  "causal_lm": causal_lm,
+  "seq2seq": seq2seq,
+}
 
 
 class Attached(NamedTuple):

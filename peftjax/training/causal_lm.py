@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from peftjax import data, losses
 from peftjax.data.pack import Rows, RowStream, pack
 from peftjax.models import pretrained
+from peftjax.training import evaluate
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
 
@@ -46,6 +46,7 @@ class LanguageModelling:
 
   kind = KIND
   outputs = None
+  widths: ClassVar[Mapping[str, tuple[int, ...]]] = {}
   peft_type = "CAUSAL_LM"
 
   def __post_init__(self) -> None:
@@ -83,12 +84,7 @@ class LanguageModelling:
     plan = data.batch_plan(
       np.full(len(rows), self.lengths[0]), self.lengths, batch_size, seed=0, epoch=0, shuffle=False
     )
-    pending = [predict(rows.batch(index)) for index in plan.index]
-    total, count = (sum(map(float, sums)) for sums in zip(*jax.device_get(pending), strict=True))
-    if not math.isfinite(total):
-      return None
-    loss = total / count
-    return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+    return evaluate.perplexity(predict(rows.batch(index)) for index in plan.index)
 
   def criterion(self, scores: Mapping[str, float]) -> float:
     return -scores["loss"]

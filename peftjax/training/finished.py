@@ -42,7 +42,7 @@ def load(workdir: str | Path) -> Finished:
         f"{workdir} holds no run of experiments.train; name one, or write --base=DIR"
       )
     settings = workdirs.settings(folder)
-  made = Writer(workdir) if settings.task == "causal_lm" else Predictor(workdir)
+  made = Predictor(workdir) if settings.task == "classify" else Writer(workdir)
   return Finished(
     settings.model.path(),
     made.model,

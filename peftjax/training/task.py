@@ -43,6 +43,7 @@ class Task(Protocol):
     kind: the pure part.
     outputs: of a new head, or None.
     lengths: tokens of a row, ascending: each a program of its own.
+    widths: columns of those arrays of a batch that have others, at each of `lengths`.
     before: parts that are also scored before training.
     final: parts that are scored once, with the best parameters.
     peft_type: what Hugging Face PEFT calls the task.
@@ -51,6 +52,7 @@ class Task(Protocol):
   kind: Kind
   outputs: int | None
   lengths: tuple[int, ...]
+  widths: Mapping[str, tuple[int, ...]]
   before: tuple[str, ...]
   final: tuple[str, ...]
   peft_type: str
