@@ -60,9 +60,9 @@ class T5(Common):
     parts = self.feed_forward_proj.split("-")
     if len(parts) > 2 or (len(parts) == 2 and parts[0] != "gated"):
       yield "feed_forward_proj", "it must be an activation, or gated-ACTIVATION"
-    if self._activation not in _CURVES:
-      field = "feed_forward_proj" if self.dense_act_fn is None else "dense_act_fn"
-      yield field, f"the activation must be one of {', '.join(_CURVES)}"
+    for field, name in (("feed_forward_proj", self._derived), ("dense_act_fn", self.activation)):
+      if name not in _CURVES:
+        yield field, f"the activation must be one of {', '.join(_CURVES)}"
     if self.relative_attention_num_buckets % 2:
       yield "relative_attention_num_buckets", "it must be even: one half is of later tokens"
     if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
@@ -78,15 +78,19 @@ class T5(Common):
     yield from super().faults()
 
   @property
-  def _activation(self) -> str:
+  def _derived(self) -> str:
     said = self.feed_forward_proj
-    derived = "gelu_new" if said == "gated-gelu" else said.rpartition("-")[2]
-    return derived if self.dense_act_fn is None else self.dense_act_fn
+    return "gelu_new" if said == "gated-gelu" else said.rpartition("-")[2]
+
+  @property
+  def activation(self) -> str:
+    """By Hugging Face's name."""
+    return self._derived if self.dense_act_fn is None else self.dense_act_fn
 
   @property
   def curve(self) -> str:
     """The activation, of `nn.ffn.CURVES`."""
-    return _CURVES[self._activation]
+    return _CURVES[self.activation]
 
   @property
   def gated(self) -> bool:

@@ -57,8 +57,8 @@ class Work(NamedTuple):
 
 
 class _Part(NamedTuple):
-  """The matrices of the body, of what reads the source of an encoder-decoder, of a decoder's head, or
-  of what reads an encoder's first token.
+  """The matrices of the body, of what reads an encoder-decoder's source, of a decoder's head, or of
+  what reads an encoder's first token.
 
   Attributes:
     tokens: that are multiplied with them.

@@ -37,7 +37,9 @@ def config(tmp_path_factory):
 def trained(run_once, config, tmp_path_factory):
   """The workdir and result of a run in which the base is in four bits."""
   workdir = tmp_path_factory.mktemp("seq2seq") / "run"
-  how = dict(quant__block_size=32, method__targets="all-linear", train__steps=60)
+  how = dict(
+    quant__block_size=32, method__targets=tuple("qkvo") + ("wi_0", "wi_1", "wo"), train__steps=60
+  )
   return workdir, run_once(config("quant=nf4", **how), workdir)
 
 
