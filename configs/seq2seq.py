@@ -13,8 +13,8 @@ Every field of the method (help(pj.lora)) and of the sections in peftjax/trainin
 flag: --config.method.rank=4.
 
 Two CPU cores, beside other work: a step of t5-small's shape on 8 pairs of 128 and 32 tokens took 6
-seconds, so 100 of them take ten minutes. The perplexity of the test part's targets is printed before
-and after. No T5 installs from the package index, so no rate has been swept.
+seconds, so 100 of them take ten minutes. The perplexity of the test part's targets is printed
+before and after. No T5 installs from the package index, so no rate has been swept.
 """
 
 from typing import Any
