@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, T5Tokenizer
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import peftjax as pj
-from peftjax import hf_peft
+from peftjax import data, hf_peft
 from peftjax.models import hf_config
 from peftjax.nn.relative_bias import distances, relative_buckets
 from tests.golden.make_t5 import batch, load, make, run, write
@@ -193,3 +193,17 @@ def test_fields_that_others_follow_from(fields):
   assert (said.scales, said.gated) == (want.scale_decoder_outputs, want.is_gated_act)
   curves = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu": "gelu"}
   assert said.curve == curves[want.dense_act_fn]
+
+
+def test_the_ids_of_its_tokenizer(tmp_path):
+  """Of what transformers' class writes: pieces without a charsmap, sentinels, an end."""
+  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
+  pieces += [(piece, -4.0 - i / 9) for i, piece in enumerate("▁the ▁film ▁a b c il m s".split())]
+  pieces += [(f"<extra_id_{i}>", 0.0) for i in (1, 0)]
+  T5Tokenizer(vocab=pieces, extra_ids=2).save_pretrained(tmp_path)
+  AutoConfig.for_model("t5", vocab_size=32).save_pretrained(tmp_path)
+  theirs, ours = AutoTokenizer.from_pretrained(tmp_path), data.load_tokenizer(tmp_path)
+  for text in ("the film", " a  <extra_id_0> b\n\nthe", "ilm?", "films </s> a", ""):
+    ids = theirs(text)["input_ids"]
+    assert ours.encode(text).ids == ids and ids[-1] == 1
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
