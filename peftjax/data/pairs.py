@@ -66,7 +66,12 @@ def widths(
   ends = buckets(lengths[0], max_length=max_length, multiple=multiple)
   bucket = np.searchsorted(ends, lengths[0])
   longest = [lengths[1][bucket == i].max(initial=1) for i in range(len(ends))]
-  return ends, tuple(int(-(-(n + 1) // multiple) * multiple) for n in longest)
+  return ends, tuple(columns(int(n), multiple) for n in longest)
+
+
+def columns(target: int, multiple: int = 16) -> int:
+  """T of a target of so many tokens: behind the start, rounded up."""
+  return -(-(target + 1) // multiple) * multiple
 
 
 class PairStream:

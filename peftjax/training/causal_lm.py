@@ -30,6 +30,16 @@ def summed(batch: Batch) -> dict[str, jax.Array]:
 KIND = Kind(inputs, losses.next_token_sums, losses.next_token_sums, summed)
 
 
+# What a model must be.
+check = pretrained.check_decoder
+
+
+def shapes(wanted: Any, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Of a batch with these settings of the data."""
+  kinds = dict.fromkeys(("tokens", "segments", "positions"), np.int32) | {"weights": np.float32}
+  return {field: jax.ShapeDtypeStruct((rows, length), kind) for field, kind in kinds.items()}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModelling:
   """Packed rows by part; see `task.Task`.
@@ -117,7 +127,7 @@ def load(settings: Settings) -> LanguageModelling:
   """Reads, tokenises and packs the corpus and, for what is forgotten, another one's test texts."""
   wanted = settings.data
   path = settings.model.path()
-  pretrained.check_decoder(path)
+  check(path)
   tokenizer = data.load_tokenizer(str(path))
   ends = pretrained.end_ids(path)
   arguments = wanted.corpus_arguments()

@@ -70,6 +70,16 @@ class _Part(NamedTuple):
   trained: int
 
 
+def shape_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
+  """Rows and columns of a batch and, of an encoder-decoder, columns of its targets: `step_work`'s.
+
+  Arrays that are no tokens count as one column.
+  """
+  if "tokens" not in batch:
+    return len(batch["weights"]), 1
+  return (*batch["tokens"].shape, *[batch[x].shape[1] for x in ("targets",) if x in batch])
+
+
 def step_work(
   config: Any, train: Any, frozen: Any, rows: int, length: int, target: int | None = None
 ) -> Work:

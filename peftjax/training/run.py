@@ -118,10 +118,7 @@ class Run:
     for batch in self.stream.iterate(self.steps_done, self.total):
       self.state, out = self._step(self.state, self.frozen, self.place(batch), self.dropout_key)
       self.steps_done += 1
-      shape = batch["tokens"].shape if "tokens" in batch else (len(batch["weights"]), 1)
-      if "targets" in batch:
-        shape = (*shape, batch["targets"].shape[1])
-      self._pending.append((self.steps_done, shape, out))
+      self._pending.append((self.steps_done, flops.shape_of(batch), out))
       yield self.steps_done
 
   def fetch(self, *, all_of_them: bool) -> list[dict[str, Any]]:

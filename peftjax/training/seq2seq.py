@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from peftjax import data, losses
-from peftjax.data.pairs import Pairs, PairStream, widths
+from peftjax.data.pairs import Pairs, PairStream, columns, widths
 from peftjax.io.records import clip
 from peftjax.models import pretrained
 from peftjax.training import evaluate
@@ -33,6 +33,18 @@ def summed(batch: Batch) -> dict[str, jax.Array]:
 
 
 KIND = Kind(inputs, sums, sums, summed)
+
+
+# What a model must be.
+check = pretrained.check_encoder_decoder
+
+
+def shapes(wanted: Any, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Of a batch with these settings of the data, whose targets are as long as these allow."""
+  target = columns(wanted.target_length)
+  kinds = {"tokens": (length, np.int32), "mask": (length, np.bool_)}
+  kinds |= {"targets": (target, np.int32), "weights": (target, np.float32)}
+  return {field: jax.ShapeDtypeStruct((rows, n), kind) for field, (n, kind) in kinds.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +126,7 @@ def load(settings: Settings) -> SequenceToSequence:
       text, so that targets would never end.
   """
   wanted, path = settings.data, settings.model.path()
-  pretrained.check_encoder_decoder(path)
+  check(path)
   tokenizer = data.load_tokenizer(str(path))
   ends, marks = pretrained.end_ids(path), (pretrained.pad_id(path), pretrained.start_id(path))
   corpus = data.load(seed=settings.seed, **wanted.corpus_arguments())
