@@ -119,6 +119,7 @@ class MT5(T5):
   num_heads: Size = 6
   feed_forward_proj: str = "gated-gelu"
   decoder_start_token_id: Count | None = 0
+  tie_word_embeddings: bool = True
 
   @property
   def scales(self) -> bool:
