@@ -1,4 +1,4 @@
-"""Continues prompts with a fine-tuned language model.
+"""Continues prompts with a fine-tuned language model, or answers them with an encoder-decoder.
 
   python -m experiments.generate --workdir=DIR --prompt="Shares in the airline"
   python -m experiments.generate --workdir=DIR --chat --prompt="What is NF4?" --temperature=0.7
@@ -20,7 +20,8 @@ from experiments import runtime
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of a run of experiments.train with configs/causal_lm.py, here or in a bucket.",
+  "Folder of a run of experiments.train with configs/causal_lm.py or configs/seq2seq.py, here or "
+  "in a bucket.",
   required=True,
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
@@ -72,8 +73,9 @@ def main(argv: list[str]) -> None:
       rows = (json.dumps({"prompt": p, "text": t.strip()}, ensure_ascii=False) for p, t in made)
       write_atomic(Path(OUTPUT.value), "".join(f"{row}\n" for row in rows))
       return
+    between = " => " if CHAT.value or writer.answers else ""
     for prompt, text in made:
-      print(f"{f'[{name}] ' if name else ''}{prompt}{' => ' if CHAT.value else ''}{text}\n")
+      print(f"{f'[{name}] ' if name else ''}{prompt}{between}{text}\n")
 
 
 if __name__ == "__main__":

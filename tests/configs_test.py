@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import peftjax as pj
+from configs import seq2seq
 from configs.sweeps import learning_rate
 from experiments.sweeping import trials
 from peftjax import data, linen, optim, sharding
@@ -32,6 +33,11 @@ ARGUMENTS = {
   "classify": [
     *(f"method={method},data=bbc" for method in (*METHODS, "head", "full", "bitfit")),
     *(f"data={name}" for name in ("sentiment", "glue/cola", "glue/stsb", "files")),
+    "",
+  ],
+  "seq2seq": [
+    *(f"method={method}" for method in seq2seq.METHODS),
+    *(f"quant={name}" for name in seq2seq.QUANTS),
     "",
   ],
   "causal_lm": [
@@ -134,8 +140,8 @@ def test_header_says_command_hardware_time_and_number(name):
   """Whoever opens a config file reads how to run it, on what, how long, and what to expect."""
   header = importlib.import_module(f"configs.{name}").__doc__
   assert f"python -m experiments.train --config=configs/{name}.py" in header
-  score = {"classify": "accuracy", "causal_lm": "perplexity"}.get(name, "F1")
-  for word in ("CPU", "minutes", score):
+  scores = {"classify": "accuracy", "causal_lm": "perplexity", "seq2seq": "perplexity"}
+  for word in ("CPU", "minutes", scores.get(name, "F1")):
     assert word in header
 
 

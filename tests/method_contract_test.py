@@ -31,7 +31,7 @@ from peftjax.core.weight import Weight, children
 from peftjax.methods.lora_weight import LoRA
 from peftjax.quant.weight import Quantized
 from tests.core.programs import drop, jit, producers
-from tests.models import tiny, tiny_experts
+from tests.models import tiny, tiny_experts, tiny_seq2seq
 
 _QV = r".*/(query|value)/kernel/[ab]"
 _LINEAR = r"bert/.*/kernel/[ab]"
@@ -58,7 +58,7 @@ class Entry:
   identity: float = 2e-6  # largest change of the outputs by attach
   rounding: float = 2e-5  # two ways to compute one thing, relative
   base: Any = None  # format the linear layers of the base are quantised in
-  world: Any = tiny  # the model and its batch
+  on: Any = tiny  # the model, its parameters, its batch and its loss
 
 
 _BOTH = ("unrolled", "scanned")
@@ -70,6 +70,7 @@ vera, unfreeze, chain = pj.vera, pj.unfreeze, pj.chain
 _patterns = dict(
   rank_pattern={".*layers_1/.*": 2, ".*/key/kernel": 5}, alpha_pattern={".*_0/.*": 3}
 )
+_T5 = r"(en|de)coder/.*/[qv]/kernel/[ab]"
 _fewer = dict(rank_pattern={".*layers_0/.*": 1}, alpha_pattern={".*/query/.*": 1})
 _QK = ["query", "key"]
 _tables = ["word_embeddings", "position_embeddings"]
@@ -85,6 +86,9 @@ ENTRIES = [
     **_NONE,
   ),
   Entry("rslora", lambda: lora(4, 8, rslora=True), _QV, lambda: lora(2, 3), **_NONE),
+  Entry(
+    "t5", lambda: lora(4, 8, [*"qv"]), _T5, lambda: lora(2, 3, [*"qv"]), on=tiny_seq2seq, **_NONE
+  ),
   Entry("gaussian", lambda: lora(4, 8, init="gaussian"), _QV, lambda: lora(1, 5), **_NONE),
   Entry(
     "pissa",
@@ -247,7 +251,7 @@ ENTRIES = [
     lambda: lora(8, 16, "all-linear", divide_rank=True, dropout=0.2),
     r"model/.*_proj/kernel/[ab]",
     lambda: lora(4, 9, "all-linear", divide_rank=True, dropout=0.2),
-    world=tiny_experts,
+    on=tiny_experts,
     **_NONE,
   ),
   Entry("oft", lambda: pj.oft(8), r".*/(query|value)/kernel/q"),
@@ -277,9 +281,9 @@ KEY = jax.random.key(3)
 class Programs:
   """What is computed with one model: compiled once for each structure of parameters."""
 
-  def __init__(self, world, scan, dtype):
-    self.world, self.model = world, world.model(scan_layers=scan, dtype=dtype)
-    self.layout = pj.linen.layout(self.model, world.TOKENS)
+  def __init__(self, on, scan, dtype):
+    self.on, self.model = on, on.model(scan_layers=scan, dtype=dtype)
+    self.layout = pj.linen.layout(self.model, on.INPUTS[0])
     self.traces = collections.Counter()
     self.plain = jit(self._plain)
     self.forward = jit(self._forward)
@@ -289,17 +293,16 @@ class Programs:
 
   def _plain(self, params):
     """The model as linen knows it, on dense arrays."""
-    return self.model.apply({"params": params}, self.world.TOKENS, self.world.MASK)
+    return self.model.apply({"params": params}, *self.on.INPUTS)
 
   def _forward(self, params, **how):
     self.traces["forward"] += 1
-    return pj.apply(self.model, params, self.world.TOKENS, self.world.MASK, **how)
+    return pj.apply(self.model, params, *self.on.INPUTS, **how)
 
   def loss(self, train, frozen, key):
     """In training mode."""
     params = pj.combine(train, frozen) if frozen else train
-    logits = self._forward(params, train=True, rngs={"dropout": key})
-    return pj.losses.classification(logits, self.world.CLASSES, jnp.ones(len(logits)))
+    return self.on.loss(self._forward(params, train=True, rngs={"dropout": key}))
 
   def _grad(self, train, frozen, key):
     return jax.value_and_grad(self.loss)(train, frozen, key)
@@ -320,10 +323,10 @@ class Subject:
 
   def __init__(self, entry, scan):
     self.entry, self.scan = entry, scan
-    self.programs = _programs(entry.world, scan, entry.dtype)
+    self.programs = _programs(entry.on, scan, entry.dtype)
     self.model, self.layout = self.programs.model, self.programs.layout
     self.plain, self.forward = self.programs.plain, self.programs.forward
-    self.params = entry.world.scanned_params() if scan else entry.world.params()
+    self.params = entry.on.scanned_params() if scan else entry.on.params()
     if entry.base:
       self.params = pj.quantize(self.params, entry.base, layout=self.layout)
     self.method = entry.method()

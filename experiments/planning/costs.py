@@ -62,8 +62,8 @@ def memory(planned: Planned, compiled: Any) -> dict[str, int]:
 
 
 def work(planned: Planned) -> flops.Work:
-  rows, length = planned.batch["tokens"].shape
-  return flops.step_work(planned.module.config, planned.state.train, planned.frozen, rows, length)
+  shape = flops.shape_of(planned.batch)
+  return flops.step_work(planned.module.config, planned.state.train, planned.frozen, *shape)
 
 
 def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peftjax import linen, sharding
 from peftjax.core import ranges, tree
 from peftjax.methods.base import Method
 from peftjax.models import hf_config, pretrained
-from peftjax.training import causal_lm
+from peftjax.training import causal_lm, seq2seq
 from peftjax.training.program import Program
 from peftjax.training.settings import Settings
 
@@ -28,6 +28,10 @@ LLAMA: Mapping[str, tuple[int, int, int, int]] = {
   "llama-33b": (6656, 60, 52, 17920),
   "llama-65b": (8192, 80, 64, 22016),
 }
+
+
+# Tasks whose step can be planned, as they have batches of one shape by their settings.
+PLANNED: Mapping[str, Any] = {"causal_lm": causal_lm, "seq2seq": seq2seq}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +61,21 @@ class Planned:
 def planned(
   settings: Settings, name: str, base_dtype: str, rows: int, length: int, mesh: Mesh
 ) -> Planned:
-  """The step of a language model that a run with these settings would compile.
+  """The step of a language model or encoder-decoder that a run with these settings would compile.
 
   Args:
-    settings: settings with a task "causal_lm"; its data is not read.
+    settings: settings with a task "causal_lm" or "seq2seq"; its data is not read.
     name: a key of `LLAMA`; "" for the model of the settings.
     base_dtype: dtype of the arrays of the base that are not quantised.
-    rows, length: shape of a batch.
+    rows, length: shape of a batch; for "seq2seq" the length is that of sources.
     mesh: the mesh of the devices.
 
   Raises:
     ValueError: another task, an unknown size, more tokens than positions, a batch or a length
       that the mesh does not divide, or a large array that it does not split.
   """
-  if settings.task != "causal_lm":
-    raise ValueError(f"plans are made for task=causal_lm, not {settings.task}")
+  ranges.one_of("a plan's task", settings.task, PLANNED)
+  task = PLANNED[settings.task]
   ranges.one_of("base_dtype", base_dtype, ("float32", "bfloat16", "float16"))
   module, method, params = shapes(settings, name, base_dtype, length)
   for what, size, names in (("rows", rows, ("data", "fsdp")), ("tokens", length, ("sequence",))):
@@ -82,17 +86,9 @@ def planned(
   sharding.check_split(params, mesh, rules)
   params = sharding.named(_placed(params, sharding.shardings(params, mesh, rules)), mesh, rules)
   train, frozen = tree.partition(params, method.trainable(params))
-  batch = {
-    field: jax.ShapeDtypeStruct((rows, length), dtype)
-    for field, dtype in (
-      ("tokens", jnp.int32),
-      ("segments", jnp.int32),
-      ("positions", jnp.int32),
-      ("weights", jnp.float32),
-    )
-  }
+  batch = task.shapes(settings.data, rows, length)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  program = Program(settings, causal_lm.KIND, module, method, train, 1000, mesh)
+  program = Program(settings, task.KIND, module, method, train, 1000, mesh)
   return Planned(
     module,
     program,
@@ -121,6 +117,7 @@ def _module(settings: Settings, name: str, length: int) -> Any:
   if name and name not in LLAMA:
     raise ValueError(f"--model={name} is none of {', '.join(LLAMA)}")
   if name:
+    ranges.one_of("the task of --model", settings.task, ("causal_lm",))
     width, layers, heads, ffn = LLAMA[name]
     where = f"--model={name}"
     config: dict[str, Any] = dict(
@@ -139,7 +136,7 @@ def _module(settings: Settings, name: str, length: int) -> Any:
         f"--config.model.factory={settings.model.factory}: plans are of this library's models"
       )
     path = settings.model.path()
-    pretrained.check_decoder(path)
+    PLANNED[settings.task].check(path)
     config, where = pretrained.config_of(path), str(path)
   fields = hf_config.read(config, where)
   family = pretrained.FAMILIES[fields.model_type]

@@ -90,7 +90,8 @@ def best_first(
 
   def bound(c: Candidate) -> float:
     config = dataclasses.replace(whole.module.config, remat=c.kept != "none" and c.kept)
-    work = flops.step_work(config, whole.state.train, whole.frozen, c.rows, length)
+    _, *columns = flops.shape_of(whole.batch)
+    work = flops.step_work(config, whole.state.train, whole.frozen, c.rows, *columns)
     devices = math.prod(int(part.split(":")[1]) for part in c.mesh.split(","))
     compute = work.done / devices / flops.PEAKS[chip.name]
     memory = costs.passes(config) * base / (c.fsdp * c.tensor) / chip.bandwidth

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -80,6 +80,7 @@ class Plan:
     self.whole = targets.saved(self.config, modules)
     self.keeps_tie = False  # head and table are saved whole as one
     self._tie(modules)
+    check_copied(self.targets | self.whole, family, self.where)
     found = self.targets | self.norms
     targets.tell_unused(self.config, self.codec, modules, found, self.matcher)
     self.wants = self._wanted(virtual)
@@ -202,6 +203,16 @@ class Plan:
           )
 
 
+def check_copied(modules: Collection[str], family: Any, where: str) -> None:
+  """Raises ValueError if an adapter or a whole module is one of which transformers reads copies."""
+  if found := sorted(getattr(family, "COPIED", frozenset()) & {*modules}):
+    raise ValueError(
+      f"{where}: {found[0]} has an adapter or is saved whole, and transformers' models of this "
+      "family read copies of it, one in each stack, which would stay as they are. Leave it out, or "
+      "save the whole model: pj.save_pretrained(...)"
+    )
+
+
 def sites_of(
   params: Any, family: Any, *, of_files: bool = False
 ) -> tuple[dict[str, list[Site]], str]:
@@ -231,7 +242,7 @@ def sites_of(
 
 def _has_files_names(tensors: TensorDir, family: Any) -> bool:
   """True where layers are numbered as in files, which older releases named their modules by."""
-  return any(re.fullmatch(family.LAYER, name) for name in tensors.names())
+  return any(re.fullmatch(at, name) for at in family.LAYERS for name in tensors.names())
 
 
 def _names(tensors: TensorDir, file: str) -> Mapping[str, str]:

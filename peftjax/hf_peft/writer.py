@@ -31,7 +31,7 @@ from peftjax.hf_peft import build, norms, virtual, whole
 from peftjax.hf_peft.codecs import codec_of, codecs
 from peftjax.hf_peft.config import NAME
 from peftjax.hf_peft.fields import Virtual
-from peftjax.hf_peft.plan import EMBEDDINGS, STEM
+from peftjax.hf_peft.plan import EMBEDDINGS, STEM, check_copied
 from peftjax.io import safetensors_dir
 from peftjax.methods.codec import Adapter, Codec, Common
 from peftjax.models.names import module_name
@@ -68,7 +68,7 @@ def save(
       base's.
     task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; for a
       head that labels tokens it is "TOKEN_CLS", for answers "QUESTION_ANS", for a decoder
-      "CAUSAL_LM", and for images there is none.
+      "CAUSAL_LM", for an encoder-decoder "SEQ_2_SEQ_LM", and for images there is none.
     rslora: write `use_rslora`.
 
   Raises:
@@ -102,10 +102,11 @@ def save(
   codec = None if is_plain else _one_kind(params, adapted)
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
-    task_type = "CAUSAL_LM"
+    task_type = "SEQ_2_SEQ_LM" if hasattr(model.config, "decoder") else "CAUSAL_LM"
   elif task_type == "SEQ_CLS":
     task_type = whole.task_of(model.config)
   saved = whole.collect(bare, flags, family, task_type, adapters)
+  check_copied({*adapters, *saved.modules}, family, "params")
   common: Any = dict(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
   )

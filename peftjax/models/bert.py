@@ -32,8 +32,8 @@ UNUSED = (
 )
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
-# The part of a tensor's name before the layer's number.
-LAYER = r"(.*\.)?encoder\.layer\.(\d+)\..*"
+# Patterns of tensor names with a layer's number, and the field with the number of layers.
+LAYERS = {r"(.*\.)?encoder\.layer\.(\d+)\..*": "layers"}
 
 
 class Kind(NamedTuple):

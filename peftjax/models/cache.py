@@ -20,12 +20,16 @@ class Cache(flax.struct.PyTreeNode):
     layers: a (key, value) pair `[B, S, K·H]` for each layer, or one pair of `[L, B, S, K·H]`.
     valid: bool `[B, S]`, true where there is a token (and not the padding before a prompt).
     index: int32, where the next token goes, in every row.
+    cross: of a decoder that reads a source, the pairs of that, `[B, S', K·H]`, as in `layers`.
+    source: bool `[B, S']`, true on the source's tokens.
     begun: there are tokens in it, and before them those of a prompt, if the model has one.
   """
 
   layers: Any
   valid: jax.Array
   index: jax.Array
+  cross: Any = None
+  source: Any = None
   begun: bool = flax.struct.field(pytree_node=False, default=False)
 
   @classmethod

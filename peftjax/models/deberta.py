@@ -27,7 +27,7 @@ UNUSED = (
   r"|(deberta\.)?embeddings\.position_embeddings\.weight"
 )
 OUT_FIRST = True
-LAYER = bert.LAYER
+LAYERS = bert.LAYERS
 
 
 def hf_name(path: str) -> str:

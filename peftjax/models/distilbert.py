@@ -8,7 +8,7 @@ from peftjax.models import bert
 NEW = r"head/.*"
 UNUSED = r".*position_ids|vocab_(transform|layer_norm|projector)\..*"
 OUT_FIRST = True
-LAYER = r"(.*\.)?transformer\.layer\.(\d+)\..*"
+LAYERS = {r"(.*\.)?transformer\.layer\.(\d+)\..*": "layers"}
 CONFIG, MODEL = bert.BertConfig, bert.BertClassifier
 
 _NAMES = (

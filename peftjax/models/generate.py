@@ -33,10 +33,10 @@ def generate(
   key: jax.Array | None = None,
   rows: Any | None = None,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-  """Continues each prompt until a stop token or for `max_new_tokens`.
+  """Continues each prompt, or answers it, until a stop token or for `max_new_tokens`.
 
   Args:
-    model: a decoder of this library.
+    model: a decoder of this library, or an encoder-decoder, whose encoder reads the prompts.
     params: dense, quantised, with or without adapters.
     tokens: prompts, padded on the left.
     mask: true on their tokens; by default all true.
@@ -125,8 +125,9 @@ def _generate(
     logits, cache = apply(model, params, token[:, None], cache=cache)
     return i + 1, new, lengths, ended, logits[:, -1], cache
 
-  prompt = virtual.prompt_length(params)
-  cache = Cache.empty(model.config, batch, prompt + length + max_new_tokens)
+  decoder = getattr(model.config, "decoder", None)  # of a model that reads the prompts before
+  read = virtual.prompt_length(params) + length if decoder is None else 1
+  cache = Cache.empty(decoder or model.config, batch, read + max_new_tokens)
   logits, cache = apply(model, params, tokens, mask, cache=cache)
   carry = (
     jnp.int32(0),

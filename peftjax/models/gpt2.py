@@ -31,8 +31,8 @@ NEW = r"(?!)"
 UNUSED = r".*attn\.(masked_)?bias|lm_head\.weight"
 # Hugging Face keeps these kernels [in, out], as here.
 OUT_FIRST = False
-# The part of a tensor's name before the layer's number.
-LAYER = r"(.*\.)?h\.(\d+)\..*"
+# Patterns of tensor names with a layer's number, and the field with the number of layers.
+LAYERS = {r"(.*\.)?h\.(\d+)\..*": "layers"}
 
 
 def hf_name(path: str) -> str:

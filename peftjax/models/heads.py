@@ -30,7 +30,10 @@ _NO_TASK = (
   "ForMaskedImageModeling",
 )
 _DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
-_GPT2 = (("LMHeadModel",), ("Model",))
+_OTHERS: Mapping[str, Any] = {
+  "gpt2": (("LMHeadModel",), ("Model",)),
+  **dict.fromkeys(("t5", "mt5"), (("ForConditionalGeneration", "WithLMHeadModel"), ("Model",))),
+}
 # Beginnings of the same classes.
 _NAMES: Mapping[str, str] = {
   "bert": "Bert",
@@ -51,6 +54,8 @@ _NAMES: Mapping[str, str] = {
   "qwen3_moe": "Qwen3Moe",
   "mixtral": "Mixtral",
   "gpt2": "GPT2",
+  "t5": "T5",
+  "mt5": "MT5",
 }
 
 
@@ -61,7 +66,7 @@ def architecture(model_type: str, labels_of: str | None) -> str:
     model_type: model type of the files.
     labels_of: a key of `LABELS_OF`, what the head gives labels to; None for a language model.
   """
-  lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]
+  lm = _OTHERS.get(model_type, _DECODERS)[0][0]
   return _NAMES[model_type] + (LABELS_OF[labels_of] if labels_of else lm)
 
 
@@ -128,7 +133,7 @@ def _ends(fields: Any, where: str) -> list[str]:
 
 def _check_decoder(model_type: str, ends: list[str], named: str, where: str) -> None:
   prefix = _NAMES[model_type]
-  own, neutral = _GPT2 if prefix == "GPT2" else _DECODERS
+  own, neutral = _OTHERS.get(model_type, _DECODERS)
   if any(end in own for end in ends) or all(end in neutral for end in ends):
     return
   raise ValueError(
@@ -142,6 +147,22 @@ class Words(NamedTuple):
 
   table: str | None
   head: str | None
+
+
+def words(tensors: Any, tables: list[str | None], heads: list[str | None]) -> Words:
+  """The first table that is there, and the head.
+
+  Raises:
+    ValueError: if tables under several names differ, which in the model are one.
+  """
+  there = [name for name in tables if name]
+  for other in there[1:]:
+    if not _equal(tensors, there[0], other):
+      raise ValueError(
+        f"{file_of(tensors, other)}: {other} is another than {there[0]}, and in this model they "
+        "are one table. Take a checkpoint that shares it."
+      )
+  return Words(there[0] if there else None, heads[0])
 
 
 def settle(tensors: Any, words: Words, config: Any, where: str) -> tuple[Any, dict[str, str]]:
@@ -162,11 +183,13 @@ def settle(tensors: Any, words: Words, config: Any, where: str) -> tuple[Any, di
     return config, {config.table: words.head}
   if _equal(tensors, words.table, words.head):
     return config, {}
-  warnings.warn(
-    f"{where} says tie_word_embeddings, and {file_of(tensors, words.head)} has {words.head} other "
-    f"than {words.table}: they are loaded apart. Write tie_word_embeddings: false there.",
-    stacklevel=4,
-  )
+  if not getattr(config, "free_head", False):
+    file = file_of(tensors, words.head)
+    warnings.warn(
+      f"{where} says tie_word_embeddings, and {file} has {words.head} other than {words.table}: "
+      "they are loaded apart. Write tie_word_embeddings: false there.",
+      stacklevel=4,
+    )
   return dataclasses.replace(config, tied=False), {}
 
 

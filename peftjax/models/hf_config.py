@@ -24,6 +24,7 @@ from peftjax.models.encoder_configs import (
 )
 from peftjax.models.expert_configs import Mixtral, Qwen3Moe
 from peftjax.models.image_configs import ViT
+from peftjax.models.seq2seq_configs import MT5, T5
 
 SCHEMAS: Mapping[str, type[Common]] = {
   "bert": Bert,
@@ -44,6 +45,8 @@ SCHEMAS: Mapping[str, type[Common]] = {
   "qwen3_moe": Qwen3Moe,
   "mixtral": Mixtral,
   "gpt2": GPT2,
+  "t5": T5,
+  "mt5": MT5,
 }
 
 

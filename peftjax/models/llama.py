@@ -34,8 +34,8 @@ NEW = r"head/.*"
 UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
-# The part of a tensor's name before the layer's number.
-LAYER = r"(.*\.)?layers\.(\d+)\..*"
+# Patterns of tensor names with a layer's number, and the field with the number of layers.
+LAYERS = {r"(.*\.)?layers\.(\d+)\..*": "layers"}
 
 
 def hf_name(path: str) -> str:

@@ -52,15 +52,16 @@ def check_sizes(tensors: Tensors, family: Any, config: Any, where: str, table: s
   Raises:
     ValueError: if the files have other numbers than `where`, the configuration, says.
   """
-  found = map(re.compile(family.LAYER).fullmatch, tensors.names())
-  numbers = {int(m[2]): m[0] for m in found if m}
-  count = max(numbers, default=-1) + 1
-  if count != config.layers:
-    last = numbers.get(count - 1, "")
-    raise ValueError(
-      f"{where} says that there are {config.layers} layers, and {_holder(tensors, last)} has "
-      f"{count}" + (f": the last is that of {last}" if last else "")
-    )
+  for pattern, field in family.LAYERS.items():
+    found = map(re.compile(pattern).fullmatch, tensors.names())
+    numbers = {int(m[2]): m[0] for m in found if m}
+    count, said = max(numbers, default=-1) + 1, getattr(config, field)
+    if count != said:
+      last = numbers.get(count - 1, "")
+      raise ValueError(
+        f"{where} says that there are {said} {field.replace('_', ' ')}, and "
+        f"{_holder(tensors, last)} has {count}" + (f": the last is that of {last}" if last else "")
+      )
   if table is not None:
     got, want = tensors.info(table).shape, config.table_shape
     if got != want:

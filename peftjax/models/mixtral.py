@@ -7,7 +7,7 @@ from typing import ClassVar
 from peftjax.models import llama
 
 # As of `llama`.
-NEW, UNUSED, OUT_FIRST, LAYER = llama.NEW, llama.UNUSED, llama.OUT_FIRST, llama.LAYER
+NEW, UNUSED, OUT_FIRST, LAYERS = llama.NEW, llama.UNUSED, llama.OUT_FIRST, llama.LAYERS
 
 _NAMES = (
   (".mlp.", ".block_sparse_moe."),

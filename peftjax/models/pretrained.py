@@ -21,7 +21,18 @@ from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama, mixtral, vit
+from peftjax.models import (
+  bert,
+  deberta,
+  distilbert,
+  gpt2,
+  heads,
+  hf_config,
+  llama,
+  mixtral,
+  t5,
+  vit,
+)
 from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
@@ -54,23 +65,33 @@ FAMILIES: Mapping[str, Any] = {
   "qwen3_moe": llama,
   "mixtral": mixtral,
   "gpt2": gpt2,
+  "t5": t5,
+  "mt5": t5,
 }
+
+
+# Model types of an encoder and a decoder that reads it.
+READERS = tuple(name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "decoder"))
 
 
 def ours(model: Any) -> bool:
   """Tells whether a module is of one of these families, with a `config`, and reads texts."""
-  files = {family.__name__ for family in FAMILIES.values() if hasattr(family.CONFIG, "max_length")}
-  return type(model).__module__ in files
+  return hasattr(getattr(_family(model), "CONFIG", None), "max_length")
 
 
 def family_of(model: Any) -> Any:
   """The file of a module's family; ValueError if it is of none of ours."""
-  if not ours(model):
+  if (family := _family(model)) is None:
     raise ValueError(
-      f"{type(model).__name__} is no model of this library, and adapters of Hugging Face PEFT have "
+      f"{type(model).__name__} is not a model of this library, and adapters of Hugging Face PEFT have "
       "the names that its families have there; save pj.partition(params, mask)[0], e.g. with Orbax"
     )
-  return FAMILIES[model.config.family]
+  return family
+
+
+def _family(model: Any) -> Any:
+  """The file of a module's family, if it is one of ours."""
+  return next((x for x in FAMILIES.values() if x.__name__ == type(model).__module__), None)
 
 
 class Pretrained(NamedTuple):
@@ -173,11 +194,13 @@ def load(
     options["labels_of"] = head.labels_of
   settings = family.CONFIG.from_hf(config, said, **options)
   body, available = body_of(family, settings), set(tensors.names())
-  words = heads.Words(*(find(n, available, body) for n in (family.hf_name(settings.table), HEAD)))
-  others: dict[str, str] = {}
+  tables = (family.hf_name(settings.table), *getattr(family, "TABLES", ()))
+  words = heads.words(tensors, *([find(n, available, body) for n in ns] for ns in (tables, [HEAD])))
+  others = {settings.table: words.table} if words.table else {}
   check_sizes(tensors, family, settings, said, words.table)
   if hasattr(settings, "tied"):
-    settings, others = heads.settle(tensors, words, settings, said)
+    settings, tied_to = heads.settle(tensors, words, settings, said)
+    others |= tied_to
   model = family.MODEL(settings)
   key = jax.random.key(0) if key is None else key
   abstract = abstract_params(model)
@@ -338,17 +361,40 @@ def check_decoder(directory: str | Path) -> None:
   fields = hf_config.read(config, said)
   _check_texts(fields, said)
   kind = fields.model_type
-  decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
+  decoders = [
+    name for name, x in FAMILIES.items() if hasattr(x.CONFIG, "remat") and name not in READERS
+  ]
   if kind not in decoders:
     raise ValueError(
       f"{said} is of a {kind}, which is not a language model; task=causal_lm takes "
-      f"{', '.join(decoders)}, and configs/classify.py the others"
+      f"{', '.join(decoders)}, configs/seq2seq.py {', '.join(READERS)}, and configs/classify.py "
+      "the others"
     )
   if classifies(fields.architectures):
     raise ValueError(
       f"{said}: architectures is {' and '.join(fields.architectures)}, which is not a language "
       "model; configs/classify.py takes it"
     )
+
+
+def check_encoder_decoder(directory: str | Path) -> None:
+  """Raises ValueError unless the model has a decoder that reads the output of an encoder."""
+  kind = config_of(directory)["model_type"]
+  if kind not in READERS:
+    raise ValueError(
+      f"{_config_file(directory)} is of a {kind}, and task=seq2seq takes {', '.join(READERS)}: "
+      "name one of these, --config.model.directory=DIR, or take configs/causal_lm.py for a decoder"
+    )
+
+
+def reads_source(path: str | Path) -> bool:
+  """Tells whether the model is an encoder-decoder, which answers a text and does not go on."""
+  return config_of(path)["model_type"] in READERS
+
+
+def start_id(path: str | Path) -> int:
+  """The token id that a decoder which reads a source begins with."""
+  return hf_config.read(config_of(path), _config_file(path)).start_id
 
 
 def end_ids(path: str | Path) -> tuple[int, ...]:

@@ -100,7 +100,8 @@ def plan(
   if outputs is None:
     if is_tied and not paths.tied(params):
       _check_table(paths.leaves(params), family.CONFIG.from_hf(source, str(of)).table)
-    config["tie_word_embeddings"] = is_tied
+    if not getattr(family.CONFIG, "free_head", False):
+      config["tie_word_embeddings"] = is_tied
     if labels is not None:
       raise ValueError("labels are of a classifier's outputs, and this is a language model")
   else:

@@ -27,7 +27,7 @@ from peftjax.nn.residual import Residual
 NEW = r"head/.*"
 UNUSED = r"(vit\.)?(pooler\..*|embeddings\.mask_token)|decoder\..*"
 OUT_FIRST = True
-LAYER = r"(.*\.)?encoder\.layer\.(\d+)\..*"
+LAYERS = {r"(.*\.)?encoder\.layer\.(\d+)\..*": "layers"}
 
 # Modules of transformers, from its version 5.23 on, by their names in files.
 _MODULES = (

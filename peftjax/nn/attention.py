@@ -49,12 +49,13 @@ def kernel_name(
   dtype: Any = jnp.float32,
   dropout: bool = False,
   capped: bool = False,
+  biased: bool = False,
 ) -> str:
   """The key in `KERNELS` of the kernel that `attention` takes for `length` queries.
 
-  Few scores, and those after a cache, take whole rows. Many scores take cuDNN on a GPU if it can,
-  and on a TPU, where the mesh is known (`jax.set_mesh`) or there is one device, JAX's splash
-  attention; otherwise blocks, as do capped scores.
+  Few scores, those after a cache and those with a bias take whole rows. Many scores take cuDNN on
+  a GPU if it can, and on a TPU, where the mesh is known (`jax.set_mesh`) or there is one device,
+  JAX's splash attention; otherwise blocks, as do capped scores.
 
   Args:
     size, dtype: size and dtype of a head.
@@ -62,7 +63,7 @@ def kernel_name(
   >>> kernel_name(AttentionMask(jax.ShapeDtypeStruct((1, 128), bool), causal=True), 128)
   'dense'
   """
-  if mask.first is not None or length * mask.valid.shape[1] < MANY_SCORES:
+  if biased or mask.first is not None or length * mask.valid.shape[1] < MANY_SCORES:
     return "dense"
   if capped:
     return "blockwise"
@@ -92,8 +93,9 @@ def attention(
   key: jax.Array | None = None,
   rate: float = 0.0,
   cap: float | None = None,
+  bias_NTS: jax.Array | None = None,
 ) -> jax.Array:
-  """dropout(softmax(q kᵀ/√H, where `mask` allows)) v per head, `[B, T, D]`.
+  """dropout(softmax(q kᵀ/√H + bias, where `mask` allows)) v per head, `[B, T, D]`.
 
   Source: Vaswani et al. 2017, eq. 1. Scores and softmax are float32; the result has the dtype of
   `q`. With a key, the probabilities are dropped at `rate`.
@@ -107,13 +109,16 @@ def attention(
       (Ainslie et al. 2023, arXiv 2305.13245).
     key, rate: key and rate of the dropout.
     cap: cap of the scores, which become `soft_cap(scores, cap)`.
+    bias_NTS: added to the (capped) scores of each head, of every text; it gets a gradient.
   """
   key = None if keep_level(rate) == 256 else key
   size = q_BTD.shape[2] // num_heads
+  biased = bias_NTS is not None
   how: dict[str, Any] = dict(size=size, dropout=key is not None, capped=cap is not None)
-  name = kernel_name(mask, q_BTD.shape[1], dtype=q_BTD.dtype, **how)
+  name = kernel_name(mask, q_BTD.shape[1], dtype=q_BTD.dtype, biased=biased, **how)
   if (used := _used.get(None)) is not None:
     used.add(name)
   heads = num_heads, num_kv_heads or num_heads
-  capped = {} if cap is None else dict(cap=cap)
-  return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, *heads, key, rate, **capped)
+  more: dict[str, Any] = {} if cap is None else dict(cap=cap)
+  more |= dict(bias_NTS=bias_NTS) if biased else {}
+  return KERNELS[name](q_BTD, k_BSD, v_BSD, mask, *heads, key, rate, **more)

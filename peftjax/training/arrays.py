@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -42,6 +42,7 @@ class Arrays:
   label_names = ()
   outputs = None
   lengths = (1,)
+  widths: ClassVar[Mapping[str, tuple[int, ...]]] = {}
   before = ()
   final = ()
   peft_type = ""

@@ -17,7 +17,7 @@ from peftjax.core.layout import Layout
 from peftjax.io import bucket
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
-from peftjax.training import answering, causal_lm, classification, factory, tagging
+from peftjax.training import answering, causal_lm, classification, factory, seq2seq, tagging
 from peftjax.training.settings import Settings
 from peftjax.training.task import Task
 
@@ -27,6 +27,7 @@ TASKS: Mapping[str, Any] = {
   "causal_lm": causal_lm,
   "tag": tagging,
   "answer": answering,
+  "seq2seq": seq2seq,
 }
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from peftjax import data, losses
 from peftjax.data.pack import Rows, RowStream, pack
-from peftjax.training import factory
+from peftjax.models import pretrained
+from peftjax.training import evaluate, factory
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
 
@@ -32,6 +32,16 @@ LABELS_OF = None
 KIND = Kind(inputs, losses.next_token_sums, losses.next_token_sums, summed)
 
 
+# Raises ValueError on a model that is not of this task.
+check = pretrained.check_decoder
+
+
+def shapes(wanted: Any, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a batch with these settings of the data."""
+  kinds = dict.fromkeys(("tokens", "segments", "positions"), np.int32) | {"weights": np.float32}
+  return {field: jax.ShapeDtypeStruct((rows, length), kind) for field, kind in kinds.items()}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModelling:
   """Packed rows by part; see `task.Task`.
@@ -48,6 +58,7 @@ class LanguageModelling:
 
   kind = KIND
   outputs = None
+  widths: ClassVar[Mapping[str, tuple[int, ...]]] = {}
   peft_type = "CAUSAL_LM"
 
   def __post_init__(self) -> None:
@@ -85,12 +96,7 @@ class LanguageModelling:
     plan = data.batch_plan(
       np.full(len(rows), self.lengths[0]), self.lengths, batch_size, seed=0, epoch=0, shuffle=False
     )
-    pending = [predict(rows.batch(index)) for index in plan.index]
-    total, count = (sum(map(float, sums)) for sums in zip(*jax.device_get(pending), strict=True))
-    if not math.isfinite(total):
-      return None
-    loss = total / count
-    return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+    return evaluate.perplexity(predict(rows.batch(index)) for index in plan.index)
 
   def criterion(self, scores: Mapping[str, float]) -> float:
     return -scores["loss"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Classification:
   buckets: tuple[int, ...]
   pad_id: int
 
+  widths: ClassVar[Mapping[str, tuple[int, ...]]] = {}
   before = ()
   peft_type = "SEQ_CLS"
 

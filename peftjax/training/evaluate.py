@@ -1,14 +1,27 @@
-"""Logits of a whole split."""
+"""Logits, or the loss, of a whole split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from peftjax.data import Tokens, batch_plan, batches
+
+
+def perplexity(pending: Iterable[Any]) -> dict[str, float] | None:
+  """exp of the mean of losses that each batch has the sum and the count of, and that mean.
+
+  None if it is not finite.
+  """
+  total, count = (sum(map(float, of)) for of in zip(*jax.device_get([*pending]), strict=True))
+  if not math.isfinite(total):
+    return None
+  loss = total / count
+  return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
 
 
 def logits_of(

@@ -47,7 +47,7 @@ def load(workdir: str | Path) -> Finished:
       f"{workdir} has the model of {settings.model.factory}, and other formats are of families "
       "that this library knows; its adapter is in checkpoints/best"
     )
-  made = Writer(workdir) if settings.task == "causal_lm" else Predictor(workdir)
+  made = Writer(workdir) if settings.task in ("causal_lm", "seq2seq") else Predictor(workdir)
   return Finished(
     settings.model.path(),
     made.model,

@@ -152,6 +152,11 @@ def _known(data: Any, what: str) -> Any:
 def _check_kinds(model: nn.Module, data: Any, eval_data: Any) -> None:
   """Raises ValueError unless the model takes such data, and both are of one kind and classes."""
   config: Any = getattr(model, "config", None) if pretrained.ours(model) else None
+  if hasattr(config, "decoder"):
+    raise ValueError(
+      f"pj.fit has no data for a {type(model).__name__}, which makes texts of texts: write two "
+      "columns into a file for python -m experiments.train --config=configs/seq2seq.py"
+    )
   wanted = Arrays if config is None else Plain if hasattr(config, "tied") else Labelled
   if type(data) is not wanted:
     takes = {

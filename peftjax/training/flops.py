@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ class Work(NamedTuple):
 
 
 class _Part(NamedTuple):
-  """The matrices of the body, of a decoder's head, or of the head on an encoder's first token.
+  """The matrices of the body, of an encoder-decoder's source, of a decoder's head, or of the
+  head on an encoder's first token.
 
   Attributes:
     tokens: number of tokens that are multiplied by them.
@@ -68,7 +70,19 @@ class _Part(NamedTuple):
   trained: int
 
 
-def step_work(config: Any, train: Any, frozen: Any, rows: int, length: int) -> Work:
+def shape_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
+  """Rows and columns of a batch and, for an encoder-decoder, columns of its targets: `step_work`'s.
+
+  Arrays that are not tokens count as one column.
+  """
+  if "tokens" not in batch:
+    return len(batch["weights"]), 1
+  return (*batch["tokens"].shape, *[batch[x].shape[1] for x in ("targets",) if x in batch])
+
+
+def step_work(
+  config: Any, train: Any, frozen: Any, rows: int, length: int, target: int | None = None
+) -> Work:
   """Operations of products with matrices and of attention; a scan's count once per iteration.
 
   With N entries in the matrices that each of n tokens is multiplied by, A of them trained, and s
@@ -87,26 +101,30 @@ def step_work(config: Any, train: Any, frozen: Any, rows: int, length: int) -> W
     config: config of the model, an encoder or decoder of this library.
     train, frozen: the two halves of the parameters; shapes will do.
     rows, length: size of the batch's tokens.
+    target: for an encoder-decoder, whose source has the length, the columns of the target.
   """
   c = config
   whole = tree.combine(train, frozen)
   prompt = virtual.prompt_length(whole)
   seen_length = length + prompt
-  body, *heads = _parts(c, whole, train, rows, length, seen_length)
-  seen: float = seen_length
-  if _decodes(c):
-    seen = _seen_in_layers(c, seen_length) / c.layers
-  seen += virtual.length(whole) - prompt  # every key of a prefix is seen
+  body, source, *_ = parts = _parts(c, whole, train, rows, length, seen_length, target)
+  seen: float = seen_length * c.layers
+  if _decodes(c) and target is None:
+    seen = _seen_in_layers(c, seen_length)
+  seen += (virtual.length(whole) - prompt) * c.layers  # every key of a prefix is seen
+  scores = seen_length * seen
+  if target is not None:  # the decoder's own tokens, and the source
+    scores += target * (_seen_in_layers(c.decoder, target) + length * c.decoder.layers)
   width = c.heads * getattr(c, "head_size", c.width // c.heads)
-  attention = 4 * body.tokens * seen * width * c.layers
-  products = lambda part: 2 * part.tokens * part.entries
-  gradients = lambda part: 2 * part.tokens * part.trained
-  forward = attention + sum(map(products, (body, *heads)))
-  backward = sum(map(gradients, (body, *heads)))
+  attention = 4 * rows * scores * width
+  products = lambda *of: sum(2 * part.tokens * part.entries for part in of)
+  forward = attention + products(*parts)
+  backward = sum(2 * part.tokens * part.trained for part in parts)
   if _trains_body(train):
-    backward += 2 * attention + sum(map(products, (body, *heads)))
+    backward += 2 * attention + products(*parts)
   remat = getattr(c, "remat", False)
-  again = (attention if remat else 0) + (products(body) if remat not in (False, "products") else 0)
+  again = attention if remat else 0
+  again += products(body, source) if remat not in (False, "products") else 0
   return Work(forward + backward, forward + backward + again)
 
 
@@ -123,18 +141,21 @@ def _decodes(config: Any) -> bool:
 
 
 def _parts(
-  c: Any, whole: Any, train: Any, rows: int, length: int, seen_length: int
-) -> tuple[_Part, _Part, _Part]:
-  """The body, the decoder's head, and the part on the first token or that labels every one."""
+  c: Any, whole: Any, train: Any, rows: int, length: int, seen_length: int, target: int | None
+) -> tuple[_Part, ...]:
+  """The body, the source's part of an encoder-decoder, the decoder's head, and the part on the
+  first token or that labels every one.
+  """
   tied = jax.eval_shape(tree.tie, whole)  # VeRA's factors are shared
   trained = paths.leaves(train)
-  sums = {part: [0, 0] for part in ("body", "head", "first")}
+  sums = {part: [0, 0] for part in ("body", "source", "head", "first")}
   for path, leaf in paths.leaves(tied).items():
     found = _matrices(path, leaf)
     own = _arrays(trained.get(path))
     if "experts" in path.split("/"):  # of which a token takes a few
       found = {name: size * c.routed // c.experts for name, size in found.items()}
     part = "head" if path.startswith("lm_head/") else "first" if _of_first(path) else "body"
+    part = "source" if target is not None and re.match(_OF_SOURCE, path) else part
     sums[part][0] += sum(found.values())
     sums[part][1] += sum(size for name, size in found.items() if name in own)
   words = _decodes(c) and not getattr(c, "labels", None)
@@ -142,9 +163,13 @@ def _parts(
     sums["head"][0] += c.vocab * c.width
     sums["head"][1] += c.vocab * c.width * bool(_arrays(trained.get(c.table)) & {"", "base"})
   labelled = length if getattr(c, "labels_of", "text") != "text" else 1
-  tokens = {"body": rows * seen_length, "head": rows * length, "first": rows * labelled}
-  body, head, first = (_Part(tokens[part], *sums[part]) for part in sums)
-  return body, head, first
+  columns = {"body": target or seen_length, "source": length, "head": target or length}
+  columns["first"] = labelled
+  return tuple(_Part(rows * columns[part], *sums[part]) for part in sums)
+
+
+# The matrices of an encoder-decoder that are multiplied with the source's tokens.
+_OF_SOURCE = r"encoder/|.*/EncDecAttention/[kv]/"
 
 
 def _of_first(path: str) -> bool:

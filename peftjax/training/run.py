@@ -84,8 +84,8 @@ class Run:
     self.steps_done = 0
     # Work of this process: the batches' rows, their tokens, and the operations with them.
     self.done = {"examples": 0.0, "tokens": 0.0, "flops": 0.0}
-    self._shapes: dict[tuple[int, int], flops.Work] = {}
-    self._pending: list[tuple[int, tuple[int, int], dict[str, jax.Array]]] = []
+    self._shapes: dict[tuple[int, ...], flops.Work] = {}
+    self._pending: list[tuple[int, tuple[int, ...], dict[str, jax.Array]]] = []
 
   def _use(self, model: build.Attached, train: Any, *, paged: bool) -> None:
     """The functions of the run, and its initial state."""
@@ -123,8 +123,7 @@ class Run:
     for batch in self.stream.iterate(self.steps_done, self.total):
       self.state, out = self._step(self.state, self.frozen, self.place(batch), self.dropout_key)
       self.steps_done += 1
-      shape = batch["tokens"].shape if "tokens" in batch else (len(batch["weights"]), 1)
-      self._pending.append((self.steps_done, shape, out))
+      self._pending.append((self.steps_done, flops.shape_of(batch), out))
       yield self.steps_done
 
   def fetch(self, *, all_of_them: bool) -> list[dict[str, Any]]:
@@ -144,16 +143,17 @@ class Run:
       self._count(*shape)
     return rows
 
-  def _count(self, rows: int, length: int) -> None:
+  def _count(self, rows: int, *lengths: int) -> None:
     """Adds a batch to `done`: all of its tokens, padding included, as devices compute them."""
     self.done["examples"] += rows
     if not pretrained.ours(self.module):
       return
-    if (rows, length) not in self._shapes:
+    shape = (rows, *lengths)
+    if shape not in self._shapes:
       config, train = self.module.config, self.state.train
-      self._shapes[rows, length] = flops.step_work(config, train, self.frozen, rows, length)
-    self.done["tokens"] += rows * length
-    self.done["flops"] += self._shapes[rows, length].model
+      self._shapes[shape] = flops.step_work(config, train, self.frozen, *shape)
+    self.done["tokens"] += rows * sum(lengths)
+    self.done["flops"] += self._shapes[shape].model
 
   @property
   def peak(self) -> float | None:
@@ -235,7 +235,8 @@ class Run:
 
   def _check_lengths(self) -> None:
     ways = 1 if self.mesh is None else self.mesh.shape["sequence"]
-    if odd := [length for length in self.task.lengths if length % ways]:
+    lengths = (self.task.lengths, *self.task.widths.values())
+    if odd := [length for of in lengths for length in of if length % ways]:
       raise ValueError(
         f"rows of {odd[0]} tokens cannot be split {ways} ways (sequence of the mesh); choose a "
         "divisor of it there, or another --config.data.max_length"

@@ -153,6 +153,28 @@ class Text(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs(Section):
+  """Sources and the targets to be made of them; see `peftjax.data.load`."""
+
+  section = "data"
+
+  max_length: Length = 128  # tokens of a source, special ones included
+  target_length: Length = 64  # likewise of a target
+  train_file: str | None = None
+  validation_file: str | None = None
+  test_file: str | None = None
+  source_column: str = "source"
+  target_column: str = "target"
+  eval_examples: Size | None = None  # of validation and of test, a random subset of at most so many
+
+  def corpus_arguments(self) -> dict[str, Any]:
+    names = ("train_file", "validation_file", "test_file")
+    columns = dict(text_column=self.source_column, pair_column=self.target_column)
+    files = {name: getattr(self, name) for name in names}
+    return {"name": "files", "label_column": None, **columns, **files}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(Section):
   """AdamW and its schedule."""
 
@@ -274,7 +296,13 @@ SECTIONS: Mapping[str, Any] = {
   "optimizer": Optimizer,
   "train": Train,
 }
-DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text, "tag": Tags, "answer": Answers}
+DATA: Mapping[str, Any] = {
+  "classify": Data,
+  "causal_lm": Text,
+  "seq2seq": Pairs,
+  "tag": Tags,
+  "answer": Answers,
+}
 
 
 def from_config(config: ConfigDict) -> Settings:

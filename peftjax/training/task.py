@@ -44,6 +44,7 @@ class Task(Protocol):
     kind: the pure part.
     outputs: number of outputs of a new head, or None.
     lengths: tokens per row, ascending: each a program of its own.
+    widths: columns of the arrays of a batch that have others, at each of `lengths`.
     before: parts that are also scored before training.
     final: parts that are scored once, with the best parameters.
     peft_type: the task's name in Hugging Face PEFT.
@@ -52,6 +53,7 @@ class Task(Protocol):
   kind: Kind
   outputs: int | None
   lengths: tuple[int, ...]
+  widths: Mapping[str, tuple[int, ...]]
   before: tuple[str, ...]
   final: tuple[str, ...]
   peft_type: str

@@ -105,14 +105,16 @@ class Together:
       chunk = len(configs) if at_once else 1
     self.chunk = chunk
     model = functools.partial(step.train_step, first.module, first.tx, first.task.kind)
-    self._step = jax.jit(functools.partial(_all, model, self._lengths, chunk), donate_argnums=0)
+    # Columns of each array of a batch by bucket; "" has those of arrays that are not named.
+    self._widths = {"": self._lengths, **first.task.widths}
+    self._step = jax.jit(functools.partial(_all, model, self._widths, chunk), donate_argnums=0)
 
   def steps(self) -> Any:
     """Dispatches the steps, one per iteration, and yields its number and each run's result."""
     streams = [run.stream.iterate(0, self.total) for run in self.runs]
     for number, batches in enumerate(zip(*streams, strict=True), 1):
       which = [self._lengths.index(batch["tokens"].shape[1]) for batch in batches]
-      rows = [_pad(batch, self._lengths[-1]) for batch in batches]
+      rows = [_pad(batch, self._widths) for batch in batches]
       stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
       self.states, out = self._step(
         self.states, self._base, self._made, stacked, jnp.asarray(which, jnp.int32), self._keys
@@ -127,7 +129,7 @@ class Together:
 
 def _all(
   model: Any,
-  lengths: tuple[int, ...],
+  widths: Mapping[str, tuple[int, ...]],
   chunk: int,
   states: Any,
   base: Any,
@@ -142,8 +144,8 @@ def _all(
     own, adapter, batch, index, key = args
     frozen = tree.combine(adapter, base)
     at = [
-      functools.partial(lambda n, s, f, b, k: model(s, f, _cut(b, n), k), length)
-      for length in lengths
+      functools.partial(lambda n, s, f, b, k: model(s, f, _cut(b, widths, n), k), bucket)
+      for bucket in range(len(widths[""]))
     ]
     return jax.lax.switch(index, at, own, frozen, batch, key)
 
@@ -151,14 +153,24 @@ def _all(
   return jax.lax.map(one, (states, made, batches, which, keys), batch_size=size)
 
 
-def _cut(batch: Mapping[str, jax.Array], length: int) -> dict[str, jax.Array]:
-  """The first columns of each array with rows of tokens."""
-  return {name: x[:, :length] if x.ndim > 1 else x for name, x in batch.items()}
+def _cut(
+  batch: Mapping[str, jax.Array], widths: Mapping[str, tuple[int, ...]], bucket: int
+) -> dict[str, jax.Array]:
+  """The columns that a bucket has, of each array with rows of tokens."""
+  width = lambda name: widths.get(name, widths[""])[bucket]
+  return {name: x[:, : width(name)] if x.ndim > 1 else x for name, x in batch.items()}
 
 
-def _pad(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-  widen = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1]))) if x.ndim > 1 else x
-  return {name: widen(np.asarray(x)) for name, x in batch.items()}
+def _pad(
+  batch: Mapping[str, np.ndarray], widths: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+  """With the most columns of any bucket."""
+
+  def widen(name: str, x: np.ndarray) -> np.ndarray:
+    most = max(widths.get(name, widths[""]))
+    return np.pad(x, ((0, 0), (0, most - x.shape[1]))) if x.ndim > 1 else x
+
+  return {name: widen(name, np.asarray(x)) for name, x in batch.items()}
 
 
 def _own(run: Run, params: Any) -> Any:

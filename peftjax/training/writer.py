@@ -23,7 +23,7 @@ from peftjax.training.checkpoint import Checkpoints
 
 
 class Writer:
-  """The best checkpoint of a `causal_lm` run in `workdir`, ready to continue texts.
+  """The best checkpoint of a `causal_lm` or `seq2seq` run in `workdir`, ready to write.
 
   Args:
     workdir: workdir of the run.
@@ -33,6 +33,7 @@ class Writer:
     path: path of the pretrained model.
     model, params: with the trained adapter.
     mask: true on the trained arrays.
+    answers: True if the model reads a prompt, and does not go on from it.
 
   Raises:
     ValueError: if `workdir` holds no trained language model, or the pretrained one has changed.
@@ -51,7 +52,7 @@ class Writer:
     if not (workdir / "checkpoints" / "best").is_dir():
       raise untrained
     self.settings = settings = workdirs.settings(workdir)
-    if settings.task != "causal_lm":
+    if settings.task not in ("causal_lm", "seq2seq"):
       raise untrained
     if settings.model.factory:
       raise ValueError(
@@ -80,6 +81,7 @@ class Writer:
     self._tokenizer = data.load_tokenizer(self.path)
     self._end = pretrained.end_ids(self.path)
     self._stop = _stop_ids(self.path) or self._end
+    self.answers = pretrained.reads_source(self.path)
 
   def prompts(self, part: str) -> list[str]:
     """Those of a part of the data that the run was made on, each once, in their order.
@@ -106,7 +108,8 @@ class Writer:
   ) -> list[str]:
     """The continuation of each prompt; with `as_chat`, the answer to it as a user's message.
 
-    A prompt and its continuation are together the text of all ids.
+    A prompt and its continuation are together the text of all ids. For an encoder-decoder, which
+    reads a prompt as a whole text, the answer is a text of its own.
 
     Raises:
       ValueError: if a prompt has no ids, or the model has no chat template for it.
@@ -115,7 +118,10 @@ class Writer:
       text = chat.template(self.path)
       said = [[{"role": "user", "content": prompt}] for prompt in prompts]
       prompts = [chat.render(text, messages, self._tokenizer.special) for messages in said]
-    ids = self._tokenizer.prompts(prompts, special=not as_chat)
+    if self.answers:
+      ids = [encoding.ids for encoding in self._tokenizer.encodings(prompts, special=not as_chat)]
+    else:
+      ids = self._tokenizer.prompts(prompts, special=not as_chat)
     if not all(ids):
       raise ValueError(
         f"the prompt {prompts[ids.index([])]!r} has no tokens of {self.path}: write some text"
@@ -139,6 +145,8 @@ class Writer:
       key=jax.random.key(seed),
     )
     written = [row[:count].tolist() for row, count in zip(np.asarray(new), counts, strict=True)]
+    if self.answers:
+      return list(map(self._tokenizer.decode, written))
     return [self._tokenizer.continuation(one, two) for one, two in zip(ids, written, strict=True)]
 
 

@@ -13,7 +13,7 @@ from peftjax.quant.weight import Quantized
 from peftjax.training import process
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
-from tests import tiny, tiny_lm
+from tests import tiny, tiny_lm, tiny_t5
 
 FEW = dict(train__batch_size=8, train__eval_batch_size=8)
 
@@ -212,3 +212,18 @@ def test_the_documentation_has_the_committed_plans():
   assert report.series(rows, "length")[-1] == (8192, pytest.approx(11.07, abs=0.01))
   for axis in ("model", "rank", "devices"):
     assert len(report.series(rows, axis)) >= 3
+
+
+@pytest.mark.slow(reason="compiles unrolled layers as users do")
+def test_a_plan_of_an_encoder_decoder(tmp_path):
+  """Its batch is a run's; operations are the compiled program's, of masks the hidden half too."""
+  files = tiny_t5.model_dir(tmp_path / "model"), tiny_t5.corpus(tmp_path / "rows.jsonl")
+  given = from_config(tiny_t5.config(*files, model__scan_layers=False))
+  run = Run(given, None)
+  batches = run.stream.iterate(0, run.stream.steps_per_epoch)
+  batch = next(one for one in batches if one["tokens"].shape[1] == 32)
+  step = planned(given, "", "float32", 8, 32, sharding.make_mesh("", jax.devices()[:1]))
+  same = lambda x: (x.shape, x.dtype)
+  assert jax.tree.map(same, step.batch) == jax.tree.map(same, dict(batch))
+  flops = step.compile().cost_analysis()["flops"]
+  assert 0.7 < costs.work(step).model / flops < 1.1

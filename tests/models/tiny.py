@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax import losses
 from peftjax.core import paths
 from peftjax.models.bert import BertClassifier, BertConfig
 
@@ -18,6 +19,7 @@ _rng = np.random.default_rng(0)
 TOKENS = _rng.integers(5, 120, (BATCH, LENGTH)).astype(np.int32)
 MASK = np.arange(LENGTH) < np.array([10, 3, 7, 1])[:, None]
 CLASSES = np.array([0, 2, 1, 2], np.int32)
+INPUTS = TOKENS, MASK
 
 
 def config(**overrides):
@@ -30,6 +32,10 @@ def config(**overrides):
 
 def model(**overrides):
   return BertClassifier(config(**overrides))
+
+
+def loss(logits):
+  return losses.classification(logits, CLASSES, jnp.ones(len(logits)))
 
 
 def dropout_config(**overrides):

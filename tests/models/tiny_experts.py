@@ -9,9 +9,9 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.models.llama import LlamaConfig, LlamaForSequenceClassification
 from peftjax.models.pretrained import abstract_params
-from tests.models.tiny import CLASSES, LABELS, MASK, TOKENS, stacked
+from tests.models.tiny import INPUTS, LABELS, loss, stacked
 
-__all__ = ["CLASSES", "MASK", "TOKENS"]
+__all__ = ["INPUTS", "loss"]
 
 
 def model(**overrides):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peftjax.core.dropout import drop, keep_level, random_bytes
-from peftjax.nn.attention import attention
+from peftjax.nn.attention import attention, kernel_name
 from peftjax.nn.ffn import ACTIVATIONS, gelu
 from peftjax.nn.linear import Embedding, Linear
 from peftjax.nn.mask import AttentionMask
@@ -142,6 +142,25 @@ def test_attention_and_its_derivative(rate):
     lambda q, k, v: plain_attention(q, k, v, mask.bias(T), keep), weights, q, k, v
   )
   chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [N, 1])
+def test_attention_with_a_bias_and_its_derivative(kv_heads):
+  """In the bias too, which all texts share; many scores take whole rows as well."""
+  wide = D * kv_heads // N
+  q, k, v, weights = draw(B, T, D), draw(B, S, wide), draw(B, S, wide), draw(B, T, D)
+  mask, bias = mask_of(5, 2, 1), draw(N, T, S)
+  repeat = lambda x: jnp.repeat(x.reshape(B, S, kv_heads, -1), N // kv_heads, 2).reshape(B, S, D)
+  ours = value_and_gradients(
+    lambda q, k, v, b: attention(q, k, v, mask, N, kv_heads, bias_NTS=b), weights, q, k, v, bias
+  )
+  theirs = value_and_gradients(
+    lambda q, k, v, b: plain_attention(q, repeat(k), repeat(v), mask.bias(T) + b[None]),
+    *(weights, q, k, v, bias),
+  )
+  chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=2e-5)
+  long = AttentionMask(jax.ShapeDtypeStruct((1, 4096), bool))
+  assert kernel_name(long, 4096) == "blockwise" and kernel_name(long, 4096, biased=True) == "dense"
 
 
 def test_attention_is_flaxs():
