@@ -76,22 +76,21 @@ READERS = tuple(name for name, family in FAMILIES.items() if hasattr(family.CONF
 
 def ours(model: Any) -> bool:
   """Tells whether a module is of one of these families, with a `config`, and reads texts."""
-  return hasattr(getattr(_family(model), "CONFIG", None), "max_length")
+  return _of_families(model) and hasattr(type(model.config), "max_length")
 
 
 def family_of(model: Any) -> Any:
   """The file of a module's family; ValueError if it is of none of ours."""
-  if (family := _family(model)) is None:
+  if not _of_families(model):
     raise ValueError(
       f"{type(model).__name__} is not a model of this library, and adapters of Hugging Face PEFT have "
       "the names that its families have there; save pj.partition(params, mask)[0], e.g. with Orbax"
     )
-  return family
+  return FAMILIES[model.config.family]
 
 
-def _family(model: Any) -> Any:
-  """The file of a module's family, if it is one of ours."""
-  return next((x for x in FAMILIES.values() if x.__name__ == type(model).__module__), None)
+def _of_families(model: Any) -> bool:
+  return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
 
 
 class Pretrained(NamedTuple):

@@ -153,7 +153,7 @@ def test_peft_files_hold_no_adapter_of_such_a_model(tmp_path, own):
   run = Run(from_config(own("classifier")), None)
   params = own_models.classifier()[1]
   for call in (hf_peft.save, lambda folder, *given: hf_peft.load(folder, *given)):
-    with pytest.raises(ValueError, match="Classifier is no model of this library"):
+    with pytest.raises(ValueError, match="Classifier is not a model of this library"):
       call(tmp_path / "peft", params, run.module)
 
 
