@@ -63,7 +63,7 @@ format: .venv/.installed ## Let ruff fix style where it can, and format the code
 	$(BIN)/ruff format .
 
 parity: .venv/.parity ## Add torch, transformers, peft and bitsandbytes, compare with them live
-	$(BIN)/python -m pytest tests/parity $(ARGS)
+	$(BIN)/python -m pytest tests/parity tests/training/official_tasks_test.py tests/experiments/score_test.py $(ARGS)
 
 interop: .venv/.parity build/interop/.installed ## Test other people's models, trainers and files (1.8 GB more)
 	rm -f docs/interop.json
@@ -142,6 +142,7 @@ clean: ## Remove .venv, build products and caches (runs/ stays)
 	@set -e; t0=$$(date +%s); \
 	$(PIP) install -c .venv/constraints.txt $(TORCH); \
 	$(PIP) install -c .venv/constraints.txt --no-build-isolation -e '.[parity]'; \
+	$(PIP) install -c .venv/constraints.txt -e '.[scores]'; \
 	echo "Added in $$(($$(date +%s) - t0)) s."
 	@touch $@
 
