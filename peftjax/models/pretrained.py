@@ -83,8 +83,8 @@ def family_of(model: Any) -> Any:
   """The file of a module's family; ValueError if it is of none of ours."""
   if not _of_families(model):
     raise ValueError(
-      f"{type(model).__name__} is not a model of this library, and adapters of Hugging Face PEFT have "
-      "the names that its families have there; save pj.partition(params, mask)[0], e.g. with Orbax"
+      f"{type(model).__name__} is not a model of this library, and adapters of Hugging Face PEFT "
+      "have the names that its families have there; save pj.partition(params, mask)[0], e.g. with Orbax"
     )
   return FAMILIES[model.config.family]
 
