@@ -84,7 +84,7 @@ def family_of(model: Any) -> Any:
   if not _of_families(model):
     raise ValueError(
       f"{type(model).__name__} is not a model of this library, and adapters of Hugging Face PEFT "
-      "have the names that its families have there; save pj.partition(params, mask)[0], e.g. with Orbax"
+      "have the names of its families there; save pj.partition(params, mask)[0], e.g. with Orbax"
     )
   return FAMILIES[model.config.family]
 

@@ -169,7 +169,10 @@ ROWS: dict[str, dict[str, Row]] = {
     "decoders that classify texts": (
       "parity/decoder_families_test.py::test_scores_of_whole_texts",
     ),
-    "t5, vit, qwen3_moe, mixtral": (),
+    "qwen3_moe": (FAMILY.format("qwen3_moe"),),
+    "mixtral": (FAMILY.format("mixtral"),),
+    "t5, t5 v1.1, mt5: logits and generation": ("parity/t5_test.py::test_logits_and_generation",),
+    "vit": ("parity/vit_test.py::test_tiny_random_models",),
     "a token classifier taken for one of texts": Refused(
       "models/heads_test.py::test_a_head_of_another_task_is_not_taken_for_a_classifier"
       "[bert_tiny-BertForTokenClassification]",
@@ -217,6 +220,18 @@ ROWS: dict[str, dict[str, Row]] = {
     "LN tuning": ("parity/ln_tuning_test.py::*",),
     "LoHa": ("parity/lycoris_test.py::test_directories_go_both_ways[loha*]",),
     "LoKr": ("parity/lycoris_test.py::test_directories_go_both_ways[lokr*]",),
+    "OFT": ("parity/lycoris_test.py::test_directories_go_both_ways[oft*]",),
+    "adapters of T5": ("parity/t5_test.py::test_adapters_both_ways",),
+    "adapters of ViT": (
+      "parity/vit_test.py::test_lora_goes_to_peft_and_comes_back",
+      "parity/vit_test.py::test_pefts_lora_in_ours",
+    ),
+    "LoRA of experts": (
+      "parity/experts_test.py::test_adapters_of_experts_have_the_same_logits_in_peft",
+    ),
+    "target_parameters": Refused(
+      "parity/experts_test.py::test_pefts_own_files_of_experts_are_refused_by_their_field"
+    ),
     "which modules a config names": (
       "parity/peft_targets_test.py::test_the_modules_that_a_config_names_are_pefts",
     ),
@@ -230,11 +245,11 @@ ROWS: dict[str, dict[str, Row]] = {
     "a trained array that the format cannot hold": Refused(
       "hf_peft/directories_test.py::test_what_the_format_cannot_say_is_not_saved[*bias*]"
     ),
-    "OFT, BOFT, FourierFT, P-tuning": Refused(
+    "BOFT, FourierFT, P-tuning": Refused(
       *(
         "hf_peft/files_test.py::test_a_config_whose_field_is_not_what_it_must_be_is_refused"
         f"[peft_type='{kind}']"
-        for kind in ("OFT", "BOFT", "FOURIERFT", "P_TUNING")
+        for kind in ("BOFT", "FOURIERFT", "P_TUNING")
       )
     ),
   },
