@@ -113,7 +113,7 @@ def of_files(base: Path, adapter: str | None) -> Finished:
   mask = jax.tree.map(lambda _: False, params)
   if adapter:
     params, mask = pj.load_peft(adapter, params, model)
-  return Finished(base, model, params, mask, None, False)
+  return Finished(base, model, params, mask, pj.chain(), [])
 
 
 def outputs_of(adapter: str) -> int | None:
@@ -131,7 +131,7 @@ def write_model(given: Finished, output: str) -> None:
   from peftjax.io import new_directory, shards
   from peftjax.models import saved
 
-  plan = saved.plan(given.params, given.base, DTYPE.value, given.labels)
+  plan = saved.plan(given.params, given.base, DTYPE.value, given.labels or None)
   with new_directory.writing(output) as folder, shown(plan.tensors) as tensors:
     size = shards.bytes_of(SHARD_SIZE.value)
     saved.write(folder, plan._replace(tensors=tensors), given.base, size)
@@ -160,7 +160,7 @@ def write_adapter(given: Finished, output: str) -> None:
       given.model,
       base_model=str(given.base),
       trained=given.mask,
-      rslora=given.rslora,
+      **given.method.peft_options(),
     )
 
 

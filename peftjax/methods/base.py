@@ -80,6 +80,10 @@ class Method:
     """What there is to say of trained `params` in a run's result, for JSON."""
     return {}
 
+  def peft_options(self) -> dict[str, Any]:
+    """Arguments of `hf_peft.save` about what leaves do not tell."""
+    return {}
+
   @checked
   def optimizer(
     self,
@@ -181,6 +185,9 @@ class Chain(Method):
 
   def summary(self, params: Any) -> dict[str, Any]:
     return {k: v for method in self.methods for k, v in method.summary(params).items()}
+
+  def peft_options(self) -> dict[str, Any]:
+    return {k: v for method in self.methods for k, v in method.peft_options().items()}
 
 
 def chain(*methods: Method) -> Chain:

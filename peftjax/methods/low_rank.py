@@ -162,3 +162,6 @@ class RankStabilized(LowRank):
 
   def _scale(self, alpha: float, rank: int) -> float:
     return alpha / math.sqrt(rank) if self.rslora else super()._scale(alpha, rank)
+
+  def peft_options(self) -> dict[str, Any]:
+    return {"rslora": self.rslora}

@@ -44,8 +44,10 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
   """Loads the model and attaches the method; on a mesh every array is made in its place."""
   key = jax.random.key(settings.seed)
   model = settings.model
-  # Of a task with outputs of its own each text has labels, whatever the head in the files labels.
-  head: dict[str, Any] = {} if outputs is None else {"labels_of": "text"}
+  # A task with outputs of its own says what has labels, whatever the head in the files labels.
+  head: dict[str, Any] = {}
+  if outputs is not None:
+    head["labels_of"] = TASKS[settings.task].LABELS_OF
   module, params, new = pretrained.load(
     model.path(),
     outputs,

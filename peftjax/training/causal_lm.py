@@ -27,6 +27,7 @@ def summed(batch: Batch) -> dict[str, jax.Array]:
   return {"loss_weights": batch["weights"]}
 
 
+LABELS_OF = None
 KIND = Kind(inputs, losses.next_token_sums, losses.next_token_sums, summed)
 
 

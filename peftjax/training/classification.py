@@ -34,6 +34,7 @@ def _squared_error(logits: jax.Array, batch: Batch) -> losses.Sums:
   return losses.regression_sums(logits, batch["labels"], batch["weights"])
 
 
+LABELS_OF = "text"  # what the head labels
 CLASSES = Kind(inputs, _cross_entropy, _logits)
 NUMBER = Kind(inputs, _squared_error, _logits)
 

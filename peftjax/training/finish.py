@@ -86,7 +86,7 @@ def export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
         base_model=base,
         trained=run.mask,
         task_type=run.task.peft_type,
-        rslora=bool(run.settings.method.get("rslora")),
+        **run.method.peft_options(),
       )
   except ValueError as error:
     bar.print(f"no Hugging Face PEFT directory: {error}")

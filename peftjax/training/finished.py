@@ -1,14 +1,15 @@
-"""A finished run's model, of whatever task."""
+"""A finished run, read from its workdir."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftjax.training import mirror
+from peftjax.core import tree
+from peftjax.methods.base import Method
+from peftjax.training import build, mirror
 from peftjax.training import workdir as workdirs
-from peftjax.training.predict import Predictor
-from peftjax.training.writer import Writer
+from peftjax.training.checkpoint import Checkpoints
 
 
 class Finished(NamedTuple):
@@ -18,36 +19,67 @@ class Finished(NamedTuple):
     base: the directory or file of the pretrained one.
     model, params: with the best checkpoint's adapter.
     mask: true on what was trained.
-    labels: names of a classifier's outputs.
-    rslora: whether its scales are α/√r.
+    method: that was trained.
+    labels: names of a classifier's outputs; none of a regression and of a language model.
+    settings: of the run; None of a model that no run trained.
   """
 
   base: Path
   model: Any
   params: Any
   mask: Any
-  labels: list[str] | None
-  rslora: bool
+  method: Method
+  labels: list[str]
+  settings: Any = None
 
 
-def load(workdir: str | Path) -> Finished:
+def load(workdir: str | Path, *tasks: str, adapted: bool = True) -> Finished:
   """The best checkpoint of a run.
 
+  Args:
+    workdir: here or in a bucket.
+    *tasks: of which the run may be; of any, if none is named.
+    adapted: False for the model as it was before training.
+
   Raises:
-    ValueError: `workdir` holds no evaluated run, or the pretrained model is another now.
+    ValueError: `workdir` holds no evaluated run, or a damaged one, or one of another task, or the
+      pretrained model is another now.
   """
   with mirror.read(workdir) as folder:
-    if not (folder / "config.json").is_file():
-      raise ValueError(
-        f"{workdir} holds no run of experiments.train; name one, or write --base=DIR"
-      )
-    settings = workdirs.settings(folder)
-  made = Writer(workdir) if settings.task == "causal_lm" else Predictor(workdir)
-  return Finished(
-    settings.model.path(),
-    made.model,
-    made.params,
-    made.mask,
-    getattr(made, "labels", None) or None,
-    bool(settings.method.get("rslora")),
+    return _load(folder, tasks, adapted)
+
+
+def _load(workdir: Path, tasks: tuple[str, ...], adapted: bool) -> Finished:
+  kind = f" of task={' or '.join(tasks)}" if tasks else ""
+  config = f"configs/{(*tasks, 'classify')[0]}.py"
+  untrained = ValueError(
+    f"{workdir} holds no evaluated run{kind}; train first:\n  python -m experiments.train "
+    f"--config={config} --workdir={workdir}"
   )
+  folder = workdir / "checkpoints"
+  workdirs.check_checkpoints(folder)
+  if not (folder / "best").is_dir():
+    raise untrained
+  settings = workdirs.settings(workdir)
+  if tasks and settings.task not in tasks:
+    raise ValueError(
+      f"{workdir} holds a run of task={settings.task}, and not{kind}. Label texts by python -m "
+      "experiments.predict, and continue them by python -m experiments.generate"
+    )
+  base = settings.model.path()
+  checkpoints = Checkpoints(folder, read_only=True)
+  try:
+    meta = checkpoints.meta("best")
+    if meta is None:
+      raise untrained
+    known = workdirs.Meta.of(meta, folder / "best")
+    workdirs.check_model(known, base, workdir)
+    is_lm = build.TASKS[settings.task].LABELS_OF is None
+    made = build.attached(settings, None if is_lm else len(known.labels) or 1)
+    adapter, rest = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
+    if adapted:  # over what `attach` has just drawn, which changes nothing
+      adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]
+  finally:
+    checkpoints.close()
+  params = tree.combine(adapter, rest)
+  return Finished(base, made.module, params, made.mask, made.method, known.labels, settings)

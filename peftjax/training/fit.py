@@ -89,7 +89,7 @@ def fit(
     model=settings.Model(directory=own.source),
     quant=settings.Quant(),
     data=settings.Data(max_length=task.lengths[-1]),
-    method={"name": name, "rslora": any(getattr(m, "rslora", False) for m in _parts(method))},
+    method={"name": name},
     optimizer=settings.Optimizer(learning_rate=learning_rate),
     train=settings.Train(batch_size=batch_size, epochs=epochs, steps=steps),
     compilation_cache="",

@@ -11,15 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import data
-from peftjax.core import tree
 from peftjax.core.ranges import Count
 from peftjax.data import chat
 from peftjax.io import records
 from peftjax.models import pretrained
 from peftjax.models.generate import generate
-from peftjax.training import build, mirror
-from peftjax.training import workdir as workdirs
-from peftjax.training.checkpoint import Checkpoints
+from peftjax.training import finished
 
 
 class Writer:
@@ -32,43 +29,14 @@ class Writer:
   Attributes:
     path: of the pretrained model.
     model, params: with the trained adapter.
-    mask: true on what was trained.
 
   Raises:
-    ValueError: if `workdir` holds no trained language model, or the pretrained one is another now.
+    ValueError: see `finished.load`.
   """
 
   def __init__(self, workdir: str | Path, *, adapted: bool = True):
-    with mirror.read(workdir) as folder:
-      self._load(folder, adapted)
-
-  def _load(self, workdir: Path, adapted: bool) -> None:
-    untrained = ValueError(
-      f"{workdir} holds no evaluated run of a language model; train first:\n"
-      f"  python -m experiments.train --config=configs/causal_lm.py --workdir={workdir}"
-    )
-    workdirs.check_checkpoints(workdir / "checkpoints")
-    if not (workdir / "checkpoints" / "best").is_dir():
-      raise untrained
-    settings = workdirs.settings(workdir)
-    if settings.task != "causal_lm":
-      raise untrained
-    self.path = settings.model.path()
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-      meta = checkpoints.meta("best")
-      if meta is None:
-        raise untrained
-      known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
-      workdirs.check_model(known, self.path, workdir)
-      made = build.attached(settings, None)
-      adapter, base = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
-      if adapted:  # an adapter as `attach` makes it changes nothing
-        adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]
-    finally:
-      checkpoints.close()
-    self.model, self.params = made.module, tree.combine(adapter, base)
-    self.mask = made.mask
+    run = finished.load(workdir, "causal_lm", adapted=adapted)
+    self.path, self.model, self.params = run.base, run.model, run.params
     self._read_tokenizer()
 
   def _read_tokenizer(self) -> None:
