@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 
 # The top-level entry of a parameter tree that they lie in, by name; linen modules ignore it.
 GROUP = "shared"
-
-# By path, in the call of a model that `lending` surrounds.
-_lent: ContextVar[Mapping[str, Shared]] = ContextVar("_lent")
 
 
 class Shared(flax.struct.PyTreeNode):
@@ -33,24 +28,6 @@ def nodes(params: Any) -> dict[str, Shared]:
   group = params.get(GROUP) if isinstance(params, Mapping) else None
   group = group if isinstance(group, Mapping) else {}
   return {f"{GROUP}/{name}": node for name, node in group.items() if is_shared(node)}
-
-
-@contextlib.contextmanager
-def lending(params: Any) -> Iterator[None]:
-  """Within it, `lent` finds the shared nodes of `params`.
-
-  So a scanned layer uses them from outside the scan, as constants of all its steps. Put into a
-  stacked weight they would be as many copies as it has layers.
-  """
-  token = _lent.set(nodes(params))
-  try:
-    yield
-  finally:
-    _lent.reset(token)
-
-
-def lent(path: str) -> Shared | None:
-  return _lent.get({}).get(path)
 
 
 def add(params: Any, found: Mapping[str, Shared]) -> Any:

@@ -44,7 +44,7 @@ def tie(params: Any, *, spread: bool = True) -> Any:
   Args:
     params: a tree of arrays and weights.
     spread: give a stack of layers the arrays of a shared node too, once for each; if not, they
-      have to be found by `shared.lending`.
+      have to be lent by the call (`core.tracing`).
 
   Raises:
     ValueError: if a lender is not in `params`.

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import flax.struct
@@ -15,9 +14,8 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
-# How a module may read a weight as an array: with a warning ("warn"), inside `linen.bridge`
-# ("bridge"), or not at all where it is a matrix ("refuse"), for `core.factored` to do it better.
-unboxing: ContextVar[str] = ContextVar("unboxing", default="warn")
+from peftjax.core import tracing
+
 # Kinds of weights that were read without the bridge.
 _told: set[str] = set()
 
@@ -146,7 +144,7 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
   def unbox(self) -> jax.Array:
-    if unboxing.get() == "refuse" and self.ndim >= 2:
+    if tracing.current().unboxing == "refuse" and self.ndim >= 2:
       raise Unboxed
     warn_unbridged(self, f"of shape {self.shape}")
     if self.quantised:
@@ -189,7 +187,7 @@ def children(weight: Weight) -> dict[str, Any]:
 def warn_unbridged(weight: Weight, where: str) -> None:
   """Warns, once for each kind of weight, if a module reads it outside of `pj.apply`."""
   kind = type(weight).__name__
-  if unboxing.get() == "warn" and kind not in _told:
+  if tracing.current().unboxing == "warn" and kind not in _told:
     _told.add(kind)
     warnings.warn(
       f"a {kind} {where} was read without pj.apply, by model.apply or nn.unbox: most modules then "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from peftjax.core import tracing
 from peftjax.core.dropout import keep_level
 from peftjax.nn import cudnn, splash
 from peftjax.nn.blockwise import blockwise_attention
@@ -26,19 +24,6 @@ KERNELS: dict[str, Any] = {
   "cudnn": cudnn.cudnn_attention,
   "splash": splash.splash_attention,
 }
-
-# What the calls that `kernels_used` surrounds computed with so far.
-_used: ContextVar[set[str]] = ContextVar("_used")
-
-
-@contextlib.contextmanager
-def kernels_used() -> Iterator[set[str]]:
-  """The keys of `KERNELS` that `attention` takes inside."""
-  token = _used.set(set())
-  try:
-    yield _used.get()
-  finally:
-    _used.reset(token)
 
 
 def kernel_name(
@@ -112,7 +97,7 @@ def attention(
   size = q_BTD.shape[2] // num_heads
   how: dict[str, Any] = dict(size=size, dropout=key is not None, capped=cap is not None)
   name = kernel_name(mask, q_BTD.shape[1], dtype=q_BTD.dtype, **how)
-  if (used := _used.get(None)) is not None:
+  if (used := tracing.current().kernels) is not None:
     used.add(name)
   heads = num_heads, num_kv_heads or num_heads
   capped = {} if cap is None else dict(cap=cap)

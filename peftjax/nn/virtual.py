@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import paths
+from peftjax.core import paths, tracing
 from peftjax.core.attachment import Attachment, is_attachment
 from peftjax.nn.mask import AttentionMask
-
-# Paths of the nodes that were read so far in the call of a model that `all_read` surrounds.
-_read: ContextVar[set[str]] = ContextVar("_read")
 
 
 class Prefix(Attachment):
@@ -52,22 +47,15 @@ class Prompt(Attachment):
     return _before(self.embeddings, x_BTD)
 
 
-@contextlib.contextmanager
-def all_read(params: Any) -> Iterator[None]:
-  """Around the call of a model.
+def check_read(params: Any, read: Collection[str]) -> None:
+  """Raises ValueError if no module has read one of the prefixes and prompts in `params`.
 
-  Raises:
-    ValueError: on leaving, if no module has read one of the prefixes and prompts in `params`.
+  Args:
+    read: the paths that were; see `core.tracing`.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_attachment)
   there = [paths.name(path) for path, node in flat if isinstance(node, Prefix | Prompt)]
-  token = _read.set(set())
-  try:
-    yield
-    unread = [path for path in there if path not in _read.get()]
-  finally:
-    _read.reset(token)
-  if unread:
+  if unread := [path for path in there if path not in read]:
     raise ValueError(
       f"no module of this model reads {unread[0]}, so it changes nothing and would not be trained. "
       "Prefixes and prompts need the encoders and decoders of this library; adapt other models by "
@@ -77,7 +65,7 @@ def all_read(params: Any) -> Iterator[None]:
 
 def _own(module: nn.Module, name: str) -> Any:
   """The module's own parameter of that name, or None; it counts as read."""
-  if (read := _read.get(None)) is not None:
+  if (read := tracing.current().read) is not None:
     read.add("/".join((*module.path, name)))
   return module.get_variable("params", name, None)
 
