@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import jax
 from peftjax import hf_peft
 from peftjax.io import disk
 from peftjax.training import process
-from peftjax.training.logs import Bar, write_atomic
+from peftjax.training.logs import Bar, write_json
 from peftjax.training.peers import Peers
 from peftjax.training.run import Run
+from peftjax.training.scores import Scores
 
 
 def finish(
@@ -23,8 +23,7 @@ def finish(
   workdir: Path,
   bar: Bar,
   config: Mapping[str, Any],
-  best: Mapping[str, Any],
-  untrained: Mapping[str, Any],
+  scores: Scores,
   peers: Peers,
   **measured: Any,
 ) -> dict[str, Any]:
@@ -36,14 +35,13 @@ def finish(
     workdir: of the run.
     bar: prints the scores.
     config: as JSON.
-    best: "step" and validation "metrics" of `params`.
-    untrained: scores before training.
+    scores: of the validation part, whose best are those of `params`, and before training.
     peers: of which the main process writes.
     **measured: seconds, and whatever else is to be written.
   """
   final = {part: run.evaluate(part, params) for part in run.task.final}
-  for part, scores in final.items():
-    bar.scores(part, scores)
+  for part, found in final.items():
+    bar.scores(part, found)
   if peers.count > 1:
     params = run.on_host(params)
 
@@ -54,10 +52,10 @@ def finish(
       "method": run.settings.method["name"],
       "trainable_params": run.trainable,
       "total_params": run.parameters,
-      "metrics": {"validation": best["metrics"], **final},
-      **({"before": dict(untrained)} if untrained else {}),
+      "metrics": {"validation": scores.best["metrics"], **final},
+      **({"before": scores.untrained} if scores.untrained else {}),
       **run.method.summary(params),
-      "best_step": best["step"],
+      "best_step": scores.best["step"],
       "steps": run.total,
       **run.task.summary(),
       "seed": run.settings.seed,
@@ -66,7 +64,7 @@ def finish(
       **measured,
       "peak_memory_mb": process.peak_memory_mb(),
     }
-    write_atomic(workdir / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+    write_json(workdir / "result.json", result)
     return result
 
   return peers.told(write)

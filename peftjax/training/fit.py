@@ -22,6 +22,7 @@ from peftjax.training.history import History
 from peftjax.training.logs import Bar, Logs, Silent
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
+from peftjax.training.scores import Scores
 from peftjax.training.texts import Labelled, Plain
 
 Data = Labelled | Plain | tuple[Any, Any]
@@ -115,25 +116,20 @@ def _train(
     rows.append(row)
     write(row)
 
+  scores = Scores(run, keep, bar.scores)
   for done in run.steps():
     ends = done % run.stream.steps_per_epoch == 0 or done == run.total
     for row in run.fetch(all_of_them=ends):
       keep({**row, "learning_rate": run.learning_rate(row["step"])})
       bar.update(row["step"], row["loss"], clock.rates(run.done, run.peak)["examples_per_second"])
     if ends and scored:
-      scores = run.evaluate("validation")
-      epoch = done / run.stream.steps_per_epoch
-      keep({"step": done, "epoch": epoch, **{f"validation_{k}": x for k, x in scores.items()}})
-      bar.scores(f"epoch {epoch:.4g}", scores)
+      if scores.take(done):
+        best = jax.tree.map(jnp.copy, run.state.train)
       clock.rest()
-      value = run.task.criterion(scores)
-      # One that is larger than the method leaves it in the end is no candidate.
-      if done >= run.settled and (best is None or value > best[0]):
-        best = value, done, jax.tree.map(jnp.copy, run.state.train)
   run.check_finite()
   if best is None:
     return History(tuple(rows), run.total), run.state.train
-  return History(tuple(rows), best[1]), best[2]
+  return History(tuple(rows), scores.best["step"]), best
 
 
 def _known(data: Any, what: str) -> Any:

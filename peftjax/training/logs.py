@@ -116,6 +116,11 @@ def write_atomic(path: Path, text: str) -> None:
     raise disk.refusal(error, path) from None
 
 
+def write_json(path: Path, value: Any) -> None:
+  """Likewise of an object, for people too."""
+  write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
 def _is_notebook(console: rich.console.Console) -> bool:
   """Whether it shows what moves: rich draws in notebooks by ipywidgets, and warns without."""
   return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -99,7 +99,7 @@ class Run:
       rate_in_state=self.rate_in_state,
     )
     self.schedule, self.tx = program.schedule, program.tx
-    self._step, self._predict = program.step, program.predict
+    self._step, self.predict = program.step, program.predict
     self.state: Any = program.start(train)
 
   def announce(self, bar: Bar) -> None:
@@ -131,13 +131,17 @@ class Run:
     rows = []
     while len(self._pending) > (0 if all_of_them else 1):
       number, shape, out = self._pending.pop(0)
-      values = {name: float(value) for name, value in jax.device_get(out).items()}
-      if not all(map(math.isfinite, values.values())):
-        shown = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-        raise FloatingPointError(self._diverged(f"step {number}: {shown}"))
-      rows.append({"step": number, **values})
+      rows.append(self.row(number, jax.device_get(out)))
       self._count(*shape)
     return rows
+
+  def row(self, number: int, out: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of a step as they are logged; FloatingPointError unless all are finite."""
+    values = {name: float(value) for name, value in out.items()}
+    if not all(map(math.isfinite, values.values())):
+      shown = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+      raise FloatingPointError(self._diverged(f"step {number}: {shown}"))
+    return {"step": number, **values}
 
   def _count(self, rows: int, length: int) -> None:
     """Adds a batch to `done`: all of its tokens, padding included, as devices compute them."""
@@ -173,7 +177,7 @@ class Run:
     train, frozen = self.state.train, self.frozen
     if params is not None:
       train, frozen = tree.partition(params, self.mask)
-    predict = lambda batch: self._predict(train, frozen, self.place(batch))
+    predict = lambda batch: self.predict(train, frozen, self.place(batch))
     scores = self.task.evaluate(predict, part, self.settings.train.eval_batch_size)
     if scores is None:
       raise FloatingPointError(self._diverged(f"step {self.steps_done}: {part} logits"))
