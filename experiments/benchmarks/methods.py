@@ -19,10 +19,10 @@ import peftjax as pj
 from experiments import runtime, timing
 from experiments.benchmarks import report
 from experiments.benchmarks.batch import example
+from peftjax.data import samples
 from peftjax.methods.base import Method
 from peftjax.training import state, step
 from peftjax.training.classification import CLASSES
-from peftjax.training.settings import Model
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 NAMES = flags.DEFINE_list("methods", None, "Which methods; by default all.")
@@ -68,7 +68,7 @@ def made(rank: int) -> dict[str, Method]:
 
 def steps_of(method: Method) -> Callable[[], None]:
   """A function that takes one step and waits for it."""
-  model, params = pj.load_pretrained(Model().path(), num_labels=2)
+  model, params = pj.load_pretrained(samples.model("minilm"), num_labels=2)
   batch, key = example(BATCH.value, LENGTH.value), jax.random.key(2)
   method = pj.chain(method, pj.unfreeze("head/.*"))
   params = method.attach(jax.random.key(1), params, pj.linen.layout(model, batch["tokens"]))

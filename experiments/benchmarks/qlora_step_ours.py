@@ -12,11 +12,11 @@ import peftjax as pj
 from experiments.benchmarks import shapes, turns
 from experiments.benchmarks.batch import packed
 from peftjax.core import paths
+from peftjax.data import samples
 from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
 from peftjax.quant import transform
 from peftjax.training import state, step
 from peftjax.training.causal_lm import KIND
-from peftjax.training.settings import Model
 
 TOKENS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 
@@ -30,7 +30,7 @@ def main(name: str, batch_size: int, length: int, device: str) -> None:
     model = LlamaForCausalLM(LlamaConfig.from_hf(shapes.RANDOM[name], **options))
     params = random_params(model, dtype)
   else:
-    model, params = pj.load_pretrained(Model(name=name).path(), quant=pj.quant.nf4(), **options)
+    model, params = pj.load_pretrained(samples.model(name), quant=pj.quant.nf4(), **options)
   method = pj.lora(16, 16, "all-linear")
   params = method.attach(jax.random.key(1), params, pj.linen.layout(model, TOKENS))
   train, frozen = pj.partition(params, method.trainable(params))

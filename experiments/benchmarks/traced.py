@@ -24,7 +24,7 @@ from absl import app, flags
 import peftjax as pj
 from experiments import runtime, timing
 from experiments.benchmarks import report
-from peftjax.training.settings import Model
+from peftjax.data import samples
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 TURNS = flags.DEFINE_integer("turns", 21, "How often the ways change.")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
   x = jax.random.normal(jax.random.key(0), (256, 512))
   mlp = MLP()
   rows = compare("mlp", mlp, mlp.init(jax.random.key(1), x)["params"], x)
-  bert, params = pj.load_pretrained(Model(name="minilm").path(), num_labels=5)
+  bert, params = pj.load_pretrained(samples.model("minilm"), num_labels=5)
   tokens = jax.random.randint(jax.random.key(0), (16, 64), 1000, 2000, jnp.int32)
   rows += compare("bert", bert, params, tokens)
   if OUT.value:

@@ -22,7 +22,7 @@ from absl import app, flags
 from experiments import runtime
 from experiments.benchmarks import report
 from peftjax import data
-from peftjax.training.settings import Model
+from peftjax.data import samples
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 LINES = flags.DEFINE_integer("lines", 6_000, "Lines of the sentiment corpus to train on.")
@@ -82,7 +82,7 @@ def our_flags(files: dict[str, str], root: Path, name: str) -> list[str]:
 
 def peer_flags(files: dict[str, str]) -> list[str]:
   return [
-    str(Model().path()),
+    str(samples.model("minilm")),
     files["train"],
     files["validation"],
     files["test"],
