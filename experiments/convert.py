@@ -48,8 +48,6 @@ RANK = flags.DEFINE_integer("rank", None, "Of the adapter to write, with lora.",
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   check_given()
   runtime.set_up("~/.cache/peftjax")
   from peftjax.training import finished

@@ -34,8 +34,6 @@ BASE = flags.DEFINE_bool("base", False, "Also show what the model wrote before t
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments {argv[1:]}; quote a prompt: --prompt="..."')
   runtime.set_up("~/.cache/peftjax")
   from peftjax.training.writer import Writer
 

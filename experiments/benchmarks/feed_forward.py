@@ -49,8 +49,6 @@ Block = Callable[[Any, jax.Array], jax.Array]  # of parameters and x
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up(None)
   if unknown := set(NAMES.value) - set(VARIANTS):
     raise app.UsageError(f"unknown variants {sorted(unknown)}; there are {', '.join(VARIANTS)}")

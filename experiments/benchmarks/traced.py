@@ -42,8 +42,6 @@ class MLP(nn.Module):
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up(None)
   x = jax.random.normal(jax.random.key(0), (256, 512))
   mlp = MLP()
@@ -84,4 +82,4 @@ def retraced(way: Callable[..., jax.Array], train: Any, frozen: Any, x: jax.Arra
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

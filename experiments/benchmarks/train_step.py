@@ -28,8 +28,6 @@ OURS, PEER = "experiments.benchmarks.step_ours", "experiments.benchmarks.step_pe
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   from peftjax.data import samples
 
   directory = str(MODEL.value or samples.model("minilm"))

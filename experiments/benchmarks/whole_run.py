@@ -31,8 +31,6 @@ EPOCHS = flags.DEFINE_integer("epochs", 3, "Epochs.")
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   with tempfile.TemporaryDirectory() as folder:
     root = Path(folder)
     files = write_files(root, LINES.value)

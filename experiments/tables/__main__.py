@@ -21,6 +21,7 @@ takes other runs; other cells are computed one by one. Take lines out to compute
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -98,4 +99,4 @@ def rows(module: Any, file: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=runtime.parse_flags)
+  app.run(main, flags_parser=functools.partial(runtime.parse_flags, names=True))
