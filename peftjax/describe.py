@@ -14,6 +14,7 @@ from rich.table import Table
 
 from peftjax.core import given, paths, tracing, tree
 from peftjax.core.adapted import bare
+from peftjax.core.params import Mask, Params
 from peftjax.core.view import Uses
 from peftjax.core.weight import is_weight
 from peftjax.linen import apply
@@ -57,8 +58,8 @@ class Description(tuple[Leaf, ...]):
 
 
 def describe(
-  params: Any,
-  trainable: Any | None = None,
+  params: Params,
+  trainable: Mask | None = None,
   *,
   model: Any | None = None,
   example: Sequence[Any] = (),

@@ -19,6 +19,7 @@ from peftjax.core.attachment import Attachment
 from peftjax.core.einsum import einsum, linear, shift, split_subscripts, take
 from peftjax.core.factored import traced
 from peftjax.core.layout import Layout, Site
+from peftjax.core.params import Params
 from peftjax.core.view import Uses
 from peftjax.core.weight import Unboxed, Weight, materialize
 from peftjax.nn import virtual
@@ -29,7 +30,7 @@ BAKED = 2**24
 
 def apply(
   model: nn.Module,
-  params: Any,
+  params: Params,
   *args: Any,
   train: bool = False,
   rngs: dict[str, jax.Array] | None = None,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from peftjax.core import tracing
 from peftjax.core.dropout import keep_level
@@ -67,9 +68,9 @@ def _on_tpu() -> bool:
 
 
 def attention(
-  q_BTD: jax.Array,
-  k_BSD: jax.Array,
-  v_BSD: jax.Array,
+  q_BTD: Float[Array, "B T D"],
+  k_BSD: Float[Array, "B S KH"],
+  v_BSD: Float[Array, "B S KH"],
   mask: AttentionMask,
   num_heads: int,
   num_kv_heads: int | None = None,
@@ -77,7 +78,7 @@ def attention(
   key: jax.Array | None = None,
   rate: float = 0.0,
   cap: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T D"]:
   """dropout(softmax(q kᵀ/√H, where `mask` allows)) v per head, `[B, T, D]`.
 
   Source: Vaswani et al. 2017, eq. 1. Scores and softmax are float32; the result has the dtype of

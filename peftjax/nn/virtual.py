@@ -8,9 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from peftjax.core import paths, tracing
 from peftjax.core.attachment import Attachment, is_attachment
+from peftjax.core.params import Params
 from peftjax.nn.mask import AttentionMask
 
 
@@ -42,12 +44,12 @@ class Prompt(Attachment):
   def length(self) -> int:
     return self.embeddings.shape[-2]
 
-  def put_before(self, x_BTD: jax.Array) -> jax.Array:
+  def put_before(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B PT D"]:
     """The embeddings of a text, `[B, P + T, D]`, behind these."""
     return _before(self.embeddings, x_BTD)
 
 
-def check_read(params: Any, read: Collection[str]) -> None:
+def check_read(params: Params, read: Collection[str]) -> None:
   """Raises ValueError if no module has read one of the prefixes and prompts in `params`.
 
   Args:
@@ -71,8 +73,8 @@ def _own(module: nn.Module, name: str) -> Any:
 
 
 def with_prefix(
-  module: nn.Module, k_BSD: jax.Array, v_BSD: jax.Array, mask: AttentionMask
-) -> tuple[jax.Array, jax.Array, AttentionMask]:
+  module: nn.Module, k_BSD: Float[Array, "B S D"], v_BSD: Float[Array, "B S D"], mask: AttentionMask
+) -> tuple[Float[Array, "B PS D"], Float[Array, "B PS D"], AttentionMask]:
   """Keys, values and mask with the module's prefix, if it has one, before them.
 
   Every token of a text attends to it: of whatever document in a packed row, however far behind.
@@ -95,13 +97,15 @@ def prompt_of(module: nn.Module) -> tuple[Prompt | None, int]:
   return (prompt, prompt.length) if isinstance(prompt, Prompt) else (None, 0)
 
 
-def with_prompt(module: nn.Module, x_BTD: jax.Array, positions: jax.Array) -> jax.Array:
+def with_prompt(
+  module: nn.Module, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B PT"]
+) -> Float[Array, "B PT D"]:
   """Embeddings behind the module's prompt, where there are positions for it: not in mid-text."""
   prompt = _own(module, "prompt")
   return x_BTD if positions.shape[1] == x_BTD.shape[1] else prompt.put_before(x_BTD)
 
 
-def length(params: Any) -> int:
+def length(params: Params) -> int:
   """Virtual tokens, of prompts and prefixes, among the parameters of a model."""
   found = jax.tree.leaves(params, is_leaf=is_attachment)
   return sum(
@@ -109,7 +113,7 @@ def length(params: Any) -> int:
   )
 
 
-def prompt_length(params: Any) -> int:
+def prompt_length(params: Params) -> int:
   """P of the prompt among the parameters of a model, or inside a module; 0 if there is none."""
   return _longest(_params(params) if isinstance(params, nn.Module) else params, Prompt)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from peftjax import hf_peft
+from peftjax.core.params import Params
 from peftjax.io import disk
 from peftjax.training import process
 from peftjax.training.logs import Bar, write_json
@@ -19,7 +20,7 @@ from peftjax.training.scores import Scores
 
 def finish(
   run: Run,
-  params: Any,
+  params: Params,
   workdir: Path,
   bar: Bar,
   config: Mapping[str, Any],
@@ -70,7 +71,7 @@ def finish(
   return peers.told(write)
 
 
-def export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
+def export(run: Run, params: Params, workdir: Path, bar: Bar) -> None:
   """Writes the adapter for Hugging Face PEFT too, where that format can say it."""
   if not hf_peft.has_adapter(params):
     return

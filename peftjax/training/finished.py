@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftjax.core import tree
+from peftjax.core.params import Mask, Params
 from peftjax.methods.base import Method
 from peftjax.training import build, mirror
 from peftjax.training import workdir as workdirs
@@ -26,8 +27,8 @@ class Finished(NamedTuple):
 
   base: Path
   model: Any
-  params: Any
-  mask: Any
+  params: Params
+  mask: Mask
   method: Method
   labels: list[str]
   settings: Any = None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import ranges, tree
+from peftjax.core.params import Params
 from peftjax.core.ranges import Count, Length, Positive, Size
 from peftjax.methods.base import Chain, Method
 from peftjax.models import pretrained
@@ -31,7 +32,7 @@ Data = Labelled | Plain | tuple[Any, Any]
 @ranges.checked
 def fit(
   model: nn.Module,
-  params: Any,
+  params: Params,
   method: Method,
   data: Data,
   *,
@@ -42,7 +43,7 @@ def fit(
   learning_rate: Positive = settings.Optimizer.learning_rate,
   seed: Count = 0,
   workdir: str | Path | None = None,
-) -> tuple[Any, History]:
+) -> tuple[Params, History]:
   """Fine-tunes a model in memory, by the steps, batches and scores of `experiments.train`.
 
   AdamW with clipping at 1, a warm-up over 6 % of the updates and linear decay, on one device. For

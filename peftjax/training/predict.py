@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from peftjax import data
+from peftjax.core.params import Params
 from peftjax.data.corpora import text_columns
 from peftjax.models import limits, pretrained
 from peftjax.training import evaluate, finished, step
@@ -40,7 +40,7 @@ class Predictor:
     self._pad_id = pretrained.pad_id(run.base)
 
   def logits(
-    self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Any = None
+    self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Params = None
   ) -> np.ndarray:
     """`[N, K]` float32, in the order of `texts`; with other parameters of this model, if given.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
+from peftjax.core.params import Params
 from peftjax.models import limits, pretrained
 from peftjax.nn import virtual
 from peftjax.training import build, flops, state
@@ -172,7 +173,7 @@ class Run:
     batch = dict(batch)
     return sharding.put(batch, sharding.batch_shardings(batch, self.mesh))
 
-  def evaluate(self, part: str, params: Any = None) -> dict[str, float]:
+  def evaluate(self, part: str, params: Params = None) -> dict[str, float]:
     """Metrics of a split, with the current parameters or others."""
     train, frozen = self.state.train, self.frozen
     if params is not None:
@@ -212,7 +213,7 @@ class Run:
     """The parameters of the best checkpoint."""
     return tree.combine(checkpoints.arrays("best", self.adapter())["adapter"], self.frozen)
 
-  def on_host(self, params: Any) -> Any:
+  def on_host(self, params: Params) -> Any:
     """`params` with every array that is not of the pretrained files as NumPy's, whole."""
     adapter, base = tree.partition(params, tree.adapter_mask(params, self.mask))
     return tree.combine(jax.tree.map(sharding.gathered, adapter), base)
