@@ -216,7 +216,7 @@ def train_together(
     return _train(configs, paths, held)
 
 
-class _Trial:
+class _Member:
   """One run of a group in its folder; `result` is its error once it has diverged."""
 
   def __init__(self, run: Run, folder: Path):
@@ -253,17 +253,17 @@ def _train(
   clock = Clock(None)
   group = Together(configs)
   as_json = [json.loads(config.to_json()) for config in configs]
-  trials = [_Trial(run, folder) for run, folder in zip(group.runs, folders, strict=True)]
-  for trial, config, own in zip(trials, as_json, held, strict=True):
+  members = [_Member(run, folder) for run, folder in zip(group.runs, folders, strict=True)]
+  for member, config, own in zip(members, as_json, held, strict=True):
     own.kept = True
-    workdirs.clear_checkpoints(trial.folder / "checkpoints")  # of a group that was interrupted
-    write_json(trial.folder / "config.json", config)
+    workdirs.clear_checkpoints(member.folder / "checkpoints")  # of a group that was interrupted
+    write_json(member.folder / "config.json", config)
   every = group.runs[0].settings.train
-  with Bar(f"{len(trials)} together", 0, group.total) as bar:
-    for i, trial in enumerate(trials):
-      if trial.run.task.before:
+  with Bar(f"{len(members)} together", 0, group.total) as bar:
+    for i, member in enumerate(members):
+      if member.run.task.before:
         group.take(i)
-        trial.scores.start()
+        member.scores.start()
     for number, out in group.steps():
       ends = number % group.runs[0].stream.steps_per_epoch == 0 or number == group.total
       if not (ends or number % every.log_every == 0):
@@ -271,21 +271,21 @@ def _train(
       values = {name: np.asarray(x, np.float64) for name, x in jax.device_get(out).items()}
       rate = clock.rates({"examples": number * every.batch_size})["examples_per_second"]
       bar.update(number, float(np.nanmean(values["loss"])), rate)
-      for i, trial in enumerate(trials):
-        if trial.result is not None:
+      for i, member in enumerate(members):
+        if member.result is not None:
           continue
         try:
-          row = trial.run.row(number, {name: x[i] for name, x in values.items()})
-          trial.logs.write({**row, "learning_rate": trial.run.learning_rate(number)})
+          row = member.run.row(number, {name: x[i] for name, x in values.items()})
+          member.logs.write({**row, "learning_rate": member.run.learning_rate(number)})
           if ends:
             group.take(i)
-            trial.score(number)
+            member.score(number)
         except FloatingPointError as error:
-          trial.result = error
+          member.result = error
     seconds = clock.seconds()
-    measured = dict(together=len(trials), seconds=seconds / len(trials), seconds_of_all=seconds)
-    for trial, config in zip(trials, as_json, strict=True):
-      trial.logs.close()
-      if trial.result is None:
-        trial.finish(group.base, bar, config, measured)
-  return [trial.result for trial in trials]
+    measured = dict(together=len(members), seconds=seconds / len(members), seconds_of_all=seconds)
+    for member, config in zip(members, as_json, strict=True):
+      member.logs.close()
+      if member.result is None:
+        member.finish(group.base, bar, config, measured)
+  return [member.result for member in members]
