@@ -1,4 +1,4 @@
-# What there is to type. PYTHON=python3.12 picks the interpreter .venv is made with,
+# The targets. PYTHON=python3.12 picks the interpreter .venv is made with,
 # ARGS="..." adds flags to the command a target runs.
 
 PYTHON = python3
@@ -12,10 +12,7 @@ TORCH = torch==2.13.0
 LIBTPU = libtpu==0.0.42.*
 PLAN = $(BIN)/python -m experiments.plan --config=configs/causal_lm.py
 BFLOAT16 = --config.model.dtype=bfloat16
-# By kind: linen, any function, NNX; families; files in and out; several adapters; notebooks.
-INTEROP = $(addprefix tests/,$(addsuffix _test.py,third_party linen core/factored nnx \
-	parity/encoders parity/decoder_families parity/peft parity/peft_decoders parity/peft_targets \
-	parity/ln_tuning parity/lycoris parity/export parity/combine methods/stack core/given training/fit))
+INTEROP = -p tests.interop.table --interop=docs/interop.json
 LOCK = UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile -q \
 	--python build/lock/bin/python --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header
@@ -53,7 +50,7 @@ oldest: build/oldest/.installed ## Run the core tests on the oldest versions tha
 	$(OLDEST) tests/method_contract_test.py $(ARGS) \
 	  -k "lora-scanned or nf4-scanned or adalora-scanned or prefix-scanned"
 
-fuzz: .venv/.installed ## Damage 10,000 files, flags and folders and see what is made of them (ARGS=--seed=1)
+fuzz: .venv/.installed ## Damage 10,000 files, flags and folders and check the refusals (ARGS=--seed=1)
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: .venv/.installed ## Run ruff (rules and format) and mypy
@@ -61,16 +58,18 @@ lint: .venv/.installed ## Run ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.installed ## Let ruff mend what it can and format the code
+format: .venv/.installed ## Let ruff fix style where it can, and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 parity: .venv/.parity ## Add torch, transformers, peft and bitsandbytes, compare with them live
 	$(BIN)/python -m pytest tests/parity $(ARGS)
 
-interop: .venv/.parity build/interop/.installed ## What works with other people's models, trainers and files (1.8 GB more)
-	build/interop/bin/python -m pytest tests/interop $(ARGS)
-	$(BIN)/python -m pytest $(WORKERS) $(INTEROP) $(ARGS)
+interop: .venv/.parity build/interop/.installed ## Test other people's models, trainers and files (1.8 GB more)
+	rm -f docs/interop.json
+	build/interop/bin/python -m pytest $(INTEROP) tests/interop $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(INTEROP) $(ARGS) \
+	  $$($(BIN)/python -m tests.interop.rows | grep -v tests/interop/)
 
 bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=FILE)
 	$(BIN)/python -m experiments.benchmarks.train_step $(ARGS)
@@ -78,7 +77,7 @@ bench: .venv/.parity ## Time ours against HF PEFT and bitsandbytes (ARGS=--out=F
 	$(BIN)/python -m experiments.benchmarks.qlora_step $(ARGS)
 	$(BIN)/python -m experiments.benchmarks.whole_run $(ARGS)
 
-plan: .venv/.tpu ## Say what steps take of TPUs that are not there (65B on one chip, 7B on eight)
+plan: .venv/.tpu ## Plan steps on TPUs that are not there (65B on one chip, 7B on eight)
 	$(PLAN):quant=nf4,method=lora --model=llama-65b --topology=v5p:2x2x1 --devices=1 $(BFLOAT16) \
 	  --config.optimizer.name=adamw8bit --config.method.rank=64 \
 	  --config.train.batch_size=1 --config.data.max_length=512 $(ARGS)
@@ -94,7 +93,7 @@ matrix: .venv/.installed ## Run the laws of every method anew and write docs/mat
 	  tests/method_contract_test.py tests/training/together_test.py tests/training/every_step_test.py \
 	  -k "law or parameters_are or on_eight" $(ARGS)
 
-claims: .venv/.installed ## Measure what the text this project started from says (ARGS=--only=lora)
+claims: .venv/.installed ## Measure the claims of the text this project started from (ARGS=--only=lora)
 	$(BIN)/python -m experiments.claims $(ARGS)
 
 lock: ## Make requirements.lock anew (ARGS=--upgrade: with newer versions)

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 
 def parse(file: str, arg: str, choices: Mapping[str, Sequence[str]], **free: str) -> dict[str, str]:
-  """What `arg` chooses; of what it does not name, the first choice.
+  """The choices that `arg` makes; for names it leaves out, the first choice.
 
   Args:
     file: the config file, for errors.
     arg: such as "model=base,task=rte".
-    choices: by name.
-    **free: names that take any value, with the one they have if not given.
+    choices: allowed values by name.
+    **free: names that take any value, with their default.
 
   Raises:
     ValueError: on a name or a value that is not among the choices, which are listed.

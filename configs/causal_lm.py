@@ -6,9 +6,13 @@
 model: smollm2 (a sample), or with --config.model.directory=DIR any Llama, Mistral, Qwen2 or GPT-2.
 quant: none, nf4, nf4_textbook, lloyd_max, fp4, fp4_e3m0, int4, int8.
 method: lora, dora, adalora, ia3, adapters, vera, prefix, prompt, full.
-data: bbc, sentiment, or files with --config.data.train_file=train.jsonl, one text a row in
+data: bbc, sentiment, e2e with the official CSV files of E2E NLG in --config.data.train_file and so
+  on, or files with --config.data.train_file=train.jsonl, one text per row in
   --config.data.text_column=text, or prompts there and completions in --config.data.pair_column,
-  which are put together as they are: a space between them belongs to one of both.
+  which are put together as they are: a space between them belongs to one of the two, or to
+  --config.data.between. Summaries, as XSum's: text_column=document, pair_column=summary,
+  between=" TL;DR:" and a max_length that documents fit in, as of what is longer the rest comes
+  without its beginning.
 Every field of the method (help(pj.lora)) and of the sections in peftjax/training/settings.py is a
 flag: --config.method.rank=4, --config.method.rank_pattern='("q_proj=16",)'.
 
@@ -25,7 +29,7 @@ from peftjax.methods.registry import METHODS as REGISTRY
 from peftjax.training import defaults
 
 METHODS = (*defaults.names(), "full")
-# What differs from the methods' own defaults, besides their targets.
+# Differences from the methods' own defaults, besides their targets.
 CHANGES: dict[str, dict[str, Any]] = {
   "lora": dict(rank=16),
   "dora": dict(rank=16, from_quantised=True),
@@ -65,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train=dict(
       batch_size=4,
       epochs=1.0,
-      steps=None if data == "files" else 60,  # goes before epochs
+      steps=None if data in ("files", "e2e") else 60,  # goes before epochs
       eval_batch_size=4,
       log_every=5,
       save_every=20,
@@ -74,6 +78,6 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _targets(method: str) -> dict[str, Any]:
-  """All linear layers, where the method's own targets have the names that encoders give them."""
+  """The targets: all linear layers, where the method's own targets have the names in encoders."""
   own = getattr(REGISTRY.get(method), "targets", None)
   return {"targets": "all-linear"} if own == ("query", "value") else {}

@@ -20,7 +20,7 @@ from configs.arguments import parse
 from peftjax.training import defaults
 
 METHODS = (*defaults.names(), "head", "full", "bitfit")
-# What differs from the methods' own defaults.
+# Differences from the methods' own defaults.
 CHANGES: dict[str, dict[str, Any]] = {
   "lora": dict(dropout=0.1),
   "dora": dict(dropout=0.1),

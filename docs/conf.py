@@ -45,12 +45,12 @@ default_role = "code"  # docstrings write `name`
 
 
 def as_rest(app, what, name, obj, options, lines):
-  """Docstrings are plain text: |x| is no substitution, and the "r." of an argument no list."""
+  """Escapes docstrings, which are plain text: |x| is not a substitution, nor "r." a list item."""
   lines[:] = [re.sub(r"^(\s+)(?=[A-Za-z]\.( |$))", r"\1\\", x.replace("|", r"\|")) for x in lines]
 
 
 def by_name(app, what, name, obj, options, signature, returned):
-  """`autodoc_type_aliases` reach into unions only so far."""
+  """Strips the forward references that `autodoc_type_aliases` leaves inside unions."""
   plain = lambda text: text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
   return plain(signature), plain(returned)
 

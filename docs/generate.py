@@ -1,4 +1,4 @@
-"""What pages show and nobody types: tables of results, the capability matrix, the API, llms.txt."""
+"""The generated parts of pages: tables of results, the capability matrix, the API, llms.txt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import importlib
 import inspect
 import io
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +42,7 @@ def result(name: str) -> Path:
 
 
 def write(folder: Path) -> None:
-  """Everything that pages include, new."""
+  """Makes everything that pages include, anew."""
   shutil.rmtree(folder, ignore_errors=True)
   for part in ("tables", "benchmarks", "parts", "api"):
     (folder / part).mkdir(parents=True)
@@ -48,7 +50,7 @@ def write(folder: Path) -> None:
     (folder / "tables" / f"{name}.md").write_text(text)
   for name in BENCHMARKS:
     (folder / "benchmarks" / f"{name}.md").write_text(benchmark(name))
-  parts = {"plan": plans(), "claims": claims(), "matrix": matrix()}
+  parts = {"plan": plans(), "claims": claims(), "matrix": matrix(), "interop": interop()}
   for name, text in parts.items():
     (folder / "parts" / f"{name}.md").write_text(text)
   for name, text in api().items():
@@ -116,7 +118,7 @@ def matrix() -> str:
 
 
 def contract(found: dict[str, Any]) -> str:
-  """A line a subject of the contract. What has no outcome stays empty."""
+  """One line per subject of the contract. A law without an outcome stays empty."""
   from experiments.tables.report import Report
 
   columns = {
@@ -146,7 +148,7 @@ def contract(found: dict[str, Any]) -> str:
 
 
 def steps(found: dict[str, dict[str, str]]) -> str:
-  """A line a model family and method, a column a base."""
+  """One line per model family and method, one column per base."""
   from experiments.tables.report import Report
 
   bases = ("float32", "bfloat16", "nf4")
@@ -160,8 +162,39 @@ def steps(found: dict[str, dict[str, str]]) -> str:
   )
 
 
+def interop() -> str:
+  """docs/interop.json as a table a section of `tests.interop.rows`."""
+  from experiments.tables.report import Report
+  from tests.interop.rows import ROWS, Refused, names
+
+  found = json.loads((ROOT / "docs" / "interop.json").read_text())
+  made = []
+  for section, rows in ROWS.items():
+    lines = []
+    for what, row in rows.items():
+      seen = {test: outcome for test, outcome in found.items() if names(row, test)}
+      files = Counter(Path(test.partition("::")[0]).stem for test in seen)
+      tests = ", ".join(f"{count} of `{file}`" for file, count in files.items())
+      outcome = became(seen.values(), refused=isinstance(row, Refused), tried=bool(row))
+      # Sentences of programs, in which nothing is a mark of Markdown.
+      lines.append([*(re.sub(r"([*_<`$|\[])", r"\\\1", x) for x in (what, outcome)), tests])
+    made.append(markdown(Report(section, ["what", "outcome", "tests"], lines)))
+  return "\n".join(made)
+
+
+def became(outcomes: Iterable[str], *, refused: bool, tried: bool) -> str:
+  """What the outcomes of a row's tests say together; the sentence of a refusal."""
+  seen = [outcome for outcome in outcomes if outcome != "skipped"]
+  sentences = [outcome for outcome in seen if outcome.startswith("refused: ")]
+  if not seen:
+    return "not run" if tried else "not tried"
+  if "failed" in seen or (refused and len(sentences) < len(seen)):
+    return "FAILS"
+  return sentences[0] if refused else "works"
+
+
 def verdict(outcomes: Iterable[str]) -> str:
-  """What several outcomes say together; "" of none."""
+  """The common verdict of several outcomes; "" of none."""
   seen = set(outcomes)
   return next((x for x in ("failed", "refused", "passed", "skipped") if x in seen), "").replace(
     "passed", "yes"
@@ -187,7 +220,7 @@ def api() -> dict[str, str]:
 
 
 def public(module: ModuleType) -> list[str]:
-  """Functions and classes made in a module, or below it where it is a package."""
+  """The functions and classes made in a module, or below it where it is a package."""
   own = lambda x: (
     (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__.startswith(module.__name__)
   )

@@ -1,5 +1,5 @@
 """Commands: train, predict, quickstart, benchmarks."""
 
-from experiments import runtime  # first of all: from here on Ctrl-C is no trace
+from experiments import runtime  # first of all: from here on Ctrl-C shows no traceback
 
 __all__ = ["runtime"]

@@ -4,10 +4,10 @@
   python -m experiments.convert --base=DIR --adapter=PEFT_DIR --format=hf --output=NEW_DIR
   python -m experiments.convert --workdir=DIR --format=lora --rank=8 --output=NEW_DIR
 
-Formats: hf, a whole model for transformers, the adapter merged; gguf, the same for llama.cpp, of a
-base that is a .gguf file; peft, the adapter alone as Hugging Face PEFT has it; lora, any adapter of
-matrices as PEFT's LoRA of a rank, with what that loses of each matrix. Nothing that was trained is
-left out: what a format cannot hold is refused.
+Formats: hf, a whole model for transformers, the adapter merged; gguf, the same for llama.cpp, with
+a .gguf file as base; peft, the adapter alone as Hugging Face PEFT has it; lora, any adapter of
+matrices as PEFT's LoRA of a rank, with the error on each matrix. Nothing that was trained is
+left out: whatever a format cannot hold is refused.
 """
 
 from __future__ import annotations
@@ -32,18 +32,23 @@ WORKDIR = flags.DEFINE_string(
 )
 BASE = flags.DEFINE_string("base", None, "In its place: a Hugging Face directory or .gguf file.")
 ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT directory of an adapter of --base.")
-FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.", required=True)
+FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format to write.", required=True)
 OUTPUT = flags.DEFINE_string(
-  "output", None, "A new directory or, of --format=gguf, a new file.", required=True
+  "output", None, "A new directory or, with --format=gguf, a new file.", required=True
 )
 DTYPE = flags.DEFINE_enum(
   "dtype",
   None,
   ("float32", "bfloat16", "float16"),
-  "Of weights, with hf and gguf; by default each keeps its own.",
+  "Data type of weights, with hf and gguf; by default each keeps its own.",
 )
-SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "Of a file, at most, with hf.")
-RANK = flags.DEFINE_integer("rank", None, "Of the adapter to write, with lora.", lower_bound=1)
+SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "Largest size of a file, with hf.")
+RANK = flags.DEFINE_integer("rank", None, "Rank of the adapter, with lora.", lower_bound=1)
+
+# The reason why a run has a model of this library.
+OURS = (
+  "and other formats are of families that this library knows; its adapter is in checkpoints/best"
+)
 
 
 @runtime.readable_errors()
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> None:
   from peftjax.training import finished
 
   given = (
-    finished.load(WORKDIR.value)
+    finished.load(WORKDIR.value, ours=OURS)
     if WORKDIR.value
     else of_files(Path(BASE.value or ""), ADAPTER.value)
   )
@@ -63,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def check_given() -> None:
-  """What can be told without any file's contents.
+  """Checks that need no file's contents.
 
   Raises:
     ValueError: flags that do not go together, or something at the output's place.
@@ -74,27 +79,27 @@ def check_given() -> None:
   if bool(WORKDIR.value) == bool(BASE.value):
     raise ValueError("write one of --workdir=DIR, of a finished run, and --base=DIR, of a model")
   if ADAPTER.value and not BASE.value:
-    raise ValueError("--adapter is of a --base; a run of --workdir has its own")
+    raise ValueError("--adapter belongs to a --base; a run of --workdir has its own")
   if kind in ("peft", "lora") and not (WORKDIR.value or ADAPTER.value):
     raise ValueError(f"--format={kind} writes an adapter; name one: --adapter=DIR or --workdir=DIR")
   if (kind == "lora") != (RANK.value is not None):
     raise ValueError("--rank=R goes with --format=lora, and that with a rank")
   if DTYPE.value and kind in ("peft", "lora"):
-    raise ValueError(f"--dtype is of a whole model; --format={kind} keeps the adapter's own")
+    raise ValueError(f"--dtype is for a whole model; --format={kind} keeps the adapter's own")
   shards.bytes_of(SHARD_SIZE.value)
   if kind != "gguf":
     return new_directory.check(OUTPUT.value)
   if not OUTPUT.value.endswith(".gguf") or os.path.lexists(OUTPUT.value):
-    raise ValueError(f"--output={OUTPUT.value} is no new file; name one that ends in .gguf")
+    raise ValueError(f"--output={OUTPUT.value} is not a new file; name one that ends in .gguf")
   if BASE.value:
     check_gguf(Path(BASE.value))
 
 
 def check_gguf(base: Path) -> None:
-  """ValueError if a GGUF file cannot be written of that base."""
+  """Raises ValueError if no GGUF file can be written from that base."""
   if base.suffix != ".gguf":
     raise ValueError(
-      "a GGUF file is written of a base that is one, whose tokenizer it takes over, and "
+      "a GGUF file is written from a base that is one, whose tokenizer it takes over, and "
       f"{base} is none. Write --format=hf, and let llama.cpp's convert_hf_to_gguf.py convert that."
     )
 
@@ -115,7 +120,7 @@ def of_files(base: Path, adapter: str | None) -> Finished:
 
 
 def outputs_of(adapter: str) -> int | None:
-  """How many outputs the head in a PEFT directory has, if there is one."""
+  """The number of outputs of the head in a PEFT directory, if there is one."""
   from peftjax.io.safetensors_dir import TensorDir
 
   tensors = TensorDir(adapter, "adapter_model")
@@ -125,7 +130,7 @@ def outputs_of(adapter: str) -> int | None:
 
 
 def write_model(given: Finished, output: str) -> None:
-  """A Hugging Face directory."""
+  """Writes a Hugging Face directory."""
   from peftjax.io import new_directory, shards
   from peftjax.models import saved
 
@@ -136,7 +141,7 @@ def write_model(given: Finished, output: str) -> None:
 
 
 def write_gguf(given: Finished, output: str) -> None:
-  """A GGUF file."""
+  """Writes a GGUF file."""
   from peftjax.io import gguf_writer
   from peftjax.models import saved
 
@@ -147,7 +152,7 @@ def write_gguf(given: Finished, output: str) -> None:
 
 
 def write_adapter(given: Finished, output: str) -> None:
-  """A directory of Hugging Face PEFT."""
+  """Writes a directory of Hugging Face PEFT."""
   import peftjax as pj
   from peftjax.io import new_directory
 
@@ -163,7 +168,7 @@ def write_adapter(given: Finished, output: str) -> None:
 
 
 def write_lora(given: Finished, output: str) -> None:
-  """The same of LoRA of a rank; prints ‖ΔW − B A‖ / ‖ΔW‖ of each matrix."""
+  """Writes the same as LoRA of a rank; prints ‖ΔW − B A‖ / ‖ΔW‖ of each matrix."""
   from peftjax.methods.truncate import convert_to_lora
 
   params, errors = convert_to_lora(given.params, int(RANK.value or 0))
@@ -196,7 +201,7 @@ def mask_of(params: Any, mask: Any) -> Any:
 
 @contextmanager
 def shown(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-  """The tensors, which move a bar on stderr as they are made."""
+  """The tensors; a bar on stderr moves as they are made."""
   from rich.console import Console
   from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

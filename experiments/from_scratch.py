@@ -2,7 +2,7 @@
 
   python -m experiments.from_scratch --config=configs/from_scratch.py --config.variant=swiglu
 
-Prints the loss of held-out text. `experiments.tables ffn` compares the variants so.
+Prints the loss on held-out text. `experiments.tables ffn` compares the variants so.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
   """Pre-norm blocks, learned positions, and a head that is the table of bytes.
 
   Attributes:
-    length: T, the most bytes of a row.
+    length: T, the most bytes in a row.
     feed_forward: fields of every block's `FeedForward`.
   """
 
@@ -105,7 +105,7 @@ def sums(model: Decoder, params: Any, rows: jax.Array) -> losses.Sums:
 
 
 def train(config: ConfigDict) -> dict[str, Any]:
-  """The loss of held-out text in the end; the seed draws the weights and the order of the rows.
+  """The final loss on held-out text; the seed draws the weights and the order of the rows.
 
   Raises:
     ValueError: on a number out of range.

@@ -1,4 +1,4 @@
-"""Says what a training step takes of a device's memory and time, without the device or the weights.
+"""Tells a training step's memory and time on a device, without the device or the weights.
 
   python -m experiments.plan --config=configs/causal_lm.py:quant=nf4,method=lora \\
     --model=llama-7b --topology=v5e:2x4 --mesh=fsdp:-1 --config.model.dtype=bfloat16
@@ -27,12 +27,12 @@ MODEL = flags.DEFINE_string(
 TOPOLOGY = flags.DEFINE_string(
   "topology", "local", "Chips: v5e:2x4, v5p:2x2x1, v4:2x2x1, v6e:2x4, ...; or this machine's."
 )
-DEVICES = flags.DEFINE_integer("devices", None, "How many of them; by default all.")
+DEVICES = flags.DEFINE_integer("devices", None, "Number of chips to use; by default all.")
 MESH = flags.DEFINE_string(
   "mesh", "", 'As for training, e.g. "fsdp:-1"; by default all along data.'
 )
 BASE_DTYPE = flags.DEFINE_string(
-  "base_dtype", "bfloat16", "Of the pretrained arrays that are not quantised."
+  "base_dtype", "bfloat16", "Data type of the pretrained arrays that are not quantised."
 )
 SUGGEST = flags.DEFINE_integer(
   "suggest", 0, "Compile at most so many programs in search of the fastest that fits.", 0
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
 
 
 def check_given() -> None:
-  """What can be told before anything is compiled.
+  """Checks that come before anything is compiled.
 
   Raises:
     ValueError: a file that cannot be written, or a mesh beside --suggest, which looks for one.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from experiments.sweeping import fields
 
 Row = Mapping[str, Any]
-# What methods of configs/classify.py train in place, by their targets.
+# Names of methods of configs/classify.py that train in place, by their targets.
 _IN_PLACE = {".*": "full fine-tuning", "head/.*": "head only", ".*/bias, head/.*": "BitFit"}
 DOWN = ("loss", "perplexity")  # metrics of which less is better
 
@@ -49,7 +49,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 
 def front(points: Iterable[Point], less_is_better: bool) -> list[Point]:
-  """The points that no other one of as few parameters or fewer beats, by parameters."""
+  """The points that no other one with as few parameters or fewer beats, by parameters."""
   sign = -1 if less_is_better else 1
   best: list[Point] = []
   for point in sorted(points, key=lambda p: (p.parameters, -sign * p.mean)):
@@ -59,7 +59,7 @@ def front(points: Iterable[Point], less_is_better: bool) -> list[Point]:
 
 
 def pareto(rows: Sequence[Row], path: Path) -> None:
-  """Test metric against trained parameters with the Pareto front: a colour a method.
+  """Draws test metric against trained parameters with the Pareto front, one colour per method.
 
   Results of different questions (another data set, model or number of steps) get a panel each.
   """
@@ -76,7 +76,7 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
       own = [point for point in found if point.method == method]
       if own:
         _, sizes, means, stds = zip(*own, strict=True)
-        look = dict(fmt="os^v"[number // 10 % 4], color=f"C{number % 10}")  # ten colours there are
+        look = dict(fmt="os^v"[number // 10 % 4], color=f"C{number % 10}")  # there are ten colours
         axis.errorbar(sizes, means, stds, capsize=3, label=method, **look)
     edge = front(found, name in DOWN)
     axis.plot(
@@ -95,7 +95,7 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
 
 
 def ranks(rows: Sequence[Row], path: Path) -> None:
-  """Heat maps, layer x matrix, of the mean rank that AdaLoRA left; a panel a config.
+  """Draws heat maps, layer x matrix, of the mean rank that AdaLoRA left, one panel per config.
 
   Raises:
     ValueError: if no row has ranks.
@@ -144,7 +144,7 @@ def _by(rows: Iterable[Row], part: Any) -> list[tuple[dict[str, Any], list[Row]]
 
 
 def _method(row: Row) -> str:
-  """Its name, of adapters the placement's; what is trained in place is told by its targets."""
+  """The method's name; for adapters the placement's, for trained targets one that tells them."""
   method = row["config"]["method"]
   if method["name"] == "unfreeze":
     targets = ", ".join(method["targets"])

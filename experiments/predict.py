@@ -5,15 +5,16 @@
   python -m experiments.predict --workdir=DIR --text="It rains." --pair="The street is wet."
 
 A .csv, .tsv or .jsonl file has the columns that the run was trained on, its labels aside; any other
-file has a text a line. Prints one line a text: the label, its probability and the text (for a
-regression, the value); of pairs, both texts.
+file has one text per line. Prints one line per text: the label, its probability and the text (for
+a regression, the value); for pairs, both texts. For a run of configs/tag.py it prints one word and
+its tag per line, and an empty line after each text.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
 
@@ -27,7 +28,10 @@ WORKDIR = flags.DEFINE_string(
 )
 TEXT = flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
 PAIR = flags.DEFINE_multi_string("pair", [], "The second text of each --text, for a run on pairs.")
-FILE = flags.DEFINE_string("file", None, "A UTF-8 file: .csv, .tsv, .jsonl, or a text a line.")
+FILE = flags.DEFINE_string("file", None, "A UTF-8 file: .csv, .tsv, .jsonl, or one text per line.")
+FACTORY = flags.DEFINE_string(
+  "factory", None, "The --config.model.factory of the run, once more: its code is run."
+)
 OUTPUT = flags.DEFINE_string(
   "output", None, "Also write JSON lines with every class's probability."
 )
@@ -47,12 +51,16 @@ def main(argv: list[str]) -> None:
   from peftjax.training.logs import write_atomic
   from peftjax.training.predict import Predictor, probabilities
 
-  predictor = Predictor(WORKDIR.value)
+  predictor = Predictor(WORKDIR.value, FACTORY.value)
   given = read(predictor, TEXT.value, PAIR.value, FILE.value)
-  rows = []
-  for i, logits in enumerate(predictor.logits(*given)):
+  rows: list[dict[str, Any]] = []
+  if predictor.settings.task == "tag":
+    for text, tags in zip(given.texts, predictor.tags(given.texts), strict=True):
+      rows.append({"words": text.split(), "tags": tags})
+      print("\n".join(map("\t".join, zip(text.split(), tags, strict=True))), end="\n\n")
+  for i, logits in enumerate(() if rows else predictor.logits(*given)):
     row = {"text": given.texts[i]} | ({} if given.pairs is None else {"pair": given.pairs[i]})
-    shown = "\t".join(re.sub(r"[\t\r\n]", " ", text) for text in row.values())  # a line a text
+    shown = "\t".join(re.sub(r"[\t\r\n]", " ", text) for text in row.values())  # one line per text
     if not predictor.labels:
       rows.append({**row, "value": float(logits[0])})
       print(f"{logits[0]:.4f}\t{shown}")
@@ -68,7 +76,7 @@ def main(argv: list[str]) -> None:
 
 
 def check_given(texts: list[str], pairs: list[str], path: str | None, output: str | None) -> None:
-  """What can be told without the run.
+  """Checks that do not need the run.
 
   Raises:
     ValueError: there is no text, a pair is not whole, or the output cannot be written.
@@ -76,21 +84,21 @@ def check_given(texts: list[str], pairs: list[str], path: str | None, output: st
   from peftjax.data import tables
 
   if not texts and not path:
-    raise ValueError('no text; write --text="..." or --file=FILE with one text a line')
+    raise ValueError('no text; write --text="..." or --file=FILE with one text per line')
   if pairs and len(pairs) != len(texts):
     raise ValueError(f"{len(texts)} --text and {len(pairs)} --pair; give a --pair for each --text")
   if path and Path(path).suffix.lower() not in tables.KINDS and not lines_of(path)[0]:
-    raise ValueError(f"no text in {path}; write one a line")
+    raise ValueError(f"no text in {path}; write one per line")
   runtime.check_output("--output", output)
   if output and path and Path(output).exists() and Path(output).samefile(path):
     raise ValueError(f"--output={output} is the file to be read; name another")
 
 
 def read(predictor: "Predictor", texts: list[str], pairs: list[str], path: str | None) -> Texts:
-  """The texts of the flags and of the file, as the run has them: alone or in pairs.
+  """The texts of the flags and of the file, in the run's form: alone or in pairs.
 
   Raises:
-    ValueError: they are of the other kind, or the file is none of the run's.
+    ValueError: they are of the other kind, or the file does not have the run's columns.
   """
   from peftjax.data import tables
 
@@ -119,7 +127,7 @@ def read(predictor: "Predictor", texts: list[str], pairs: list[str], path: str |
 
 
 def lines_of(path: str) -> tuple[list[str], int]:
-  """The lines of a text file that are not empty, without outer spaces; and how many are."""
+  """The lines of a text file that are not empty, without outer spaces; and how many are empty."""
   from peftjax.data import tables
 
   *lines, last = re.split(r"\r\n|\n|\r", tables.decode(path))

@@ -18,7 +18,7 @@ def folder(path: Path) -> Path:
   """`path`, made for its owner alone if it is not there, and checked up to the root.
 
   Raises:
-    ValueError: it is no folder, or somebody else may write into it, or put another in its place.
+    ValueError: it is not a folder, or somebody else may write into it, or put another in its place.
   """
   try:
     path = path.expanduser().absolute()
@@ -40,7 +40,7 @@ def folder(path: Path) -> Path:
 
 
 def _check(path: Path, inside: bool) -> None:
-  """`inside`: whether the folder matters only for what is in it."""
+  """Checks an entry; `inside`: whether the folder matters only for its contents."""
   state = path.stat()
   if state.st_uid not in (0, os.geteuid()):
     raise ValueError(f"{path} belongs to {_user(state.st_uid)}. {_OTHER}")
@@ -54,7 +54,7 @@ def _check(path: Path, inside: bool) -> None:
 
 
 def _own_group(group: int) -> bool:
-  """Whether it is the user's private group, which many systems make for each user."""
+  """Tells whether a group is the user's private one, which many systems make for each user."""
   try:
     me = pwd.getpwuid(os.geteuid())
     own = grp.getgrgid(group)

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-_PATIENCE = 300.0  # seconds for them to find each other, as JAX has it
+_PATIENCE = 300.0  # seconds for them to find each other, JAX's default
 
 
 def join(distributed: str) -> None:
@@ -61,7 +61,7 @@ def join(distributed: str) -> None:
 
 
 def _given(distributed: str) -> dict[str, Any]:
-  """For JAX, what "ADDRESS,COUNT,ID" says; of "auto" nothing.
+  """JAX's arguments for "ADDRESS,COUNT,ID"; none for "auto".
 
   Raises:
     ValueError: it is neither, process 0 cannot listen at ADDRESS, or nobody does.
@@ -89,11 +89,11 @@ def _given(distributed: str) -> dict[str, Any]:
 
 
 def _check_free(distributed: str, address: str) -> None:
-  """ValueError if process 0 cannot listen at HOST:PORT, on which JAX would crash."""
+  """Raises ValueError if process 0 cannot listen at HOST:PORT, on which JAX would crash."""
   host, _, port = address.rpartition(":")
   try:
     socket.getaddrinfo(host.strip("[]"), int(port))
-    with socket.socket() as probe:  # which does not listen, lest another process take it for JAX
+    with socket.socket() as probe:  # does not listen, lest another process take it for JAX
       probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       probe.bind(("", int(port)))
   except OSError as error:
@@ -112,7 +112,7 @@ def _give_up(distributed: str) -> None:
 
 
 def end_alone(why: str = "") -> None:
-  """Ends this process where a peer is gone: at once, as JAX would wait for it in the end."""
+  """Ends this process when a peer is gone: at once, as JAX would wait for it in the end."""
   say(
     f"error: a process that shares this run is gone{why}, and without it this one ends. Run the "
     f"same command in every process again to go on from the last checkpoint: {_command()}"
@@ -152,21 +152,21 @@ def _find(address: str) -> None:
 
 
 def is_main() -> bool:
-  """Whether this process speaks for all that share a run."""
+  """Tells whether this process speaks for all that share a run."""
   import jax
 
   return jax.process_index() == 0
 
 
 def shared() -> bool:
-  """Whether several processes share this run."""
+  """Tells whether several processes share this run."""
   import jax
 
   return jax.distributed.is_initialized()
 
 
 def leave(code: int) -> None:
-  """Before a command ends with this exit code."""
+  """Prepares the end of a command with this exit code."""
   if "jax" in sys.modules and shared():
     from peftjax.training import peers
 
@@ -174,5 +174,5 @@ def leave(code: int) -> None:
 
 
 def say(text: str, file: Any = None) -> None:
-  with contextlib.suppress(OSError):  # of a terminal that is closed
+  with contextlib.suppress(OSError):  # from a terminal that is closed
     print(text, file=file or sys.stderr)

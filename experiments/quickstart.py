@@ -82,7 +82,7 @@ def show(rows: list[dict[str, Any]], workdir: Path) -> None:
 
 
 def plot(workdir: Path) -> None:
-  """Training loss and validation accuracy by step, a line a method."""
+  """Draws training loss and validation accuracy by step, one line per method."""
   import matplotlib
 
   matplotlib.use("Agg")

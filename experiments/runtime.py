@@ -1,4 +1,4 @@
-"""What every command sets up first: the compilation cache, and errors a person can read."""
+"""The set-up of every command: the compilation cache, and errors a person can read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from experiments import processes
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-  """Ctrl-C while a command is still being imported is no trace either."""
+  """Hides the trace of Ctrl-C while a command is still being imported, too."""
   if issubclass(kind, KeyboardInterrupt) and not os.environ.get("PEFTJAX_TRACEBACK"):
     print(str(error) or "stopped", file=sys.stderr)
   else:
@@ -29,7 +29,7 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def _unraisable(swallowed: sys.UnraisableHookArgs) -> None:
-  """A Ctrl-C that came inside a callback, where it is lost, comes again a moment later."""
+  """Raises a Ctrl-C again that came inside a callback, where it is lost, a moment later."""
   if issubclass(swallowed.exc_type, KeyboardInterrupt):
     threading.Timer(0.1, _thread.interrupt_main).start()
   else:
@@ -40,15 +40,15 @@ sys.excepthook, sys.unraisablehook = _uncaught, _unraisable
 
 
 def set_up(compilation_cache: str | None) -> None:
-  """For a command: quiet logging, and `keep_programs`."""
+  """Sets up a command: quiet logging, and `keep_programs`."""
   quiet()
   keep_programs(compilation_cache)
 
 
 def quiet() -> None:
-  """Of libraries: which accelerators are absent, and how Orbax reads its own options, is no news.
+  """Silences libraries: absent accelerators, and how Orbax reads its own options, are no news.
 
-  What their threads fail at, and gcsfs in the end, is raised here too.
+  Failures of their threads, and of gcsfs in the end, are raised here too.
   """
   from absl import flags, logging
 
@@ -76,7 +76,7 @@ def keep_programs(directory: str | None) -> None:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-  """Of a command: what the user can mend ends in its message and exit code 1, without a trace.
+  """A context for a command: errors that users can mend end in a message and exit code 1.
 
   A saved run that was asked to stop ends with 0, Ctrl-C with 130, a closed pipe quietly. Anything
   else is a bug, with its trace and where it belongs. PEFTJAX_TRACEBACK=1 lets everything through.
@@ -98,7 +98,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def _end(error: BaseException) -> int | None:
-  """Tells what ended a command; its exit code, or None if that is not for us to say."""
+  """Tells the user what ended a command; its exit code, or None if that is not for us to say."""
   from absl import app, flags
 
   loop = sys.modules.get("peftjax.training.loop")
@@ -136,11 +136,11 @@ def _end(error: BaseException) -> int | None:
 
 @readable_errors()
 def parse_flags(argv: list[str], *, names: bool = False) -> list[str]:
-  """For `app.run(flags_parser=...)`: what is wrong with flags is a message and not a trace.
+  """Parses flags for `app.run(flags_parser=...)`: wrong flags give a message and not a trace.
 
   Args:
-    argv: of the command.
-    names: whether it takes words beside flags; otherwise they are refused.
+    argv: arguments of the command.
+    names: True if it takes words beside flags; otherwise they are refused.
   """
   from absl import flags
 
@@ -165,7 +165,7 @@ def parse_flags(argv: list[str], *, names: bool = False) -> list[str]:
 
 
 def _in_words(told: str) -> str:
-  """absl's "flag --NAME=VALUE: invalid literal ...", with what is allowed in place of Python's."""
+  """absl's "flag --NAME=VALUE: invalid literal ...", with allowed values in place of Python's."""
   from absl import flags
 
   match = re.match(r"flag (--([\w.]+)=.*?): ", told, re.DOTALL)
@@ -187,15 +187,15 @@ def _given(argv: list[str]) -> dict[str, str]:
 
 
 def check_output(flag: str, path: str | None, kinds: Sequence[str] = ()) -> None:
-  """Of a file that a command writes in the end: told before its work what cannot be.
+  """Checks an output file before a command's work begins.
 
   Args:
-    flag: that names it.
+    flag: the flag that names it.
     path: None for no file.
     kinds: endings of names that it may have; none for any.
 
   Raises:
-    ValueError: it is no name of a file, of another kind, or in a folder that is not there.
+    ValueError: it is not a file's name, of another kind, or in a folder that is not there.
   """
   if path is None:
     return
@@ -209,12 +209,12 @@ def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:
   """The `ConfigDict` that `get_config(*arguments)` of a file returns.
 
   Raises:
-    ValueError: naming file and line of what is wrong with it; what `get_config` refuses, as it is.
+    ValueError: naming file and line of an error in it; refusals of `get_config`, as they are.
   """
   from ml_collections import ConfigDict
 
   if not Path(path).is_file():
-    raise ValueError(f"{path} is no file. Name a configs/NAME.py[:ARGUMENT].")
+    raise ValueError(f"{path} is not a file. Name a configs/NAME.py[:ARGUMENT].")
   try:
     make = run(path).get("get_config")
     made = make(*arguments) if callable(make) else None
@@ -231,12 +231,12 @@ def load_config(path: str, *arguments: str, run: Any = runpy.run_path) -> Any:
   if make is None:
     raise ValueError(f"{path} has no function get_config.")
   if not isinstance(made, ConfigDict):
-    raise ValueError(f"{path}: get_config returns {type(made).__name__}, and not a ConfigDict.")
+    raise ValueError(f"{path}: get_config returns {type(made).__name__}, not a ConfigDict.")
   return made
 
 
 def check_field(config: Any, field: str, here: str = "config") -> None:
-  """Raises ValueError, naming what is near, if `config` has no field of that dotted path."""
+  """Raises ValueError, naming near fields, if `config` has no field of that dotted path."""
   for part in field.split("."):
     has = list(config) if hasattr(config, "keys") else []
     if part not in has:

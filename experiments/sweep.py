@@ -6,7 +6,7 @@ A sweep's file gives `base`, one `configs/NAME.py:ARGUMENT` or several, and what
 `grid`, values by field, all combined, and `trials`, a list of fields set together (with a base of
 their own, if need be). A grid's field is a flag too: --config.grid.seed="(0,1)".
 
-`optuna` in its place lets Optuna propose trials one after the other, by what validation said of
+`optuna` in its place lets Optuna propose trials one after the other, from the validation scores of
 those before: how many, and the values of each field (see `experiments.sweeping.search.Section`).
 
 Each trial has an id from its config and runs in DIR/trials/ID as experiments.train would. Run the
@@ -16,11 +16,11 @@ leaves DIR/trials/ID/error.json, and the rest go on; --retry_failed runs such on
 values in the same DIR add trials.
 
 --executor=ray and --executor=slurm start --workers=N such workers on a cluster, each with its
---resources, replace those that die, and show here what becomes of the trials. Ray's cluster is that
+--resources, replace those that die, and show here how the trials go. Ray's cluster is that
 of RAY_ADDRESS, or this machine; SLURM's jobs obey sbatch's variables (SBATCH_PARTITION and others).
 DIR has to lie on a file system that all of them share.
 
-Writes DIR/summary.jsonl, a line a trial that is done, and draws pareto.png and, of AdaLoRA,
+Writes DIR/summary.jsonl, one line per finished trial, and draws pareto.png and, for AdaLoRA,
 ranks.png.
 """
 
@@ -51,10 +51,10 @@ EXECUTOR = flags.DEFINE_enum(
   "Where workers run: local is this process; ray and slurm start --workers on a cluster.",
 )
 WORKERS = flags.DEFINE_integer(
-  "workers", 1, "How many workers ray or slurm start.", lower_bound=1, upper_bound=10_000
+  "workers", 1, "Number of workers that ray or slurm start.", lower_bound=1, upper_bound=10_000
 )
 RESOURCES = flags.DEFINE_string(
-  "resources", "", "What each worker of ray or slurm gets: cpu, gpu and tpu, as in cpu:4,gpu:1."
+  "resources", "", "Resources of each worker of ray or slurm: cpu, gpu and tpu, as in cpu:4,gpu:1."
 )
 
 

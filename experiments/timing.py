@@ -1,4 +1,4 @@
-"""How long calls take, measured turn by turn in one process."""
+"""Timing of calls, measured turn by turn in one process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 def seconds(
   calls: Sequence[Callable[[], Any]], turns: int, steps: int = 1, uncounted: int = 0
 ) -> list[list[float]]:
-  """Seconds of each call by turn, the mean of a turn's steps.
+  """Seconds of each call by turn, the mean over a turn's steps.
 
-  They take turns in random orders, the same every time, so that a busy machine is so for all of
-  them; a turn more comes first, in which they compile.
+  They take turns in random orders, the same every time, so that a busy machine slows all of
+  them alike; one more turn comes first, in which they compile.
 
   Args:
     calls: each returns arrays, which are waited for.
     turns: how often each has its turn.
-    steps: calls of a turn.
+    steps: calls per turn.
     uncounted: calls before them, so that one finds its own weights in the cache and not another's.
   """
   taken: list[list[float]] = [[] for _ in calls]
@@ -45,5 +45,5 @@ def least(calls: Sequence[Callable[[], Any]], turns: int, **given: int) -> list[
 
 
 def medians(calls: Sequence[Callable[[], Any]], turns: int = 41, **given: int) -> list[float]:
-  """Median milliseconds of each call; `given` as of `seconds`."""
+  """Median milliseconds of each call; `given` as in `seconds`."""
   return [1e3 * statistics.median(own) for own in seconds(calls, turns, **given)]

@@ -26,7 +26,7 @@ WORKDIR = flags.DEFINE_string(
   required=True,
 )
 MESH = flags.DEFINE_string(
-  "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; one may be -1, what is left.'
+  "mesh", "", 'Devices, e.g. "data:2,fsdp:2,tensor:2"; one may be -1, the rest.'
 )
 DISTRIBUTED = flags.DEFINE_string(
   "distributed",

@@ -4,7 +4,7 @@
 # Whoever starts containers starts again those that fail. A run that was asked to stop has saved and
 # ends with 0; where it has no result yet, this ends with 75 instead, so that it is started again and
 # goes on. PYTHON names the interpreter (.venv/bin/python). With --dry_run as the first flag it prints
-# what it would run.
+# the command it would run.
 set -euo pipefail
 source launch/flags.sh
 read_dry_run "$@"

@@ -1,9 +1,9 @@
-# shellcheck shell=bash disable=SC2034 # the scripts that source this read what it sets
-# What the scripts beside this one share. They run in the folder of the clone, which they source it from.
+# shellcheck shell=bash disable=SC2034 # the scripts that source this read the variables it sets
+# The common part of the scripts beside this one. They run in the folder of the clone, and source it from there.
 
 python=${PYTHON:-.venv/bin/python}
 
-# Sets dry_run, and rest to the flags behind it.
+# Sets dry_run, and rest to the flags after it.
 read_dry_run() {
   dry_run=false
   if [[ ${1-} == --dry_run ]]; then
@@ -46,14 +46,14 @@ without_distributed() {
   done
 }
 
-# One line that a shell reads as these words.
+# Prints one line that a shell reads as these words.
 quoted() {
   local words
   printf -v words '%q ' "$@"
   echo "${words% }"
 }
 
-# Whether the run in $workdir has its result: one that was asked to stop has saved, and ended with 0.
+# Tells whether the run in $workdir has its result: one that was asked to stop has saved, and ended with 0.
 finished() {
   case $workdir in
     *://*)

@@ -4,10 +4,10 @@
 #
 #   launch/local.sh 2 --config=configs/classify.py:method=lora,data=bbc --workdir=runs/two --mesh=data:-1
 #
-# Process 0 prints; what another one complains of has its number before it. SIGTERM and Ctrl-C reach
+# Process 0 prints; complaints of another one start with its number. SIGTERM and Ctrl-C reach
 # each process once: they save and end with 0. If one dies, the others are ended. The same command goes
 # on. The exit code is the largest of theirs. PYTHON names the interpreter (.venv/bin/python). With
-# --dry_run as the first flag it prints what it would run.
+# --dry_run as the first flag it prints the commands it would run.
 set -euo pipefail
 source launch/flags.sh
 read_dry_run "$@"
@@ -24,7 +24,7 @@ $dry_run || port=$("$python" -c 'import socket
 free = socket.create_server(("localhost", 0))
 print(free.getsockname()[1])')
 
-# Of process $1.
+# The command of process $1.
 set_command() {
   command=("$python" -m experiments.train "--distributed=localhost:$port,$count,$1" "${flags[@]}")
 }
@@ -37,7 +37,7 @@ if $dry_run; then
   exit
 fi
 
-patience=15      # seconds for the others to tell what they died of
+patience=15      # seconds for the others to report the cause
 declare -A alive # number of a process by its id
 pass() { kill "-$1" "${!alive[@]}" 2> /dev/null || true; }
 

@@ -1,13 +1,13 @@
-"""Trains on the nodes of a Ray cluster, one process a node. Flags are those of experiments.train.
+"""Trains on the nodes of a Ray cluster, one process per node. Flags are those of experiments.train.
 
   ray job submit --address=http://HEAD:8265 --working-dir=. -- \\
     python launch/ray_job.py 4 GPU:8 --config=configs/causal_lm.py:quant=nf4,method=lora \\
     --workdir=/shared/run --mesh=fsdp:-1
 
-The first two arguments say how many nodes, and what the process of each takes there: GPU:8, TPU:4,
+The first two arguments say how many nodes, and what the process on each takes there: GPU:8, TPU:4,
 CPU:16. Nodes have this project's packages, and share the file system of the workdir. If a node is
 lost, or a process told to stop, all start again and go on there; after three failures in a row the
-job fails. With --dry_run as the first flag it prints what it would run, and needs no Ray.
+job fails. With --dry_run as the first flag it prints its commands, and needs no Ray.
 """
 
 import os
@@ -19,13 +19,13 @@ import subprocess
 import sys
 import time
 
-_SAVED = 75  # of launch/container.sh: it was asked to stop, has saved and is not at the end
+_SAVED = 75  # exit code of launch/container.sh: asked to stop, it has saved and is not at the end
 _FAILURES = 3
 _PATIENCE = 15.0  # seconds for a process that is asked to stop
 
 
 def command(address, count, index, flags):
-  """Of process `index`; a copy that Ray has made of the script may not be executable."""
+  """The command of process `index`; a copy that Ray makes of the script may not be executable."""
   return ["bash", "launch/container.sh", f"--distributed={address},{count},{index}", *flags]
 
 

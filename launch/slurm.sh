@@ -4,7 +4,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-# Trains on the nodes of a SLURM job, one process a task. Flags are those of experiments.train:
+# Trains on the nodes of a SLURM job, one process per task. Flags are those of experiments.train:
 #
 #   sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 launch/slurm.sh \
 #     --config=configs/causal_lm.py:quant=nf4,method=lora --workdir=/shared/run --mesh=fsdp:-1
@@ -12,7 +12,7 @@
 # Two minutes before the time limit, on preemption, and on scancel --signal=TERM JOB the run saves, and
 # the job queues itself again and goes on from there; scancel JOB ends it. The workdir lies on a file
 # system that all nodes share. PYTHON names the interpreter (.venv/bin/python). With --dry_run as the
-# first flag it prints what it would run, and needs no SLURM.
+# first flag it prints the command it would run, and needs no SLURM.
 set -euo pipefail
 source launch/flags.sh # not beside this file: SLURM runs a copy of it, in the folder of sbatch
 read_dry_run "$@"

@@ -3,16 +3,16 @@
 #
 #   export TPU_NAME=pod TPU_PROJECT=... TPU_ZONE=us-west4-a
 #   export TPU_TYPE=v5litepod-16 TPU_RUNTIME=v2-alpha-tpuv5-lite TPU_SPOT=true
-#   export TPU_STARTUP=mount.sh     # what each worker runs as root when it starts, if anything
+#   export TPU_STARTUP=mount.sh     # a script that each worker runs as root when it starts, if any
 #   launch/tpu_vm.sh create         asks for the TPU, and waits until it is there
 #   launch/tpu_vm.sh setup          brings the commit that is checked out here, and its packages
-#   launch/tpu_vm.sh run FLAGS      starts, or starts again, and shows what worker 0 prints
-#   launch/tpu_vm.sh logs [N]       shows what worker 0, or N, prints
+#   launch/tpu_vm.sh run FLAGS      starts, or starts again, and shows the output of worker 0
+#   launch/tpu_vm.sh logs [N]       shows the output of worker 0, or N
 #   launch/tpu_vm.sh resume FLAGS   all of it until the run has its result: a new TPU after a preemption
 #   launch/tpu_vm.sh delete
 #
-# Ctrl-C ends what is shown; the run goes on. The workdir lies in a bucket, or on a file system that
-# all workers share and that outlives them. With --dry_run as the first flag it prints what it would run.
+# Ctrl-C ends the display; the run goes on. The workdir lies in a bucket, or on a file system that
+# all workers share and that outlives them. With --dry_run as the first flag it prints its commands.
 set -euo pipefail
 source launch/flags.sh
 read_dry_run "$@"
@@ -42,7 +42,7 @@ again() {
 }
 pause() { sleep 30; }
 
-# Of the queued resource; NONE if there is none.
+# The state of the queued resource; NONE if there is none.
 state() {
   local told
   if told=$(gcloud_tpus queued-resources describe "$TPU_NAME" '--format=value(state.state)' 2>&1); then

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh runs on each worker of a TPU VM, in the clone there:
+# Commands that launch/tpu_vm.sh runs on each worker of a TPU VM, in the clone there:
 #
 #   tpu_worker.sh install          Python, the locked packages, JAX's for TPUs and gcsfs, into .venv
 #   tpu_worker.sh start FLAGS      trains in the background, into run.log, once an earlier run has ended
 #   tpu_worker.sh follow           shows run.log until the run ends, and ends with its exit code
-#   tpu_worker.sh finished FLAGS   whether the run in the workdir has its result
+#   tpu_worker.sh finished FLAGS   tells whether the run in the workdir has its result
 set -euo pipefail
 source launch/flags.sh
 
@@ -21,7 +21,7 @@ install() {
   cp requirements.lock .venv/.installed
 }
 
-# Whether a process of that number trains: another one may have the number by now.
+# Tells whether a process of that number trains: another one may have the number by now.
 trains() { grep -qsz experiments.train "/proc/$1/cmdline"; }
 
 # Asks an earlier run to save and end; after two minutes it has to.

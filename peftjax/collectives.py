@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its text."""
+"""The collectives that devices run in a compiled program, read from its text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Collective(NamedTuple):
   """One instruction.
 
   Attributes:
-    kind: of `KINDS`.
-    dtype: of what each device has afterwards, as XLA writes it: "f32", "u8".
-    shapes: of it, on one device.
-    bytes: of it.
-    times: how often it is done: the trips of the loops around it, 1 for a loop of unknown length.
+    kind: one of `KINDS`.
+    dtype: dtype of the result on each device, as XLA writes it: "f32", "u8".
+    shapes: shapes of the result on one device.
+    bytes: size of the result on one device.
+    times: how often it runs: the trips of the loops around it, 1 for a loop of unknown length.
       A loop of JAX counts from 0 to a number that its condition compares with.
   """
 
@@ -62,7 +62,7 @@ def collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
 
 
 def sent(found: list[Collective]) -> dict[str, int]:
-  """Bytes by kind that a device has after them, each as often as it is done."""
+  """Bytes of the results on a device, by kind; each counts as often as it is done."""
   total: collections.Counter[str] = collections.Counter()
   for one in found:
     total[one.kind] += one.bytes * one.times
@@ -84,7 +84,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-  """Of the loop in a line, 1 if there is none."""
+  """The trip count of the loop in a line; 1 if the line is not a loop."""
   if found := _TRIPS.search(line):
     return int(found[1])
   condition = _CONDITION.search(line)
@@ -97,7 +97,7 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
 
 
 def _read(lines: list[str], times: int, chains: set[tuple[str, ...]]) -> list[Collective]:
-  """Those in some lines, but for what is of a chain that was found before."""
+  """The collectives in some lines, without those of a chain that was found before."""
   found = []
   for line in lines:
     if not (match := _RESULT.search(line)):
@@ -110,7 +110,7 @@ def _read(lines: list[str], times: int, chains: set[tuple[str, ...]]) -> list[Co
       (dtype, tuple(map(int, filter(None, axes.split(",")))))
       for dtype, axes in _ARRAY.findall(match[1])
     ]
-    if match[3] and len(arrays) > 1:  # of a pair: what goes in, and what comes out
+    if match[3] and len(arrays) > 1:  # a pair: the operands and the results
       arrays = arrays[len(arrays) // 2 :]
     size = sum(math.prod(shape) * _bytes(dtype) for dtype, shape in arrays)
     found.append(Collective(match[2], arrays[0][0], tuple(s for _, s in arrays), size, times))

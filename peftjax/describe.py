@@ -1,4 +1,4 @@
-"""`describe`: what every leaf of a parameter tree is, and how the model uses it."""
+"""`describe`: a table of every leaf of a parameter tree, and of how the model uses it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Leaf(NamedTuple):
   dtype: str
   bytes: int
   trainable: int  # parameters that are trained
-  # "factored", "materialised" (with what made it so, where known), "unused", or "" of an array.
+  # "factored", "materialised" (with the cause, where known), "unused", or "" for an array.
   computed: str
 
 
@@ -37,7 +37,7 @@ class Description(tuple[Leaf, ...]):
   """Rows of `Leaf`; prints as a table with totals.
 
   Attributes:
-    attention: the kernels that the traced model's attention computes with, keys of
+    attention: the kernels that compute the traced model's attention, as keys of
       `nn.attention.KERNELS`.
   """
 
@@ -67,11 +67,11 @@ def describe(
   """Path, type, shape, dtype, bytes and trained parameters of every leaf.
 
   Args:
-    params: a parameter tree, of arrays or `jax.ShapeDtypeStruct`.
+    params: a parameter tree of arrays or `jax.ShapeDtypeStruct`.
     trainable: a mask, as `method.trainable(params)` gives it.
-    model, example: a linen module and inputs for it. They are traced once, abstractly, to say of
-      every `Weight` whether the model computes with its factors or with the dense array, and of
-      attention which kernel rows of that length take.
+    model, example: a linen module and inputs for it. They are traced once, abstractly, to tell for
+      every `Weight` whether the model computes with its factors or with the dense array, and for
+      attention which kernel rows of that length use.
   """
   given.check_params(params)
   flags = trainable if trainable is not None else jax.tree.map(lambda _: False, params)
@@ -112,7 +112,7 @@ def _bytes(x: Any) -> int:
 
 
 def _type_name(leaf: Any) -> str:
-  """`array`, or the nesting of weights: `LoRA(NF4)`."""
+  """The type of a leaf: `array`, or the nesting of weights, such as `LoRA(NF4)`."""
   if not is_weight(leaf):
     return "array"
   name = type(leaf).__name__

@@ -24,7 +24,7 @@ from peftjax.core.view import Uses
 from peftjax.core.weight import Unboxed, Weight, materialize
 from peftjax.nn import virtual
 
-# Bytes of parameters from which on a program that holds them as constants is a mistake.
+# The number of bytes of parameters from which holding them as constants is a mistake.
 BAKED = 2**24
 
 
@@ -47,16 +47,16 @@ def apply(
   Args:
     model: a linen module, ours or not.
     params: its `params` collection.
-    *args: of the module's method.
+    *args: arguments of the module's method.
     train: turns on the dropout of adapters, and is passed on to a module that takes `train`.
     rngs: passed on; `rngs["dropout"]` also feeds the adapters' dropout.
     variables: other collections, such as `batch_stats`.
-    rows: `[B]` int, which adapter of `pj.stack_adapters` each row of the batch has, the first axis
-      of what weights multiply; traced, a number that is none's gives NaN.
+    rows: `[B]` int, the adapter of `pj.stack_adapters` for each row of the batch, the first axis
+      of the arrays that weights multiply; when traced, an invalid number gives NaN.
     **kwargs: passed on: `method`, `mutable`, the module's own arguments.
 
   Raises:
-    ValueError: if `model` is an NNX module; if `params` are no whole tree of parameters; if a leaf
+    ValueError: if `model` is an NNX module; if `params` is no whole tree of parameters; if a leaf
       or the module has dropout, `train` is true and `rngs["dropout"]` is missing; if no module
       reads a prefix or prompt, the model being called as a whole (without `method`); if `rows` do
       not fit the adapters or the batch.
@@ -87,21 +87,21 @@ def apply(
         f'{type(model).__name__} draws at random with train=True, so it needs rngs={{"dropout": '
         "key}; for evaluation leave train=False"
       ) from error
-  if not kwargs.get("method"):  # another one may well read but a part
+  if not kwargs.get("method"):  # another method may well read only a part
     virtual.check_read(params, seen.read or ())
   return result
 
 
 def _factored(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-  """`call(*inputs)`; if a module that the bridge does not know reads a weight, traced."""
+  """Calls `call(*inputs)`; traces it if a module unknown to the bridge reads a weight."""
   with contextlib.suppress(Unboxed), tracing.within(unboxing="refuse"):
     return call(*inputs)
   return traced(call, tracing.current().uses or Uses(), *inputs)
 
 
 def _check_given(params: Any, args: Any, kwargs: Any) -> None:
-  """ValueError on what is no whole tree of parameters, and on inputs that are no arrays of numbers;
-  a warning if parameters become constants of the program that is being traced.
+  """Raises ValueError on an incomplete tree of parameters, and on inputs that are not numbers;
+  warns if parameters become constants of the program that is being traced.
   """
   given.check_params(params)
   if hole := given.first_hole(params):
@@ -114,7 +114,7 @@ def _check_given(params: Any, args: Any, kwargs: Any) -> None:
     given.check_array("an input of the model", x)
   is_traced = lambda x: isinstance(x, jax.core.Tracer)
   constant = sum(x.nbytes for x in arrays if hasattr(x, "nbytes") and not is_traced(x))
-  # A gradient outside of jit traces as well, but computes with what is known at once.
+  # A gradient outside of jit traces as well, but computes with known values at once.
   if constant >= BAKED and any(map(is_traced, (*inputs, *arrays))) and is_traced(jnp.zeros(()) + 0):
     warnings.warn(
       f"{constant:,} bytes of parameters are constants of the program that is being compiled: a "
@@ -125,7 +125,7 @@ def _check_given(params: Any, args: Any, kwargs: Any) -> None:
 
 @contextlib.contextmanager
 def bridge() -> Iterator[None]:
-  """Within it, the common linen layers compute with the factors of a `Weight`, read-only.
+  """A context in which common linen layers compute with the factors of a `Weight`, read-only.
 
   A module with an `Attachment` among its parameters, under the name "adapter", computes with that.
   """
@@ -158,13 +158,13 @@ def bridge() -> Iterator[None]:
 def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
   """Axes of every kernel and table, and widths of every module, from abstract traces of `model`.
 
-  Inside its module a kernel has its own axes; what it has more of in the parameter tree is a
-  stack of layers (`nn.scan`, `nn.vmap`) that lies before them.
+  Inside its module a kernel has its own axes; the additional axes it has in the parameter tree are
+  a stack of layers (`nn.scan`, `nn.vmap`) that lies before them.
 
   Args:
     model: any linen module.
     *args: example inputs; `jax.ShapeDtypeStruct` will do.
-    **kwargs: likewise, by name; what is no array is given as it is.
+    **kwargs: likewise, by name; values other than arrays are passed on as they are.
 
   Returns:
     A dict from path to axes or site, for `method.attach(key, params, layout)`.
@@ -175,7 +175,7 @@ def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
     module = context.module
     result = next_fn(*fargs, **fkwargs)
     if context.method_name == "__call__" and module.path:
-      # What lifts the module's parameters (scan, vmap) stacks this one too.
+      # The transform that lifts the module's parameters (scan, vmap) stacks this one too.
       if module.is_mutable_collection("params"):
         module.put_variable("params", _MARK, jnp.zeros(()))
       first = result[0] if isinstance(result, tuple) and result else result
@@ -214,7 +214,7 @@ def _split(variables: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _width(x: Any) -> int | None:
-  """Of an array of floats its last axis."""
+  """The last axis of an array of floats; None for anything else."""
   floats = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
   return x.shape[-1] if floats and x.ndim >= 2 else None
 
@@ -284,7 +284,7 @@ def _embed(module: nn.Embed, weight: Weight, ids: jax.Array) -> jax.Array:
 
 
 def _attend(module: nn.Embed, weight: Weight, x: jax.Array) -> jax.Array:
-  """Of the table as it is looked up, adapter and all.
+  """Logits by the table as it is looked up, adapter and all.
 
   Such a module has one array for both, and no place for the second one that merging a table which
   is adapted for the lookup alone (`Head`) would need.
@@ -297,17 +297,17 @@ def _tuple(value: Any) -> tuple[int, ...]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-  """Whether a layer multiplies as linen does by default, in which case a handler knows how."""
+  """True if a layer multiplies as linen does by default, which is all that a handler knows."""
   return all(getattr(module, name, None) is getattr(type(module), name, None) for name in _OWN)
 
 
 # Fields by which a user changes how a layer of linen multiplies.
 _OWN = ("dot_general", "dot_general_cls", "precision", "promote_dtype", "preferred_element_type")
 
-# Of no parameter's name.
+# A name that no parameter has.
 _MARK = "<site>"
 
-# Which module computes how with a `Weight`.
+# The handler by which each module computes with a `Weight`.
 _HANDLERS: dict[Any, tuple[str, Callable[..., Any]]] = {
   (nn.Dense, "__call__"): ("kernel", _dense),
   (nn.DenseGeneral, "__call__"): ("kernel", _dense_general),

@@ -1,4 +1,4 @@
-"""Losses as a sum and a count, of the rows or tokens that are not padding, and their mean.
+"""Losses as a sum and a count over the rows or tokens that are not padding, and their mean.
 
 Batches are averaged by adding both and dividing once: a mean of means would weigh a token by how
 few others there are beside it.
@@ -67,7 +67,7 @@ def next_token(
   """Mean −log p(token t | tokens before t) of the tokens with weight 1, in nats.
 
   Args:
-    logits_BTV: at place t, of token t + 1.
+    logits_BTV: at place t, the logits of token t + 1.
     batch: "tokens" int `[B, T]`; "weights" float `[B, T]`, 1 where the token is to be predicted.
   """
   return mean(*next_token_sums(logits_BTV, batch))

@@ -1,4 +1,4 @@
-"""Meshes, and where every leaf of a parameter tree lies on one."""
+"""Meshes, and the place of every leaf of a parameter tree on one."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from peftjax.core.params import Params
 from peftjax.core.weight import Weight, children
 from peftjax.quant.weight import Quantized
 
-# The last vary fastest over the devices, so what talks most is nearest.
+# The last vary fastest over the devices, so the axes that talk most are nearest.
 AXES = (*DATA, SEQUENCE, "tensor")
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 # Path pattern to the mesh axes of the *last* axes of the dense array; stacked layers before them
-# are not split. Megatron's pairing: what widens splits its outputs, what narrows its inputs.
+# are not split. Megatron's pairing: widening kernels split their outputs, narrowing ones inputs.
 RULES: Rules = (
   (r".*/(pos_)?(query|key|value)/kernel", ("fsdp", "tensor")),
   (r".*/intermediate/dense/kernel", ("fsdp", "tensor")),
   (r".*/((pos_)?(query|key|value)|intermediate/dense)/bias", ("tensor",)),
   (r".*/output/dense/kernel", ("tensor", "fsdp")),
+  # Each device has some of the experts, whole but for what "fsdp" splits.
+  (r".*/experts/(gate|up)_proj/kernel", ("tensor", "fsdp", None)),
+  (r".*/experts/down_proj/kernel", ("tensor", None, "fsdp")),
   (r".*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", ("fsdp", "tensor")),
   (r".*/(q|k|v|gate|up)_proj/bias", ("tensor",)),
   (r".*/(o|down)_proj/kernel", ("tensor", "fsdp")),
@@ -47,7 +50,7 @@ RULES: Rules = (
 )
 
 
-# Bytes of an array that lies whole on every device only if a rule says so.
+# Bytes from which an array lies whole on every device only if a rule says so.
 LARGE = 2**26
 
 
@@ -57,7 +60,7 @@ def rules(given: Sequence[str]) -> Rules:
   The axes are those of the last axes of the dense array; "-" and nothing at all split none.
 
   Raises:
-    ValueError: a rule without "=", with a pattern that is none, or with an axis that is unknown or
+    ValueError: a rule without "=", with an invalid pattern, or with an axis that is unknown or
       named twice.
   """
   made = []
@@ -80,14 +83,14 @@ def rules(given: Sequence[str]) -> Rules:
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh from `"data:2,fsdp:2,tensor:2"`; axes left out have size 1, one of -1 what is left.
+  """A mesh from `"data:2,fsdp:2,tensor:2"`; axes left out have size 1, one of -1 takes the rest.
 
-  Devices stand so that neighbours along an axis are neighbours where they are. Between slices of
+  Devices stand so that neighbours along an axis are neighbours physically. Between slices of
   TPUs, whose network is slow, only "data" goes, or "fsdp" where there is no other.
 
   Raises:
     ValueError: on an unknown axis, one that is named twice, a bad size, a product that is not the
-      number of devices, or slices that no axis of the data is a multiple of.
+      number of devices, or slices of whose number no data axis is a multiple.
   """
   devices = jax.devices() if devices is None else devices
   given: dict[str, int] = {}
@@ -96,7 +99,7 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if not match or match[1] not in AXES:
       raise ValueError(
         f"mesh {text!r}: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)}; "
-        'write e.g. "data:2,fsdp:2,tensor:2", or -1 for what is left'
+        'write e.g. "data:2,fsdp:2,tensor:2", or -1 for the rest'
       )
     if match[1] in given:
       raise ValueError(f"mesh {text!r} names {match[1]} twice; write it once, with one size")
@@ -104,14 +107,14 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
   sizes = {axis: given.get(axis, 1) for axis in AXES}
   rest = [axis for axis, size in sizes.items() if size == -1]
   if len(rest) > 1:
-    raise ValueError(f"mesh {text!r}: only one axis can be what is left, not {' and '.join(rest)}")
+    raise ValueError(f"mesh {text!r}: only one axis can be -1, not {' and '.join(rest)}")
   for axis in rest:
     sizes[axis] = max(1, len(devices) // -math.prod(sizes.values()))
   if math.prod(sizes.values()) != len(devices):
     more = "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of a CPU"
     raise ValueError(
       f"mesh {text!r} has {math.prod(sizes.values())} places for {len(devices)} devices; write "
-      f"sizes whose product is {len(devices)}, or -1 for what is left"
+      f"sizes whose product is {len(devices)}, or -1 for the rest"
       + (f" ({more})" if devices[0].platform == "cpu" else "")
     )
   return Mesh(arranged(text, sizes, devices), AXES)
@@ -145,7 +148,7 @@ def specs(params: Params, mesh: Mesh, rules: Rules = RULES) -> Any:
   """A `PartitionSpec` for every array of `params`.
 
   The first rule that matches a leaf's path gives the spec of its dense array; the children of a
-  `Weight` derive theirs from it, and what a method made is split over "tensor" and "fsdp" both:
+  `Weight` derive theirs from it, and a method's arrays are split over "tensor" and "fsdp" both:
   a factor has one of the kernel's axes. A mesh axis that does not divide an array's axis is dropped
   there; one that would cut the blocks of a quantised matrix splits its other axis. An array that a
   model annotated (`nn.Partitioned`) keeps its own axes.
@@ -187,14 +190,14 @@ def named(params: Params, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 class Place(NamedTuple):
-  """Where an array lies.
+  """The place of an array.
 
   Attributes:
-    path: in the tree of parameters.
-    leaf: the path that rules match: of the array, or of the weight that it is a part of.
-    shape, dtype: of the whole array.
+    path: path in the tree of parameters.
+    leaf: the path that rules match: that of the array, or of the weight that it is a part of.
+    shape, dtype: shape and dtype of the whole array.
     spec: by axis, which axes of the mesh split it.
-    bytes: of it on a device.
+    bytes: its bytes on a device.
   """
 
   path: str
@@ -220,7 +223,7 @@ def places(params: Params, mesh: Mesh, rules: Rules = RULES) -> list[Place]:
 
 
 def check_split(params: Params, mesh: Mesh, rules: Rules = RULES) -> None:
-  """Raises `ValueError` if a large array lies whole on devices that should split it between them.
+  """Raises ValueError if a large array lies whole on devices that should split it between them.
 
   It may where a rule before `RULES` matches its path. Each such rule has to match one, and arrays
   that have the axes it names.
@@ -279,9 +282,9 @@ def on(mesh: Mesh | None, fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def put(arrays: Any, where: Any) -> Any:
-  """`arrays`, which every process has whole and equal, where `where` says.
+  """Places `arrays`, which every process has whole and equal, as `where` says.
 
-  Of several processes each takes the parts of its own devices and no other; nothing is sent.
+  With several processes each takes the parts of its own devices and no other; nothing is sent.
 
   Args:
     arrays: a tree of arrays.
@@ -302,7 +305,7 @@ def put(arrays: Any, where: Any) -> Any:
 def put_parts(
   shape: tuple[int, ...], place: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-  """An array of which this process reads what its devices have, from the first to the last row."""
+  """An array of which this process reads its devices' part, from the first to the last row."""
   ends_of = lambda at: [part.indices(n)[:2] for part, n in zip(at, shape, strict=True)]
   bounds = [ends_of(at) for at in place.addressable_devices_indices_map(shape).values()]
   hull = [(min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*bounds, strict=True)]
@@ -316,9 +319,9 @@ def put_parts(
 
 
 def born(fn: Callable[..., Any], mesh: Mesh, *args: Any, rules: Rules = RULES) -> Any:
-  """`fn(*args)`, each array of which is made where `shardings` says, and nowhere whole.
+  """`fn(*args)`, with each array made where `shardings` says, and nowhere whole.
 
-  What `fn` gives back as it came stays the array that it was.
+  An array that `fn` returns as it came stays the same array.
   """
   jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
   flat = jax.tree.leaves(args)
@@ -372,7 +375,7 @@ def _rule(path: str, rules: Rules) -> tuple[str | None, ...]:
 
 
 def _along_blocks(spec: P, weight: Weight, mesh: Mesh) -> P:
-  """The spec, with what cannot split one axis of a quantised matrix on the other."""
+  """The spec, with axes that cannot split one axis of a quantised matrix moved to the other."""
   names, cuts = list(spec), weight.cuts
   if cuts == weight.shape:
     return spec

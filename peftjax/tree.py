@@ -1,4 +1,4 @@
-"""`pj.tree`: what there is to do with adapted parameter trees besides training them.
+"""`pj.tree`: operations on adapted parameter trees besides training them.
 
 The frequent ones, `partition`, `combine`, `merge` and `count`, are names of `peftjax` itself.
 """

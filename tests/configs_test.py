@@ -38,8 +38,11 @@ ARGUMENTS = {
     *(f"method={method},model=smollm2,quant=none,data=bbc" for method in (*METHODS, "full")),
     *(f"quant={name}" for name in ("nf4", "nf4_textbook", "lloyd_max", "fp4", "int4", "int8")),
     "data=files",
+    "data=e2e",
     "",
   ],
+  "tag": ["method=lora", "method=bitfit", ""],
+  "answer": ["method=adalora", "method=full", ""],
 }
 CASES = [(name, argument) for name in FILES for argument in ARGUMENTS[name]]
 
@@ -54,8 +57,9 @@ def test_config_resolves_to_settings(name, argument):
   config = get_config(name, argument)
   settings = from_config(config)
   given = dict(part.split("=") for part in argument.split(",") if part)
-  assert settings.data.name == given.get("data", "bbc")
-  assert settings.data.name in data.corpora.NAMES
+  if name in ("classify", "causal_lm"):
+    assert settings.data.name == given.get("data", "bbc")
+    assert settings.data.name in data.corpora.NAMES
   settings.build_method()
   settings.model.options()
   assert (settings.quant.format() is None) == (settings.quant.name == "none")
@@ -130,10 +134,12 @@ def test_header_says_command_hardware_time_and_number(name):
   """Whoever opens a config file reads how to run it, on what, how long, and what to expect."""
   header = importlib.import_module(f"configs.{name}").__doc__
   assert f"python -m experiments.train --config=configs/{name}.py" in header
-  for word in ("CPU", "minutes", {"classify": "accuracy", "causal_lm": "perplexity"}[name]):
+  score = {"classify": "accuracy", "causal_lm": "perplexity"}.get(name, "F1")
+  for word in ("CPU", "minutes", score):
     assert word in header
 
 
+@pytest.mark.fast_for("lora|adalora|prefix|full")
 @pytest.mark.parametrize("method", [*METHODS, "head", "full", "bitfit"])
 def test_init_and_one_step_of_each_method(method):
   """Abstractly, a step keeps every shape and dtype, and trains what the method says."""

@@ -52,8 +52,9 @@ def pytest_unconfigure():
 
 
 def pytest_collection_finish():
-  """What was imported stays: no collection of garbage looks at it again."""
+  """Imported objects stay and tracing leaves little garbage: collect it less often."""
   gc.freeze()
+  gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_addoption(parser):
@@ -64,8 +65,13 @@ def pytest_addoption(parser):
   )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(config, items):
   """Slow tests say why; the contract comes last, as its groups are small: workers end together."""
+  for item in items:
+    if (mark := item.get_closest_marker("fast_for")) and hasattr(item, "callspec"):
+      if not re.fullmatch(mark.args[0], item.callspec.id):
+        item.add_marker(pytest.mark.slow(reason="repeats a law for more settings"))
   if part := config.getoption("--part"):
     number, _, count = part.partition("/")
     mine = int(number, 16) % int(count)

@@ -13,6 +13,7 @@ CASES = {
 }
 
 
+@pytest.mark.fast_for("(?!model-).*|model-llama")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore")  # what is said of new parameters is for the check to read
 def test_damaged_inputs_are_refused_in_a_sentence_or_read_right(name, tmp_path):

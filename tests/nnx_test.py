@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 import peftjax as pj
 from peftjax.core import paths
@@ -498,6 +498,13 @@ class Tied(nnx.Module):
     return self.down(self.up(x))
 
 
+def in_a_parameter():
+  linear = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+  weight = pj.lora(2, targets="kernel").attach(KEY, {"kernel": linear.kernel[...]})["kernel"]
+  linear.kernel = nnx.Param(weight)
+  return linear
+
+
 REFUSED = {
   "no inputs": (lambda: pj.nnx.attach(KEY, Block(nnx.Rngs(0)), LORA), "example inputs"),
   "a state": (lambda: pj.nnx.attach(KEY, nnx.state(Block(nnx.Rngs(0))), LORA, X), "nnx.Module"),
@@ -541,6 +548,7 @@ REFUSED = {
     "pj.nnx.attach",
   ),
   "apply": (lambda: pj.apply(Block(nnx.Rngs(0)), {}, X), "pj.nnx.attach"),
+  "a weight in a parameter": (lambda: in_a_parameter()(X), "stands for an array and is none"),
 }
 
 
@@ -558,3 +566,40 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     pj.nnx.attach(KEY, model, pj.chain(LORA, pj.unfreeze(".*/bias")), X, **QLORA)
   assert nnx.graphdef(model) == before and type(model.up) is nnx.Linear
   chex.assert_trees_all_equal(arrays(model), values)
+
+
+def test_a_split_model_is_a_pure_function_of_its_parameters():
+  """`pj.apply` calls it as a linen module; its dropout draws from the step's key alone."""
+
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
+      self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+      for layer in self.layers:
+        x = self.dropout(layer(x))
+      return x
+
+  model, x = Model(nnx.Rngs(0)), jnp.ones((3, 8))
+  pure, params = pj.nnx.split(model)
+  lora = pj.lora(2, targets="all-linear")
+  adapted = lora.attach(jax.random.key(0), params, pure.layout(params, x))
+  assert set(paths.leaves(lora.trainable(adapted))) == {
+    f"layers/{i}/{name}" for i in range(2) for name in ("kernel", "bias")
+  }
+  adapted = jax.tree.map(lambda w: w + 0.1, adapted)
+  merged = nnx.clone(model)
+  nnx.update(merged, nnx.from_flat_state(traverse_util.flatten_dict(pj.merge(adapted)).items()))
+  merged.eval()
+  np.testing.assert_allclose(pj.apply(pure, adapted, x), merged(x), rtol=1e-5, atol=1e-5)
+  draw = jax.jit(lambda key: pj.apply(pure, adapted, x, train=True, rngs={"dropout": key}))
+  one, again, other = (draw(jax.random.key(seed)) for seed in (1, 1, 2))
+  assert (one == again).all() and (one == 0).any() and (one != other).any()
+  for call, told in (
+    (lambda: pj.apply(pure, adapted, x, train=True), "draws at random with train=True"),
+    (lambda: pj.apply(pure, {"layers": params["layers"][0]}, x), "params lack layers/0/bias"),
+    (lambda: pj.nnx.split(pj.nnx.attach(jax.random.key(0), model, lora, x)), "adapted already"),
+  ):
+    with pytest.raises(ValueError, match=told):
+      call()

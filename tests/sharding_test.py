@@ -49,7 +49,7 @@ def test_one_axis_may_be_what_is_left():
   for text, told in (
     ("data:-1,tensor:3", "has 6 places for 8 devices"),
     ("data:-1,tensor:16", "has 16 places for 8 devices"),
-    ("data:-1,fsdp:-1", "only one axis can be what is left, not data and fsdp"),
+    ("data:-1,fsdp:-1", "only one axis can be -1, not data and fsdp"),
     ("data:-1,data:-1", "names data twice"),
   ):
     with pytest.raises(ValueError, match=told):
@@ -248,6 +248,7 @@ def large(name, quant):
   return shapes(settings, name, "bfloat16", 512)[-1]
 
 
+@pytest.mark.fast_for("llama-65b-.*|llama-7b-none")
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("name", LLAMA)
 def test_every_kernel_of_large_models_is_split_by_all_devices(name, quant):

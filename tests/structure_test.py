@@ -1,6 +1,7 @@
 """The structure that the architecture page draws: imports go one way, files stay short."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_imports_go_one_way():
 def test_a_file_has_at_most_400_lines():
   long = [path for path in TREES if len((ROOT / path).read_text().splitlines()) > 400]
   assert not long
+
+
+def test_docstrings_open_with_a_verb_or_a_noun_phrase():
+  stumbles = re.compile(r"(As of|By|How|Of|What|Where|Whether|Which) ")
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+  for path, tree in TREES.items():
+    texts = [ast.get_docstring(x) or "" for x in ast.walk(tree) if isinstance(x, documented)]
+    assert not [text for text in texts if stumbles.match(text)], path
 
 
 def test_no_private_name_of_another_module_is_used():

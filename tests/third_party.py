@@ -188,6 +188,92 @@ class Boxed(nn.Module):
     return boxed(12, name="out")(nn.gelu(boxed(16, name="wi")(x)))
 
 
+class ScalableT5(nn.Module):
+  """Its blocks scanned, their kernels in boxes whose names have one more for the layers."""
+
+  @nn.compact
+  def __call__(self, x):
+    class Step(nn.Module):
+      @nn.compact
+      def __call__(self, x, _):
+        return T5Block(name="block")(x), None
+
+    scan = nn.scan(
+      nn.remat(Step, prevent_cse=False),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=2,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scan(name="encoder")(x, None)[0]
+
+
+class VitBlock(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    y = nn.LayerNorm(name="norm_1")(x)
+    x = x + nn.MultiHeadDotProductAttention(3, name="attention")(y, y)
+    y = nn.gelu(nn.Dense(16, name="up")(nn.LayerNorm(name="norm_2")(x)))
+    return x + nn.Dense(12, name="down")(y), None
+
+
+class Vit(nn.Module):
+  """Patches by a convolution, blocks scanned or not, as big_vision's."""
+
+  scan: bool = False
+
+  @nn.compact
+  def __call__(self, image):
+    x = nn.Conv(12, (4, 4), 4, name="embedding_patches")(image)
+    x = x.reshape(len(x), -1, 12)
+    if self.scan:
+      scan = nn.scan(VitBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+      x, _ = scan(name="blocks")(x, None)
+    else:
+      for i in range(2):
+        x, _ = VitBlock(name=f"block_{i}")(x)
+    return nn.Dense(5, name="head")(x.mean(1))
+
+
+class Translator(nn.Module):
+  """An encoder, a decoder that attends to it, and one table for both and for the head, as wmt's."""
+
+  @nn.compact
+  def __call__(self, ids):
+    table = nn.Embed(20, 12, name="shared_embedding")
+    attend = lambda name: nn.MultiHeadDotProductAttention(3, use_bias=False, name=name)
+    x = table(ids)
+    x = x + attend("encoder_attention")(nn.LayerNorm(name="norm_x")(x))
+    y = table(jnp.roll(ids, 1, 1))
+    y = y + attend("self_attention")(y, mask=nn.make_causal_mask(ids))
+    y = y + attend("cross_attention")(nn.LayerNorm(name="norm_y")(y), x)
+    return table.attend(y) / jnp.sqrt(12.0)
+
+
+class UNet(nn.Module):
+  """Convolutions down and up, attention between them, as in diffusion models."""
+
+  @nn.compact
+  def __call__(self, image):
+    x = nn.silu(nn.Conv(8, (3, 3), name="first")(image))
+    y = nn.Conv(12, (3, 3), 2, name="down")(nn.GroupNorm(4, name="norm")(x))
+    flat = y.reshape(len(y), -1, 12)
+    y = y + nn.MultiHeadDotProductAttention(2, name="attention")(flat, flat).reshape(y.shape)
+    y = nn.Conv(8, (3, 3), name="up")(jnp.repeat(jnp.repeat(y, 2, 1), 2, 2))
+    return nn.Conv(3, (3, 3), name="last")(jnp.concatenate([x, y], -1))
+
+
+class Shared(nn.Module):
+  """One layer called twice, one of them remade in the backward pass, and cells of other kinds."""
+
+  @nn.compact
+  def __call__(self, x):
+    twice = nn.Dense(12, name="twice")
+    x = nn.remat(nn.Dense)(12, name="remade")(jnp.tanh(twice(jnp.tanh(twice(x)))))
+    x = nn.RNN(nn.LSTMCell(8, name="lstm"), name="first")(x)
+    return nn.RNN(nn.GRUCell(8, name="gru"), name="second")(x)
+
+
 # By name: the model, its input, and other arguments.
 MODELS = {
   "gemma": (GemmaBlock(), X, {}),
@@ -199,4 +285,12 @@ MODELS = {
   "OptimizedLSTMCell": (Recurrent(), X, {}),
   "convolutions": (ConvNet(), IMAGE, {"train": False}),
   "lm1b": (Boxed(), X, {}),
+  "scalable t5x": (ScalableT5(), X, {}),
+  "ViT": (Vit(), IMAGE, {}),
+  "ViT, scan": (Vit(scan=True), IMAGE, {}),
+  "wmt": (Translator(), IDS, {}),
+  "UNet": (UNet(), IMAGE, {}),
+  "shared, remat, cells": (Shared(), X, {}),
 }
+# Those that are whole networks.
+WHOLE = ("scalable t5x", "ViT", "ViT, scan", "wmt", "UNet", "shared, remat, cells")

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import peftjax as pj
 from peftjax.core import paths
 from peftjax.core.adapted import bare
+from peftjax.core.layout import ConvAxes
 from peftjax.core.weight import is_weight
 from tests import third_party
 from tests.core.programs import jit, producers
@@ -60,7 +62,11 @@ def test_modules_that_map_over_parameters_get_the_dense_array():
   chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=third_party.MODELS)
+SLOW = pytest.mark.slow(reason="as the others; these differ in how layers are put together")
+CASES = [pytest.param(x, marks=[SLOW] * (x in third_party.WHOLE)) for x in third_party.MODELS]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
   return Case(request.param)
 
@@ -69,7 +75,7 @@ def test_every_matrix_is_found_and_adapted(case):
   matrices = [
     path
     for path, x in paths.leaves(case.base).items()
-    if len(bare(x).shape) >= 2 and not path.endswith("bias")
+    if len(bare(x).shape) >= 2 and not path.endswith(("bias", "scale"))
   ]
   assert set(case.targets) == set(matrices) - {"grouped/kernel"} == set(case.weights())
 
@@ -103,6 +109,7 @@ def test_describe_says_factored(case):
   assert {row.computed for row in rows if row.type == "LoRA"} == {"factored"}
 
 
+@pytest.mark.fast_for("subclass of Dense|vmapped experts|lm1b|own products")
 def test_four_bits_and_dropout_work_through_it(case):
   """The kernels that can be in four bits; a step draws anew, and evaluation does not."""
   layout = case.layout
@@ -110,7 +117,7 @@ def test_four_bits_and_dropout_work_through_it(case):
   fits = [
     p for p in case.targets if np.prod([bare(flat[p]).shape[a] for a in layout[p].ins]) % 2 == 0
   ]
-  fits = [p for p in fits if "embed" not in p and "conv" not in p]
+  fits = [p for p in fits if "embedding" not in p and not isinstance(layout[p], ConvAxes)]
   if not fits:
     pytest.skip("no kernel of an even number of inputs")
   params = pj.quantize(case.base, pj.quant.nf4(), fits, layout)
@@ -137,3 +144,37 @@ def test_four_bits_and_dropout_work_through_it(case):
   got, want, (one, two) = run(params, list(jax.random.split(KEY)))
   chex.assert_trees_all_close(got, want, rtol=2e-5, atol=2e-5)
   assert np.abs(one - two).max() > 1e-4
+
+
+def test_an_nnx_module_that_was_made_linen():
+  """By `nnx.bridge.to_linen`, which has its parameters as linen has them."""
+
+  class Two(nnx.Module):
+    def __init__(self, rngs):
+      self.up, self.down = nnx.Linear(12, 16, rngs=rngs), nnx.Linear(16, 6, rngs=rngs)
+
+    def __call__(self, x):
+      return self.down(nnx.relu(self.up(x)))
+
+  model, x = nnx.bridge.to_linen(Two), third_party.X
+  params = model.init(KEY, x)["params"]
+  lora = pj.lora(2, targets="all-linear")
+  params = lora.attach(KEY, params, pj.linen.layout(model, x))
+  params = jax.tree.map(lambda w: w + 0.1, params)
+  got, want = pj.apply(model, params, x), model.apply({"params": pj.merge(params)}, x)
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+  rows = pj.describe(params, model=model, example=[x])
+  assert [row.computed for row in rows if row.type == "LoRA"] == ["factored"] * 2
+
+
+def test_a_convolution_is_adapted_by_name_alone():
+  """ "all-linear" means none of them, in `attach` and in `quantize`."""
+  model = third_party.Vit()
+  params = model.init(KEY, third_party.IMAGE)["params"]
+  layout = pj.linen.layout(model, third_party.IMAGE)
+  params = pj.quantize(params, pj.quant.int8(), "all-linear", layout)
+  params = pj.lora(2, targets="all-linear").attach(KEY, params, layout)
+  leaves = paths.leaves(params)
+  assert not is_weight(leaves["embedding_patches/kernel"]) and not is_weight(leaves["head/kernel"])
+  assert all(leaves[f"block_1/{name}/kernel"].base.quantised for name in ("up", "attention/out"))
+  pj.apply(model, params, third_party.IMAGE)

@@ -5,20 +5,20 @@
 
 task: rte, mrpc, cola, stsb, sst2, qnli, qqp, mnli.
 budget: 576, 288, 144 or 72 triplets at the end, which is a rank of 8, 4, 2 or 1 in each of 72
-matrices (six a layer, as in the released scripts), from 12, 6, 4 or 2 at first.
+matrices (six per layer, as in the released scripts), from 12, 6, 4 or 2 at first.
 Seeds: the paper has the mean of five: --config.seed=0 to 4; the scripts have seed 6.
 
 DIR: the paper's model, DeBERTaV3-base, loaded and saved again by transformers, since its release
 has no model.safetensors and no tokenizer.json. RoBERTa-base, whose layers have the same shapes,
 will do too: the schedule and the counts are then the paper's, the scores are not.
-Hardware: one V100. Time, table 15: 117 minutes an epoch of MNLI, 71 of SST-2.
+Hardware: one V100. Time, table 15: 117 minutes per epoch of MNLI, 71 of SST-2.
 The paper's numbers for DeBERTaV3-base, dev set, table 1 (MNLI m/mm, QQP accuracy/F1):
        MNLI         SST-2  CoLA   QQP          QNLI   RTE    MRPC   STS-B
   576  90.76/90.79  96.10  71.45  92.23/89.74  94.55  88.09  90.69  91.84
   144  90.66/90.70  95.80  70.04  91.78/89.16  94.49  87.36  90.44  91.63
 LoRA on RoBERTa-base, the nearest published accuracy of this model, is in lora_roberta.py.
 
-What differs besides: the regulariser is that of the released code (the mean of norms), for which
+Differences besides: the regulariser is that of the released code (the mean of norms), for which
 the γ of the paper were used; --config.method.penalty=squared has the paper's own. The dropout of
 the classifier (0 to 0.2 by task) is the checkpoint's. Half of the dev set chooses the epoch and the
 other half is reported. α, tokens, warm-up and weight decay, which table 8 does not have, are the

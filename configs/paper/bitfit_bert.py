@@ -11,7 +11,7 @@ Hardware and time: not given. Expected with RoBERTa-base, dev set, as LoRA's tab
 CoLA 62.0, QNLI 91.8, QQP 84.0, RTE 81.5, STS-B 90.8; with DeBERTaV3-base, AdaLoRA's table 1.
 The learning rate is the release's default, which its authors search per task.
 
-What differs here: half of the dev set chooses the epoch and the other half is reported.
+Differences here: half of the dev set chooses the epoch and the other half is reported.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
   python -m experiments.train --config=configs/paper/dora_llama.py:model=llama-7b,rank=32 \\
     --config.model.directory=DIR --config.data.train_file=commonsense_170k.jsonl --workdir=runs/dora
 
-The file has one text a row, in "text": the prompt of Alpaca around instruction and output, as the
+The file has one text per row, in "text": the prompt of Alpaca around instruction and output, as the
 release renders commonsense_170k.json.
 model: llama-7b, llama-13b, llama2-7b, llama3-8b.
 rank: 32, or 16, the rows marked †.
@@ -16,7 +16,7 @@ Expected, mean accuracy of eight tasks, table 1:
   rank 32   78.4      81.5       79.7       85.2
 The eight tasks are not here: this command ends with the perplexity of held-out texts.
 
-What differs here: texts share rows of 256 tokens, where the release pads them, so a batch of 16
+Differences here: texts share rows of 256 tokens, where the release pads them, so a batch of 16
 rows has more texts, and the run fewer updates. Computed in bfloat16, where the release has float16.
 The loss counts the instruction too, weight decay is 0 and gradients are clipped at 1, as there.
 """

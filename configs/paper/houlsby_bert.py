@@ -15,7 +15,7 @@ GLUE's test server, table 1: CoLA 56.9, SST-2 94.2, MRPC (F1) 89.6, STS-B (Spear
 3e-3 and the epochs in 3 and 20 for each task: --config.optimizer.learning_rate and
 --config.train.epochs.
 
-What differs here: AdamW corrects its bias, which the release's does not. Half of the dev set
+Differences here: AdamW corrects its bias, which the release's does not. Half of the dev set
 chooses the epoch and the other half is reported.
 """
 

@@ -6,14 +6,14 @@
 The file has a prompt in "prompt" and its answer in "completion" on every row, 20 to 70 of them.
 Seeds: the paper has the median of five subsets of examples.
 
-The paper's model, T0 (an encoder and a decoder), is of no family here. Give a decoder of the Llama
-family: where the vectors go (keys, values, the input of the second feed-forward matrix), steps,
+The paper's model, T0 (an encoder and a decoder), is in no family here. Give a decoder of the Llama
+family: places of the vectors (keys, values, the input of the second feed-forward matrix), steps,
 batch, learning rate and schedule are the paper's, the scores are not. Hardware: one GPU of 48 GB
 for T0-3B. Time: an hour. The paper's numbers, accuracy of T0-3B, table 4: COPA 87.0, H-SWAG 49.4,
 Story Cloze 94.7, Winogrande 59.8. This command ends with the perplexity of held-out answers.
 
-What differs besides: AdamW stands for Adafactor; the losses against wrong answers and for their
-length are not here, nor is the pretraining of the vectors; a batch is of 8 rows that texts share.
+Differences besides: AdamW stands for Adafactor; the losses against wrong answers and for their
+length are not here, nor is the pretraining of the vectors; a batch has 8 rows that texts share.
 """
 
 from ml_collections import ConfigDict

@@ -14,9 +14,9 @@ Hardware: the scripts have 8 GPUs for most tasks. Time: not given. Expected, dev
   large-r. 90.6  96.2  90.2  68.2  94.8  91.6  85.2  92.3
 These are accuracies, Matthews' correlation of CoLA and Pearson's of STS-B, at the best epoch.
 
-What differs here: the paper starts MRPC, RTE and STS-B of base and large from its adapter of MNLI,
-and here they start from the plain model, so expect less (of large, the † row). Half of the dev set
-chooses the epoch and the other half is reported; of MNLI, the matched one. α of base is the
+Differences here: the paper starts MRPC, RTE and STS-B of base and large from its adapter of MNLI,
+and here they start from the plain model, so expect less (for large, the † row). Half of the dev set
+chooses the epoch and the other half is reported; for MNLI, the matched one. α of base is the
 paper's 8; the released scripts have 16, with which the released adapters were probably trained:
 --config.method.alpha=16. The scripts count a batch per device. Weight decay is the scripts'.
 """

@@ -6,6 +6,7 @@
 size: 7b, 13b, 33b, 65b.
 data: oasst1 and hh-rlhf, whole conversations in "text"; longform and all (Alpaca, FLAN v2, Chip2,
 Self-Instruct, Unnatural Instructions), a "prompt" and a "completion" on every row.
+quant: nf4, or fp4 and none, the other lines of table 4, whose data are Alpaca and FLAN v2.
 Seeds: one.
 
 Hardware: one GPU of 48 GB for 65b; the four sizes take 5, 10, 21 and 41 GB. Time: not given.
@@ -19,10 +20,10 @@ Expected, 5-shot MMLU, table 5:
   FLAN v2    44.5  51.4  59.2  63.9
 There is no MMLU here: this command ends with the perplexity of held-out texts.
 
-What differs here: texts share rows of as many tokens as a source and a target may have, where the
+Differences here: texts share rows of as many tokens as a source and a target may have, where the
 paper sorts them by length and pads, so a batch has more texts and a run of as many steps more
 epochs. A batch is in one piece; in 16, as the script has it: --config.train.batch_size=1
---config.optimizer.accumulate=16 and 16 times --config.train.steps. State of the optimizer lies in
+--config.optimizer.accumulate=16 and 16 times --config.train.steps. The optimizer's state lies in
 host memory all the time; only where it has to: --config.optimizer.paged=auto. Factors are float32,
 there bfloat16. The paper does not choose among checkpoints, and this command keeps the best.
 """
@@ -57,18 +58,18 @@ SIZES = {
 }
 # Tokens of source and target.
 LENGTHS = {"oasst1": (0, 512), "all": (384, 128), "hh-rlhf": (0, 768), "longform": (512, 1024)}
-CHOICES = {"size": tuple(SIZES), "data": tuple(LENGTHS)}
+CHOICES = {"size": tuple(SIZES), "data": tuple(LENGTHS), "quant": ("nf4", "fp4", "none")}
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """The configuration for `arg`, e.g. "size=65b,data=all"."""
   given = parse("qlora_llama.py", arg, CHOICES)
-  config = causal_lm.get_config("data=files,quant=nf4,method=lora")
+  config = causal_lm.get_config(f"data=files,quant={given['quant']},method=lora")
   batch, rate, steps = SIZES[given["size"]][given["data"]]
   source, target = LENGTHS[given["data"]]
   dropout = 0.1 if given["size"] in ("7b", "13b") else 0.05
   config.model.update(scan_layers=True, remat="layer", dtype="bfloat16")
-  config.quant.update(block_size=64, double_quant=True, targets=("all-linear",))
+  config.quant.update(block_size=64, double_quant=given["quant"] == "nf4", targets=("all-linear",))
   config.method.update(rank=64, alpha=16.0, targets=("all-linear",), dropout=dropout)
   config.data.update(max_length=source + target, other="")
   if source:

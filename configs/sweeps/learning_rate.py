@@ -1,4 +1,4 @@
-"""The learning rate of each method, by the best score of validation.
+"""The learning rate of each method, by the best score on validation.
 
   python -m experiments.sweep --config=configs/sweeps/learning_rate.py --workdir=runs/learning_rate
   python -m experiments.sweep --config=configs/sweeps/learning_rate.py:task=causal_lm \\
@@ -7,7 +7,7 @@
 task=classify: accuracy of MiniLM on sentiment, 4,000 examples, 250 steps of at most 1,024 tokens.
 task=causal_lm: perplexity of SmolLM2 in four bits on bbc, 60 steps of 512 tokens.
 
-Rates a factor of about three apart, one seed that no table uses. configs/classify.py and
+Rates are a factor of about three apart, with one seed that no table uses. configs/classify.py and
 configs/causal_lm.py have the best of each. Some two hours each on two CPU cores.
 """
 

@@ -26,8 +26,8 @@ from peftjax.nn.attention import KERNELS, kernel_name
 from peftjax.nn.mask import AttentionMask
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-LENGTHS = flags.DEFINE_list("lengths", ["128", "256", "512", "1024", "2048", "4096"], "Which T.")
-TURNS = flags.DEFINE_integer("turns", 8, "How often the kernels change.")
+LENGTHS = flags.DEFINE_list("lengths", ["128", "256", "512", "1024", "2048", "4096"], "Lengths, T.")
+TURNS = flags.DEFINE_integer("turns", 8, "Number of turns that each kernel takes.")
 
 MIB = 2**20
 # Heads, heads of keys and values, size of a head, and whether later tokens are hidden.

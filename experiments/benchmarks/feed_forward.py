@@ -3,11 +3,11 @@
   python -m experiments.benchmarks.feed_forward --out=feed_forward.jsonl
 
 `autodiff` differentiates the plain formula, `checkpoint` does so under `jax.checkpoint`, and with
-`activation` only the activation's derivative is by hand: what our models' blocks do. For each
+`activation` only the activation's derivative is by hand, as in our models' blocks. For each
 variant, at BERT-base's shape with as many parameters when gated:
 
-  saved  what one block's backward pass keeps, beside the parameters: the residuals of `jax.vjp`
-  layer  what the compiled program of a scan over layers really holds more for each of them
+  saved  values that one block's backward pass keeps, beside the parameters: residuals of `jax.vjp`
+  layer  additional memory per layer in the compiled program of a scan over layers
   time   of value and gradients in x and all parameters, compiled; medians, the ways take turns
   frozen the same with the parameters frozen, as where only other layers are adapted
 
@@ -28,11 +28,11 @@ from peftjax.nn.feed_forward import VARIANTS, FeedForward, feed_forward, gated_w
 from peftjax.nn.ffn import activate
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-NAMES = flags.DEFINE_list("variants", list(VARIANTS), "Which variants.")
+NAMES = flags.DEFINE_list("variants", list(VARIANTS), "Variants to measure.")
 TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens, T.")
 WIDTH = flags.DEFINE_integer("width", 768, "D.")
 FFN = flags.DEFINE_integer("ffn", 3072, "F of the variants that are not gated.")
-TURNS = flags.DEFINE_integer("turns", 8, "How often the ways change.")
+TURNS = flags.DEFINE_integer("turns", 8, "Number of turns that each way takes.")
 
 MIB = 2**20
 PLAIN: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -43,7 +43,7 @@ PLAIN: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   "gelu_tanh": lambda z: jax.nn.gelu(z, approximate=True),
   "swish": jax.nn.silu,
 }
-Block = Callable[[Any, jax.Array], jax.Array]  # of parameters and x
+Block = Callable[[Any, jax.Array], jax.Array]  # takes parameters and x
 
 
 @runtime.readable_errors()
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def ways(name: str) -> dict[str, Block]:
-  """The block by hand, and what it is compared with."""
+  """The block by hand, and the ways it is compared with."""
   f = VARIANTS[name].activation
   affine = lambda x, layer: x @ layer["kernel"] + layer["bias"][None]
 
@@ -117,7 +117,7 @@ def saved_mib(block: Block, params: Any, x: jax.Array) -> float:
 
 
 def layer_mib(block: Block, params: Any, x: jax.Array) -> float:
-  """What six scanned layers of a compiled training step hold more than two, by four."""
+  """The memory that six scanned layers of a compiled training step hold more than two, by four."""
 
   def temporaries(layers: int) -> int:
     stack = jax.tree.map(lambda p: jax.ShapeDtypeStruct((layers, *p.shape), p.dtype), params)
@@ -131,7 +131,7 @@ def layer_mib(block: Block, params: Any, x: jax.Array) -> float:
 
 
 def times(blocks: Mapping[str, Block], of: tuple[int, ...], *args: Any) -> dict[str, float]:
-  """Milliseconds of value and gradients, of each way."""
+  """Milliseconds of value and gradients, for each way."""
   loss = lambda block: lambda p, x, g: (block(p, x) * g).sum()
   runs = {way: jax.jit(jax.value_and_grad(loss(b), of)) for way, b in blocks.items()}
   calls = [functools.partial(run, *args) for run in runs.values()]

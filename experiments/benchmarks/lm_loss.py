@@ -1,12 +1,12 @@
-"""The language-model loss in chunks against that of all logits at once.
+"""The language-model loss in chunks against the loss from all logits at once.
 
   python -m experiments.benchmarks.lm_loss --out=lm_loss.jsonl
 
 Value and gradients of the mean −log p of the next tokens of one text, by the last hidden state and
-what is trained of the head, at SmolLM2-135M's widths. For each length and kind of head:
+the trained arrays of the head, at SmolLM2-135M's widths. For each length and kind of head:
 
-  time    of a call, compiled; the least of several, the ways take turns
-  memory  temporaries of the compiled program: what it holds beside its arguments and results
+  time    per call, compiled; the least of several, the ways take turns
+  memory  temporaries of the compiled program, beside its arguments and results
 
 Heads: `frozen`, dense; `nf4`, frozen in four bits; `lora`, frozen with LoRA; `trained`, dense,
 with a gradient of its size. float32. About five minutes on two cores that nothing else uses.
@@ -28,11 +28,11 @@ from peftjax.core.einsum import linear
 from peftjax.nn.chunked_loss import chunk_length, chunked_sums
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-HEADS = flags.DEFINE_list("heads", ["frozen", "nf4", "lora", "trained"], "Which heads.")
+HEADS = flags.DEFINE_list("heads", ["frozen", "nf4", "lora", "trained"], "Heads to measure.")
 LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096"], "Tokens, T.")
 VOCAB = flags.DEFINE_integer("vocab", 49_152, "V.")
 WIDTH = flags.DEFINE_integer("width", 576, "D.")
-TURNS = flags.DEFINE_integer("turns", 8, "How often the ways change.")
+TURNS = flags.DEFINE_integer("turns", 8, "Number of turns that each way takes.")
 
 MIB = 2**20
 PATH = "lm_head/kernel"
@@ -100,7 +100,7 @@ def compare(name: str, length: int, halves: tuple[Any, Any]) -> list[report.Row]
 
 
 def compiled(sums: Callable[..., losses.Sums], args: tuple[Any, ...]) -> Any:
-  """The program of value and gradients by what is trained and by x."""
+  """The program of value and gradients by the trained arrays and by x."""
 
   def loss(train: Any, x: jax.Array, frozen: Any, *batch: jax.Array) -> jax.Array:
     head = pj.combine(train, frozen)["lm_head"]["kernel"]

@@ -24,12 +24,12 @@ from peftjax.methods.base import Method
 from peftjax.training.classification import CLASSES
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-NAMES = flags.DEFINE_list("methods", None, "Which methods; by default all.")
+NAMES = flags.DEFINE_list("methods", None, "Methods to measure; by default all.")
 RANK = flags.DEFINE_integer("rank", 12, "r of LoRA, DoRA and, at first, AdaLoRA.")
-BATCH = flags.DEFINE_integer("batch", 16, "Rows of a batch.")
-LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a row.")
-TURNS = flags.DEFINE_integer("turns", 8, "How often the methods change.")
-STEPS = flags.DEFINE_integer("steps", 10, "Steps of a turn.")
+BATCH = flags.DEFINE_integer("batch", 16, "Rows per batch.")
+LENGTH = flags.DEFINE_integer("length", 64, "Tokens per row.")
+TURNS = flags.DEFINE_integer("turns", 8, "Number of turns that each method takes.")
+STEPS = flags.DEFINE_integer("steps", 10, "Steps per turn.")
 
 PEER = "lora"
 
@@ -59,12 +59,12 @@ def made(rank: int) -> dict[str, Method]:
     "houlsby": pj.adapters(32, "houlsby"),
     "parallel": pj.adapters(64, "parallel"),
     "prefix": pj.prefix(20),
-    "full": pj.unfreeze(r"(?!head/).*"),  # which is trained with every method
+    "full": pj.unfreeze(r"(?!head/).*"),  # the head is trained with every method
   }
 
 
 def steps_of(method: Method) -> Callable[[], Any]:
-  """A function that takes one step and returns what it says."""
+  """A function that takes one step and returns its numbers."""
   model, params = pj.load_pretrained(samples.model("minilm"), num_labels=2)
   method = pj.chain(method, pj.unfreeze("head/.*"))
   total = 1 + (1 + TURNS.value) * (STEPS.value + 1)

@@ -20,8 +20,8 @@ from experiments import runtime
 from experiments.benchmarks import report
 
 OUT = flags.DEFINE_string("out", None, "Append the row to this file as a JSON line.")
-TURNS = flags.DEFINE_integer("turns", 3, "How often the sides change.", 1)
-STEPS = flags.DEFINE_integer("steps", 30, "Steps of a turn.", 2)
+TURNS = flags.DEFINE_integer("turns", 3, "Number of turns that each side takes.", 1)
+STEPS = flags.DEFINE_integer("steps", 30, "Steps per turn.", 2)
 WARM_UP = 5
 WORKER = "--worker"
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def _seconds(cores: list[list[int]]) -> float:
-  """Of a step of as many processes, each on its own cores."""
+  """The seconds of a step of as many processes, each on its own cores."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
@@ -57,7 +57,7 @@ def _seconds(cores: list[list[int]]) -> float:
   ]
   printed = [process.communicate()[0] for process in processes]
   if any(process.returncode for process in processes):
-    raise RuntimeError("a process of the benchmark ended early; what it said is above")
+    raise RuntimeError("a process of the benchmark ended early; its output is above")
   return float(printed[0].splitlines()[-1])
 
 

@@ -21,12 +21,12 @@ from peftjax.training import flops
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 MODEL = flags.DEFINE_list(
-  "model", None, f"Of {', '.join(shapes.MODELS)}; by default all on a GPU, on a CPU the first."
+  "model", None, f"One of {', '.join(shapes.MODELS)}; by default all on a GPU, on a CPU the first."
 )
-BATCH = flags.DEFINE_integer("batch", 4, "Rows of a batch.")
-LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; by default 256, of a Llama 1024.")
-TURNS = flags.DEFINE_integer("turns", 5, "How often the sides change.")
-STEPS = flags.DEFINE_integer("steps", 2, "Steps of a turn.")
+BATCH = flags.DEFINE_integer("batch", 4, "Rows per batch.")
+LENGTH = flags.DEFINE_integer("length", None, "Tokens per row; by default 256, for a Llama 1024.")
+TURNS = flags.DEFINE_integer("turns", 5, "Number of turns that each side takes.")
+STEPS = flags.DEFINE_integer("steps", 2, "Steps per turn.")
 ALONE = flags.DEFINE_bool("alone", False, "Our side only, where the peer's packages are missing.")
 
 

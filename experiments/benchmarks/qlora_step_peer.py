@@ -79,7 +79,7 @@ def quantized(linear: torch.nn.Linear, device: str) -> bnb.nn.Linear4bit:
 
 
 def made(weight: torch.Tensor, device: str) -> torch.Tensor:
-  """The weight; of one that is a shape alone, ones for a norm and else random numbers."""
+  """The weight; for one that is a shape alone, ones for a norm and else random numbers."""
   if not weight.is_meta:
     return weight
   if weight.ndim == 1:

@@ -16,8 +16,8 @@ from experiments.benchmarks import report, turns
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 SIZE = flags.DEFINE_integer("size", 4096, "Rows and columns of the matrix.")
-TURNS = flags.DEFINE_integer("turns", 6, "How often the sides change.")
-STEPS = flags.DEFINE_integer("steps", 5, "Repetitions of a turn.")
+TURNS = flags.DEFINE_integer("turns", 6, "Number of turns that each side takes.")
+STEPS = flags.DEFINE_integer("steps", 5, "Repetitions per turn.")
 ALONE = flags.DEFINE_bool("alone", False, "Our side only, where the peer's packages are missing.")
 
 OPERATIONS = ("quantize", "dequantize_warm", "dequantize_fresh", "matmul")

@@ -85,7 +85,7 @@ def versions() -> dict[str, str]:
 
 
 def origin(module: str) -> dict[str, Any]:
-  """Where the rows are from that a module of experiments writes."""
+  """The origin of the rows that a module of experiments writes."""
   command = shlex.join(["python", "-m", f"experiments.{module}", *sys.argv[1:]])
   if flags := os.environ.get("XLA_FLAGS"):
     command = f"XLA_FLAGS={shlex.quote(flags)} {command}"
@@ -117,7 +117,7 @@ def end(title: str, rows: list[Row], out: str | None) -> None:
 
 
 def write(path: str, rows: list[Row]) -> None:
-  """Appends one JSON line a row, making the folder if need be."""
+  """Appends one JSON line per row, making the folder if need be."""
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   common = {**origin(f"benchmarks.{Path(sys.argv[0]).stem}"), "seed": 0}
   with open(path, "a", encoding="utf-8") as file:
@@ -127,7 +127,7 @@ def write(path: str, rows: list[Row]) -> None:
 
 
 def markdown(path: str) -> str:
-  """The rows of a results file as Markdown tables, one a machine and command."""
+  """The rows of a results file as Markdown tables, one per machine and command."""
   rows = [row for _, row in workdir.rows(Path(path))]
   lines: list[str] = []
   for made, own in itertools.groupby(rows, lambda row: f"{row['machine']}, `{row['command']}`:"):

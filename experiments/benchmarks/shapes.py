@@ -1,4 +1,4 @@
-"""The models of the QLoRA step, and what its time is measured against on a GPU."""
+"""The models of the QLoRA step, and the operations that its time on a GPU is compared with."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def step_flops(config: Mapping[str, Any], batch: int, length: int) -> float:
   """Floating-point operations that a LoRA step needs.
 
   A token takes 2 N forward and 2 N backward, N the weights of the linear layers and the head: their
-  inputs have a gradient, the frozen weights none. Attention takes 2 T D a token and layer forward,
-  q kᵀ and p v over the T/2 places that causal attention sees on average, and twice that backward.
-  What gradient checkpointing computes again does not count, nor do dequantisation, norms and the
-  small products with LoRA's factors.
+  inputs have a gradient, the frozen weights none. Attention takes 2 T D per token and layer in the
+  forward pass, q kᵀ and p v over the T/2 places that causal attention sees on average, and twice
+  that backward. Recomputation under gradient checkpointing does not count, nor do dequantisation,
+  norms and the small products with LoRA's factors.
   """
   c = LlamaConfig.from_hf(config)
   queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size

@@ -1,4 +1,4 @@
-"""Our training step, as the benchmarks take it."""
+"""The training step of this library, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def stepping(
   """A function that takes one step on a batch, `total` at most, and returns its numbers.
 
   Args:
-    params: without adapters, which the method attaches.
-    tx: by default AdamW at 1e-3.
+    params: parameters without adapters, which the method attaches.
+    tx: the optimizer, by default AdamW at 1e-3.
   """
   params = method.attach(jax.random.key(1), params, pj.linen.layout(model, batch["tokens"]))
   train, frozen = pj.partition(params, method.trainable(params))

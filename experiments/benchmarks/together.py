@@ -8,7 +8,7 @@ LoRA and AdaLoRA of MiniLM on sentiment, four learning rates by two ranks, batch
   steps  a step of all trials against the sum of the single steps, in one process, turn by turn
   total  the whole sweep of --total steps, from the start of the process to the last test score,
          against eight runs of experiments.train one after the other; both begin without any
-         compiled program and keep what they compile
+         compiled program and keep those that they compile
 
 float32. About 25 minutes on two cores that nothing else uses; --total=0 leaves the second out.
 --chunk=8 computes all trials at once, by vmap, as a sweep does on a GPU where batches are of one
@@ -36,16 +36,14 @@ from peftjax.training.settings import from_config
 from peftjax.training.together import Together
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-METHODS = flags.DEFINE_list("methods", ["lora", "adalora"], "Of configs/classify.py.")
-TURNS = flags.DEFINE_integer("turns", 6, "How often the sides change.")
-STEPS = flags.DEFINE_integer("steps", 3, "Steps of a turn.")
+METHODS = flags.DEFINE_list("methods", ["lora", "adalora"], "Methods of configs/classify.py.")
+TURNS = flags.DEFINE_integer("turns", 6, "Number of turns that each side takes.")
+STEPS = flags.DEFINE_integer("steps", 3, "Steps per turn.")
 TOTAL = flags.DEFINE_integer("total", 200, "Steps of the whole sweep.")
 
-LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a text, at most.")
-BATCH = flags.DEFINE_integer("batch", 16, "Texts of a batch.")
-CHUNK = flags.DEFINE_integer(
-  "chunk", None, "Trials of a vmap in `steps`; by default as in a sweep."
-)
+LENGTH = flags.DEFINE_integer("length", 64, "Tokens per text, at most.")
+BATCH = flags.DEFINE_integer("batch", 16, "Texts per batch.")
+CHUNK = flags.DEFINE_integer("chunk", None, "Trials per vmap in `steps`; by default as in a sweep.")
 
 RATES, RANKS = (5e-4, 1e-3, 2e-3, 4e-3), (6, 12)
 DATA = {
@@ -95,7 +93,7 @@ def steps(method: str) -> report.Row:
   configs = [config(method, trial) for trial in trials(method)]
   made = Together(configs, CHUNK.value)
   group = made.steps()
-  # With the rate in their state, those of one rank are one program, and are compiled once.
+  # With the rate in their state, trials of one rank share one program, which is compiled once.
   single = [Run(from_config(one), None, rate_in_state=True) for one in configs]
   streams = [run.steps() for run in single]
 

@@ -1,4 +1,4 @@
-"""`pj.factored` against the bridge to linen's layers: what evaluating a traced program costs.
+"""`pj.factored` against the bridge to linen's layers: the cost of evaluating a traced program.
 
   python -m experiments.benchmarks.traced --out=traced.jsonl
 
@@ -6,7 +6,7 @@ Value and gradients of LoRA on all linear layers of a linen MLP (8 x 512) and of
 layers of 384). The bridge computes with the factors in the layers themselves; `pj.factored` traces
 the model with dense shapes and evaluates the program. Both give the same numbers.
 
-  time   of a call, compiled; the median of several, the ways take turns
+  time   per call, compiled; the median of several, the ways take turns
   trace  seconds from Python to the program that XLA compiles
 
 float32. About two minutes on two cores that nothing else uses.
@@ -27,7 +27,7 @@ from experiments.benchmarks import report
 from peftjax.data import samples
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
-TURNS = flags.DEFINE_integer("turns", 21, "How often the ways change.")
+TURNS = flags.DEFINE_integer("turns", 21, "Number of turns that each way takes.")
 
 
 class MLP(nn.Module):

@@ -17,11 +17,11 @@ from experiments.benchmarks.turns import Worker, medians
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 MODEL = flags.DEFINE_string("model", "", "A Hugging Face directory; by default MiniLM.")
-CASES = flags.DEFINE_list("cases", ["query_value", "all_linear", "full"], "What to fine-tune.")
-BATCH = flags.DEFINE_integer("batch", 32, "Rows of a batch.")
-LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a row.")
-TURNS = flags.DEFINE_integer("turns", 8, "How often the sides change.")
-STEPS = flags.DEFINE_integer("steps", 5, "Steps of a turn.")
+CASES = flags.DEFINE_list("cases", ["query_value", "all_linear", "full"], "Parts to fine-tune.")
+BATCH = flags.DEFINE_integer("batch", 32, "Rows per batch.")
+LENGTH = flags.DEFINE_integer("length", 64, "Tokens per row.")
+TURNS = flags.DEFINE_integer("turns", 8, "Number of turns that each side takes.")
+STEPS = flags.DEFINE_integer("steps", 5, "Steps per turn.")
 
 OURS, PEER = "experiments.benchmarks.step_ours", "experiments.benchmarks.step_peer"
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def compare(case: str, args: list[str], cache: str) -> list[report.Row]:
-  """Step, and for the first case also memory and start, cold and with programs kept."""
+  """Seconds of a step, and for the first case memory and start, cold and with programs kept."""
   env = {"PEFTJAX_BENCHMARK_CACHE": cache}
   ours, peer = Worker(OURS, *args, env=env), Worker(PEER, *args)
   # A turn's first step finds the other side's caches: not counted.

@@ -21,7 +21,7 @@ class Worker:
   """A process that has built its side and runs steps when asked to.
 
   Attributes:
-    start_seconds: from spawning it to the end of its first step.
+    start_seconds: seconds from spawning it to the end of its first step.
   """
 
   def __init__(self, module: str, *args: str, env: Mapping[str, str] | None = None):
@@ -44,7 +44,7 @@ class Worker:
     return self._read()["seconds"]
 
   def close(self) -> float:
-    """Ends it; its peak memory in MiB."""
+    """Ends the process and returns its peak memory in MiB."""
     assert self._process.stdin is not None
     self._process.stdin.close()
     peak = self._read()["peak_mb"]
@@ -68,7 +68,7 @@ def sides(benchmark: str, *args: str, alone: bool = False) -> list[Worker]:
 
 
 def medians(workers: Sequence[Worker], turns: int, steps: int, uncounted: int = 0) -> list[float]:
-  """Seconds of a step of each, which take turns; a turn's first steps may be left uncounted."""
+  """Seconds per step of each worker, which take turns; a turn's first steps may be uncounted."""
   seconds: list[list[float]] = [[] for _ in workers]
   for _ in range(turns):
     for worker, taken in zip(workers, seconds, strict=True):
@@ -86,7 +86,7 @@ def serve(step: Callable[[], float], peak: Callable[[], float] = peak_resident) 
 
   Args:
     step: runs one step to its end and returns the loss.
-    peak: says in the end how much memory that took, in MiB.
+    peak: returns in the end how much memory that took, in MiB.
   """
   print(json.dumps({"loss": step()}), flush=True)
   for line in sys.stdin:

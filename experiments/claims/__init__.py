@@ -1,1 +1,1 @@
-"""What the text this project started from says, measured: `python -m experiments.claims`."""
+"""Claims of the text this project started from, measured: `python -m experiments.claims`."""

@@ -1,11 +1,11 @@
-"""Measures what the text this project started from says, a row a statement.
+"""Measures the claims of the text this project started from, one row per statement.
 
   python -m experiments.claims
   python -m experiments.claims --only='lora|adapters.*latency'
 
 The verdict of each is computed from its numbers and compared with the one that it had before. Exit
 code 1 if one changed or could not be measured. Five minutes on two quiet CPU cores. --results=FILE
-writes a line a claim in place of that claim's old one, and leaves the lines of those that were not
+writes a line per claim in place of that claim's old one, and leaves lines of those that were not
 measured: experiments/results/claims/claims.jsonl holds those of the last time.
 """
 
@@ -42,7 +42,7 @@ def chosen(only: str) -> list["Claim"]:
   """The claims that a regex picks, by name.
 
   Raises:
-    ValueError: if it picks none, or is no regex.
+    ValueError: if it picks none, or is not a regex.
   """
   from experiments.claims import catalogue
 
@@ -57,7 +57,7 @@ def chosen(only: str) -> list["Claim"]:
 
 
 def measure(claims: Sequence["Claim"]) -> list[dict[str, Any]]:
-  """A row a claim; one that raises has an "error" and no verdict, and the rest go on."""
+  """One row per claim; one that raises has an "error" and no verdict, and the rest go on."""
   from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
   columns = (TextColumn("{task.description:42}"), BarColumn(), MofNCompleteColumn())
@@ -90,12 +90,12 @@ def changed(row: dict[str, Any]) -> bool:
 
 
 def show(rows: list[dict[str, Any]]) -> bool:
-  """Prints the table, then what is not as expected; whether all is."""
+  """Prints the table, then the deviations from expectations; tells whether there are none."""
   from rich.console import Console
   from rich.markup import escape
   from rich.table import Table
 
-  table = Table(title="What the text this project started from says, measured", show_lines=True)
+  table = Table(title="Claims of the text this project started from, measured", show_lines=True)
   table.add_column("claim", ratio=7)
   table.add_column("measured", ratio=7)
   table.add_column("numbers", ratio=5)
@@ -129,9 +129,9 @@ def _shown(value: float) -> str:
 
 
 def write(rows: list[dict[str, Any]], path: str) -> None:
-  """One JSON line a row, with where it was measured, in the catalogue's order.
+  """Writes one JSON line per row, with its origin, in the catalogue's order.
 
-  Lines of other claims that there still are stay. The file is as it was until all are there.
+  Lines of other existing claims stay. The file is as it was until all are there.
   """
   from experiments.benchmarks import report
   from experiments.claims import catalogue

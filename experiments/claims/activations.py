@@ -33,7 +33,7 @@ def test_rows() -> jax.Array:
 
 @functools.cache
 def pre_activations(variant: str, rate: float) -> jax.Array:
-  """[20000, F]: of a net trained at that rate, on held-out text."""
+  """Pre-activations [20000, F] of a net trained at that rate, on held-out text."""
   params = characters.trained(variant, rate)
   return characters.before_activation(params, characters.features(params, test_rows()[:, :-1]))
 
@@ -282,7 +282,7 @@ def gelu_negative() -> Finding:
 
 @functools.cache
 def minilm_pre_activations() -> jax.Array:
-  """Of all six layers on 16 texts, real tokens only, `[n]`."""
+  """Pre-activations of all six layers on 16 texts, real tokens only, `[n]`."""
   model, params = sample_models.minilm()
   rows = sample_models.batch(0)
   seen = lambda module, _: module.name == "dense" and "intermediate" in module.path

@@ -1,4 +1,4 @@
-"""On AdaLoRA: 80 steps of MiniLM, whose 37 matrices have rank 4 and, at last, 2 in mean."""
+"""Claims on AdaLoRA: 80 steps of MiniLM, whose 37 matrices have mean rank 4 and, at last, 2."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def regrowth() -> Finding:
 
 
 def _returns(run: runs.Trained) -> list[float]:
-  """Of every return of a triplet: the cosine of its column of P when it was pruned and then."""
+  """The cosines of P's columns, for every return of a triplet: when it was pruned and then."""
   cosines = []
   for path in run.history[0]:
     pruned: dict[int, np.ndarray] = {}
@@ -234,7 +234,7 @@ def better_than_lora() -> Finding:
 
 
 class Pair(NamedTuple):
-  """AdaLoRA beside LoRA: by seed its accuracy less LoRA's; what it trains over what LoRA does."""
+  """AdaLoRA beside LoRA: by seed its accuracy less LoRA's; its trained size over LoRA's."""
 
   gains: list[float]
   parameters: float

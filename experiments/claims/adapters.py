@@ -17,7 +17,7 @@ from experiments.claims.products import products_in_a_row
 from peftjax.core import paths
 from peftjax.nn.residual import Residual
 
-SIZE = 8  # of MiniLM's 384: adapters of 64, the papers', would be over 1 % of so small a model
+SIZE = 8  # for MiniLM's 384: adapters of 64, the papers', would be over 1 % of so small a model
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def layout() -> Any:
 
 @functools.cache
 def attached(size: int = SIZE, seed: int = 0) -> tuple[Any, Any]:
-  """MiniLM with fresh adapters, Houlsby's, and what is trained."""
+  """MiniLM with fresh adapters, Houlsby's, and the mask of trained arrays."""
   method = pj.adapters(size=size, norms=False)
   params = method.attach(jax.random.key(seed), sample_models.minilm()[1], layout())
   return params, method.trainable(params)

@@ -49,7 +49,7 @@ def forward(net: Net, f: Activation, g: Activation) -> tuple[jax.Array, ...]:
 
 
 def autodiff(net: Net, f: Activation, g: Activation) -> Net:
-  """Of L = |a2 − y|²."""
+  """The gradients of L = |a2 − y|²."""
   return jax.grad(lambda n: jnp.square(forward(n, f, g)[-1] - n.y).sum())(net)
 
 
@@ -58,7 +58,7 @@ def slope(act: Activation, z: jax.Array) -> jax.Array:
 
 
 def delta2(net: Net, f: Activation, g: Activation) -> jax.Array:
-  """∂L/∂a2 ⊙ g'(z2), as the text has it."""
+  """∂L/∂a2 ⊙ g'(z2), as in the text."""
   _, _, z2, a2 = forward(net, f, g)
   return 2 * (a2 - net.y) * slope(g, z2)
 
@@ -186,7 +186,7 @@ def hidden_weights() -> Finding:
 
 
 def _errors(net: Net, back: jax.Array) -> tuple[float, float]:
-  """Of ∂L/∂a1 = back δ2, and of ∂L/∂W1 made of it."""
+  """The errors of ∂L/∂a1 = back δ2, and of ∂L/∂W1 made from it."""
   to_a1 = back @ delta2(net, gelu, jnp.tanh)
   to_w1 = jnp.outer(to_a1 * slope(gelu, forward(net, gelu, jnp.tanh)[0]), net.x)
   return error(to_a1, to_hidden(net, gelu)), error(to_w1, autodiff(net, gelu, jnp.tanh).w1)

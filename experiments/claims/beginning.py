@@ -196,7 +196,7 @@ def symmetry() -> Finding:
 
 
 def _rank(params: Any) -> int:
-  """Of ΔW of the first block's `up`, counting singular values over 1e-5 of the largest."""
+  """The rank of ΔW of the first block's `up`: singular values over 1e-5 of the largest."""
   weight = params["block"]["up"]["kernel"]
   s = np.linalg.svd(np.asarray(weight.b @ weight.a), compute_uv=False)
   return int((s > 1e-5 * s[0]).sum())

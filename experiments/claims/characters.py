@@ -44,7 +44,7 @@ class Texts(NamedTuple):
 
 @functools.cache
 def texts(name: str) -> Texts:
-  """A sample corpus, at most a million characters of it to train on."""
+  """A sample corpus, with at most a million characters to train on."""
   corpus = data.load(name, seed=0)
   table = np.zeros(256, np.int32)
   table[np.frombuffer(ALPHABET.encode(), np.uint8)] = np.arange(len(ALPHABET))
@@ -82,7 +82,7 @@ def features(params: Any, ids_BT: jax.Array) -> jax.Array:
 
 
 def before_activation(params: Any, x_BD: jax.Array) -> jax.Array:
-  """What the activation is applied to, `[B, F]`."""
+  """The input of the activation, `[B, F]`."""
   block = params["block"]
   if "gate" in block:
     return pj.einsum("bd,df->bf", x_BD, block["gate"]["kernel"])
@@ -101,7 +101,7 @@ def logits(variant: str, params: Any, ids_BT: jax.Array) -> jax.Array:
 
 
 def loss(variant: str, params: Any, rows: jax.Array) -> jax.Array:
-  """Mean cross entropy, nats a character, of rows `[B, 17]`."""
+  """Mean cross entropy, nats per character, of rows `[B, 17]`."""
   given = logits(variant, params, rows[:, :-1])
   return optax.losses.softmax_cross_entropy_with_integer_labels(given, rows[:, -1]).mean()
 
@@ -130,7 +130,7 @@ def run(
 
 
 def batches(corpus: str, steps: int, seed: int, size: int = BATCH) -> jax.Array:
-  """int32 `[steps, size, 17]`."""
+  """Batches of rows, int32 `[steps, size, 17]`."""
   return rows_of(texts(corpus).train, steps * size, seed).reshape(steps, size, CONTEXT + 1)
 
 

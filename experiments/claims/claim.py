@@ -13,12 +13,12 @@ VERDICTS = (HOLDS, CORRECTED, FAILS)
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What measuring a claim gave.
+  """The result of measuring a claim.
 
   Attributes:
-    numbers: by what they are.
+    numbers: measured numbers by name.
     verdict: one of `VERDICTS`, computed from the numbers.
-    correction: what has to be said instead, where the claim does not hold as it stands.
+    correction: the statement that holds instead, where the claim does not hold as it stands.
   """
 
   numbers: Mapping[str, float]
@@ -33,7 +33,7 @@ class Claim:
   Attributes:
     name: theme and statement, "lora.parameter_count".
     says: the statement.
-    measured_by: what is computed.
+    measured_by: the computation.
     holds_if: the rule of the verdict, with its thresholds.
     expected: the verdict that it had when it was last looked at.
     run: measures it.
@@ -73,7 +73,7 @@ def by_test(
 def found(
   numbers: Mapping[str, float], *, holds: bool, mended: bool = False, correction: str = ""
 ) -> Finding:
-  """The finding of a claim that `holds` as it is said or, if `mended`, with the correction."""
+  """The finding for a claim that `holds` as it is said or, if `mended`, with the correction."""
   verdict = HOLDS if holds else CORRECTED if mended else FAILS
   plain = {key: float(value) for key, value in numbers.items()}
   return Finding(plain, verdict, "" if verdict == HOLDS else correction)

@@ -1,4 +1,4 @@
-"""What a compiled program costs, as its compiler counts it: the same on a busy machine."""
+"""The cost of a compiled program, as its compiler counts it: the same on a busy machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Cost(NamedTuple):
-  """Of one call.
+  """The cost of one call.
 
   Attributes:
     flops: operations, those of transcendental functions left out.
@@ -20,7 +20,7 @@ class Cost(NamedTuple):
 
 
 def of(compiled: Any) -> Cost:
-  """Of what `jax.jit(fn).lower(...).compile()` gives."""
+  """The cost of a program that `jax.jit(fn).lower(...).compile()` gives."""
   counts, sizes = compiled.cost_analysis(), compiled.memory_analysis()
   return Cost(
     counts["flops"],

@@ -1,4 +1,4 @@
-"""On quality, from committed runs: SmolLM2-135M on news, and MiniLM on two tasks."""
+"""Claims on quality, from committed runs: SmolLM2-135M on news, and MiniLM on two tasks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def near_full() -> Finding:
 
 
 def _share(name: str, data: str) -> float:
-  """Of what full fine-tuning gains on a task over the head alone, means over the seeds."""
+  """The share of full fine-tuning's gain on a task over the head alone, means over the seeds."""
   lines = {line.name: line.of(data) for line in methods.LINES}
   wanted = [lines[each] for each in ("head only", "full fine-tuning", name)]
   found = results.classifier("methods", wanted)

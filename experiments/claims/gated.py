@@ -46,7 +46,7 @@ def no_relu_today() -> Finding:
 
 
 def _perplexity_with(act: Callable[[jax.Array], jax.Array]) -> float:
-  """Of SmolLM2 with that activation of its gates."""
+  """The perplexity of SmolLM2 with that activation in its gates."""
 
   def block(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
@@ -150,7 +150,7 @@ def gates_in_unit_interval() -> Finding:
 
 @functools.cache
 def _gates(layers: int = 6) -> jax.Array:
-  """Of the first layers, unrolled: a scan would drop what is captured."""
+  """The gates of the first layers, unrolled: a scan would drop captured values."""
   model, params = sample_models.smollm2()
   body = {key: value for key, value in params["model"].items() if key != "layers"}
   for i in range(layers):
@@ -223,7 +223,7 @@ def swiglu_cost() -> Finding:
 
 
 def _block_costs(name: str) -> list[cost.Cost]:
-  """Of a block's forward pass, and of that and its backward pass."""
+  """The costs of a block's forward pass, and of its forward and backward pass."""
   variant = feed_forward.VARIANTS[name]
   width = feed_forward.gated_width(1536) if variant.gated else 1536
   block = feed_forward.FeedForward(name, width, use_bias=False)

@@ -18,7 +18,7 @@ from peftjax.core import paths
 
 @functools.cache
 def example() -> tuple[Any, Any]:
-  """A 4096 x 4096 kernel with LoRA of rank 8, abstract, and what of it is trained."""
+  """A 4096 x 4096 kernel with LoRA of rank 8, abstract, and its trained part."""
   params = {"layer": {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}}
   method = pj.lora(rank=8, targets=["layer"])
   params = method.attach(jax.random.key(0), params)

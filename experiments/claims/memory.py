@@ -27,7 +27,7 @@ def abstract(size: str) -> Any:
 
 
 def nbytes(tree: Any) -> int:
-  """Of arrays or shapes."""
+  """The bytes of arrays or shapes."""
   return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
@@ -43,7 +43,7 @@ def linear(size: str, double_quant: bool) -> list[Quantized]:
 
 
 def bits(size: str, double_quant: bool) -> float:
-  """A parameter of the linear layers, all that belongs to it counted."""
+  """Bits per parameter of the linear layers, with everything that belongs to it."""
   leaves = linear(size, double_quant)
   return 8 * nbytes(leaves) / sum(leaf.size for leaf in leaves)
 

@@ -1,4 +1,4 @@
-"""The matrix products of a program: how many follow each other, and what they make."""
+"""The matrix products of a program: how many follow each other, and their shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def products_in_a_row(fn: Callable[..., Any], *args: Any) -> int:
 
 
 def _depths(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
-  """Of each output, given those of the inputs. Inner programs are entered, loops once."""
+  """The depth of each output, given those of the inputs. Inner programs are entered, loops once."""
   deep: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
   at = lambda var: 0 if isinstance(var, Literal) else deep.get(var, 0)
   for eqn in jaxpr.eqns:
@@ -32,7 +32,7 @@ def _depths(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
 
 
 def products_like(weights: Collection[Any], fn: Callable[..., Any], *args: Any) -> int:
-  """How many matrix products in the program of `fn` have the shape of a weight, or its transpose.
+  """The number of matrix products in the program of `fn` of the shape of a weight, or transposed.
 
   Those are the weights' gradients, where no activation happens to have such a shape.
   """
@@ -44,7 +44,7 @@ def products_like(weights: Collection[Any], fn: Callable[..., Any], *args: Any) 
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-  """All of a program, those of inner programs too."""
+  """All equations of a program, those of inner programs too."""
   is_program = lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))
   for eqn in jaxpr.eqns:
     yield eqn

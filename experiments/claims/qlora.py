@@ -1,4 +1,4 @@
-"""Claims on training over a base in four bits: what is kept, what is computed in, what is paged."""
+"""Claims on training over a base in four bits: what is kept, computed and paged."""
 
 from __future__ import annotations
 

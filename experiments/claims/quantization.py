@@ -32,14 +32,14 @@ def error(fmt: str, weights: jax.Array, *, double_quant: bool = False) -> float:
 
 @functools.cache
 def shares(fmt: str) -> np.ndarray:
-  """How often each code is used on normal weights, `[16]`."""
+  """The share of each code on normal weights, `[16]`."""
   leaf = quantize_leaf("kernel", normal_weights(), Format(fmt, BLOCK, False))
   codes = blockwise.unpack(leaf.codes, leaf.axis)
   return np.bincount(np.asarray(codes).ravel(), minlength=16) / leaf.size
 
 
 def entropy(fmt: str) -> float:
-  """Of the codes, in bits; 4 if all are used alike."""
+  """The entropy of the codes, in bits; 4 if all are used alike."""
   used = shares(fmt)[shares(fmt) > 0]
   return float(-(used * np.log2(used)).sum())
 

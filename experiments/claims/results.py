@@ -1,4 +1,4 @@
-"""Numbers of committed results: what takes too long to be measured again for a claim."""
+"""Numbers of committed results: those that take too long to be measured again for a claim."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
 
 
 def classifier(table: str, wanted: Sequence[Overrides]) -> list[list[Row]]:
-  """The runs of a table of the classifier: of each trial the rows, a seed each."""
+  """The runs of a table of the classifier: the rows of each trial, one per seed."""
   return runs.by_trial(_runs(table, runs.CLASSIFIER, runs.sweep(wanted)))
 
 
 def perplexity(base: str, when: str, part: str) -> dict[int, float]:
-  """By seed, of table qlora_vs_lora: "before" or "metrics", on "test" or "other"."""
+  """Perplexity by seed, from table qlora_vs_lora: "before" or "metrics", on "test" or "other"."""
   name = qlora_vs_lora.RESULTS
   found = qlora_vs_lora.by_base(_runs(name, name, qlora_vs_lora.get_config()))
   return {row["config"]["seed"]: row[when][part]["perplexity"] for row in found[base]}
 
 
 def _runs(table: str, file: str, sweep: ConfigDict) -> list[Row]:
-  """ValueError if one is missing."""
+  """The rows of a table's runs; ValueError if one is missing."""
   listed = trials.expand(sweep)
   found = runs.found(listed, FOLDER / f"{file}.jsonl")
   missing = [one.id for one, row in zip(listed, found, strict=True) if row is None]

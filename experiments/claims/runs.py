@@ -20,7 +20,7 @@ from peftjax.methods.allocator import AllocatorState
 
 STEPS = 80
 HEAD = "head/.*"
-TARGET = 2  # rank of each matrix in the mean, of LoRA and in the end of AdaLoRA
+TARGET = 2  # mean rank per matrix, for LoRA and in the end for AdaLoRA
 
 METHODS: Mapping[str, Callable[[], Any]] = {
   "small": lambda: pj.lora(rank=4, targets=["query", "value"]),
@@ -38,12 +38,12 @@ class Trained(NamedTuple):
 
   Attributes:
     start, params: attached, before and after.
-    mask: what is trained.
-    state: of the optimizer, after.
-    weights: of AdaLoRA, after each step: P, λ and Q by path.
-    history: of AdaLoRA, after each step: the triplets that its allocator chose last, bool `[R]` by
+    mask: the mask of trained arrays.
+    state: state of the optimizer, after.
+    weights: for AdaLoRA, after each step: P, λ and Q by path.
+    history: for AdaLoRA, after each step: the triplets that its allocator chose last, bool `[R]` by
       path. Until it chooses again the others learn too, so that their λ is not 0.
-    budgets: of AdaLoRA, after each step.
+    budgets: for AdaLoRA, after each step.
   """
 
   start: Any
@@ -90,8 +90,8 @@ class Training(NamedTuple):
   """A compiled step of training, 16 x 32 tokens.
 
   Attributes:
-    step: does it.
-    cost: of it.
+    step: takes the step.
+    cost: its cost.
     state: bytes of gradients and of Adam's state.
   """
 
@@ -101,7 +101,7 @@ class Training(NamedTuple):
 
 
 def training(params: Any, mask: Any) -> Training:
-  """Of MiniLM with these parameters, of which `mask` says what is trained."""
+  """The step of MiniLM with these parameters, trained where `mask` says."""
   train, frozen = pj.partition(params, mask)
   tx = optax.adam(1e-3)
   state = tx.init(train)

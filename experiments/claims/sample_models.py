@@ -15,7 +15,7 @@ import peftjax as pj
 from peftjax import data
 from peftjax.data import samples
 
-LENGTH = 32  # tokens of a text, for MiniLM
+LENGTH = 32  # tokens per text, for MiniLM
 BATCH = 16
 
 
@@ -75,7 +75,7 @@ def prose() -> jax.Array:
 
 
 def text_loss(params: Any, tokens_BT: jax.Array) -> jax.Array:
-  """Mean cross entropy of the next token, of SmolLM2."""
+  """Mean cross entropy of the next token, for SmolLM2."""
   logits = pj.apply(smollm2()[0], params, tokens_BT)[:, :-1]
   return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:]).mean()
 
@@ -84,7 +84,7 @@ _compiled_loss = jax.jit(text_loss)
 
 
 def perplexity(params: Any) -> float:
-  """Of SmolLM2 with these parameters on `prose`."""
+  """The perplexity of SmolLM2 with these parameters on `prose`."""
   return float(jnp.exp(_compiled_loss(params, prose())))
 
 

@@ -55,7 +55,7 @@ def _method(scheme: str, rank: int) -> Any:
 
 
 def _attach(scheme: str, rank: int, base: Any) -> tuple[Any, Any, tuple[Any, Any]]:
-  """Attached parameters, what belongs to the adapter, and the two halves."""
+  """Attached parameters, the adapter's arrays, and the two halves."""
   method = _method(scheme, rank)
   params = method.attach(jax.random.key(0), base)
   mask = pj.tree.adapter_mask(params, method.trainable(params))
@@ -63,11 +63,11 @@ def _attach(scheme: str, rank: int, base: Any) -> tuple[Any, Any, tuple[Any, Any
 
 
 class Price(NamedTuple):
-  """Of keeping the learning rate that is best at one rank at the others, whichever it was.
+  """The price of keeping one rank's best learning rate at the others, whichever it was.
 
   Attributes:
     lost: the most loss over a rank's own best, as a share of it.
-    octaves: by how much the ranks' best rates differ.
+    octaves: how much the ranks' best rates differ.
     edges: how many of these are the lowest or the highest that were tried.
   """
 

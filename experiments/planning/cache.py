@@ -18,11 +18,11 @@ _COMPILERS = ("jax", "jaxlib", "libtpu")
 def cached(
   folder: Path | None, asked: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-  """What `compute` returns, or what it did before for the same question, code and compilers.
+  """The result of `compute`, or its earlier one for the same question, code and compilers.
 
   Args:
     folder: where such files are kept; None for nowhere.
-    asked: all that the plan depends on, as JSON.
+    asked: everything that the plan depends on, as JSON.
     compute: makes a plan, as JSON.
   """
   commit = process.commit()

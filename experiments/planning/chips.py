@@ -15,12 +15,12 @@ class Chip(NamedTuple):
   """One chip, as its maker describes it.
 
   Attributes:
-    name: of people, and in `peftjax.training.flops.PEAKS`, where its speed is.
+    name: name for people, and in `peftjax.training.flops.PEAKS`, where its speed is.
     memory: bytes of HBM.
-    bandwidth: bytes a second from HBM.
-    links: bytes a second to other chips, over all links.
-    accelerator: what the TPU library calls a slice of them, without the number.
-    config: how the TPU library has a chip be one device; by default it is.
+    bandwidth: bytes per second from HBM.
+    links: bytes per second to other chips, over all links.
+    accelerator: the TPU library's name for a slice of them, without the number.
+    config: setting by which the TPU library makes a chip one device; by default it is.
   """
 
   name: str
@@ -43,7 +43,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def prepare(topology: str) -> None:
-  """Before JAX is imported: the TPU library asks the machine nothing, and the host is a CPU.
+  """Prepares the import of JAX: the TPU library asks the machine nothing, and the host is a CPU.
 
   Raises:
     ValueError: an unknown chip, or the TPU compiler is not installed.

@@ -1,4 +1,4 @@
-"""What a planned step costs: bytes on a device by class, operations, and seconds at best."""
+"""The cost of a planned step: bytes on a device by class, operations, and seconds at best."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from peftjax.collectives import collectives, sent
 from peftjax.quant.weight import Quantized
 from peftjax.training import flops
 
-# Of a chip's memory, for what a program does not count: the runtime, other programs, fragments.
+# Share of a chip's memory for uncounted uses: the runtime, other programs, fragments.
 RESERVE = 0.06
 
 
 def held(planned: Planned) -> dict[str, int]:
-  """Bytes of a device's part of what the step takes, by class."""
+  """Bytes, by class, of the step's arguments on a device."""
   total = dict.fromkeys(("codes", "scales", "dense base", "adapters", "optimizer", "batch"), 0)
 
   def add(name: str, tree: Any) -> None:
@@ -44,7 +44,7 @@ def _local(x: Any) -> int:
 
 
 def memory(planned: Planned, compiled: Any) -> dict[str, int]:
-  """Bytes of a device: the classes of `held`, what the step makes for itself, and the peak.
+  """Bytes of a device: the classes of `held`, the arrays that the step makes, and the peak.
 
   "gradients" are as large as the adapters; "temporaries" the rest of what the compiler needs.
   """
@@ -67,7 +67,7 @@ def work(planned: Planned) -> flops.Work:
 
 
 def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, Any]:
-  """Operations, what is sent, and of a known chip the seconds that a step takes at the least."""
+  """Operations, bytes sent, and for a known chip the least seconds that a step takes."""
   done, found = work(planned), sent(collectives(compiled))
   devices = planned.mesh.size
   told: dict[str, Any] = {
@@ -97,12 +97,12 @@ def estimate(planned: Planned, compiled: Any, chip: Chip | None) -> dict[str, An
 
 
 def passes(config: Any) -> int:
-  """How often a step reads the base: forward, backward, and where it is computed again."""
+  """The number of times a step reads the base: forward, backward, and in recomputation."""
   return 2 if config.remat in (False, "products") else 3
 
 
 def fits(bytes_by_class: dict[str, int], rows: int, chip: Chip) -> dict[str, Any]:
-  """Whether it does, and how many rows would, as far as what grows with them grows evenly."""
+  """Tells whether a plan fits, and how many rows would, if memory grows evenly with rows."""
   usable = int(chip.memory * (1 - RESERVE))
   peak, grows = bytes_by_class["peak"], bytes_by_class["temporaries"] + bytes_by_class["batch"]
   spare = usable - (peak - grows)

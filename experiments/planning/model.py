@@ -35,10 +35,10 @@ class Planned:
   """A training step of shapes.
 
   Attributes:
-    module: of the model.
-    program: of the run.
-    state, frozen, batch, key: what the step takes: shapes, dtypes and, on a mesh, shardings.
-    mesh, rules: of all of them.
+    module: the model.
+    program: the run's program.
+    state, frozen, batch, key: arguments of the step: shapes, dtypes and, on a mesh, shardings.
+    mesh, rules: the mesh and sharding rules of all of them.
   """
 
   module: Any
@@ -60,11 +60,11 @@ def planned(
   """The step of a language model that a run with these settings would compile.
 
   Args:
-    settings: of a task "causal_lm"; its data is not read.
+    settings: settings with a task "causal_lm"; its data is not read.
     name: a key of `LLAMA`; "" for the model of the settings.
-    base_dtype: of the arrays of the base that are not quantised.
-    rows, length: of a batch.
-    mesh: of the devices.
+    base_dtype: dtype of the arrays of the base that are not quantised.
+    rows, length: shape of a batch.
+    mesh: the mesh of the devices.
 
   Raises:
     ValueError: another task, an unknown size, more tokens than positions, a batch or a length
@@ -134,6 +134,10 @@ def _module(settings: Settings, name: str, length: int) -> Any:
       tie_word_embeddings=False,
     )
   else:
+    if settings.model.factory:
+      raise ValueError(
+        f"--config.model.factory={settings.model.factory}: plans are of this library's models"
+      )
     path = settings.model.path()
     pretrained.check_decoder(path)
     config, where = pretrained.config_of(path), str(path)

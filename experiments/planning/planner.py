@@ -25,14 +25,14 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-  """What all plans of a command have in common.
+  """The common part of all plans of a command.
 
   Attributes:
-    settings: of the run.
+    settings: settings of the run.
     model, base_dtype: see `model.planned`.
-    topology: as it is written.
-    devices: those of it that are used.
-    leaves: of how many of the largest arrays to show where they lie.
+    topology: the topology as it is written.
+    devices: the devices of it that are used.
+    leaves: how many of the largest arrays to show the places of.
   """
 
   settings: Settings
@@ -44,7 +44,7 @@ class Planner:
 
   @property
   def chip(self) -> Chip | None:
-    """None for this machine."""
+    """The chip; None for this machine."""
     return None if self.topology == "local" else chips.chip_of(self.topology)
 
   def plan(self, mesh: str, settings: Settings | None = None) -> Row:
@@ -52,11 +52,11 @@ class Planner:
 
     Args:
       mesh: see `sharding.make_mesh`.
-      settings: in place of its own.
+      settings: used in place of its own.
 
     Raises:
       ValueError: there is no such step; see `model.planned`.
-      show.TooMuch: what it holds does not fit, whatever it computes.
+      show.TooMuch: its arguments do not fit, whatever it computes.
     """
     settings = settings or self.settings
     step = self._step(settings, settings.train.batch_size, sharding.make_mesh(mesh, self.devices))
@@ -75,7 +75,7 @@ class Planner:
     return cache.cached(kept, asked, lambda: self._compiled(settings, step))
 
   def fastest(self, tries: int) -> Row:
-    """The plan of the fastest candidate that fits, of those that were compiled.
+    """The plan of the fastest candidate that fits, among those that were compiled.
 
     Args:
       tries: how many programs to compile at most.

@@ -2,7 +2,7 @@
 
   python -m experiments.planning.report
 
-The picture has of the plans in experiments/results/plans/plan.jsonl those that differ in one thing
+The picture shows those plans of experiments/results/plans/plan.jsonl that differ in one thing
 alone: the model, the rank, the length of a row or the devices.
 """
 
@@ -18,14 +18,14 @@ from experiments import runtime
 from experiments.planning.chips import GIB
 
 RESULTS = Path(__file__).parents[1] / "results" / "plans"
-PLANS = flags.DEFINE_string("plans", str(RESULTS / "plan.jsonl"), "What --out of plans wrote.")
-PICTURE = flags.DEFINE_string("picture", str(RESULTS / "plan_growth.png"), "Where to draw it.")
+PLANS = flags.DEFINE_string("plans", str(RESULTS / "plan.jsonl"), "A file written by --out.")
+PICTURE = flags.DEFINE_string("picture", str(RESULTS / "plan_growth.png"), "The picture to draw.")
 
-# What varies: its name, its number in a row, and the flags that say it.
+# Quantities that vary: name, number in a row, and the flags that say it.
 _AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], tuple[str, ...]]] = {
   "model": ("parameters in billions", lambda row: row["total_params"] / 1e9, ("--model",)),
   "rank": ("rank", lambda row: row["rank"] or 0, ("--config.method.rank",)),
-  "length": ("tokens of a row", lambda row: row["length"], ("--config.data.max_length",)),
+  "length": ("tokens per row", lambda row: row["length"], ("--config.data.max_length",)),
   "devices": (
     "devices, fsdp",
     lambda row: row["devices"],
@@ -35,7 +35,7 @@ _AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], tuple[str, ...
 
 
 def series(rows: list[Mapping[str, Any]], axis: str) -> list[tuple[float, float]]:
-  """(what varies, GiB at the peak) of the largest group of plans alike but for it, in order."""
+  """(quantity, GiB at the peak) for the largest group of plans alike but for it, in order."""
   _, number, said = _AXES[axis]
   groups: dict[tuple[str, ...], dict[float, float]] = {}
   for row in rows:
@@ -46,16 +46,16 @@ def series(rows: list[Mapping[str, Any]], axis: str) -> list[tuple[float, float]
 
 
 def table(rows: list[Mapping[str, Any]]) -> str:
-  """In Markdown, a line a plan."""
+  """The plans in Markdown, one line per plan."""
   lines = [
-    "| flags | devices | rows x tokens | GiB at the peak | s a step, at best |",
+    "| flags | devices | rows x tokens | GiB at the peak | s per step, at best |",
     "|---|---|---|---|---|",
   ]
   for row in rows:
     given = re.sub(r"^.*causal_lm\.py:", "", row["command"])
     dropped = r"--(config\.data\.max_length|config\.train\.batch_size|topology|devices|out)=\S+"
     given = re.sub(dropped, "", given).replace("--config.", "").replace("--", "")
-    last = {part.partition("=")[0]: part for part in given.split()}  # of a flag given twice
+    last = {part.partition("=")[0]: part for part in given.split()}  # for a flag given twice
     told = " ".join(last.values())
     devices = f"{row['devices']} x {row['chip'].removeprefix('TPU ')}"
     peak, seconds = row["bytes"]["peak"] / GIB, row["step_seconds"]

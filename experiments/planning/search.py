@@ -1,4 +1,4 @@
-"""The mesh, rematerialisation and rows of a batch with the highest estimate that fits a chip."""
+"""The mesh, rematerialisation and rows per batch with the highest estimate that fits a chip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.planning.model import Planned
 from peftjax.training import flops
 from peftjax.training.settings import Settings
 
-# What is kept of a layer for the backward pass: all, some, its input.
+# Activations of a layer that are kept for the backward pass: all, some, its input.
 KEPT = ("none", "products", "layer")
 
 
@@ -22,9 +22,9 @@ class Candidate(NamedTuple):
 
   Attributes:
     fsdp, tensor: devices that split the base; the others are along data.
-    kept: of a layer, one of `KEPT`.
-    rows: of a batch.
-    accumulate: batches of an update.
+    kept: one of `KEPT`, for a layer.
+    rows: rows per batch.
+    accumulate: batches per update.
   """
 
   mesh: str
@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
   accumulate: int
 
   def of(self, settings: Settings) -> Settings:
-    """The settings of a run that is this."""
+    """The settings of a run by this candidate."""
     return dataclasses.replace(
       settings,
       model=dataclasses.replace(settings.model, remat=self.kept),
@@ -44,7 +44,7 @@ class Candidate(NamedTuple):
     )
 
   def flags(self) -> str:
-    """What to write for it."""
+    """The flags that select it."""
     return (
       f"--mesh={self.mesh} --config.model.remat={self.kept} "
       f"--config.train.batch_size={self.rows} --config.optimizer.accumulate={self.accumulate}"
@@ -52,7 +52,7 @@ class Candidate(NamedTuple):
 
 
 class Tried(NamedTuple):
-  """A candidate and its plan; None if what it holds does not fit, whatever it computes."""
+  """A candidate and its plan; None if its arguments do not fit, whatever it computes."""
 
   candidate: Candidate
   row: Mapping[str, Any] | None
@@ -75,14 +75,14 @@ def candidates(settings: Settings, devices: int) -> list[Candidate]:
 def best_first(
   found: Sequence[Candidate], whole: Planned, chip: Chip
 ) -> list[tuple[float, Candidate]]:
-  """Candidates with the tokens a second that none can exceed, as if devices sent nothing.
+  """Candidates with the tokens per second that none can exceed, as if devices sent nothing.
 
-  Of equal ones first which splits what it holds, in large batches, and rows of matrices last.
+  Of equal ones those that split their arrays come first, in large batches, and "tensor" last.
 
   Args:
-    found: to be ordered.
+    found: candidates to order.
     whole: a plan of the model, on one device.
-    chip: of all.
+    chip: chip of all devices.
   """
   held = costs.held(whole)
   base = sum(held[name] for name in ("codes", "scales", "dense base"))
@@ -108,8 +108,8 @@ def search(
   """Compiles one after the other until none that is left could be better than the best that fits.
 
   Args:
-    ordered: by `best_first`.
-    compiled: the plan of a candidate, or None if it cannot fit, which is soon told.
+    ordered: candidates in the order of `best_first`.
+    compiled: makes the plan of a candidate, or None if it cannot fit, which is soon told.
     tries: programs to compile at most.
   """
   best, worse = 0.0, list[Callable[[Candidate], bool]]()
@@ -128,7 +128,7 @@ def search(
 
 
 def _needs_as_much(failed: Candidate, rows_that_fit: int) -> Callable[[Candidate], bool]:
-  """Whether a candidate needs what one that did not fit needs."""
+  """A test whether a candidate needs as much as one that did not fit."""
 
   def needs(c: Candidate) -> bool:
     if c.mesh != failed.mesh or KEPT.index(c.kept) > KEPT.index(failed.kept):

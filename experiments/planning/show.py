@@ -1,4 +1,4 @@
-"""A plan for people: a table, a picture, and what is too much."""
+"""A plan for people: a table, a picture, and a refusal if it is too much."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _LESS = {
 
 
 class TooMuch(ValueError):
-  """What a step takes is more than the memory of a chip, whatever is computed."""
+  """The arrays of a step are more than the memory of a chip, whatever is computed."""
 
 
 def before(planned: Planned, chip: Chip | None) -> None:
-  """What is about to be compiled; what does not fit whatever the compiler does is refused.
+  """Shows the program to be compiled; refuses one that does not fit whatever the compiler does.
 
   Raises:
     TooMuch: the arrays that the step takes are more than the chip's memory.
@@ -66,7 +66,7 @@ def before(planned: Planned, chip: Chip | None) -> None:
 
 
 def leaves(planned: Planned, count: int) -> None:
-  """A table of the largest arrays of the parameters."""
+  """Shows a table of the largest arrays of the parameters."""
   table = Table(title=f"the {count} largest arrays on a device")
   for name in ("array", "shape", "dtype", "split over"):
     table.add_column(name, overflow="fold")
@@ -86,7 +86,7 @@ def waiting() -> Iterator[None]:
 
 
 def after(row: Mapping[str, Any]) -> None:
-  """The table."""
+  """Shows the table of a plan."""
   table = Table(title=f"one {row['chip']} of {row['devices']}")
   table.add_column("bytes on a device")
   table.add_column("GiB", justify="right")
@@ -98,22 +98,20 @@ def after(row: Mapping[str, Any]) -> None:
     table.add_row("of the chip's memory, less a reserve", f"{row['usable'] / GIB:.2f}")
   rich.get_console().print(table)
   sent = ", ".join(f"{kind} {size / 2**20:,.1f} MiB" for kind, size in row["sent_bytes"].items())
-  print(
-    f"{row['tflop']:.2f} TFLOP a step, {row['tflop_with_remat']:.2f} with what is computed again"
-  )
-  print(f"a device receives in a step: {sent or 'nothing'}")
+  print(f"{row['tflop']:.2f} TFLOP per step, {row['tflop_with_remat']:.2f} with recomputation")
+  print(f"a device receives per step: {sent or 'nothing'}")
   if "step_seconds" in row:
     print(
-      f"at best {row['step_seconds']:.3f} s a step, bound by {row['bound_by']}: "
+      f"at best {row['step_seconds']:.3f} s per step, bound by {row['bound_by']}: "
       f"{row['tokens_per_second']:,.0f} tokens/s, {100 * row['share_of_peak']:.0f} % of peak"
     )
     print(f"rows of {row['length']} tokens that fit: about {row['rows_that_fit']}")
 
 
 def tried(found: Sequence[Tried]) -> None:
-  """A table of what was compiled in search of the fastest."""
+  """Shows a table of the programs compiled in search of the fastest."""
   table = Table(title="tried")
-  for name in ("mesh", "kept of a layer", "rows", "batches of an update"):
+  for name in ("mesh", "kept per layer", "rows", "batches per update"):
     table.add_column(name)
   for name in ("GiB at the peak", "fits", "tokens/s at best"):
     table.add_column(name, justify="right")
@@ -127,7 +125,7 @@ def tried(found: Sequence[Tried]) -> None:
 
 
 def excess(row: Mapping[str, Any], chip: Chip) -> str:
-  """Why a plan is refused, and what to change."""
+  """The reason why a plan is refused, and what to change."""
   classes = {name: row["bytes"][name] for name in CLASSES}
   return _too_much(classes, row["bytes"]["peak"], row["usable"], chip)
 
@@ -142,7 +140,7 @@ def _too_much(classes: Mapping[str, int], total: int, usable: int, chip: Chip) -
 
 
 def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-  """Stacked bars of the bytes by class, a bar a plan."""
+  """Draws stacked bars of the bytes by class, one bar per plan."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(9, 1.5 + 0.6 * len(rows)), layout="constrained")

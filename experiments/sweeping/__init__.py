@@ -1,1 +1,1 @@
-"""Sweeps: from a grid to trials, their claims, what runs them and what is shown of them."""
+"""Sweeps: from a grid to trials, their claims, how they run and how they are shown."""

@@ -1,4 +1,4 @@
-"""Runs what is left of a plan, for whichever command asks."""
+"""Runs the rest of a plan, for whichever command asks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def show_left(plan: Plan) -> None:
 
 
 def work(plan: Plan, workers: Executor | None = None, count: int = 1) -> None:
-  """Runs what is left, here or by `count` workers elsewhere; stopped, it says how to go on."""
+  """Runs the rest, here or by `count` workers elsewhere; if stopped, it says how to go on."""
   try:
     with view.View(plan.folder) as watcher:
       if workers is None:

@@ -1,4 +1,4 @@
-"""Several workers on one folder, wherever they are started: how many there are is kept up."""
+"""Several workers on one folder, wherever they are started; keeps up their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXTRAS = {"ray": ("ray", "ray"), "slurm": ("submitit", "slurm")}
 
 
 class End(NamedTuple):
-  """How a worker ended: what it or its cluster said, and whether it was not its own decision."""
+  """The end of a worker: its or its cluster's message, and whether it was not its own decision."""
 
   said: str
   died: bool
@@ -26,17 +26,17 @@ class Executor(Protocol):
   """Starts workers; what they do, and who does what, is in the folder alone."""
 
   def start(self) -> Any:
-    """A new worker, which may have to wait for its resources."""
+    """Starts a new worker, which may have to wait for its resources."""
 
   def ended(self, workers: Sequence[Any]) -> Mapping[Any, End]:
-    """Those that have ended; looks for a second or so."""
+    """The workers that have ended; looks for a second or so."""
 
   def stop(self, workers: Sequence[Any]) -> None:
-    """Asks them to save what they train, and to end."""
+    """Asks workers to save their state, and to end."""
 
 
 class Follower(Protocol):
-  """Is told what happens elsewhere."""
+  """Hears of events elsewhere."""
 
   def follows(self) -> None: ...
   def says(self, text: str) -> None: ...
@@ -90,12 +90,12 @@ def make(name: str, job: Job, workers: int, resources: str) -> Executor | None:
 
   Args:
     name: local, ray or slurm.
-    job: what every worker does.
+    job: the work of every worker.
     workers: how many will be started.
-    resources: what each gets, such as "cpu:4,gpu:1".
+    resources: resources of each, such as "cpu:4,gpu:1".
 
   Raises:
-    ValueError: what it needs is not installed, or not there.
+    ValueError: a package that it needs is not installed, or not there.
   """
   asked = _resources(resources)
   if name == "local":
@@ -118,7 +118,7 @@ def make(name: str, job: Job, workers: int, resources: str) -> Executor | None:
 
 
 def _resources(text: str) -> dict[str, int]:
-  """`{"cpu": 4, "gpu": 1}` of "cpu:4,gpu:1"."""
+  """The resources in "cpu:4,gpu:1", as `{"cpu": 4, "gpu": 1}`."""
   parts = text.split(",") if text else []
   found = [re.fullmatch(r"(cpu|gpu|tpu):([1-9]\d{0,5})", part) for part in parts]
   made = {match[1]: int(match[2]) for match in found if match}

@@ -1,4 +1,4 @@
-"""Fields of configs by dotted path: which count, which differ, which have to agree."""
+"""Fields of configs by dotted path: those that count, that differ, that have to agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftjax.io.records import clip
 from peftjax.training import resume
 
 _WORDS = {"data.name": "dataset:"}  # where the last part of a path says too little
-# What a sweep compares. Trials that differ in anything else answer different questions.
+# Fields that a sweep compares. Trials that differ in anything else answer different questions.
 _COMPARED = ("method.", "optimizer.")
 
 
@@ -21,7 +21,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def varying(configs: Iterable[Mapping[str, Any]]) -> list[str]:
-  """The paths at which flat configs differ; one that a config does not have counts as None."""
+  """The paths at which flat configs differ; a path that a config does not have counts as None."""
   found: dict[str, set[str]] = {}
   configs = list(configs)
   for path in dict.fromkeys(path for config in configs for path in config):
@@ -30,7 +30,7 @@ def varying(configs: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def question(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The part of a flat config that all have to share whose metrics are compared."""
+  """The part of a flat config that all runs must share whose metrics are compared."""
   return {
     path: value
     for path, value in config.items()
@@ -39,7 +39,7 @@ def question(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label(config: Mapping[str, Any], paths: Iterable[str]) -> str:
-  """Some fields for people: `target rank 4, gamma 0.1`; of a base its argument."""
+  """Some fields for people: `target rank 4, gamma 0.1`; for a base its argument."""
   word = lambda path: _WORDS.get(path, path.rpartition(".")[2].replace("_", " "))
   given = [(word(path), config[path]) for path in paths if path in config]
   shown = (

@@ -1,4 +1,4 @@
-"""The folder of a sweep: what belongs to it, what has come of each trial, and who runs it."""
+"""The folder of a sweep: its trials, the state of each, and who runs it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Listing:
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
-  """What `error.json` holds."""
+  """The contents of `error.json`."""
 
   type: str
   message: str
@@ -73,7 +73,7 @@ class Folder:
     return found
 
   def check(self, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """What is listed with these added; nothing is written.
+    """The listed trials with these added; nothing is written.
 
     Raises:
       ValueError: if what all earlier trials share (data, model, steps) is not what these share, or
@@ -106,12 +106,12 @@ class Folder:
     return listed
 
   def guard(self) -> FileLock:
-    """For writing what workers share, and for asking who runs."""
+    """A lock for writing to files that workers share, and for asking who runs."""
     return FileLock(self.root / "sweep.lock")
 
   @contextlib.contextmanager
   def claim(self, name: str) -> Iterator[bool]:
-    """Whether this process may run the trial; if so nobody else may until the block ends."""
+    """Claims a trial, and tells if this process may run it; if so, nobody else may meanwhile."""
     lock = FileLock(self.root / "trials" / f"{name}.lock", blocking=False)
     with contextlib.ExitStack() as stack:
       with self.guard():  # so that `running`, which tries the same lock, is not in the way
@@ -120,7 +120,7 @@ class Folder:
       yield lock.is_locked
 
   def running(self, name: str) -> bool:
-    """Whether some process has claimed the trial."""
+    """Tells whether some process has claimed the trial."""
     if not (self.root / "trials" / f"{name}.lock").exists():
       return False
     with self.guard():
@@ -137,15 +137,15 @@ class Folder:
     return workdir.record(self.trial(name) / "error.json", _Failure, _FORGET)
 
   def ended(self, name: str) -> bool:
-    """Whether the trial is done or has failed."""
+    """Tells whether the trial is done or has failed."""
     return self.result(name) is not None or self.error(name) is not None
 
   def waits(self, name: str) -> bool:
-    """Whether the trial has not ended, and nobody runs it."""
+    """Tells whether the trial has not ended, and nobody runs it."""
     return not self.ended(name) and not self.running(name)
 
   def fail(self, name: str, error: Exception) -> None:
-    """Records what ended the trial; its checkpoints stay."""
+    """Records the error that ended the trial; its checkpoints stay."""
     self.trial(name).mkdir(parents=True, exist_ok=True)
     record = {
       "type": type(error).__name__,
@@ -156,7 +156,7 @@ class Folder:
     write_atomic(self.trial(name) / "error.json", json.dumps(record, indent=2) + "\n")
 
   def forget_failures(self, trials: Sequence[Trial]) -> None:
-    """Failed trials are waiting again."""
+    """Makes failed trials wait again."""
     for trial in trials:
       (self.trial(trial.id) / "error.json").unlink(missing_ok=True)
 
@@ -166,7 +166,7 @@ def _entry(trial: Trial) -> dict[str, Any]:
 
 
 def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The fields that have one value in all of them, of those that trials have to agree in."""
+  """The fields, of those that trials have to agree in, that have one value in all of them."""
   flat = [fields.question(fields.flat(config)) for config in configs]
   apart = set(fields.varying(flat))
   return {path: value for path, value in flat[0].items() if path not in apart}

@@ -16,7 +16,7 @@ _SAVING = 300.0  # seconds in which a worker that was asked to stop has saved
 
 
 class Ray:
-  """Each worker is a task in a process of its own, with what it asks for and one CPU otherwise."""
+  """Each worker is a task in a process of its own, with its resources and one CPU otherwise."""
 
   def __init__(self, job: Job, resources: dict[str, int]):
     """Joins the cluster, or starts one.
@@ -36,7 +36,7 @@ class Ray:
       shown = ", ".join(f"{k} {v}" for k, v in wanted.items())
       raise ValueError(f"no node of the Ray cluster has {shown} for a worker; they have {has}")
     cpus, gpus = wanted.pop("CPU"), wanted.pop("GPU", 0)
-    # One that dies is followed by another where there is something left to do, not by Ray's retry.
+    # A worker that dies is followed by another if there is work left, not by Ray's retry.
     self._task = ray.remote(remote.work).options(
       num_cpus=cpus, num_gpus=gpus, resources=wanted, max_retries=0
     )
@@ -49,7 +49,7 @@ class Ray:
     return {worker: _end(worker) for worker in ready}
 
   def stop(self, workers: Sequence[Any]) -> None:
-    """Waits for them too: they would be killed with this process."""
+    """Stops workers and waits for them: they would be killed with this process."""
     for worker in workers:
       ray.cancel(worker)
     ray.wait(list(workers), num_returns=len(workers), timeout=_SAVING)

@@ -45,7 +45,7 @@ class Slurm:
     self._executor = submitit.SlurmExecutor(folder=Path(job.root) / "slurm")
     self._executor.update_parameters(
       job_name="peftjax-sweep",
-      time=None,  # as the partition has it, and not submitit's five minutes
+      time=None,  # the partition's, not submitit's five minutes
       signal_delay_s=_SAVING,
       cpus_per_task=resources.get("cpu"),
       gpus_per_node=resources.get("gpu"),

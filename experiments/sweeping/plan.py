@@ -1,4 +1,4 @@
-"""What a sweep asks for: trials that are all known beforehand, or ones that Optuna proposes."""
+"""The plan of a sweep: trials that are all known beforehand, or ones that Optuna proposes."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from experiments.sweeping.trials import Trial
 
 
 class Plan(Protocol):
-  """Every worker on a folder has one of its own, made from the same file."""
+  """Trials to run; every worker on a folder has a plan of its own, made from the same file."""
 
   @property
   def folder(self) -> Folder:
-    """Where the trials and their claims are."""
+    """The folder of the trials and their claims."""
 
   @property
   def config(self) -> ConfigDict:
-    """Of a run, for the fields that no trial varies."""
+    """The config of a run, for the fields that no trial varies."""
 
   @property
   def more(self) -> str:
-    """For people: what will be added to the trials that are known now."""
+    """A text for people about trials that will be added to those known now."""
 
   def trials(self) -> Sequence[Trial]:
-    """Those that are known now."""
+    """The trials that are known now."""
 
   def work(self, watcher: worker.Watcher) -> None:
-    """Runs what is left; raises as `worker.work` does."""
+    """Runs the rest; raises as `worker.work` does."""
 
   def left(self) -> bool:
-    """Whether there is something that nobody runs."""
+    """Tells whether there is a trial that nobody runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """The bases, the list and the grid of a sweep's file."""
+  """A plan from the bases, the list and the grid of a sweep's file."""
 
   folder: Folder
   all: Sequence[Trial]

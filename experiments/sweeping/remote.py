@@ -1,4 +1,4 @@
-"""What a worker does that an executor has started: the same as one that was started by hand."""
+"""The work of a worker that an executor has started: the same as of one started by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Job:
 
 
 def work(job: Job) -> str:
-  """Works until nothing is left; what stopped it, if something did. Its output is a log."""
+  """Works until nothing is left; returns what stopped it, if something did. Its output is a log."""
   os.chdir(job.where)
   folder = Folder(Path(job.root))
   own = plan.of(ConfigDict(job.sweep), folder)

@@ -1,7 +1,7 @@
-"""Trials that Optuna proposes, one after the other, from what the validation split said of others.
+"""Trials that Optuna proposes, one after the other, from the validation scores of others.
 
 The study lies in the sweep's folder. A trial is listed there before it runs, as those of a grid
-are; what Optuna holds for running, and nobody runs, was its worker's who is gone: it runs again.
+are; a trial that Optuna takes for running, and nobody runs, lost its worker: it runs again.
 
   optuna=dict(trials=20, fields=dict(
     optimizer=dict(learning_rate=("log", 1e-4, 1e-2)), method=dict(rank=("choice", 2, 4, 8)))),
@@ -26,12 +26,12 @@ from experiments.sweeping.trials import Trial
 from peftjax.io import records
 from peftjax.training import process, resume
 
-_COMPARED = ("method.", "optimizer.")  # where a search goes: all else would ask another question
+_COMPARED = ("method.", "optimizer.")  # searched fields: all others would ask another question
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """Of a sweep's file: how many trials, and the values of each field, by dotted path.
+  """The section of a sweep's file: how many trials, and the values of each field, by dotted path.
 
   Values are `("choice", A, B, ...)`, `("uniform", LOW, HIGH)` or `("log", LOW, HIGH)`; whole
   numbers are drawn between two whole numbers.
@@ -48,7 +48,7 @@ class Search:
     """Checks the section and every end of its ranges; writes nothing.
 
     Raises:
-      ValueError: Optuna is not there, or on what no trial could be made from.
+      ValueError: Optuna is not there, or no trial could be made from the section.
     """
     if importlib.util.find_spec("optuna") is None:
       raise ValueError("a search needs Optuna: pip install 'peftjax[optuna]'")
@@ -57,7 +57,7 @@ class Search:
     if len(fixed) != 1:
       raise ValueError(
         f"optuna: a search has one base and one value for every other field, not {len(fixed)} "
-        "trials; move what varies to optuna.fields"
+        "trials; move the varying fields to optuna.fields"
       )
     if trials.check(sweep).get("together", 1) > 1:
       raise ValueError("optuna: it proposes one trial at a time; leave out together")
@@ -85,7 +85,7 @@ class Search:
     return [self._trial(one) for one in self._proposed(self._study())]
 
   def work(self, watcher: worker.Watcher) -> None:
-    """Runs what was proposed and is left, and proposes more, until there are enough."""
+    """Runs the rest of the proposed trials, and proposes more, until there are enough."""
     study = self._study()
     with process.interrupts():
       while True:
@@ -110,7 +110,7 @@ class Search:
     return self.folder.root / "optuna.log"
 
   def _study(self) -> Any:
-    """The study in the folder; one is begun if there is none.
+    """The study in the folder; begins one if there is none.
 
     Raises:
       ValueError: it searches other values.
@@ -180,7 +180,7 @@ def _distribution(path: str, values: Any) -> Any:
 
 
 def _sampler(seed: int) -> Any:
-  """Tree-structured Parzen estimator (Bergstra et al., 2011); one seed a trial, so that no two
+  """Tree-structured Parzen estimator (Bergstra et al., 2011); one seed per trial, so that no two
   workers draw the same."""
   import optuna
 

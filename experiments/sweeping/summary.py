@@ -1,4 +1,4 @@
-"""What has come of a sweep: rows of results, and a table of all trials."""
+"""The state of a sweep: rows of results, and a table of all trials."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Listed = Mapping[str, Mapping[str, Any]]
 
 
 def rows(folder: Folder, listed: Listed) -> list[dict[str, Any]]:
-  """A row a trial that is done: id, overrides, and what its result says."""
+  """One row per finished trial: id, overrides, and the fields of its result."""
   made = []
   for name, entry in listed.items():
     if result := folder.result(name):
@@ -43,7 +43,7 @@ def rows(folder: Folder, listed: Listed) -> list[dict[str, Any]]:
 def write(folder: Folder) -> list[str]:
   """Writes `summary.jsonl` and, where there is something to draw, pictures; returns their names."""
   with folder.guard():
-    done = rows(folder, folder.listed())  # with what others have listed since
+    done = rows(folder, folder.listed())  # with trials that others have listed since
     write_atomic(folder.root / "summary.jsonl", "".join(json.dumps(row) + "\n" for row in done))
     written = ["summary.jsonl"]
     if done:
@@ -56,7 +56,7 @@ def write(folder: Folder) -> list[str]:
 
 
 def states(folder: Folder, listed: Listed, mine: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-  """How every trial stands: its "status" and, if it is done, "metric", "value" (on
+  """The state of every trial: its "status" and, if it is done, "metric", "value" (on
   test), "validation", "trained" and "seconds"; if it has failed, type and message of the error as
   "metric" and "value".
   """
@@ -79,7 +79,7 @@ def states(folder: Folder, listed: Listed, mine: Collection[str] = ()) -> dict[s
 
 
 def counts(states: Mapping[str, Mapping[str, Any]]) -> str:
-  """`3 done, 1 running, 8 waiting`."""
+  """The counts by status, as `3 done, 1 running, 8 waiting`."""
   kinds = ("done", "failed", "running", "running elsewhere", "waiting")
   found = [(sum(x["status"] == kind for x in states.values()), kind) for kind in kinds]
   return ", ".join(f"{number} {kind}" for number, kind in found if number)
@@ -88,7 +88,7 @@ def counts(states: Mapping[str, Mapping[str, Any]]) -> str:
 def table(
   listed: Listed, states: Mapping[str, Mapping[str, Any]], height: int | None = None
 ) -> Table:
-  """A line a trial; of more than `height`, those about the one that is running."""
+  """A table with one line per trial; if more than `height`, those about the running one."""
   names = list(states)
   shown = names
   if height is not None and len(names) > height:

@@ -1,4 +1,4 @@
-"""From the config of a sweep to its trials."""
+"""The trials of a sweep, from its config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KEYS = ("base", "grid", "trials", "together", "optuna")
 
 @dataclasses.dataclass(frozen=True)
 class Sections:
-  """What a sweep's file gives; see `experiments.sweep`."""
+  """The sections of a sweep's file; see `experiments.sweep`."""
 
   base: str | list[str] = ""
   grid: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -40,9 +40,9 @@ class Trial:
   """One run of a sweep.
 
   Attributes:
-    id: a function of `config` alone, so that one run has one id in every sweep.
+    id: depends on `config` alone, so that one run has one id in every sweep.
     overrides: "base", and the value of every field that the sweep sets, by dotted path.
-    config: all of the run.
+    config: the whole config of the run.
   """
 
   id: str

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs."""
+"""The display of a running sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AROUND = 11  # lines of a screen for the frame of the table and the bar of the 
 
 
 class View:
-  """A table that follows the folder, or a line an event where there is no terminal.
+  """A table that follows the folder, or one line per event where there is no terminal.
 
   The bar of the trial that runs appears below the table: both are on rich's own console, which
   nests live displays.
@@ -30,7 +30,7 @@ class View:
     self._mine: set[str] = set()
     self._read = -1.0  # when the folder was read last
     self._states: Mapping[str, Mapping[str, Any]] = {}
-    self._told: set[str] | None = None  # of whom it is said how they ended
+    self._told: set[str] | None = None  # trials whose end has been told
     self._table = Table()
     self._live = Live(
       get_renderable=self._show,
@@ -47,7 +47,7 @@ class View:
     self.says(f"\n{', '.join(trial.id for trial in trials)}: running ({counts})")
 
   def apart(self, trials: Sequence[Trial], error: Exception) -> None:
-    """They could not be trained together."""
+    """Tells that trials could not be trained together."""
     self.says(f"one by one, for together: {type(error).__name__}: {error}")
 
   def ends(self, trials: Sequence[Trial]) -> None:
@@ -56,7 +56,7 @@ class View:
       self._end(trial.id)
 
   def follows(self) -> None:
-    """For who only looks on: a line for every trial that has ended since the last time."""
+    """Tells an onlooker a line for every trial that has ended since the last time."""
     self._read = -1.0
     ended = {name for name, x in self._look().items() if x["status"] in ("done", "failed")}
     for name in sorted(ended - (ended if self._told is None else self._told)):
@@ -71,7 +71,7 @@ class View:
     self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   def _look(self) -> Mapping[str, Mapping[str, Any]]:
-    """How the trials stand, at most a second ago: a bar asks ten times as often."""
+    """The state of the trials, at most a second ago: a bar asks ten times as often."""
     if time.monotonic() - self._read > 1:
       listed = self._folder.listed()
       self._states = summary.states(self._folder, listed, self._mine)

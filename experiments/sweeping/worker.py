@@ -1,4 +1,4 @@
-"""What a worker does: claims a trial, runs it, takes the next."""
+"""The work of a worker: claims a trial, runs it, takes the next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftjax.training.together import group_of, train_together
 
 
 class Watcher(Protocol):
-  """Is told what happens here."""
+  """Hears of events here."""
 
   def begins(self, trials: Sequence[Trial]) -> None: ...
   def apart(self, trials: Sequence[Trial], error: Exception) -> None: ...
@@ -45,8 +45,8 @@ def work(
 
   Raises:
     loop.Stopped: after SIGTERM, SIGHUP or Ctrl-C; the trial that was training has saved.
-    KeyboardInterrupt: after one that came at another moment.
-    disk.DiskError: what no other trial could write either, as on a full disk.
+    KeyboardInterrupt: after a signal that came at another moment.
+    disk.DiskError: a file that no other trial could write either, as on a full disk.
     lock.Held: another command runs in a trial's folder.
   """
   with process.interrupts() as asked:
@@ -107,7 +107,7 @@ def _run(
 
 
 def _end_all(error: Exception) -> None:
-  """Raises what is no fault of a trial: no other one could go on, or it runs elsewhere."""
+  """Raises an error that is no fault of a trial: no other could go on, or it runs elsewhere."""
   full = isinstance(error, disk.DiskError) and error.everywhere
   if full or isinstance(error, loop.Stopped | lock.Held):
     raise error

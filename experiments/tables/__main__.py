@@ -17,12 +17,20 @@ qlora_vs_lora: SmolLM2 fine-tuned whole, and by LoRA over a dense, int8, FP4 and
 Rows come from experiments/results/tables (--results). Runs that are missing there are trained as a
 sweep in --workdir, so a killed run goes on where it was, and the same command in another terminal
 takes other runs; other cells are computed one by one. Take lines out to compute them again.
+
+  python -m experiments.tables lora_2 --paper_scale --dry_run
+
+With --paper_scale a table is a paper's own: its models, data, settings and seeds, from
+configs/paper (experiments/tables/paper.py has the names). --dry_run prints the command of every
+run; without it they are made as a sweep in --workdir, from models below --models and data below
+--data.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +41,15 @@ from experiments import runtime
 RESULTS = flags.DEFINE_string("results", "experiments/results/tables", "Folder of the results.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/tables", "Folder for runs that tables need.")
 FORMAT = flags.DEFINE_enum(
-  "format", "terminal", ("terminal", "markdown", "latex", "csv"), "How the table is written."
+  "format", "terminal", ("terminal", "markdown", "latex", "csv"), "Format of the table."
 )
 PICTURES = flags.DEFINE_string(
   "pictures", None, "Draw the pictures of methods and rank_budget into this folder too."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is left to compute.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the rest to compute.")
+PAPER = flags.DEFINE_bool("paper_scale", False, "The table at the paper's own size.")
+MODELS = flags.DEFINE_string("models", "models", "Folder of the models of --paper_scale.")
+DATA = flags.DEFINE_string("data", "data", "Folder of the data of --paper_scale.")
 NAMES = (
   *("methods", "rank_budget", "adalora_ablation", "which_matrices", "rank", "ffn"),
   *("parameters", "datatypes", "qlora_vs_lora"),
@@ -47,6 +58,8 @@ NAMES = (
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
+  if PAPER.value:
+    return at_paper_scale(argv)
   if len(argv) != 2 or argv[1] not in (*NAMES, "all"):
     raise app.UsageError(f"name one table: {', '.join(NAMES)}, all")
   from experiments.tables import report
@@ -65,6 +78,25 @@ def main(argv: list[str]) -> None:
     if PICTURES.value and hasattr(module, "pictures"):
       Path(PICTURES.value).mkdir(parents=True, exist_ok=True)
       module.pictures(made, Path(PICTURES.value))
+
+
+def at_paper_scale(argv: list[str]) -> None:
+  """Prints the commands of a paper's table, or runs them as a sweep."""
+  from experiments.tables import paper, runs
+  from peftjax.training import build
+
+  if len(argv) != 2 or argv[1] not in paper.TABLES:
+    raise app.UsageError(f"name one table: {', '.join(paper.TABLES)}")
+  name, *folders = argv[1], Path(MODELS.value), Path(DATA.value)
+  if DRY_RUN.value:
+    for i, run in enumerate(paper.runs(name, *folders)):
+      print(paper.command(run, Path(WORKDIR.value) / name / f"{i:03d}"))
+    return
+  runtime.set_up("~/.cache/peftjax")
+  folder = build.resolve(WORKDIR.value) / name
+  for row in runs.rows(paper.sweep(name, *folders), folder / "rows.jsonl", folder):
+    print(row["overrides"]["base"], f"seed {row['config']['seed']}", json.dumps(row["metrics"]))
+  print(f"\nAll of it: {folder}/rows.jsonl")
 
 
 def of(name: str) -> Any:
@@ -90,7 +122,7 @@ def show_left(module: Any, file: Path, folder: Path) -> None:
 
 
 def rows(module: Any, file: Path, folder: Path) -> list[dict[str, Any]]:
-  """What the table shows, in its order; what the file lacks is computed and added to it."""
+  """The table's rows, in its order; missing ones are computed and added to the file."""
   from experiments.tables import cells, runs
 
   if hasattr(module, "get_config"):

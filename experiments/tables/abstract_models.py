@@ -1,8 +1,8 @@
 """The papers' models at full size as trees of shapes; no array is made.
 
-Families of ours go through their modules. BART, T5 and DeBERTa, of which one has a convolution that
-ours has not, are described kernel by kernel: a method is a transform of a tree, so that is all it
-needs.
+Families of this library go through their modules. BART, T5 and DeBERTa, of which one has a
+convolution that ours lack, are described kernel by kernel: a method is a transform of a tree, so
+that is all it needs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _gpt2(
 
 
 def _llama(*sizes: int, **others: int) -> Abstract:
-  """Touvron et al. 2023 (table 2) and, with fewer heads of keys, Llama 3."""
+  """LLaMA by Touvron et al. 2023 (table 2) and, with fewer heads of keys, Llama 3."""
   config = llama.LlamaConfig.from_hf(llama_config(*sizes, **others), scan_layers=True)
   return _init(llama.LlamaForCausalLM(config))
 
@@ -150,7 +150,7 @@ def _bart(width: int) -> Shapes:
 
 
 def _t5(width: int, ffn: int) -> Shapes:
-  """T5 1.1 XL, which T0-3B is: no biases, a gated feed-forward, tables of 32 positions a head."""
+  """T5 1.1 XL, which T0-3B is: no biases, a gated feed-forward, tables of 32 positions per head."""
   yield "shared/embedding", (32128, width)
   yield "lm_head/kernel", (width, 32128)
   for half, attentions in (("encoder", ("self",)), ("decoder", ("self", "cross"))):
@@ -168,13 +168,13 @@ def _t5(width: int, ffn: int) -> Shapes:
 
 
 def _tree(layers: int, shapes: Shapes, width: int = 0, modules: Sequence[str] = ()) -> Abstract:
-  """Nested dictionaries of float32 shapes, those of `layers` stacked as a scanned model has them.
+  """Nested dictionaries of float32 shapes, those of `layers` stacked as in a scanned model.
 
   Args:
     layers: how many there are.
-    shapes: of every parameter, in one layer.
-    width: of what `modules` read and return.
-    modules: that adapters lie beside, named as in our models.
+    shapes: shapes of every parameter, in one layer.
+    width: width that `modules` read and return.
+    modules: modules that adapters lie beside, named as in our models.
   """
   tree: dict[str, Any] = {}
   layout: dict[str, Axes | Site] = {

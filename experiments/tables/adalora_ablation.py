@@ -1,4 +1,4 @@
-"""What each part of AdaLoRA is worth, at one budget, beside AdaLoRA's tables 4 and 5."""
+"""The worth of each part of AdaLoRA, at one budget, beside AdaLoRA's tables 4 and 5."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUDGET = 2
 DATA = "sentiment"
 
 
-# LoRA's own form keeps LoRA's own rate, which AdaLoRA's is ten times of.
+# LoRA's own form keeps LoRA's own rate; AdaLoRA's is ten times that.
 _PAIRS: dict[str, Any] = {"form": "lora", "learning_rate": classify.LEARNING_RATES["lora"]}
 
 
@@ -34,7 +34,7 @@ def _unpruned(**changes: Any) -> Overrides:
 
 
 # Rates that a name gives are the best of that variant in configs/sweeps/learning_rate.py.
-# The variant, its trial, and what tables 4 and 5 of Zhang et al. 2023 print of SST-2 at .16 %.
+# The variant, its trial, and the scores on SST-2 at .16 % in tables 4 and 5 of Zhang et al. 2023.
 VARIANTS = (
   ("LoRA", lora_all(DATA, BUDGET), "94.95"),
   ("LoRA with the penalty", _unpruned(**_PAIRS), "94.61"),
@@ -64,7 +64,7 @@ def table(rows: list[Row]) -> Report:
   for (name, _, printed), own in zip(VARIANTS, scores, strict=True):
     apart = [score - other for score, other in zip(own, whole, strict=True)]
     lines.append([name, mean(own), mean(apart, "+.2f"), printed])
-  columns = ["variant", "accuracy", "- AdaLoRA, by seed", "t. 4, 5 (SST-2)"]
+  columns = ["variant", "accuracy", "vs AdaLoRA, by seed", "t. 4, 5 (SST-2)"]
   title = f"Test accuracy on {DATA}, %, all linear layers, budget {BUDGET}. {HEADER}."
   return Report(title, columns, lines, NOTES)
 

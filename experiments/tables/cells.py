@@ -1,4 +1,4 @@
-"""Cells of a table that are no runs: computed in order, each a line of a results file at once."""
+"""Cells of a table that are not runs: computed in order, each a line of a results file at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ADVICE = "Take the line out to compute it again."
 
 
 class Cell(NamedTuple):
-  """One number of a table, and what belongs to it.
+  """One number of a table, and its computation.
 
   Attributes:
-    name: of its line.
+    name: name of its line.
     run: computes it: fields of a row.
     check: raises ValueError for a row that was computed otherwise.
   """
@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
 
 def left(cells: list[Cell], results: Path) -> list[Cell]:
-  """Those that the results do not have yet.
+  """The cells that the results do not have yet.
 
   Raises:
     ValueError: a row that they have was computed otherwise than it would be now.
@@ -43,7 +43,7 @@ def left(cells: list[Cell], results: Path) -> list[Cell]:
 
 
 def compute(cells: list[Cell], results: Path) -> list[dict[str, Any]]:
-  """The rows of all cells; what is not in the results is computed and added to them at once."""
+  """The rows of all cells; missing ones are computed and added to the results at once."""
   results.parent.mkdir(parents=True, exist_ok=True)
   if left(cells, results):
     with FileLock(results.with_suffix(".lock")):  # another process may be at them
@@ -57,7 +57,7 @@ def rows(results: Path) -> dict[str, dict[str, Any]]:
   """The lines of a results file by cell.
 
   Raises:
-    ValueError: naming a line that is damaged, or that another has the cell of.
+    ValueError: naming a line that is damaged, or that repeats another's cell.
   """
   found: dict[str, dict[str, Any]] = {}
   for where, row in workdir.rows(results, _ADVICE):

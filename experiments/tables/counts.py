@@ -23,14 +23,14 @@ class Cell:
 
   Attributes:
     source: paper and table.
-    model: of `abstract_models.MODELS`.
+    model: one of `abstract_models.MODELS`.
     name: the method as the paper calls it.
     printed: the number, e.g. "0.3M" or "0.84%".
-    method: what the paper says it did.
-    note: what is to know about it.
-    of: what a share is of: the "model", its "layers", or "all" with what the method adds.
-    meant: where the number is that of another setting, its name and method.
-    off: what the number is if it does not agree.
+    method: the method that the paper describes.
+    note: a remark on it.
+    of: the whole of a share: the "model", its "layers", or "all" with the method's own.
+    meant: where the number belongs to another setting, its name and method.
+    off: the kind of number it is if it does not agree.
   """
 
   source: str
@@ -48,7 +48,7 @@ class Cell:
     return f"{self.source}, {self.model}, {self.name}"
 
   def run(self) -> dict[str, Any]:
-    """Fields of a line of the results."""
+    """The fields of a line of the results."""
     count, whole = self.count(self.method)
     shown, found = verdict(self.printed, count, whole)
     meant = None
@@ -71,7 +71,7 @@ class Cell:
     }
 
   def count(self, method: Method) -> tuple[int, int]:
-    """Trained parameters, and those that a share is of."""
+    """The trained parameters, and those that a share is of."""
     params, layout = shapes_of(self.model)
     attached = method.attach(jax.random.key(0), params, layout)
     trained = pj.count(attached, method.trainable(attached))
@@ -88,7 +88,7 @@ def verdict(printed: str, count: int, whole: int) -> tuple[str, str]:
   """Our count in the form of `printed`, and how the two agree: "" if they do not.
 
   Raises:
-    ValueError: if `printed` is no number with K, M, B or % behind it.
+    ValueError: if `printed` is not a number with K, M, B or % behind it.
   """
   found = re.fullmatch(r"([\d,]+(?:\.\d+)?)([KMB%]?)", printed)
   if found is None:

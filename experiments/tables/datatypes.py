@@ -1,4 +1,4 @@
-"""What a data type costs: quality with the linear layers quantised, nothing else trained.
+"""The cost of a data type: quality with the linear layers quantised, nothing else trained.
 
 SmolLM2's weights come from a Q4_1 file, so its "dense" is a 4-bit model widened; MiniLM's are true
 float32. QLoRA's table 2 (Dettmers et al. 2023) is the mean perplexity on Pile-CC of models of 125 M
@@ -46,7 +46,7 @@ TYPES = (
 )
 BLOCKS = (32, 64, 128, 256, 512)  # above 512 a column of SmolLM2's narrowest matrix is one block
 SEED = 0
-ROWS = 64  # of 256 tokens: held-out BBC news
+ROWS = 64  # rows of 256 tokens: held-out BBC news
 
 
 def cells(folder: Path) -> list[Cell]:
@@ -140,7 +140,7 @@ _SCORES = {"smollm2": _smollm2, "minilm": _minilm}
 
 
 def table(rows: list[dict[str, Any]]) -> Report:
-  """A line a model and type, a column a block size."""
+  """The report: one line per model and type, one column per block size."""
   lines = []
   for model, key in (("smollm2", "perplexity"), ("minilm", "accuracy")):
     own = {row["cell"]: row for row in rows if row["model"] == model}
@@ -167,5 +167,5 @@ def table(rows: list[dict[str, Any]]) -> Report:
     "MiniLM (float32) with LoRA, accuracy on BBC news.",
     columns,
     lines,
-    ("bits a parameter, relative error and entropy of the codes in bits: at blocks of 64.",),
+    ("bits per parameter, relative error and entropy of the codes in bits: at blocks of 64.",),
   )

@@ -54,7 +54,7 @@ def table(rows: list[dict[str, Any]]) -> Report:
     lines.append(
       [name, f"{own[0]['parameters']:,}", mean(losses, ".4f"), mean(apart, "+.4f"), printed]
     )
-  columns = ["variant", "parameters", "held-out loss", "- relu, by seed", "Shazeer t. 1"]
+  columns = ["variant", "parameters", "held-out loss", "vs relu, by seed", "Shazeer t. 1"]
   return Report(_title(), columns, lines, NOTES)
 
 
@@ -69,7 +69,7 @@ def _config(variant: str, seed: int) -> ConfigDict:
 
 
 def _check(row: Mapping[str, Any], config: ConfigDict) -> None:
-  """ValueError if a row was computed with other fields than the table has now."""
+  """Raises ValueError if a row was computed with other fields than the table has now."""
   for field, now in json.loads(config.to_json()).items():
     then = row["config"].get(field)
     if then != now:
@@ -89,5 +89,5 @@ def _title() -> str:
 
 
 NOTES = (
-  "loss: nats a byte. Shazeer t. 1: log-perplexity of T5-base's span filling after 65,536 steps.",
+  "loss: nats per byte. Shazeer t. 1: log-perplexity of T5-base's span filling after 65,536 steps.",
 )

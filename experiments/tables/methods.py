@@ -31,7 +31,7 @@ CORPORA = ("sentiment", "bbc")
 
 
 class Line(NamedTuple):
-  """A method by name, its trial on a corpus, and what the papers print."""
+  """A method by name, its trial on a corpus, and the papers' numbers."""
 
   name: str
   of: Callable[[str], Overrides]
@@ -70,7 +70,7 @@ def lora_all(data: str, rank: int) -> Overrides:
 
 
 def adalora(data: str, budget: int, **changes: Any) -> Overrides:
-  """From 1.5 times the budget a matrix, at least one more, down to it; `changes` as of `trial`."""
+  """A trial from 1.5 times the budget per matrix, at least one more, down to it; see `trial`."""
   rank = max(budget + 1, budget * 3 // 2)
   return trial(data, "adalora", target_rank=float(budget), rank=rank, **changes)
 
@@ -102,8 +102,8 @@ def pictures(rows: list[Row], folder: Path) -> None:
 
 NOTES = (
   "trained: parameters, the head of the task among them (on bbc 770 more). The papers print GLUE "
-  "averages of RoBERTa-base and DeBERTaV3-base with the parameters trained, heads left out. Of "
+  "averages of RoBERTa-base and DeBERTaV3-base with the parameters trained, heads left out. For "
   "AdaLoRA they are those of its first rank, 12; in the end 8 are left, which its paper counts.",
   "LoRA q,v and DoRA have a dropout of 0.1, all other methods none of their own.",
-  "medians, means: over the seeds, averaged over the tasks, as LoRA's and AdaLoRA's table do it.",
+  "medians, means: over the seeds, averaged over the tasks, as in LoRA's and AdaLoRA's tables.",
 )

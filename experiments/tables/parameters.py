@@ -1,8 +1,8 @@
 """The papers' columns of trained parameters, counted again on models of shapes alone.
 
-A row is what a paper prints, and what `attach` and `count` make of its model and method. What a
-paper prints is `exact` (every digit), or what our count rounds to (`rounds`) or begins with (`cut`:
-digits were cut off). What is none of these is a `misprint`, a `nominal` size, a number that depends
+A row is a number that a paper prints, and the count of `attach` and `count` for its model and
+method. The printed number is `exact` (every digit), or our count `rounds` to it, or begins with it
+(`cut`: digits were cut off). Any other is a `misprint`, a `nominal` size, a number that depends
 on where ranks were `learned`, or `unexplained`. Heads of tasks are trained but not counted, as in
 the papers. A share is that of the model's own parameters unless the row says otherwise.
 """
@@ -24,7 +24,7 @@ def cells(folder: Path) -> list[Cell]:
 
 
 def table(rows: list[dict[str, Any]]) -> Report:
-  """All rows, and below them what is to say of some, by number."""
+  """The report: all rows, and below them remarks on some, by number."""
   notes: list[str] = []
   lines = []
   for row in rows:
@@ -36,7 +36,7 @@ def table(rows: list[dict[str, Any]]) -> Report:
     names = (row["source"], row["model"], row["method"], row["printed"], f"{row['count']:,}")
     lines.append([*names, row["ours"], row["verdict"], mark])
   return Report(
-    "Trained parameters: what the papers print, and what models of shapes alone have.",
+    "Trained parameters: the papers' numbers, and those of models of shapes alone.",
     ("source", "model", "method", "printed", "count", "ours", "verdict", "note"),
     lines,
     [f"{i}: {text}." for i, text in enumerate(notes, 1)],

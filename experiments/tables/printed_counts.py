@@ -1,9 +1,9 @@
-"""What the papers print of trained parameters; a new row is a line here.
+"""The papers' printed numbers of trained parameters; a new row is a line here.
 
 Left out are numbers whose settings the papers do not give: AdapterD, AdapterL, AdapterH of GPT-2
 and PreLayer (LoRA's tables 2 to 4), the shares of .5 to 6.7 % of He et al. 2021 other than these,
 sizes chosen for each task (Houlsby et al. 2019, 3.6 %), and DeBERTa-XXL whole, of which only the
-layers are modelled. What another row repeats stands once.
+layers are modelled. A number that several rows repeat stands once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def _lora(rank: int, *targets: str) -> Method:
 
 
 def _adapters(size: int, placement: str) -> Method:
-  """With LayerNorms frozen, as in all releases but Houlsby's own."""
+  """Adapters with LayerNorms frozen, as in all releases but Houlsby's own."""
   return pj.adapters(size, placement, norms=False)
 
 
 def _of_lora() -> list[Cell]:
-  """Hu et al. 2021, arXiv 2106.09685v2."""
+  """Numbers of Hu et al. 2021, arXiv 2106.09685v2."""
   t2, t3, t4, t5 = (f"LoRA table {i}" for i in (2, 3, 4, 5))
   base, large, gpt3 = "RoBERTa-base", "RoBERTa-large", "GPT-3 175B"
   nominal = "a nominal size; the encoder has what we count, and a pooler that the task leaves out"
@@ -102,7 +102,7 @@ def _of_lora() -> list[Cell]:
 
 
 def _of_adalora() -> list[Cell]:
-  """Zhang et al. 2023, arXiv 2303.10512; six matrices a layer, as the scripts have it."""
+  """Numbers of Zhang et al. 2023, arXiv 2303.10512; six matrices per layer, as in the scripts."""
   t1, t2, t3 = (f"AdaLoRA table {i}" for i in (1, 2, 3))
   base, bart, six = "DeBERTaV3-base", "BART-large", (*ATTENTION, *FFN)
   five = (*QV, "key", *FFN)
@@ -164,7 +164,7 @@ def _of_adalora() -> list[Cell]:
 
 
 def _of_dora() -> list[Cell]:
-  """Liu et al. 2024, arXiv 2402.09353; of all parameters, the new ones included."""
+  """Numbers of Liu et al. 2024, arXiv 2402.09353; shares of all parameters, new ones included."""
   made = []
   for model, lora, half, dora in (
     ("LLaMA-7B", "0.83%", "0.43%", "0.84%"),
@@ -187,7 +187,7 @@ def _of_dora() -> list[Cell]:
 
 
 def _of_vera() -> list[Cell]:
-  """Kopiczko et al. 2024, arXiv 2310.11454; table 4's LoRA is QLoRA's setting."""
+  """Numbers of Kopiczko et al. 2024, arXiv 2310.11454; table 4's LoRA is QLoRA's setting."""
   made = []
   for model, printed in (
     ("RoBERTa-base", ("36.8K", "589.8K", "9437.1K")),
@@ -203,7 +203,7 @@ def _of_vera() -> list[Cell]:
 
 
 def _of_others() -> list[Cell]:
-  """Liu et al. 2022 (IA3), He et al. 2021, Houlsby et al. 2019, Ben Zaken et al. 2021."""
+  """Numbers of IA3 (Liu et al. 2022), He et al. 2021, Houlsby et al. 2019 and BitFit (2021)."""
   norms = pj.unfreeze(r".*norm/scale")
   every = _lora(4, "q", "k", "v", "o", "wi_0", "wi_1", "wo")
   t4 = functools.partial(Cell, "IA3 table 4", "T0-3B")

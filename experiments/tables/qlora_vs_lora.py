@@ -1,4 +1,4 @@
-"""What a quantised base costs when it is fine-tuned: the same small budget over each of them.
+"""The cost of a quantised base in fine-tuning: the same small budget over each of them.
 
 Beside it stands QLoRA's table 3 (Dettmers et al. 2023): full fine-tuning and LoRA in 16 bits, then
 LoRA over Int8, FP4 and NF4 with double quantisation, on GLUE and on Super-NaturalInstructions. Ours
@@ -15,17 +15,17 @@ from experiments.tables.report import Report, mean
 from experiments.tables.runs import SEEDS, Row, by_trial, sweep
 
 RESULTS = "qlora_vs_lora"
-STEPS = 60  # of 4 rows of 256 tokens
-EVAL_ROWS = 64  # of 256 tokens
+STEPS = 60  # steps of 4 rows of 256 tokens
+EVAL_ROWS = 64  # rows of 256 tokens
 
 
 class Base(NamedTuple):
   """A line of the table.
 
   Attributes:
-    name: shown.
-    arg: of configs/causal_lm.py.
-    double_quant: of the base's scales.
+    name: the name that is shown.
+    arg: argument of configs/causal_lm.py.
+    double_quant: True if the base's scales are quantised.
     glue: RoBERTa-large's accuracy in QLoRA's table 3.
     rouge: T5-80M's RougeL there.
 
@@ -60,12 +60,12 @@ def get_config() -> ConfigDict:
 
 
 def by_base(rows: list[Row]) -> dict[str, list[Row]]:
-  """The rows of each base, a seed each."""
+  """The rows of each base, one per seed."""
   return dict(zip((base.name for base in BASES), by_trial(rows), strict=True))
 
 
 def table(rows: list[Row]) -> Report:
-  """A line a base: mean and standard deviation over the seeds."""
+  """The report: one line per base, mean and standard deviation over the seeds."""
   found = by_base(rows)
   score = lambda own, when, part: [row[when][part]["perplexity"] for row in own]
   dense = score(found["LoRA, dense"], "metrics", "test")
@@ -92,7 +92,7 @@ def table(rows: list[Row]) -> Report:
       "base",
       "news before",
       "news after",
-      "- LoRA, dense",
+      "vs LoRA, dense",
       "sentiment before",
       "sentiment after",
       "QLoRA t. 3: GLUE",

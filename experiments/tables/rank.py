@@ -1,4 +1,4 @@
-"""How much rank LoRA needs, for q, for q and v, and for all of attention, beside LoRA's table 6."""
+"""The rank LoRA needs, for q, for q and v, and for all of attention, beside LoRA's table 6."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.tables.which_matrices import DATA, OUT, lora
 
 RESULTS = CLASSIFIER
 RANKS = (1, 4, 8, 64)
-# The matrices and what LoRA's table 6 prints of MultiNLI at these ranks.
+# The matrices and the scores on MultiNLI in LoRA's table 6 at these ranks.
 CHOICES = (
   ("q", ("query",), "90.7 / 91.1 / 90.7 / 90.7"),
   ("q, v", ("query", "value"), "91.3 / 91.3 / 91.6 / 91.4"),

@@ -1,6 +1,6 @@
 """AdaLoRA against LoRA at equal budgets, beside the SST-2 columns of AdaLoRA's table 5.
 
-A budget is the rank that is left a matrix; AdaLoRA begins with 1.5 times as many triplets, or one
+A budget is the rank left per matrix; AdaLoRA begins with 1.5 times as many triplets, or one
 more.
 """
 
@@ -45,7 +45,7 @@ def pictures(rows: list[Row], folder: Path) -> None:
 
 
 NOTES = (
-  "budget: rank a matrix, which AdaLoRA ends with; it begins with 2, 3, 6 and 12. Learning rates "
+  "budget: rank per matrix, which AdaLoRA ends with; it begins with 2, 3, 6 and 12. Learning rates "
   "and alpha, 16, are those of budget 8 throughout, so LoRA's scale is 2 there and 16 at budget 1.",
   "t. 5: Zhang et al. 2023, DeBERTaV3-base on SST-2, mean of 5 seeds.",
 )

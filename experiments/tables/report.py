@@ -1,4 +1,4 @@
-"""A finished table, and how it is written: for a terminal, Markdown, LaTeX or CSV."""
+"""A finished table, and its forms: for a terminal, Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS = ("terminal", "markdown", "latex", "csv")
 
 
 class Report(NamedTuple):
-  """A title, named columns, lines of as many texts, and what to know of them."""
+  """A title, named columns, lines of as many texts, and notes on them."""
 
   title: str
   columns: Sequence[str]
@@ -26,7 +26,7 @@ class Report(NamedTuple):
 
 
 def write(report: Report, form: str) -> None:
-  """To standard output."""
+  """Writes to standard output."""
   if form == "csv":
     print("".join(f"# {text}\n" for text in (report.title, *report.notes)), end="")
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -38,7 +38,7 @@ def write(report: Report, form: str) -> None:
 
 
 def mean(values: Sequence[float], form: str = ".2f") -> str:
-  """Mean ± sample standard deviation."""
+  """Mean ± sample standard deviation, as a text."""
   spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
   return f"{statistics.mean(values):{form}}{spread}"
 

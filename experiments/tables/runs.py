@@ -22,7 +22,7 @@ from experiments.sweeping.trials import Trial
 from peftjax.training import workdir
 
 SEEDS = (0, 1, 2)
-# What all runs of the classifier have in common: at most 1,024 tokens a step, one subset.
+# The common part of all runs of the classifier: at most 1,024 tokens per step, one subset.
 _GRID = {
   "train": {"steps": (250,), "batch_size": (16,), "eval_batch_size": (100,)},
   "data": {
@@ -64,7 +64,7 @@ def by_trial(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def rows(sweep: ConfigDict, file: Path, folder: Path) -> list[Row]:
-  """The row of every trial of a sweep, in its order; what the file lacks is run and added to it.
+  """The row of every trial of a sweep, in its order; missing ones are run and added to the file.
 
   Raises:
     ValueError: a run failed, or is under way in another process.
@@ -87,7 +87,7 @@ def left(sweep: ConfigDict, file: Path, folder: Path) -> Grid | None:
 
 
 def _add(done: Grid, file: Path) -> None:
-  """What has come of the trials, to the results; another process may do the same."""
+  """Adds the results of the trials to the file; another process may do the same."""
   listed = done.folder.listed()
   file.parent.mkdir(parents=True, exist_ok=True)
   with done.folder.guard():
@@ -98,9 +98,9 @@ def _add(done: Grid, file: Path) -> None:
 
 
 def found(listed: Sequence[Trial], file: Path) -> list[Row | None]:
-  """The row that a results file has of each trial, None where it has none.
+  """The row that a results file has for each trial, None where it has none.
 
-  A row is a trial's whose config is the same; what the row is older than was the base's default.
+  A row is a trial's if its config is the same; a field that is newer than the row has its default.
 
   Raises:
     ValueError: two rows are of one trial.
@@ -122,5 +122,5 @@ def _flat(one: Trial) -> dict[str, Any]:
 
 
 def accuracy(row: Row) -> float:
-  """Of the test split, in percent."""
+  """The accuracy on the test split, in percent."""
   return float(100 * row["metrics"]["test"]["accuracy"])

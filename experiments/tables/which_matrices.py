@@ -1,4 +1,4 @@
-"""Which matrices to adapt at one number of parameters, beside LoRA's table 5."""
+"""The matrices to adapt at one number of parameters, beside LoRA's table 5."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from experiments.tables.runs import (
 RESULTS = CLASSIFIER
 DATA = "sentiment"
 OUT = r".*/attention/output/dense/kernel"
-# The matrices, the rank that gives all lines one number of parameters, and what LoRA's table 5
-# prints of MultiNLI.
+# The matrices, the rank that gives all lines one number of parameters, and the scores on MultiNLI
+# in LoRA's table 5.
 CHOICES = (
   ("q", ("query",), 8, "91.0"),
   ("k", ("key",), 8, "90.8"),

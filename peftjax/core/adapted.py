@@ -1,4 +1,4 @@
-"""`Adapted`: a weight that a method put around another one, and what it can be put around."""
+"""`Adapted`: a weight that a method put around another one, and checks on what it may go around."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftjax.core.weight import Weight
 
 SKIPS_DROPOUT = (
   "an adapter with dropout was used as a dense array, which would skip its dropout: the module "
-  "that reads it is none that peftjax.linen bridges.\n"
+  "that reads it is not one that peftjax.linen bridges.\n"
   "Write dropout=0.0 for its method, or call peftjax.core.einsum.einsum in that module."
 )
 
@@ -24,7 +24,7 @@ SKIPS_DROPOUT = (
 class Adapted(Weight):
   """A weight with the shape and dtype of its `base`.
 
-  The attributes below `base` are what other files may ask of every adapted weight. Subclasses that
+  Other files may ask every adapted weight for the attributes below `base`. Subclasses that
   have them make them fields, and override the functions that go with them.
 
   Attributes:
@@ -40,7 +40,7 @@ class Adapted(Weight):
 
   # Children that a method trains.
   trained: ClassVar[frozenset[str]] = frozenset()
-  # Children with an axis of the rank, padded where layers or adapters differ in it: which one.
+  # Children with an axis of the rank, padded where layers or adapters differ in rank; which axis.
   ranked: ClassVar[Mapping[str, int]] = {}
 
   rank = None
@@ -51,7 +51,7 @@ class Adapted(Weight):
 
   @property
   def rates(self) -> Mapping[str, float]:
-    """By how much children learn faster than the optimizer's rate, where they do."""
+    """The factor of each child that learns faster than the optimizer's rate."""
     return {}
 
   @property
@@ -61,7 +61,7 @@ class Adapted(Weight):
     return next((x.shape[axis] for x, axis in arrays if x is not None), 0)
 
   def of_width(self, width: int) -> Adapted:
-    """The same weight with its ranked children padded by zeros, or cut, to that."""
+    """The same weight with its ranked children padded by zeros, or cut, to `width`."""
 
     def fitted(x: jax.Array, axis: int) -> jax.Array:
       more = [(0, 0)] * x.ndim
@@ -72,7 +72,7 @@ class Adapted(Weight):
     return self.replace(**{k: fitted(x, i) for k, (x, i) in given.items() if x is not None})
 
   def ranked_size(self) -> int:
-    """Parameters of the ranked children that are here, padding left out."""
+    """The number of parameters in the ranked children that are present, padding left out."""
     here = [(x, i) for name, i in self.ranked.items() if (x := getattr(self, name)) is not None]
     if not isinstance(self.rank, (jax.Array, np.ndarray)):
       return sum(math.prod(x.shape) for x, _ in here)
@@ -80,7 +80,7 @@ class Adapted(Weight):
     return sum(int(np.sum(self.rank)) * row(x, axis) for x, axis in here)
 
   def trained_mask(self, frozen: frozenset[str] = frozenset()) -> Adapted:
-    """This node with true on the arrays of its children that are `trained` and not `frozen`."""
+    """This node with True on the arrays of its children that are `trained` and not `frozen`."""
     mask = jax.tree.map(lambda _: False, self)
     chosen = {name: getattr(self, name) for name in self.trained - frozen}
     return mask.replace(**{k: jax.tree.map(lambda _: True, x) for k, x in chosen.items()})
@@ -90,19 +90,19 @@ class Adapted(Weight):
     return self.replace(**{name: rate * getattr(self, name) for name, rate in self.rates.items()})
 
   def with_ranks(self, part: Any) -> Any:
-    """`part`, a part of this weight that a partition took, with the recorded rank."""
+    """`part`, a half of this weight that `partition` made, with the recorded rank."""
     return part if self.rank is None else part.replace(rank=self.rank)
 
   def with_key(self, key: jax.Array, path: str) -> Adapted:
-    """With a key of `dropout` for each layer; only asked of weights that have a rate."""
+    """This weight with a dropout key per layer; only called on weights that have a rate."""
     raise NotImplementedError
 
   def borrow(self, lender: Any) -> Adapted:
-    """With the arrays that it uses of what lies at `of`; only asked of weights that name one."""
+    """This weight with the arrays that it uses of `lender`; only called on weights with an `of`."""
     raise NotImplementedError
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
+    """The base that this adapter was merged into: the inverse of `materialize`."""
     raise NotImplementedError
 
   @property
@@ -122,22 +122,22 @@ class Adapted(Weight):
     return self.base.cuts if isinstance(self.base, Weight) else self.shape
 
   def base_size(self) -> int:
-    """Parameters of the base, 0 where it is not here."""
+    """The number of parameters of the base; 0 where it is not here."""
     return self.base.true_size() if isinstance(self.base, Weight) else getattr(self.base, "size", 0)
 
   def base_specs(self, spec: P) -> Any:
-    """Where the base lies, if the dense array lies as `spec` says."""
+    """The partition specs of the base, if the dense array has `spec`."""
     return self.base.child_specs(spec) if isinstance(self.base, Weight) else spec
 
 
 def check_bare(path: str, leaf: Any) -> None:
-  """Raises ValueError if the leaf at `path` has an adapter; a quantised weight has none."""
+  """Raises ValueError if the leaf at `path` has an adapter; a quantised weight is not one."""
   if isinstance(leaf, Adapted):
     raise ValueError(f"{path} has an adapter already; merge it first: pj.merge(params)")
 
 
 def lender(leaf: Any) -> str:
-  """The path of what a leaf borrows arrays of; "" for none."""
+  """The path of the leaf or node that `leaf` borrows arrays from; "" for none."""
   return leaf.of if isinstance(leaf, Adapted) else ""
 
 

@@ -1,4 +1,4 @@
-"""`Attachment`: what a method puts beside the parameters of a module, and computes with there."""
+"""`Attachment`: arrays that a method puts beside a module's parameters, and how it uses them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Attachment(flax.struct.PyTreeNode):
   """
 
   def true_size(self) -> int:
-    """Parameters that are here (not None)."""
+    """The number of parameters that are here (not None)."""
     return sum(x.size for x in jax.tree.leaves(self))
 
   def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-    """What the module returns, `call(*args, **kwargs)` being what it would return without."""
+    """The module's result; `call(*args, **kwargs)` is its result without the attachment."""
     raise NotImplementedError
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from peftjax.core.einsum import einsum, linear
 from peftjax.core.view import Factor, View, factors_of
 
-# Of `dot_general`: contracted axes of both operands, and batch axes of both.
+# For `dot_general`: contracted axes of both operands, and batch axes of both.
 Dimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
@@ -24,10 +24,10 @@ def dot_general(
 
   Args:
     x, view: the operands.
-    dims: as they are given to `lax.dot_general`.
+    dims: as passed to `lax.dot_general`.
     view_left: the view is the first operand.
-    dtype: of the result. Where it is wider than that of x, x is multiplied in it.
-    precision: of all products.
+    dtype: dtype of the result. Where it is wider than that of x, x is multiplied in it.
+    precision: precision of all products.
   """
   (left, right), (left_batch, right_batch) = dims
   x_axes, view_axes = (right, left) if view_left else (left, right)
@@ -42,7 +42,7 @@ def dot_general(
   of_axis = [next(letters) for _ in parts]  # of each axis of the weight
   letter_of = lambda name: of_axis[name.axis] if isinstance(name, Factor) else name
   matched = dict(zip((*x_axes, *x_batch), (*view_axes, *view_batch), strict=True))
-  # Axes of x: those of its own by a letter, the others as factors of the weight.
+  # Axes of x: each of its own has a letter, the others are factors of the weight.
   own = {i: next(letters) for i in range(x.ndim) if i not in matched}
   names = [n for i in range(x.ndim) for n in ([own[i]] if i in own else view.groups[matched[i]])]
   size_of = {letter: x.shape[i] for i, letter in own.items()}
@@ -82,7 +82,7 @@ def at(precision: Any) -> Any:
 
 
 def _side_by_side(names: list[Any], parts: list[list[Factor]]) -> list[Any]:
-  """`names` with the factors of each axis of the weight together, where its last one is."""
+  """`names` with the factors of each axis of the weight together, at the place of its last one."""
   last = {name.axis: name for name in names if isinstance(name, Factor)}
   order: list[Any] = []
   for name in names:

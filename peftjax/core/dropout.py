@@ -1,4 +1,4 @@
-"""Dropout by bytes: one byte of random bits an element."""
+"""Dropout by bytes: one byte of random bits per element."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftjax.core.fence import fence
 
 
 def keep_level(rate: float) -> int:
-  """How many of 256 byte values keep an element: `rate` rounded to 1/256."""
+  """The number of the 256 byte values that keep an element: `rate` rounded to 1/256."""
   return min(max(round(256 * (1.0 - rate)), 1), 256)
 
 
@@ -54,8 +54,8 @@ def dropout(key: jax.Array | None, x: jax.Array, rate: float) -> jax.Array:
   """Inverted dropout (Srivastava et al. 2014): E[dropout(x)] = x.
 
   The rate is rounded to 1/256 and the kept values are scaled by the rounded rate, so the
-  expectation is exact. No key, or a rate of 0, is the identity. In the place of a key there may be
-  the bytes that were drawn with it, for who computes a part of x at a time.
+  expectation is exact. No key, or a rate of 0, is the identity. In place of a key, `key` may be
+  the bytes that were drawn with it, for callers that compute a part of x at a time.
   """
   if key is None or keep_level(rate) == 256:
     return x

@@ -14,12 +14,12 @@ from peftjax.core import contraction, joined
 from peftjax.core.joined import Joined
 from peftjax.core.view import View, dense
 
-# From an equation and its operands, one of which is a view, to its results; None if it cannot.
+# Takes an equation and its operands, one of which is a view; returns results, None if it cannot.
 Rule = Callable[[Any, list[Any]], Sequence[Any] | None]
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-  """The results of a jaxpr whose arguments may be views; what is no array yet may be returned.
+  """The results of a jaxpr whose arguments may be views; a result may be a view as well.
 
   A product, a convolution or a lookup computes with the factors of the weight. Casts, transposes,
   reshapes, slices of a stack and control flow hand a view on. Any other equation takes the dense
@@ -65,11 +65,11 @@ def _or_none(view: View | None) -> list[View] | None:
   return None if view is None else [view]
 
 
-# What hands a view on. The rule's name is that of the primitive.
+# The primitives that hand a view on. The rule's name is that of the primitive.
 
 
 def _same(eqn: Any, operands: list[Any]) -> list[Any]:
-  """For primitives that are the identity on values: arrays still go through them."""
+  """The rule of primitives that keep values as they are; arrays still go through them."""
   arrays = iter(_arrays_through(eqn, [x for x in operands if not is_view(x)]))
   return [x if is_view(x) else next(arrays) for x in operands]
 
@@ -82,7 +82,7 @@ def _arrays_through(eqn: Any, arrays: list[Any]) -> list[Any]:
 
 
 def _convert_element_type(eqn: Any, operands: list[Any]) -> list[Any] | None:
-  """To a dtype that products are computed in; to one of eight bits is a quantisation."""
+  """A cast to a dtype that products are computed in; a cast to eight bits is a quantisation."""
   dtype = eqn.params["new_dtype"]
   computes = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
   return [operands[0].cast(dtype)] if computes else None
@@ -113,7 +113,7 @@ def _stop_gradient(eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _slice(eqn: Any, operands: list[Any]) -> list[Any] | None:
-  """Layers of a stack, inputs or outputs of a kernel, or rows of a table."""
+  """A slice of a stack's layers, of a kernel's inputs or outputs, or of a table's rows."""
   p = eqn.params
   strides = p["strides"] or [1] * len(p["start_indices"])
   bounds = [*zip(p["start_indices"], p["limit_indices"], strides, strict=True)]
@@ -240,8 +240,8 @@ def _call(eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _own_rule(eqn: Any, operands: list[Any]) -> list[Any] | None:
-  """Its rule for gradients is for arrays, and stays in force unless gradients are not asked for."""
-  closed = eqn.params.get("call_jaxpr")
+  """Keeps a function's own rule for gradients or `vmap`, for arrays, if either is asked for."""
+  closed = eqn.params.get("call_jaxpr", eqn.params.get("call"))
   through = any(isinstance(x, View) and x.uses.through_rules for x in operands)
   return evaluate(closed.jaxpr, closed.consts, operands) if through and closed else None
 
@@ -318,7 +318,7 @@ def _in_parts(xs: Sequence[Any], *ends: int) -> list[list[Any]]:
 
 
 def _handed_on(body: Any, carry: list[Any], before: int) -> dict[int, View]:
-  """The views among what a loop carries that its body returns as they came, by position."""
+  """The views, by position, that a loop carries and its body returns unchanged."""
   same = zip(body.invars[before:], body.outvars, strict=False)
   unchanged = [i for i, (given, returned) in enumerate(same) if given is returned]
   return {i: carry[i] for i in unchanged if i < len(carry) and is_view(carry[i])}
@@ -352,6 +352,7 @@ _RULES: dict[str, Rule] = {
   "closed_call": _call,
   "custom_jvp_call": _own_rule,
   "custom_vjp_call": _own_rule,
+  "custom_vmap_call": _own_rule,
   "remat2": _remat,
   "checkpoint": _remat,
   "scan": _scan,
@@ -359,7 +360,7 @@ _RULES: dict[str, Rule] = {
   "cond": _cond,
 }
 
-# Those that take what is joined, too.
+# The primitives that take joined weights too.
 _OF_JOINED = {
   *("convert_element_type", "transpose", "dot_general"),
   *("jit", "closed_call", "remat2", "checkpoint", "scan", "while", "cond"),

@@ -21,14 +21,14 @@ def factored(fn: Callable[..., Any], *, dropout_key: jax.Array | None = None) ->
   """`fn` for arguments in which any array of a parameter tree may be a `Weight`.
 
   `fn` is traced with the dense arrays' shapes and evaluated equation by equation, so it needs to
-  know nothing of weights: a Flax module of any kind, an Equinox module, a function of one's own.
+  know nothing of weights: a Flax module of any kind, an Equinox module, a function of your own.
   Products, convolutions and lookups use the factors, through casts, transposes, reshapes, slices of
   a stack, `jit`, `vmap`, `scan`, `while_loop`, `cond` and `checkpoint`. Whatever else is done to a
   weight is done to its dense array (`pj.describe` names it); a `custom_vjp` of yours that is given
   one stays in force. Call it within `jax.jit`: it traces `fn` at every call.
 
   Args:
-    fn: a function that could be traced by `jax.jit`. What it returns is arrays.
+    fn: a function that could be traced by `jax.jit` and returns arrays.
     dropout_key: turns on the dropout of adapters; a new one for every step.
 
   Raises (when called):
@@ -40,7 +40,7 @@ def factored(fn: Callable[..., Any], *, dropout_key: jax.Array | None = None) ->
   def wrapped(*args: Any, **kwargs: Any) -> Any:
     if found := attachments((args, kwargs)):
       raise ValueError(
-        f"{type(found[0]).__name__} changes what a Flax module returns, and no weight: call "
+        f"{type(found[0]).__name__} changes a Flax module's result, not a weight: call "
         "pj.apply(model, params, ...)"
       )
     args, kwargs = _prepared((args, kwargs), dropout_key)
@@ -55,13 +55,13 @@ def traced(fn: Callable[..., Any], uses: Uses, *args: Any, **kwargs: Any) -> Any
 
   Args:
     fn: a function that could be traced by `jax.jit`.
-    uses: is told what became of each weight.
-    *args, **kwargs: its arguments. What is neither an array nor a `Weight` is given as it is.
+    uses: records what became of each weight.
+    *args, **kwargs: its arguments. One that is neither an array nor a `Weight` is passed on as is.
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
   leaves = [leaf for _, leaf in flat]
   given = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or _is_array(leaf)]
-  rest: list[Any] = []  # of the result, what is no array, and where
+  rest: list[Any] = []  # the parts of the result that are no arrays, and their places
 
   def of_arrays(*arrays: Any) -> list[Any]:
     full = list(leaves)
@@ -85,7 +85,7 @@ def traced(fn: Callable[..., Any], uses: Uses, *args: Any, **kwargs: Any) -> Any
 
 
 def _name(path: tuple[Any, ...]) -> str:
-  """The path of a leaf in the argument that it lies in."""
+  """The path of a leaf within its argument."""
   return paths.name(path[2:]) or paths.name(path[1:])
 
 
@@ -94,7 +94,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _prepared(args: Any, key: jax.Array | None) -> Any:
-  """The arguments, every tree's weights with what they borrow and their keys."""
+  """The arguments; weights in every tree get the arrays they borrow, and their keys."""
 
   def of(argument: Any) -> Any:
     leaves = paths.leaves(argument).values()

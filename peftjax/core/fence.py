@@ -1,4 +1,4 @@
-"""What keeps XLA from computing things twice, too early, or from keeping them too long."""
+"""Barriers against XLA computing things twice, too early, or keeping them too long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fence(tree: T) -> T:
   """The identity, across which XLA:CPU neither merges nor moves computations.
 
   Without fences it merges what a backward pass would recompute with the forward pass, so it keeps
-  wide intermediates, and it moves transposes into products (six BERT layers with LoRA, a step:
+  wide intermediates, and it moves transposes into products (six BERT layers with LoRA, per step:
   650 ms without, 590 with). The barrier is gone before fusion, so cheap producers are still copied
   into their consumers. Other backends decide well and get no fence.
   """
@@ -29,17 +29,17 @@ def fence(tree: T) -> T:
 
 
 def zero(witness: jax.Array, dtype: Any) -> jax.Array:
-  """An integer 0 that depends on `witness`: what uses it cannot be started before that is there.
+  """An integer 0 that depends on `witness`: nothing that uses it can start before that is there.
 
-  It is whether the first entry is one certain NaN, which no arithmetic yields.
+  Its value is whether the first entry is one certain NaN, which no arithmetic yields.
   """
   return (_first_bits(witness) == jnp.uint32(0x7FC12345)).astype(dtype)
 
 
 def _first_bits(x: jax.Array) -> jax.Array:
-  """Of an entry of x as float32; on a mesh each device reads one of its own, and none is sent.
+  """The bits of an entry of x as float32; on a mesh each device reads its own, and none is sent.
 
-  A TPU's compiler has no partitioning of ours; there x is small, and is everywhere.
+  A TPU's compiler cannot partition it for us; there x is small, and every device has all of it.
   """
   if not mesh.ambient():
     return _bits(x)
@@ -50,8 +50,8 @@ def _bits(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
 
 
-# For XLA one number that is everywhere the same. It is not, and need not be: all that is made of it
-# is what any of the devices' numbers gives.
+# For XLA this is one number that is the same everywhere. It is not, and need not be: all that is
+# made of it gives the same for any device's number.
 _bits_of_shard = custom_partitioning(_bits)
 _bits_of_shard.def_partition(
   partition=lambda mesh, args, result: (mesh, _bits, NamedSharding(mesh, P()), (args[0].sharding,)),
@@ -62,7 +62,7 @@ _bits_of_shard.def_partition(
 
 @jax.custom_batching.custom_vmap
 def tied(arrays: Any, witness: jax.Array) -> Any:
-  """The arrays, for a compiler functions of `witness`: none is used before that is there.
+  """The arrays, to a compiler functions of `witness`: none is used before that is there.
 
   Mapped over many witnesses, they stay unmapped: any one of them will do.
   """
@@ -85,9 +85,9 @@ def _after(arrays: Any, witness: jax.Array) -> Any:
 
 
 def cast(w: jax.Array, x: jax.Array) -> jax.Array:
-  """w in the dtype of x; where that is another one, not before x is there.
+  """w in the dtype of x; if that is a different dtype, the cast waits for x.
 
-  XLA:TPU would else cast what a scan takes of all layers at once, and hold it for the whole step.
+  Otherwise XLA:TPU would cast all layers of a scan at once, and hold them for the whole step.
   """
   if w.dtype == x.dtype:
     return w
@@ -95,7 +95,7 @@ def cast(w: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def computed_once(x: jax.Array) -> jax.Array:
-  """The identity, whose operand XLA:CPU computes once, however many read it.
+  """The identity; XLA:CPU computes its operand once, however many read it.
 
   XLA:CPU copies cheap producers into every consumer. In a backward pass the gradient of the
   residual stream is a chain of them through all layers, and each consumer recomputed the chain:

@@ -17,8 +17,8 @@ class Joined(flax.struct.PyTreeNode):
   """The concatenation of views and arrays along an axis.
 
   Attributes:
-    parts: any number, one of which is a `View` at least.
-    axis: along which they lie.
+    parts: two or more, at least one of them a `View`.
+    axis: the axis along which they are joined.
   """
 
   parts: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Joined(flax.struct.PyTreeNode):
     return self.parts[0].dtype
 
   def dense(self, primitive: str) -> jax.Array:
-    """See `View.dense`."""
+    """The dense array; see `View.dense`."""
     return jnp.concatenate([dense(part, primitive) for part in self.parts], axis=self.axis)
 
   def cast(self, dtype: Any) -> Joined:
@@ -50,7 +50,7 @@ class Joined(flax.struct.PyTreeNode):
 def dot_general(
   x: jax.Array, w: Any, dims: contraction.Dimensions, *, view_left: bool, dtype: Any, precision: Any
 ) -> jax.Array:
-  """`contraction.dot_general` of an array and a view, or of each part of what is joined."""
+  """`contraction.dot_general` of an array and a view, or of each joined part."""
   if isinstance(w, View):
     how: Any = dict(view_left=view_left, dtype=dtype, precision=precision)
     y = contraction.dot_general(x, w, dims, **how)

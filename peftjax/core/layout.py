@@ -1,4 +1,4 @@
-"""Axes of kernels: contracted, outputs, stacked layers; what modules read and return."""
+"""Axes of kernels: contracted, outputs, stacked layers; and the widths of modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 
 class Axes(NamedTuple):
-  """Contracted and output axes of a kernel, counted from the end; the leading rest is a stack."""
+  """Contracted and output axes of a kernel, counted from the end; all axes before are a stack."""
 
   ins: tuple[int, ...] = (-2,)
   outs: tuple[int, ...] = (-1,)
@@ -26,9 +26,9 @@ class Axes(NamedTuple):
     return x.transpose([order.index(i) for i in range(len(shape))])
 
   def places(self, spec: P, ndim: int) -> tuple[tuple[Any, ...], Any, Any]:
-    """Where the stack, the inputs and the outputs of a kernel of `ndim` axes lie by its spec.
+    """The parts of a kernel's spec for the stack, the inputs and the outputs, for `ndim` axes.
 
-    A flattened group of several axes lies as its first one; no axes of a group lie nowhere.
+    A flattened group of several axes has the part of its first one; a group without axes has None.
     """
     full = (*spec, *[None] * (ndim - len(spec)))
     first = lambda group: full[group[0]] if group else None
@@ -40,13 +40,13 @@ class ConvAxes(Axes):
 
 
 class TableAxes(Axes):
-  """Axes of a table, of which rows are looked up; a tied head may multiply by it too."""
+  """Axes of a table whose rows are looked up; a tied head may multiply by it too."""
 
 
 class Site(NamedTuple):
   """A module: the widths (last axes) of its arguments and of its result, and its stack of layers.
 
-  None where it is no array of floats.
+  A width is None where the value is not an array of floats.
   """
 
   reads: tuple[int | None, ...]
@@ -54,7 +54,7 @@ class Site(NamedTuple):
   stack: tuple[int, ...] = ()
 
 
-# Axes of every kernel and table, and every module, by path: what `peftjax.linen.layout` records.
+# Axes of every kernel and table, and every module's site, by path; `peftjax.linen.layout` makes it.
 Layout = Mapping[str, Axes | Site]
 
 
@@ -68,7 +68,7 @@ def axes_of(path: str, shape: tuple[int, ...], layout: Layout | None) -> Axes:
     ValueError: on a vector, or a kernel of more than two axes that `layout` does not know.
   """
   if len(shape) < 2:
-    raise ValueError(f"{path} {shape} is no matrix; target kernels or embedding tables")
+    raise ValueError(f"{path} {shape} is not a matrix; target kernels or embedding tables")
   if layout and isinstance(axes := layout.get(path), Axes):
     return axes
   if len(shape) == 2:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-# Rows of a batch are split over both; a parameter, if it is, over "fsdp" alone.
+# Rows of a batch are split over both; a parameter, if it is split, over "fsdp" alone.
 DATA = ("data", "fsdp")
 SEQUENCE = "sequence"
 ANYHOW = P.UNCONSTRAINED  # an entry of a spec that leaves an axis as it is
@@ -57,14 +57,14 @@ def whole(x: jax.Array) -> jax.Array:
   """A small array, all of it on every device.
 
   Each then reads the part that it multiplies with. Left to itself XLA moves the activations to
-  where the parts lie, and what it makes of an axis over "tensor" and "fsdp" is slow, or wrong: the
+  where the parts lie, and its code for an axis over "tensor" and "fsdp" is slow, or wrong: the
   gradients of factors on a mesh of data:2,fsdp:2,tensor:2 (jaxlib 0.10.2).
   """
   return constrain(x, [None] * x.ndim)
 
 
 def divisible(spec: P, shape: Sequence[int], mesh: Any) -> P:
-  """The spec with, of each array axis, as many of its mesh axes as divide it."""
+  """The spec, keeping for each array axis as many of its mesh axes as divide it."""
 
   def keep(names: Any, size: int) -> Any:
     kept: tuple[str, ...] = ()
@@ -78,5 +78,5 @@ def divisible(spec: P, shape: Sequence[int], mesh: Any) -> P:
 
 
 def ways(names: Any, mesh: Any) -> int:
-  """The devices that one entry of a spec splits an axis over."""
+  """The number of devices that one entry of a spec splits an axis over."""
   return math.prod(mesh.shape[name] for name in group(names))

@@ -1,4 +1,4 @@
-"""`Params` and `Mask`: what signatures call a model's parameters, and a choice among them."""
+"""`Params` and `Mask`: names in signatures for a model's parameters and a choice among them."""
 
 from typing import Any, TypeAlias
 
@@ -6,5 +6,5 @@ from typing import Any, TypeAlias
 # a half of `partition` has a hole.
 Params: TypeAlias = Any
 
-# Booleans in the structure of parameters, one an array: true on those that are meant.
+# Booleans in the structure of parameters, one per array: True on the chosen ones.
 Mask: TypeAlias = Any

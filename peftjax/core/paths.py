@@ -19,20 +19,24 @@ from peftjax.core.layout import Axes, ConvAxes, Layout, TableAxes
 from peftjax.core.shared import is_shared
 from peftjax.core.tied import Tied, is_tied
 
-# What holds the weight inside a module: Flax's own names.
+# Names of the weight inside a module: Flax's own.
 _WEIGHT_NAMES = ("kernel", "embedding")
 _NO_KERNELS = ("embedding", "bias", "scale")
+# Modules whose leaves have a leading axis of layers or of experts; one slice is `layers_0`.
+STACKS = ("layers", "experts")
+# The module that chooses among experts; "all-linear" leaves it out.
+_ROUTER = "router"
 # Top-level modules that are a task's or a vocabulary's head, not the body that "all-linear" means.
 _HEADS = ("head", "classifier", "score", "lm_head", "mlm_head", "qa_outputs", "regressor")
 
 
 def is_leaf(node: Any) -> bool:
-  """Weights and Flax boxes count as one leaf."""
+  """Tells whether a node is a leaf: weights and Flax boxes count as one leaf."""
   return isinstance(node, meta.AxisMetadata)
 
 
 def name(key_path: tuple[Any, ...]) -> str:
-  """`a/b/c` of a JAX key path."""
+  """The path `a/b/c` for a JAX key path."""
   return "/".join(
     str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path
   )
@@ -52,13 +56,13 @@ def map_leaves(fn: Callable[[str, Any], Any], params: Any) -> Any:
 
 
 def tied(params: Any) -> dict[str, Tied]:
-  """Every head that is tied to a table, by path: they are no leaves."""
+  """Every head that is tied to a table, by path; these heads are not leaves."""
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_tied)
   return {name(path): node for path, node in flat if is_tied(node)}
 
 
 def matches(pattern: str, path: str) -> bool:
-  """Whether a target names a leaf.
+  """Tells whether a target names a leaf.
 
   A plain word is the name of a module or parameter: `query` matches `a/query/kernel`,
   `a/query/embedding` and `a/query`. Anything else is a regular expression that must match the
@@ -71,15 +75,17 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def is_body_linear(path: str, leaf: Any, layout: Layout | None = None) -> bool:
-  """Whether "all-linear" means this leaf: a kernel of the body, not of a head.
+  """Tells whether "all-linear" means this leaf: a kernel of the body, not of a head or of a router.
 
-  It is a kernel by its name, or because the layout has seen a product with it; or else, once there
-  is no layout, because a method has adapted it. What the layout has seen in a convolution or a
-  lookup is none.
+  A leaf is a kernel if its name says so or the layout has seen a product with it; without a layout,
+  also if a method has adapted it. A leaf that the layout has seen in a convolution or a lookup is
+  not.
   """
   parts = path.split("/")
   name = parts[-1]
   if parts[0] in _HEADS or name in _NO_KERNELS or len(bare(leaf).shape) < 2:
+    return False
+  if parts[-2:-1] == [_ROUTER]:
     return False
   axes = (layout or {}).get(path)
   if isinstance(axes, Axes):
@@ -98,11 +104,11 @@ def select(
 
   Args:
     params: any parameter tree.
-    targets: `"all-linear"` (every linear kernel of the body: no embedding, no task or
-      language-model head; no convolution that `layout` knows as one), one pattern, or several
-      (see `matches`).
-    layout: of the kernels, where there is one; see `peftjax.linen.layout`.
-    arrays: what is selected are arrays as such, to be trained or quantised. A tied head then goes
+    targets: `"all-linear"` (every linear kernel of the body, those of experts too: no embedding, no
+      router, no task or language-model head; no convolution that `layout` knows as one), one
+      pattern, or several (see `matches`).
+    layout: axes of the kernels, if known; see `peftjax.linen.layout`.
+    arrays: select arrays as such, to be trained or quantised. A tied head is then selected along
       with its table, if the same pattern names both.
 
   Raises:
@@ -138,16 +144,17 @@ def select(
 
 
 def check_no_nnx(params: Any) -> None:
-  """Raises `ValueError` if what should be a tree of parameters, or a linen module, is of NNX."""
-  if any(of.__module__.startswith("flax.nnx") for of in type(params).__mro__):
+  """Raises ValueError if a tree of parameters, or a linen module, is in fact one of NNX."""
+  made = {".".join(of.__module__.split(".")[:2]) for of in type(params).__mro__}
+  if "flax.nnx" in made and "flax.linen" not in made:  # `nnx.bridge.ToLinen` is of both
     raise ValueError(
       f"a {type(params).__name__} of Flax NNX came where peftjax takes linen modules and plain "
-      "trees; write pj.nnx.attach(key, model, method, *example_inputs)"
+      "trees; write pj.nnx.attach(key, model, method, *example_inputs), or pj.nnx.split(model)"
     )
 
 
 def _of_modules(params: Any) -> dict[str, Any]:
-  """The leaves that the model has and its tied heads, without what methods put beside them."""
+  """The model's own leaves and tied heads, without the nodes that methods put beside them."""
   made = lambda node: is_attachment(node) or is_shared(node)
   whole = lambda node: is_leaf(node) or is_tied(node) or made(node)
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=whole)
@@ -170,20 +177,37 @@ def _nothing_matched(pattern: str, flat: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def stacks(path: str) -> int:
+  """The number of modules on a path that are `STACKS`."""
+  return sum(part in STACKS for part in path.split("/"))
+
+
+def experts(path: str, stack: tuple[int, ...]) -> int:
+  """The number of experts of a leaf whose leading axes are `stack`; 0 without experts."""
+  found = [part for part in path.split("/") if part in STACKS]
+  return dict(zip(found, stack, strict=True)).get("experts", 0) if len(found) == len(stack) else 0
+
+
 def layer_paths(path: str, stack: tuple[int, ...]) -> list[str]:
   """The path of each slice of a stacked leaf, in C order.
 
-  A scanned `layers/attn/kernel` is named as its unrolled twin, `layers_0/attn/kernel`, ...;
-  a stack under another name gets `path[0]`, ... An unstacked leaf is its own only slice. Rules
-  and keys use these names, so scanned and unrolled models are treated alike.
+  A scanned `layers/attn/kernel` is named as its unrolled twin, `layers_0/attn/kernel`, ..., and
+  `experts/up_proj/kernel` as `experts_0/up_proj/kernel`, ...; a stack under another name gets
+  `path[0]`, ... An unstacked leaf is its own only slice. Rules and keys use these names, so scanned
+  and unrolled models are treated alike.
   """
   if not stack:
     return [path]
   indices = itertools.product(*map(range, stack))
-  if len(stack) == 1 and "layers" in path.split("/"):
-    head, _, tail = f"/{path}".partition("/layers/")
-    return [f"{head}/layers_{i}/{tail}"[1:] for (i,) in indices]
-  return [path + "".join(f"[{i}]" for i in index) for index in indices]
+  parts = path.split("/")
+  if len(stack) != stacks(path):
+    return [path + "".join(f"[{i}]" for i in index) for index in indices]
+
+  def numbered(index: Iterable[int]) -> str:
+    of = iter(index)
+    return "/".join(f"{part}_{next(of)}" if part in STACKS else part for part in parts)
+
+  return list(map(numbered, indices))
 
 
 def fold_in_path(key: jax.Array, path: str) -> jax.Array:

@@ -9,35 +9,35 @@ from typing import Any
 
 import regex
 
-LENGTH = 4096  # characters of a pattern
-SECONDS = 0.25  # of one match, which takes microseconds unless the pattern backtracks for ever
+LENGTH = 4096  # characters per pattern
+SECONDS = 0.25  # per match, which takes microseconds unless the pattern backtracks forever
 
 
 def check(pattern: Any, where: str) -> str:
   """`pattern`, if it is a regular expression; a ValueError that names `where` if it is not."""
   if not isinstance(pattern, str):
-    raise ValueError(f"{where}: {pattern!r} is no pattern; write a text such as 'query'")
+    raise ValueError(f"{where}: {pattern!r} is not a pattern; write a text such as 'query'")
   if len(pattern) > LENGTH:
     raise ValueError(f"{where}: a pattern of {len(pattern)} characters; at most {LENGTH} are read")
   try:
     _compiled(pattern)
   except (regex.error, RecursionError, OverflowError, MemoryError) as error:
     told = str(error) or type(error).__name__
-    raise ValueError(f"{where}: {pattern[:200]!r} is no regular expression: {told}") from None
+    raise ValueError(f"{where}: {pattern[:200]!r} is not a regular expression: {told}") from None
   return pattern
 
 
 def fullmatch(pattern: str, text: str) -> bool:
-  """Whether all of `text` matches.
+  """Tells whether all of `text` matches.
 
   Raises:
-    ValueError: if it is no regular expression, or one that takes longer than `SECONDS`.
+    ValueError: if `pattern` is not a regular expression, or takes longer than `SECONDS`.
   """
   return _run("fullmatch", pattern, text) is not None
 
 
 def match(pattern: str, text: str) -> bool:
-  """Whether the beginning of `text` matches; raises as `fullmatch`."""
+  """Tells whether the beginning of `text` matches; raises as `fullmatch`."""
   return _run("match", pattern, text) is not None
 
 
@@ -47,11 +47,11 @@ def groups(pattern: str, text: str) -> dict[str, Any] | None:
   return found and found.groupdict()
 
 
-@functools.lru_cache(maxsize=4096)  # a pattern for each matrix of a large model is usual
+@functools.lru_cache(maxsize=4096)  # large models often have a pattern per matrix
 def _compiled(pattern: str) -> Any:
-  """Of `regex`, where it means what it does in Python's `re`.
+  """The pattern compiled by `regex`, if it means there what it means in Python's `re`.
 
-  To `regex`, which alone can be stopped, "q{e}" is a q with any number of errors.
+  Only `regex` can be stopped, but it reads "q{e}" as a q with any number of errors.
   """
   with warnings.catch_warnings():
     warnings.simplefilter("error", FutureWarning)  # sets in sets, which `regex` has

@@ -1,4 +1,4 @@
-"""`PerRow`: a weight that is another one for each row of a batch, around one base."""
+"""`PerRow`: a weight that differs for each row of a batch, around one base."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class PerRow(Adapted):
   """Weights W_0, W_1, ... that N adapters make of one base: row i of a batch is multiplied by W_i.
 
   einsum(eqn, x)[i] = einsum(eqn, x[i], W_i), where the base multiplies all rows at once and the
-  factors one row each. There are as many dense arrays as rows, so it stands for none.
+  factors one row each. There are as many dense arrays as rows, so it stands for no single one.
 
   Attributes:
     base: the pretrained weight, an array or any `Weight`.
     adapters: an adapted weight without its base, whose children have an axis of the N adapters
-      behind those of the layers: A of LoRA is `[*stack, N, R, in]`.
+      after those of the layers: A of LoRA is `[*stack, N, R, in]`.
     key: `[*stack]` keys of the dropout on the branch's input while training, else None.
   """
 
@@ -54,7 +54,7 @@ class PerRow(Adapted):
 
   @property
   def count(self) -> int:
-    """N."""
+    """The number N of adapters."""
     return jax.tree.leaves(self.adapters)[0].shape[len(self.stack)]
 
   def true_size(self) -> int:
@@ -75,15 +75,15 @@ class PerRow(Adapted):
     return self.replace(key=jnp.stack(keys).reshape(self.stack))
 
   def borrow(self, lender: Any) -> PerRow:
-    """With another weight's arrays, row by row; what all rows share stays where it is (`lent`)."""
+    """This weight with another one's arrays, row by row; arrays of all rows stay there (`lent`)."""
     if not isinstance(lender, PerRow):
       return self
     return self.replace(adapters=self.adapters.borrow(lender.adapters))
 
   def taken(self, rows: jax.Array) -> PerRow:
-    """With adapter `rows[i]` for row i; NaN for one that there is not."""
+    """This weight with adapter `rows[i]` for row i; NaN for an adapter that does not exist."""
     at = (slice(None),) * len(self.stack)
-    # A negative one would count from the end.
+    # A negative number would count from the end.
     known = jnp.where(rows < 0, jnp.iinfo(jnp.int32).max, rows)
     own = jax.tree.map(lambda x: x.at[(*at, known)].get(mode="fill"), self.adapters)
     return self.replace(adapters=own)
@@ -102,10 +102,10 @@ class PerRow(Adapted):
     )
 
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
-    """einsum(eqn, x[i], W_i) of each row i, the first axis of x.
+    """Computes einsum(eqn, x[i], W_i) for each row i, the first axis of x.
 
     Raises:
-      ValueError: x has another number of rows, or the result has none.
+      ValueError: if x has another number of rows, or the result has none.
     """
     x_s, w_s, out_s = split_subscripts(eqn)
     row, inner = x_s[0], eqn
@@ -126,17 +126,17 @@ class PerRow(Adapted):
     return self._by_row(lambda weight, y: weight.shift(y), y)
 
   def take(self, ids: jax.Array) -> jax.Array:
-    """Rows `W_i[ids[i]]`; a single row of ids is that of all, as positions are."""
+    """Rows `W_i[ids[i]]`; a single row of ids, as for positions, serves all rows."""
     if ids.shape[0] == 1:
       ids = jnp.broadcast_to(ids, (self.count, *ids.shape[1:]))
     return self._by_row(lambda weight, ids: weight.take(ids), ids)
 
   def attend(self, x: jax.Array) -> jax.Array:
-    """Logits of the base table, as of a `LoRA`."""
+    """Logits by the base table, as with `LoRA`."""
     return attend(self.base, x)
 
   def child_specs(self, spec: P) -> PerRow:
-    """As of the one adapter; their own axis is split never."""
+    """Specs as for a single adapter; the axis of the adapters is never split."""
     at = len(self.stack)
     one = self.adapters.replace(base=self.base).child_specs(spec)
     widen = lambda lies: P(*(*lies, *[None] * at)[:at], None, *lies[at:])
@@ -146,7 +146,7 @@ class PerRow(Adapted):
     return self.replace(base=one.base, adapters=own, key=key)
 
   def _by_row(self, fn: Callable[..., jax.Array], x: jax.Array, at: int = 0) -> jax.Array:
-    """`fn(W_i, x[i])` of each row, along axis `at` of the result."""
+    """`fn(W_i, x[i])` for each row, along axis `at` of the result."""
     if self.stack:
       raise ValueError("a whole stack of layers that differ by row cannot be used in one product")
     if x.ndim == 0 or x.shape[0] != self.count:
@@ -162,11 +162,11 @@ class PerRow(Adapted):
 
 
 def checked(params: Params, rows: Any) -> jax.Array:
-  """`rows`, which say of each row of a batch what adapter of `params` it has, as int32.
+  """`rows`, the number of each batch row's adapter in `params`, as int32.
 
   Raises:
-    ValueError: there are no stacked adapters, `rows` is no row of whole numbers, or, where they are
-      known, one of them is the number of no adapter.
+    ValueError: if there are no stacked adapters, `rows` is not a row of whole numbers, or one of
+      them, where they are known, is not the number of an adapter.
   """
   found = [leaf for leaf in paths.leaves(params).values() if isinstance(leaf, PerRow)]
   if not found:

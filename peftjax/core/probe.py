@@ -28,7 +28,7 @@ class _Found:
     at = lambda keep: tuple(i - len(w_s) for i, c in enumerate(w_s) if keep(c))
     ins, outs = at(lambda c: c not in out_s), at(lambda c: c in out_s and c not in x_s)
     leading = len(w_s) - len(ins) - len(outs)
-    # A stack that is not what leads has no place in `Axes`.
+    # `Axes` has no place for a stack that does not come first.
     if ins and outs and all(axis >= leading - len(w_s) for axis in (*ins, *outs)):
       self.axes.setdefault(path, Axes(ins, outs))
 
@@ -76,8 +76,8 @@ class Probe(Weight):
 def layout(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Axes]:
   """Axes of every array of `params` with which `fn(params, ...)` multiplies or looks up.
 
-  Inside a scan or a map a kernel has its own axes; what it has more of in `params` is a stack that
-  lies before them.
+  Inside a scan or a map a kernel has its own axes; the additional axes it has in `params` are a
+  stack that lies before them.
 
   Args:
     fn: a function that could be traced by `jax.jit`.
@@ -96,7 +96,7 @@ def layout(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
 
   uses = Uses(through_rules=True)
 
-  def run(params: Any, *args: Any, **kwargs: Any) -> None:  # a result need be no array
+  def run(params: Any, *args: Any, **kwargs: Any) -> None:  # a result need not be an array
     traced(fn, uses, paths.map_leaves(probed, params), *args, **kwargs)
 
   shapes(run, params, *args, **kwargs)
@@ -104,7 +104,7 @@ def layout(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
 
 
 def shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-  """`jax.eval_shape`, of whose arguments arrays are traced and all else is given as it is."""
+  """`jax.eval_shape` that traces array arguments and passes all others on as they are."""
   flat, treedef = jax.tree.flatten((args, kwargs))
   arrays = {i: x for i, x in enumerate(flat) if hasattr(x, "dtype")}
 

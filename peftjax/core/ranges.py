@@ -1,4 +1,4 @@
-"""Numbers in range: annotations of dataclasses and functions that are held against what is given.
+"""Numbers in range: annotations of dataclasses and functions that given values are checked against.
 
     class Train:
       batch_size: Size = 32
@@ -6,7 +6,7 @@
     @checked
     def lora(rank: Size = 8, alpha: Positive = 16.0, ...): ...
 
-Types are strict: "64" and True are no numbers, 2.0 is no count, NaN and ∞ are in no range.
+Types are strict: "64" and True are not numbers, 2.0 is not a count, NaN and ∞ are in no range.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from msgspec import Meta
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Counters are int32. What is above or below 1e±30 is ∞ or 0 once it is squared, or in 16 bits.
+# Counters are int32. A value above or below 1e±30 is ∞ or 0 once it is squared, or in 16 bits.
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Size = Annotated[int, Meta(ge=1, lt=2**31)]
-Length = Annotated[int, Meta(ge=1, le=2**20)]  # of what is allocated as given: rows, tokens, ranks
-RowLength = Annotated[int, Meta(ge=2, le=2**20)]  # of rows in which a token is to be predicted
+Length = Annotated[int, Meta(ge=1, le=2**20)]  # sizes that are allocated: rows, tokens, ranks
+RowLength = Annotated[int, Meta(ge=2, le=2**20)]  # length of rows with a token to be predicted
 Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-# What jnp.dtype takes; not checked. A config names it (`training.sections`).
+# Anything jnp.dtype takes; not checked. A config names it (`training.sections`).
 DType = Annotated[Any, "dtype"]
 
 
 def check(schema: Any, given: Mapping[str, Any], where: str = "") -> None:
-  """Holds every value against the annotation of its name, if there is one.
+  """Checks every value against the annotation of its name, if there is one.
 
   Args:
-    schema: a dataclass or a function. What it annotates with `Any`, or with a class that is none of
+    schema: a dataclass or a function. Values annotated with `Any`, or with a class other than
       numbers, texts, lists and mappings, may be anything.
-    given: values by name; arrays of JAX, whose numbers may not be known yet, are let through.
+    given: values by name; JAX arrays, whose numbers may not be known yet, are let through.
     where: goes before the name in the error, such as "train.".
 
   Raises:
@@ -57,7 +57,7 @@ def check(schema: Any, given: Mapping[str, Any], where: str = "") -> None:
 
 
 def check_one(name: str, value: Any, allowed: Any) -> None:
-  """Holds one value against an annotation; see `check`."""
+  """Checks one value against an annotation; see `check`."""
   try:
     msgspec.convert(value.item() if isinstance(value, np.generic) else value, allowed, strict=True)
   except UnicodeEncodeError:
@@ -67,13 +67,13 @@ def check_one(name: str, value: Any, allowed: Any) -> None:
 
 
 def one_of(name: str, value: Any, allowed: Collection[str]) -> None:
-  """ValueError unless `value` is one of some texts."""
+  """Raises ValueError unless `value` is one of the `allowed` texts."""
   if not isinstance(value, str) or value not in allowed:
     raise ValueError(f"{name} {_shown(value)} is not one of {', '.join(allowed)}")
 
 
 def checked(function: F) -> F:
-  """`function`, which first holds its arguments against their annotations; see `check`."""
+  """`function`, which first checks its arguments against their annotations; see `check`."""
   signature = inspect.signature(function)
 
   @functools.wraps(function)
@@ -91,7 +91,7 @@ def _annotations(schema: Any) -> dict[str, Any]:
 
 
 def _known(hint: Any) -> bool:
-  """Whether msgspec can judge it: made of plain types."""
+  """Tells whether msgspec can check a type: whether it is made of plain types."""
   inner = typing.get_args(hint)
   if typing.get_origin(hint) is Annotated:
     return _known(inner[0])
@@ -109,7 +109,7 @@ def _shown(value: Any) -> str:
 
 
 def _words(told: str, hint: Any) -> str:
-  """msgspec's "Expected `int`, got `bool`", with the whole range that is allowed, in words."""
+  """msgspec's message ("Expected `int`, got `bool`") in words, with the whole allowed range."""
   limits = _limits(hint)
   kinds = {"int": f"a whole number{limits}", "float": f"a number{limits}", "str": "a text"}
   kinds |= {"bool": "true or false", "array": "a list", "object": "a mapping", "null": "none"}
@@ -119,7 +119,7 @@ def _words(told: str, hint: Any) -> str:
 
 
 def _limits(hint: Any) -> str:
-  """ " of at least 1 and below 2147483648", of the first range in a hint."""
+  """The first range in a hint, as " of at least 1 and below 2147483648"."""
   signs = (("ge", "of at least"), ("gt", "above"), ("le", "up to"), ("lt", "below"))
   for part in typing.get_args(hint):
     if isinstance(part, Meta):

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.struct
 
-# The top-level entry of a parameter tree that they lie in, by name; linen modules ignore it.
+# The top-level entry of a parameter tree that holds them, by name; linen modules ignore it.
 GROUP = "shared"
 
 
@@ -31,10 +31,10 @@ def nodes(params: Any) -> dict[str, Shared]:
 
 
 def add(params: Any, found: Mapping[str, Shared]) -> Any:
-  """`params` with shared nodes, by path, in it.
+  """`params` with shared nodes added, by path.
 
   Raises:
-    ValueError: if `params` is no dict that could hold them.
+    ValueError: if `params` is not a dict that could hold them.
   """
   if not found:
     return params
@@ -44,7 +44,7 @@ def add(params: Any, found: Mapping[str, Shared]) -> Any:
       f"then, and are a {type(params).__name__}"
     )
   named = {path.rpartition("/")[2]: node for path, node in found.items()}
-  make: Any = type(params)  # dict, or what is like one
+  make: Any = type(params)  # dict, or a class like it
   return make({**params, GROUP: {**params.get(GROUP, {}), **named}})
 
 

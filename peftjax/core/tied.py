@@ -1,4 +1,4 @@
-"""`Tied`: in a parameter tree, the place of a head that has no array of its own."""
+"""`Tied`: the node of a parameter tree in place of a head that has no array of its own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from peftjax.core.weight import Weight
 class Tied(flax.struct.PyTreeNode):
   """Stands where the kernel `[D, V]` of a head would: logits are those of a table `[V, D]`.
 
-  It is a node without children and no leaf, so every part of a partitioned tree has it, and nothing
-  of it is mapped, trained, saved, sharded or counted. Whether a model is tied is read off its
+  It is a node without children and not a leaf, so every part of a partitioned tree has it, and it
+  is not mapped, trained, saved, sharded or counted. Whether a model is tied is read off its
   parameters: put an array in its place (`tree.untie`) and the head has one of its own.
 
   An adapter on the table changes the lookup alone, as in PEFT: the head is that of its base.
@@ -32,7 +32,7 @@ def is_tied(node: Any) -> bool:
 
 
 def kernel(table: Any) -> Any:
-  """The head `[D, V]` of a table `[V, D]` that it is tied to; of an adapted one, of its base.
+  """The head `[D, V]` of the table `[V, D]` that it is tied to; for an adapted table, of its base.
 
   A quantised table gives a quantised kernel of the same values, an abstract one an abstract one.
 

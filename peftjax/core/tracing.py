@@ -1,4 +1,4 @@
-"""`Call`: what a model's modules are lent, and what is noted of them, while the model is called."""
+"""`Call`: loans to a model's modules, and notes about them, while the model is called."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-  """What reaches from the call of a model to weights and modules deep in it, and back.
+  """Values that pass between the call of a model and the weights and modules deep in it.
 
   Attributes:
     unboxing: how a module may read a weight as an array: with a warning ("warn"), inside
-      `linen.bridge` ("bridge"), or not at all where it is a matrix ("refuse"), for `core.factored`
-      to do it better.
-    lent: the shared nodes of the parameters, by path. So a scanned layer uses them from outside
-      the scan, as constants of all its steps; put into a stacked weight they would be as many
-      copies as it has layers.
-    read: paths of the prefixes and prompts that were read so far; None if nobody asks.
-    kernels: names of `nn.attention.KERNELS` that attention computed with so far; likewise.
-    uses: is told what became of weights that the bridge does not know; likewise.
+      `linen.bridge` ("bridge"), or never if it is a matrix ("refuse"), as `core.factored` does
+      better.
+    lent: the shared nodes of the parameters, by path. Scanned layers thus use them from outside
+      the scan, as constants of all its steps. In a stacked weight there would be as many copies as
+      layers.
+    read: paths of the prefixes and prompts that have been read so far; None if nobody asks.
+    kernels: the names of `nn.attention.KERNELS` that attention has taken so far; likewise.
+    uses: is told the fate of weights that the bridge does not know; likewise.
   """
 
   unboxing: str = "warn"
@@ -38,13 +38,13 @@ _current: ContextVar[Call] = ContextVar("call")
 
 
 def current() -> Call:
-  """The innermost call that this is traced for; outside of any, one that notes nothing."""
+  """The innermost call that is being traced; outside of any, one that notes nothing."""
   return _current.get(Call())
 
 
 @contextlib.contextmanager
 def within(**changes: Any) -> Iterator[Call]:
-  """Within it, `current` is the call around it with other fields."""
+  """A context in which `current` is the surrounding call with other fields."""
   token = _current.set(current()._replace(**changes))
   try:
     yield current()

@@ -37,7 +37,7 @@ def combine(*trees: Params) -> Params:
 
 
 def tie(params: Params, *, spread: bool = True) -> Params:
-  """`params` with, in every weight that borrows arrays of another leaf or shared node, those.
+  """`params` in which every weight that borrows arrays, of a leaf or a shared node, holds them.
 
   Such a weight names the lender in `of`, and its own children are None, so that an array that
   several weights use is trained, saved and counted once.
@@ -67,20 +67,20 @@ def tie(params: Params, *, spread: bool = True) -> Params:
 def merge(params: Params, *, dense: bool = False) -> Params:
   """Ordinary arrays: every `Weight` replaced by the dense array it stands for.
 
-  What weights shared (VeRA's projections) is left out. A head that is tied to an adapted table gets
-  an array of its own, since the adapter changed the lookup alone: outputs stay what they were.
+  Arrays that weights shared (VeRA's projections) are left out. A head that is tied to an adapted
+  table gets its own array, since the adapter changed the lookup alone: outputs stay what they were.
 
   Args:
     params: a tree of arrays and weights.
     dense: dequantise quantised weights too, which makes them four to eight times as large.
 
   Raises:
-    ValueError: on a quantised weight, alone or under an adapter, unless `dense`; on what stands
-      for no dense array (bottleneck adapters, prefixes, prompts).
+    ValueError: on a quantised weight, alone or under an adapter, unless `dense`; on nodes that
+      stand for no dense array (bottleneck adapters, prefixes, prompts).
   """
   if found := attachments(params):
     raise ValueError(
-      f"{type(found[0]).__name__} cannot be merged: it is no change of a weight. Keep the adapted "
+      f"{type(found[0]).__name__} cannot be merged: it does not change a weight. Keep the adapted "
       "parameters and call pj.apply(model, params, ...)."
     )
 
@@ -128,7 +128,7 @@ def replace_tied(fn: Callable[[str, Tied], Any], params: Params) -> Params:
 
 
 def made_mask(params: Params) -> Mask:
-  """True on every array that `attach` made, false on every array the model came with."""
+  """True on every array that `attach` made, False on every array the model came with."""
 
   def of(leaf: Any) -> Any:
     if not isinstance(leaf, Weight):
@@ -145,9 +145,9 @@ def made_mask(params: Params) -> Mask:
 
 
 def adapter_mask(params: Params, trainable: Mask) -> Mask:
-  """True on all that did not come from the pretrained files as it is: made or trained arrays.
+  """True on every array that differs from the pretrained files: made or trained arrays.
 
-  `partition(params, adapter_mask(...))` splits a model into what has to be saved, or swapped
+  `partition(params, adapter_mask(...))` splits a model into the arrays to save, or to swap
   between tasks, and the base that every task shares.
   """
   return jax.tree.map(lambda made, trained: made or trained, made_mask(params), trainable)
@@ -194,7 +194,7 @@ def with_dropout_keys(params: Params, key: jax.Array | None) -> Params:
 
 
 def count(params: Params, mask: Mask | None = None) -> int:
-  """Number of parameters (where `mask` holds): padding rows of a stack are not counted.
+  """Number of parameters (where `mask` holds); padding rows of a stack are not counted.
 
   Counts what a model owner would: the arrays of the model and the factors a method trains, not
   scales, ranks and keys.
@@ -206,7 +206,7 @@ def count(params: Params, mask: Mask | None = None) -> int:
 
 
 def restore_ranks(chosen: Params, params: Params) -> Params:
-  """Puts each weight's recorded rank back into a tree that a partition has taken it from."""
+  """Puts each weight's recorded rank back into a tree that `partition` has taken it from."""
   fill = lambda c, p: p.with_ranks(c) if isinstance(p, Adapted) else c
   return jax.tree.map(fill, chosen, params, is_leaf=lambda n: n is None or paths.is_leaf(n))
 
@@ -214,4 +214,4 @@ def restore_ranks(chosen: Params, params: Params) -> Params:
 def _true_size(leaf: Any) -> int:
   if isinstance(leaf, Weight | Attachment):
     return leaf.true_size()
-  return sum(x.size for x in jax.tree.leaves(leaf))  # of a box what is in it, if anything
+  return sum(x.size for x in jax.tree.leaves(leaf))  # for a box, the arrays in it, if any

@@ -22,15 +22,15 @@ class Factor(NamedTuple):
   size: int
 
 
-# What an axis of a view runs over, major first; () of an axis of size 1.
+# The factors that an axis of a view runs over, major first; () for an axis of size 1.
 Group = tuple[Factor, ...]
 
 
 class Uses:
-  """What became of each weight by its path: "factored", or the primitives that made it dense.
+  """The record of each weight's fate by path: "factored", or the primitives that made it dense.
 
   Attributes:
-    by_path: that.
+    by_path: that record.
     through_rules: look into functions with a rule of their own for gradients, which then is
       ignored; for those who want no gradients.
   """
@@ -49,9 +49,9 @@ class View(flax.struct.PyTreeNode):
   Attributes:
     weight: any `Weight`.
     groups: for each axis of the view the factors of the weight's axes that it runs over.
-    as_dtype: what the program has cast the weight to.
-    path: of the weight among the arguments.
-    uses: what is noted of it.
+    as_dtype: the dtype that the program has cast the weight to.
+    path: path of the weight among the arguments.
+    uses: the record to write to.
   """
 
   weight: Any
@@ -62,7 +62,7 @@ class View(flax.struct.PyTreeNode):
 
   @classmethod
   def whole(cls, weight: Weight, path: str, uses: Uses) -> View:
-    """The weight as it is."""
+    """A view of the weight as it is."""
     return cls(weight, _groups(weight.shape), jnp.dtype(weight.dtype), path, uses)
 
   @property
@@ -75,11 +75,11 @@ class View(flax.struct.PyTreeNode):
 
   @property
   def is_whole(self) -> bool:
-    """Whether no axis was moved, split or merged."""
+    """Tells whether no axis was moved, split or merged."""
     return self.groups == _groups(self.weight.shape)
 
   def dense(self, primitive: str) -> jax.Array:
-    """The array itself, for a primitive that has no use for factors.
+    """The dense array, for a primitive that cannot use the factors.
 
     Raises:
       ValueError: if the weight has a key of dropout, which has no dense form.
@@ -144,14 +144,14 @@ class View(flax.struct.PyTreeNode):
     return group[0].axis if whole else None
 
   def along_stack(self, axis: int) -> bool:
-    """Whether that is one of its layers."""
+    """Tells whether an axis of the view is one of the weight's layers."""
     of = self.along(axis)
     return of is not None and of < len(self.weight.stack)
 
   def cut(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> View | None:
-    """With `take(array, axis)`, a part of one axis of an array, of that axis; None if it cannot.
+    """The view with `take(array, axis)`, a part of one axis, applied to it; None if it cannot.
 
-    A layer that is alone then is none of a stack any more.
+    A single layer is then no longer part of a stack.
     """
     of = self.along(axis)
     if of is None:
@@ -172,14 +172,14 @@ class View(flax.struct.PyTreeNode):
     return view.without(of, jax.tree.map(lambda child: jnp.squeeze(child, of), weight))
 
   def without(self, axis: int, weight: Any) -> View:
-    """Of a weight that has lost an axis, which the view has no longer."""
+    """The view of a weight that has lost an axis, which the view loses too."""
     moved = lambda f: f._replace(axis=f.axis - 1) if f.axis > axis else f
     return self.replace(
       weight=weight, groups=tuple(tuple(map(moved, group)) for group in self.groups)
     )
 
   def layers(self, ids: jax.Array, batch: Sequence[int]) -> View | None:
-    """Of a stack that axis 0 is the layers `ids`, whose axes are to be those of `batch`."""
+    """The view whose axis 0 is the layers `ids` of a stack, and gets the axes of `batch`."""
     if self.along(0) != 0 or not self.weight.stack:
       return None
     weight = jax.tree.map(lambda child: jnp.take(child, ids, axis=0), self.weight)
@@ -191,7 +191,7 @@ class View(flax.struct.PyTreeNode):
     return self.replace(weight=weight, groups=tuple(groups))
 
   def row(self) -> View:
-    """Inside a scan over the first axis, of a view whose weight was sliced already."""
+    """The view inside a scan over the first axis, when its weight has been sliced already."""
     return self.replace(groups=self.groups[1:]).without(0, self.weight)
 
   def cast(self, dtype: Any) -> View:

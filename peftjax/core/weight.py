@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import tracing
+from peftjax.core import ragged, tracing
 
 # Kinds of weights that were read without the bridge.
 _told: set[str] = set()
@@ -50,10 +50,10 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
     pytree_node=False, default=None, kw_only=True
   )
 
-  # Children that came from the pretrained files; the rest was made by a method's `attach`.
+  # Children that came from the pretrained files; a method's `attach` made the rest.
   pretrained: ClassVar[frozenset[str]] = frozenset({"base"})
 
-  # Whether only the optimizer of its own method may train it, whose state is an `optim.Owner`.
+  # True if only the optimizer of its own method may train it, whose state is an `optim.Owner`.
   owned: ClassVar[bool] = False
 
   @property
@@ -66,12 +66,12 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
 
   @property
   def quantised(self) -> bool:
-    """Whether the dense array is larger than what is kept, and lost something on the way."""
+    """True if the dense array is larger than the stored one, and has lost precision."""
     return False
 
   @property
   def cuts(self) -> tuple[int, ...]:
-    """Of each axis, the number whose divisors are the devices that it can be split over."""
+    """A number for each axis, which can be split over as many devices as divide that number."""
     return self.shape
 
   @property
@@ -84,11 +84,11 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
 
   @property
   def stack(self) -> tuple[int, ...]:
-    """The leading axes, of layers; all else of the shape is one layer's matrix."""
+    """The leading axes, of layers; the rest of the shape is one layer's matrix."""
     return self.shape[:-2]
 
   def true_size(self) -> int:
-    """Parameters of the children that are here: padding, scales and keys are not counted."""
+    """The number of parameters in the children here; padding, scales and keys are not counted."""
     raise NotImplementedError
 
   def materialize(self) -> jax.Array:
@@ -116,8 +116,8 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
     """The weight of `take(W, axis)`, a part of one axis; None if it is no such weight.
 
     Args:
-      axis: that is in no stack, counted from the end.
-      take: of an array and an axis, counted from its beginning.
+      axis: an axis that is not in the stack, counted from the end.
+      take: function of an array and an axis, counted from its beginning.
     """
     return None
 
@@ -131,15 +131,21 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
 
   def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """`lax.ragged_dot(x, W, group_sizes)` in the dtype of `x`: `[M, in]` by `[E, in, out]`."""
-    return jax.lax.ragged_dot(x, self.materialize().astype(x.dtype), group_sizes)
+    return ragged.product(x, self.materialize().astype(x.dtype), group_sizes)
 
   def transposed(self) -> Weight:
     """The kernel `[D, V]` of a table `[V, D]`, in the same form.
 
     Raises:
-      ValueError: this kind of weight has none.
+      ValueError: if this kind of weight has none.
     """
     raise ValueError(f"a {type(self).__name__} cannot be a head of its own; merge it first")
+
+  def __getitem__(self, at: Any) -> Any:
+    raise ValueError(
+      f"a {type(self).__name__} stands for an array and is none, but is read as one: call the "
+      "model by pj.apply or pj.factored, or adapt one of NNX by pj.nnx.attach(key, model, method)"
+    )
 
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
@@ -185,13 +191,13 @@ def children(weight: Weight) -> dict[str, Any]:
 
 
 def warn_unbridged(weight: Weight, where: str) -> None:
-  """Warns, once for each kind of weight, if a module reads it outside of `pj.apply`."""
+  """Warns, once per kind of weight, if a module reads it outside of `pj.apply`."""
   kind = type(weight).__name__
   if tracing.current().unboxing == "warn" and kind not in _told:
     _told.add(kind)
     warnings.warn(
       f"a {kind} {where} was read without pj.apply, by model.apply or nn.unbox: most modules then "
-      "compute with a dense array, and an adapter's dropout and what weights share are left out. "
+      "compute with a dense array, and an adapter's dropout and shared arrays are left out. "
       "Write pj.apply(model, params, ...)",
       stacklevel=3,
     )
@@ -202,5 +208,5 @@ def is_weight(leaf: Any) -> bool:
 
 
 def materialize(leaf: Any) -> jax.Array:
-  """The dense array of a leaf: itself, or what the weight stands for."""
+  """The dense array of a leaf: the leaf itself, or the array the weight stands for."""
   return leaf.materialize() if isinstance(leaf, Weight) else leaf

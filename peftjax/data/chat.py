@@ -11,8 +11,8 @@ from typing import Any
 
 from peftjax.io import gguf, records
 
-# What a template may take; those of real models take some milliseconds and kilobytes.
-SECONDS = 2  # of computing, and ten times as many of waiting for it
+# Limits on a template; those of real models take some milliseconds and kilobytes.
+SECONDS = 2  # computing time; ten times as much may pass in waiting
 MEMORY = 2**29
 CHARACTERS = 2**22  # rendered: as many tokens as the longest contexts have
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
@@ -60,12 +60,13 @@ def render(
   any.
 
   Args:
-    template: in Jinja.
+    template: the text of the template, in Jinja.
     messages: {"role": "system", "user" or "assistant", "content": ...}.
     special: tokens by the names that templates have for them: bos_token, eos_token, ...
 
   Raises:
-    ValueError: if the template refuses the conversation, is damaged, or takes too long or much.
+    ValueError: if the template refuses the conversation, is damaged, or takes too much time,
+      memory or output.
   """
   request = {
     "limits": {"seconds": SECONDS, "memory": MEMORY, "characters": CHARACTERS},

@@ -1,4 +1,4 @@
-"""A program of its own, which imports nothing of peftjax: renders one chat template from others.
+"""A program of its own, which imports nothing of peftjax and renders one chat template.
 
 Reads a request, {"limits", "path", "template", "values"}, as JSON and writes {"text"} or {"error"}.
 The environment is that of transformers' `apply_chat_template`.
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def render(template: str, values: dict, most: int) -> str:
-  """The text, of `most` characters; raises whatever the template does."""
+  """The rendered text, at most `most` characters; raises whatever the template does."""
   size, pieces = 0, []
   for piece in environment().from_string(template).generate(values):
     size += len(piece)

@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from peftjax.data import glue, local, samples, split
+from peftjax.data import e2e, glue, local, samples, split
 from peftjax.data.examples import Corpus, Examples
 
 __all__ = ["Corpus", "Examples", "load"]
 
-NAMES = ("bbc", "sentiment", "files", *(f"glue/{task}" for task in glue.TASKS))
+FROM_FILES = ("files", "e2e")
+NAMES = ("bbc", "sentiment", *FROM_FILES, *(f"glue/{task}" for task in glue.TASKS))
 
 
 def load(
@@ -24,6 +25,7 @@ def load(
   label_column: str | None = "label",
   regression: bool = False,
   glue_dir: str | None = None,
+  between: str = "",
 ) -> Corpus:
   """The corpus `name`, in train, validation and test splits that depend on it and `seed` alone.
 
@@ -35,12 +37,14 @@ def load(
 
   Args:
     name: "bbc" and "sentiment" are read from their sample packages; "files" from `train_file` and,
-      if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl); "glue/<task>" from
+      if given, `validation_file` and `test_file` (.csv, .tsv or .jsonl), as is "e2e", whose
+      official CSV files become prompts and completions; "glue/<task>" from
       `glue_dir`/<TASK>/{train,dev}.tsv or, without `glue_dir`, through the `datasets` library.
-    seed: of the splits that are made here.
-    text_column, pair_column, label_column: of "files"; a `pair_column` makes pairs of texts,
+    seed: seed of the splits that are made here.
+    text_column, pair_column, label_column: columns of "files"; a `pair_column` makes pairs,
       without a `label_column` (None) texts have no labels.
     regression: for "files", that labels are numbers and not classes.
+    between: for "files" with a `pair_column`, put behind each first text, as "\\nTL;DR:".
 
   Raises:
     ValueError: naming what is wrong with the name, a file (with its line), a class or a split.
@@ -49,11 +53,11 @@ def load(
   files = {part: path for part, path in paths.items() if path is not None}
   if name not in NAMES:
     raise ValueError(f"No corpus {name!r}. Allowed: {', '.join(NAMES)}.")
-  if (name == "files") != ("train" in files) or (name != "files" and files):
+  if (name in FROM_FILES) != ("train" in files) or (name not in FROM_FILES and files):
     raise ValueError(
-      f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' with train_file and,"
-      " if you have them, validation_file and test_file; every other name without them. Write e.g."
-      " --config.data.train_file=train.csv."
+      f"The corpus {name!r} came with {files or 'no file'}. Allowed: 'files' and 'e2e' with"
+      " train_file and, if you have them, validation_file and test_file; every other name without"
+      " them. Write e.g. --config.data.train_file=train.csv."
     )
   columns = [x for x in (text_column, pair_column, label_column) if x is not None]
   if len(set(columns)) < len(columns):
@@ -63,6 +67,12 @@ def load(
     )
   if name == "files":
     corpus = local.read(files, text_column, pair_column, label_column, regression)
+    for examples in corpus.splits.values() if between and pair_column else ():
+      examples.texts[:] = [text + between if text else text for text in examples.texts]
+  elif name == "e2e":
+    if label_column is not None:
+      raise ValueError("the corpus 'e2e' has no classes; train on it by configs/causal_lm.py")
+    corpus = e2e.read(files)
   elif name.startswith("glue/"):
     corpus = glue.read(name.removeprefix("glue/"), glue_dir)
   else:
@@ -71,26 +81,28 @@ def load(
 
 
 def text_columns(name: str, text_column: str, pair_column: str | None) -> list[str]:
-  """The column of the text, or those of both texts of a pair, as files of that corpus name them."""
+  """The columns of the text, or of both texts of a pair, as files of that corpus name them."""
   if name.startswith("glue/"):
     return list(glue.TASKS[name.removeprefix("glue/")].columns[:-1])
   return [text_column] if name != "files" or pair_column is None else [text_column, pair_column]
 
 
 def _finish(corpus: Corpus, seed: int) -> Corpus:
-  """The corpus without empty texts, with all three splits, and without texts in two of them."""
+  """The corpus without empty texts, with all three splits, and no text in two of them."""
   names = corpus.label_names
   splits = {part: _without_empty(examples) for part, examples in corpus.splits.items()}
   empty = sum(map(len, corpus.splits.values())) - sum(map(len, splits.values()))
   if corpus.name.startswith("glue/"):
     splits["validation"], splits["test"] = split.halve(splits["validation"], names, seed)
+  further = {part: splits.pop(part) for part in corpus.further}
   splits, duplicates = split.drop_duplicates(split.complete(splits, names, seed))
   split.check(splits, names)
+  splits |= further
   return dataclasses.replace(
     corpus, splits=splits, dropped={"empty": empty, **duplicates, **corpus.dropped}
   )
 
 
 def _without_empty(examples: Examples) -> Examples:
-  """The examples that have a text and, of pairs, both."""
+  """The examples with a text and, for pairs, both texts."""
   return examples.take(np.flatnonzero([all(key) for key in examples.keys()]))

@@ -1,6 +1,7 @@
 """Labelled texts, and the corpus they belong to."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -33,27 +34,32 @@ class Examples:
 
   def sample(self, size: int, seed: int) -> "Examples":
     """At most `size` of the examples, drawn without replacement, in their old order."""
-    if size < 1:
-      raise ValueError(f"a subset of {size} examples is none; write a number from 1 on, or null")
-    rows = np.random.default_rng(seed).permutation(len(self))[:size]
-    return self.take(np.sort(rows))
+    return self.take(subset(len(self), size, seed))
 
   def keys(self) -> list[tuple[str, ...]]:
-    """What makes two examples duplicates: their texts, every run of whitespace being one space."""
+    """Keys by which two examples are duplicates: the texts, each run of whitespace as one space."""
     columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
     return [tuple(" ".join(text.split()) for text in row) for row in zip(*columns, strict=True)]
 
 
+def subset(count: int, size: int | None, seed: int) -> np.ndarray:
+  """At most `size` of 0 to `count` - 1, drawn without replacement, ascending; all for None."""
+  if size is not None and size < 1:
+    raise ValueError(f"a subset of {size} examples is empty; write a number from 1 on, or null")
+  return np.sort(np.random.default_rng(seed).permutation(count)[:size])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-  """A task: its texts in splits, what its labels mean, and how it is scored.
+  """A task: its texts in splits, the meaning of its labels, and its metrics.
 
   Attributes:
     name: the name it was loaded by.
     label_names: class names by class index; empty for regression.
     metrics: names of the task's metrics, the one to select models by first.
-    splits: "train", "validation" and "test".
+    splits: "train", "validation" and "test", and those of `further`.
     dropped: how many examples were left out, by reason.
+    further: parts that are scored besides, with their metrics.
   """
 
   name: str
@@ -61,6 +67,7 @@ class Corpus:
   metrics: tuple[str, ...]
   splits: dict[str, Examples]
   dropped: dict[str, int]
+  further: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")

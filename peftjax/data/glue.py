@@ -17,7 +17,7 @@ from peftjax.io import records
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Where a task's columns are: in the official TSV files and in the `datasets` library.
+  """The places of a task's columns: in the official TSV files and in the `datasets` library.
 
   Attributes:
     folder: the official directory.
@@ -77,11 +77,30 @@ TASKS = {
   "wnli": Task("WNLI", (*_SENTENCES, "label"), _SENTENCES, ("not_entailment", "entailment")),
 }
 
+# Parts that are scored besides, where their files are: of other genres, and GLUE's diagnostic set,
+# AX, with its labels (those of all test sets are secret).
+FURTHER = {
+  "mnli": {
+    "mismatched": dataclasses.replace(
+      TASKS["mnli"], validation=("dev_mismatched", "validation_mismatched")
+    ),
+    "diagnostic": dataclasses.replace(
+      TASKS["mnli"],
+      folder="diagnostic",
+      columns=("Premise", "Hypothesis", "Label"),
+      metrics=("matthews",),
+      validation=("diagnostic-full", ""),
+    ),
+  }
+}
+
 
 def read(name: str, glue_dir: str | None) -> Corpus:
   """The task `name`'s "train" and "validation" splits (for mnli, validation_matched).
 
-  Reads `glue_dir`/<TASK>/train.tsv and dev.tsv if a directory is given, else asks `datasets`. A
+  Reads `glue_dir`/<TASK>/train.tsv and dev.tsv if a directory is given, else asks `datasets`; and
+  of mnli "mismatched" (dev_mismatched.tsv) and "diagnostic" (diagnostic/diagnostic-full.tsv), where
+  they are there. A
   line with more or fewer fields than columns (qqp's official files have some that are cut short) is
   left out and counted as "malformed".
 
@@ -99,7 +118,13 @@ def read(name: str, glue_dir: str | None) -> Corpus:
     validation, broken = _from_tsv(str(folder / f"{task.validation[0]}.tsv"), task)
     splits = {"train": train, "validation": validation}
     dropped = {"malformed": broken_train + broken}
-  return Corpus(f"glue/{name}", task.label_names, task.metrics, splits, dropped)
+    for part, other in FURTHER.get(name, {}).items():
+      path = pathlib.Path(glue_dir) / other.folder / f"{other.validation[0]}.tsv"
+      if path.exists():
+        splits[part], broken = _from_tsv(str(path), other)
+        dropped["malformed"] += broken
+  further = {part: other.metrics for part, other in FURTHER.get(name, {}).items() if part in splits}
+  return Corpus(f"glue/{name}", task.label_names, task.metrics, splits, dropped, further)
 
 
 def _from_tsv(path: str, task: Task) -> tuple[Examples, int]:
@@ -150,7 +175,11 @@ def _from_library(name: str, task: Task) -> dict[str, Examples]:
   import datasets  # optional, so not at the top
 
   splits = {}
-  for split, stored in (("train", "train"), ("validation", task.validation[1])):
+  others = {part: other.validation[1] for part, other in FURTHER.get(name, {}).items()}
+  stored_as = {"train": "train", "validation": task.validation[1], **others}
+  for split, stored in stored_as.items():
+    if not stored:
+      continue
     table = datasets.load_dataset("nyu-mll/glue", name, split=stored)
     texts = [list(table[column]) for column in task.hub_columns]
     splits[split] = _examples(task, texts, list(table["label"]))

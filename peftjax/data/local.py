@@ -17,7 +17,7 @@ def read(
   label_column: str | None,
   regression: bool,
 ) -> Corpus:
-  """The corpus in `files` (split -> path, with "train" among them), with those splits alone.
+  """The corpus in `files` (a path per split, "train" among them), with those splits alone.
 
   Without a `label_column` every label is 0 and there are no classes.
 
@@ -25,9 +25,9 @@ def read(
   alphabetical order. With `regression` labels are numbers that float32 holds.
 
   Raises:
-    ValueError: for what `tables.read` raises, a single class, classes that are ambiguous ("1" and
+    ValueError: for anything `tables.read` refuses, a single class, ambiguous classes ("1" and
       1, "1" and "1.0", "nan" among numbers), a label that the train file does not have, or a
-      regression target that is no number: with file and line.
+      regression target that is not a number: with file and line.
   """
   rows = {
     split: tables.read(path, text_column, pair_column, label_column)
@@ -75,7 +75,7 @@ def _class_names(path: str, rows: list[tables.Row]) -> tuple[str, ...]:
 
 
 def _check_types(path: str, rows: list[tables.Row]) -> None:
-  """ValueError if one class is written as a text and as a number or truth value."""
+  """Raises ValueError if one class is written as a text and as a number or truth value."""
   first: dict[str, tables.Row] = {}
   for row in rows:
     other = first.setdefault(_name(row.label), row)
@@ -87,7 +87,7 @@ def _check_types(path: str, rows: list[tables.Row]) -> None:
 
 
 def _check_numbers(path: str, rows: list[tables.Row], names: set[str]) -> None:
-  """ValueError if classes are numbers, and two of them the same one, or one not finite."""
+  """Raises ValueError if classes are numbers, and two of them are equal or one is not finite."""
   try:
     values = {name: float(name) for name in names}
   except ValueError:  # words, then

@@ -19,8 +19,8 @@ class Rows:
 
   Attributes:
     tokens: int32 [N, T].
-    segments: int32 [N, T]: the piece each token is of, from 1; 0 behind the last one.
-    positions: int32 [N, T]: of the token in its piece.
+    segments: int32 [N, T]: the piece of each token, from 1; 0 after the last one.
+    positions: int32 [N, T]: position of the token in its piece.
     weights: float32 [N, T]: 1 where the token is to be predicted from those before it.
     documents: how many documents the rows hold.
   """
@@ -44,7 +44,7 @@ class Rows:
     return dataclasses.replace(self, **{field: getattr(self, field)[rows] for field in fields})
 
   def batch(self, index_B: np.ndarray) -> Batch:
-    """The rows `index_B`; of an empty row, -1, nothing is to be predicted."""
+    """The rows `index_B`; for an empty row, -1, nothing is to be predicted."""
     real_B1 = (index_B >= 0)[:, None]
     rows_B = np.maximum(index_B, 0)
     fields = ("tokens", "segments", "positions", "weights")
@@ -66,7 +66,7 @@ def pack(
   Args:
     documents: int arrays of token ids, their end-of-text token included.
     length: T.
-    prompts: of each document, how many first tokens are not to be predicted either.
+    prompts: for each document, how many first tokens are not to be predicted either.
     seed: shuffles the documents first; without it they stay in order.
 
   Raises:

@@ -22,9 +22,9 @@ def read_batch(
 
   Returns:
     "tokens" int32 [B, T], "mask" bool [B, T] (true at tokens), "types" int32 [B, T], "labels" [B]
-    in their dtype, "weights" float32 [B] (1, or 0 for an empty row). An empty row has label 0 and
-    only `pad_id`, but its mask is true in the first place: a softmax over nothing would be NaN,
-    which weight 0 does not remove.
+    or, if each token has one, [B, T] in their dtype, "weights" float32 [B] (1, or 0 for an empty
+    row). An empty row has label 0 and only `pad_id`, but its mask is true in the first place: a
+    softmax over nothing would be NaN, which weight 0 does not remove.
   """
   real_B = index_B >= 0
   rows_B = np.where(real_B, index_B, 0)
@@ -35,9 +35,13 @@ def read_batch(
   batch = {
     "tokens": np.where(mask_BT, tokens.ids[at_BT], np.int32(pad_id)),
     "types": np.where(mask_BT, tokens.types[at_BT], np.uint8(0)).astype(np.int32),
-    "labels": np.where(real_B, labels[rows_B], labels.dtype.type(0)),
+    "labels": np.where(
+      real_B[:, None] if labels.ndim > 1 else real_B, labels[rows_B], labels.dtype.type(0)
+    ),
     "weights": real_B.astype(np.float32),
   }
+  if labels.ndim > 1:
+    batch["labels"] = batch["labels"][:, :length]
   mask_BT[~real_B, 0] = True
   return batch | {"mask": mask_BT}
 
@@ -58,14 +62,14 @@ def batches(
 class Stream:
   """The training batches of all epochs, one after the other, by global step from 0.
 
-  They are the same on every process: which rows it needs is for the sharding of a batch to say.
+  They are the same on every process; the sharding of a batch says which rows a process needs.
 
   Step s is batch s mod S of the plan of epoch ⌊s/S⌋, S being `steps_per_epoch`. Batches depend on
   the step and the arguments alone, so a run that stopped after consuming k batches goes on with
   `iterate(k, stop)`, whatever had been read ahead.
 
   Args:
-    tokens, labels: N examples; labels int32 or float32 [N].
+    tokens, labels: N examples; labels int32 or float32 [N], or [N, max_length] of each token.
     buckets, batch_size, seed: see `plan.batch_plan`.
     pad_id: the token id of padding.
 
@@ -106,5 +110,5 @@ def _read_step(tokens: Tokens, labels: np.ndarray, pad_id: int, plan: Plan, step
 
 
 def iterate(read: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
-  """`read(i)` for i from `start` to `stop` - 1, ahead, by a thread."""
+  """Yields `read(i)` for i from `start` to `stop` - 1, read ahead by a thread."""
   return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ_AHEAD))

@@ -1,4 +1,4 @@
-"""Which examples make up which batch: pure functions of lengths, seed and epoch.
+"""Plans of which examples form which batch: pure functions of lengths, seed and epoch.
 
 Batches are padded to one of a few lengths, the buckets, since every shape costs a compilation.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # A further bucket must save this share of all tokens. It costs a compilation, seconds even of a
-# short run, and on average half a batch of empty rows an epoch.
+# short run, and on average half a batch of empty rows per epoch.
 _BUCKET_COST = 0.02
 
 
@@ -34,7 +34,7 @@ class Plan:
 def buckets(
   lengths: np.ndarray, *, max_length: int, max_buckets: int = 4, multiple: int = 16
 ) -> tuple[int, ...]:
-  """At most `max_buckets` ascending lengths, to one of which every example is padded.
+  """At most `max_buckets` ascending lengths; every example is padded to one of them.
 
   They minimise Σᵢ bucket(lengthᵢ) + 0.02 k Σᵢ lengthᵢ over all sets of k multiples of `multiple`
   (or `max_length`) that fit the longest example: exactly, by dynamic programming. The second term
@@ -42,7 +42,7 @@ def buckets(
 
   Args:
     lengths: int [N], of all examples of the run: training and evaluation share the buckets.
-    max_length: the longest that the model or the user allows; no bucket is above it.
+    max_length: the longest length that the model or the user allows; no bucket is above it.
 
   Raises:
     ValueError: if there are no lengths, or one is above `max_length`.
@@ -93,7 +93,7 @@ def batch_plan(
   """
   lengths = np.asarray(lengths)
   if batch_size < 1:
-    raise ValueError(f"batch_size {batch_size} is no number of rows; write 1 or more.")
+    raise ValueError(f"batch_size {batch_size} is not a number of rows; write 1 or more.")
   if lengths.max(initial=0) > buckets[-1]:
     raise ValueError(
       f"The longest example has {lengths.max()} tokens, the last bucket {buckets[-1]}. Make the"

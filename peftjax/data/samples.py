@@ -65,12 +65,12 @@ def _corpus(name: str, names: tuple[str, ...], texts: list[str], labels: list[in
 
 
 def _damaged(path: pathlib.Path) -> str:
-  """The contents of a file known to hold stray bytes: U+FFFD for each that is not UTF-8."""
+  """The contents of a file known to hold stray bytes; each non-UTF-8 byte becomes U+FFFD."""
   return path.read_bytes().decode("utf-8", errors="replace")
 
 
 def _folder(package: str, requirement: str) -> pathlib.Path:
-  """Where a package is installed; ValueError with the pip command if it is not."""
+  """The folder of an installed package; ValueError with the pip command if there is none."""
   # Not an import: these packages' own dependencies are large, unneeded and not installed.
   spec = importlib.util.find_spec(package)
   if spec is None or not spec.submodule_search_locations:

@@ -16,7 +16,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # a piece's type
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceFile:
-  """Pieces with their scores, and what the trainer wrote down.
+  """Pieces with their scores, and the settings that the trainer wrote down.
 
   Attributes:
     pieces: text and score, in the order of ids.
@@ -24,8 +24,8 @@ class SentencePieceFile:
     unigram: whether texts are split by scores; otherwise by merges.
     byte_fallback: whether a character without a piece becomes its bytes.
     charsmap: the normalizer, compiled; empty if there is none.
-    unk_id: of the unknown piece.
-    roles: bos_token, eos_token and unk_token, as far as there are.
+    unk_id: id of the unknown piece.
+    roles: bos_token, eos_token and unk_token, as far as they exist.
   """
 
   pieces: list[tuple[str, float]]
@@ -38,7 +38,7 @@ class SentencePieceFile:
 
 
 def read(path: Path) -> SentencePieceFile:
-  """The file's contents; ValueError if it is none (Llama 3's, of the same name, is tiktoken's)."""
+  """The file's contents; ValueError if it is none (Llama 3's, of that name, is for tiktoken)."""
   try:
     from sentencepiece import sentencepiece_model_pb2
   except Exception as error:  # it refuses a protobuf older than itself by an error of its own
@@ -54,7 +54,7 @@ def read(path: Path) -> SentencePieceFile:
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     if not pieces:
       raise ValueError("it holds no pieces")
-  except Exception as error:  # protobuf has its own, of another module in each version
+  except Exception as error:  # protobuf has its own class, in another module in each version
     raise ValueError(
       f"{path} is not a SentencePiece model ({records.clip(str(error), quote=False)}). Put the"
       " model's tokenizer.json beside it."
@@ -63,8 +63,8 @@ def read(path: Path) -> SentencePieceFile:
     raise ValueError(f"{path} has pieces of thousands of characters; download it again.")
   if trainer.model_type not in (_UNIGRAM, _BPE):
     raise ValueError(
-      f"{path} is a SentencePiece model of type {trainer.model_type}; read are unigram ({_UNIGRAM})"
-      f" and BPE ({_BPE}). Put the model's tokenizer.json beside it."
+      f"{path} is a SentencePiece model of type {trainer.model_type}; only unigram"
+      f" ({_UNIGRAM}) and BPE ({_BPE}) are read. Put the model's tokenizer.json beside it."
     )
   roles = (
     ("bos_token", trainer.bos_id, trainer.bos_piece or "<s>"),
@@ -101,10 +101,10 @@ def merges(pieces: list[str]) -> list[tuple[str, str]]:
 
 
 def tokenizer(file: SentencePieceFile, renamed: dict[int, str]) -> Tokenizer:
-  """The tokenizer of a directory whose files name no class: spaces are "▁", and none is put before.
+  """The tokenizer of a directory whose files name no class: spaces are "▁", and none is prepended.
 
   Args:
-    renamed: texts of placeholder pieces by id, where the directory's other files have others.
+    renamed: texts of placeholder pieces by id, where other files of the directory rename them.
   """
   made = Tokenizer(_model(file, renamed))
   steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]

@@ -1,4 +1,4 @@
-"""Train, validation and test: carved by seed, with no text in two of them, with no empty class."""
+"""Train, validation and test splits: made by seed; no text is in two, and no class is empty."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ _CARVED = 0.1  # the share of the given training examples that a missing split g
 def complete(
   splits: dict[str, Examples], label_names: Sequence[str], seed: int
 ) -> dict[str, Examples]:
-  """Adds the missing ones of validation and test, each a tenth of the given training examples.
+  """Adds whichever of validation and test is missing, each a tenth of the given training examples.
 
   With neither given that is 80/10/10. A split that is given stays as it is. Splits are stratified
   by class, with at least as many examples as there are classes; without `label_names` (regression)
-  they are plain random ones. A function of the examples and the seed alone.
+  they are plain random ones. The result depends on the examples and the seed alone.
 
   Raises:
     ValueError: naming a class with fewer examples than there are splits to make.
@@ -43,8 +43,8 @@ def halve(examples: Examples, label_names: Sequence[str], seed: int) -> tuple[Ex
 def drop_duplicates(splits: dict[str, Examples]) -> tuple[dict[str, Examples], dict[str, int]]:
   """Removes texts that are also in a later one of train, validation, test; counts them by split.
 
-  Two texts are the same if they are after every run of whitespace is made one space (of pairs, both
-  texts). What is tested on is thus never trained or selected on, and the test split stays what it
+  Two texts are the same if they are equal once each run of whitespace is one space (for pairs, both
+  texts). So nothing is tested on that was trained or selected on, and the test split stays what it
   was. The label plays no part. Duplicates inside one split stay.
   """
   kept, dropped, later = {"test": splits["test"]}, {}, set(splits["test"].keys())
@@ -58,7 +58,7 @@ def drop_duplicates(splits: dict[str, Examples]) -> tuple[dict[str, Examples], d
 
 
 def check(splits: dict[str, Examples], label_names: Sequence[str]) -> None:
-  """ValueError naming a split without examples, or a class without training examples."""
+  """Raises ValueError on a split without examples, or a class without training examples."""
   for split, examples in splits.items():
     if not len(examples):
       raise ValueError(
@@ -70,7 +70,7 @@ def check(splits: dict[str, Examples], label_names: Sequence[str]) -> None:
 
 
 def _check_enough(kind: str, examples: Examples, label_names: Sequence[str], least: int) -> None:
-  """ValueError naming the first class with fewer than `least` examples."""
+  """Raises ValueError naming the first class with fewer than `least` examples."""
   for label, name in enumerate(label_names):
     count = np.count_nonzero(examples.labels == label)
     if count < least:
@@ -84,7 +84,7 @@ def _check_enough(kind: str, examples: Examples, label_names: Sequence[str], lea
 def _cut(
   examples: Examples, size: int, label_names: Sequence[str], seed: int
 ) -> tuple[Examples, Examples]:
-  """All but `size` examples, and those; both in their old order."""
+  """All but `size` examples, and those `size`; both in their old order."""
   if not size < len(examples):
     raise ValueError(
       f"{len(examples)} examples are too few to make another split of {size}. Add some."

@@ -16,8 +16,8 @@ from peftjax.io import records
 
 KINDS = (".csv", ".tsv", ".jsonl")
 
-_EXAMPLE = 'Write one object a line, such as {"text": "...", "label": "..."}.'
-_LIMIT = threading.Lock()  # of the csv module's limit, which all of a process share
+_EXAMPLE = 'Write one object per line, such as {"text": "...", "label": "..."}.'
+_LIMIT = threading.Lock()  # guards the csv module's limit, which all of a process share
 _Fields = tuple[int, dict[str, Any]]
 
 
@@ -36,8 +36,8 @@ def read(
   """The rows of a UTF-8 file whose name ends in .csv, .tsv or .jsonl, in the file's order.
 
   CSV and TSV begin with a line of column names. CSV fields may be quoted; in TSV a quote is an
-  ordinary character, so that a stray one cannot swallow the rows after it. JSONL holds one object a
-  line. Empty lines are skipped; texts may be empty (JSON null too), labels may not. Labels are
+  ordinary character, so that a stray one cannot swallow the rows after it. JSONL holds one object
+  per line. Empty lines are skipped; texts may be empty (JSON null too), labels may not. Labels are
   texts or, in JSONL, finite numbers, true and false too. Without a `label_column` they are None.
 
   Raises:
@@ -94,7 +94,7 @@ def decode(path: str) -> str:
 
 
 def number(label: Any) -> float | None:
-  """A label as a number that is finite in float32; None if it is none."""
+  """A label as a number that is finite in float32; None if it is not one."""
   try:
     value = float(label) if isinstance(label, str | int | float) else math.nan
   except (ValueError, OverflowError):
@@ -104,7 +104,7 @@ def number(label: Any) -> float | None:
 
 
 def check_columns(path: str, columns: Sequence[str], wanted: Collection[str] = ()) -> None:
-  """ValueError if a name comes twice, outer spaces aside; only those `wanted` may not be empty."""
+  """Raises ValueError if a name comes twice, stripped; only those `wanted` may not be empty."""
   names = [name.strip() for name in columns]
   for name, count in Counter(names).items():
     if count > 1 and (name or name in wanted):
@@ -121,7 +121,7 @@ def _names(fields: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def _fields_of(length: int) -> Iterator[None]:
-  """Fields of up to `length` characters are read; the module's limit is 131,072."""
+  """A context that reads fields of up to `length` characters; the csv limit is 131,072."""
   with _LIMIT:
     before = csv.field_size_limit(max(length, 1))
     try:
@@ -192,7 +192,7 @@ def _whole(path: str, line: int, column: str, text: str) -> str:
   except UnicodeEncodeError as error:
     raise ValueError(
       f"{path} line {line}: {column!r} holds half a surrogate pair ({text[error.start]!a}), which"
-      " is no character. Write the whole pair, or the character itself."
+      " is not a character. Write the whole pair, or the character itself."
     ) from None
   return text
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the one place, for training, perplexity, prediction, generation."""
+"""Text to token ids and back, in one place for training, perplexity, prediction, generation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from peftjax.io import records
 
-# Texts at a time: the library's own encodings take over 100 bytes a token.
+# Texts per call: the library's own encodings take over 100 bytes per token.
 CHUNK, CHARACTERS = 4096, 2**22
 
 Text = str | tuple[str, str]
@@ -42,10 +42,10 @@ class TextTokenizer:
   def encodings(
     self, texts: Sequence[Text], *, special: bool = True, offsets: bool = False
   ) -> Iterator[Encoding]:
-    """One encoding a text, or pair of texts, in memory a few thousand at a time.
+    """One encoding per text, or pair of texts; a few thousand at a time are in memory.
 
     Args:
-      special: add the special tokens; False for a text that has them, as a rendered chat.
+      special: add the special tokens; False for a text that has them already, as a rendered chat.
       offsets: find out which characters a token stands for, which takes longer.
 
     Raises:
@@ -67,7 +67,7 @@ class TextTokenizer:
     return next(self.encodings([text], special=add_special_tokens, offsets=True))
 
   def prompts(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-    """The ids of each text as something to go on from, without what the tokenizer puts behind."""
+    """The ids of each text as a prompt, without the special tokens that the tokenizer appends."""
     behind = self._behind() if special else 0
     return [e.ids[: len(e.ids) - behind] for e in self.encodings(texts, special=special)]
 
@@ -76,7 +76,7 @@ class TextTokenizer:
 
     decode(prompt + new) = decode(prompt) + continuation, with the space that SentencePiece leaves
     out at a beginning, and with U+FFFD where the last character's bytes are not all there. If a
-    decoder changes what is before (WordPiece's moves spaces), it is what differs.
+    decoder changes text that came before (WordPiece's moves spaces), it is the part that differs.
     """
     whole, before = self.decode([*prompt, *new]), self.decode(prompt)
     return whole[len(os.path.commonprefix([whole, before])) :]
@@ -86,15 +86,20 @@ class TextTokenizer:
     with refusing(self.source, "the tokenizer cannot decode"):
       return self.backend.decode(list(ids), skip_special_tokens=True)
 
+  def id(self, role: str) -> int | None:
+    """The id of a special token, such as eos_token; None if there is none."""
+    text = self.special.get(role)
+    return None if text is None else self.backend.token_to_id(text)
+
   def _behind(self) -> int:
-    """How many special tokens come after a text."""
+    """The number of special tokens that come after a text."""
     mask = self.encode("a").special_tokens_mask
     return mask[::-1].index(0) if 0 in mask else 0
 
 
 @contextlib.contextmanager
 def refusing(source: str | Path, what: str) -> Iterator[None]:
-  """Any failure of the Rust library, be it a panic, as one ValueError that names `source`."""
+  """A context in which any failure of the Rust library, even a panic, is one ValueError."""
   try:
     yield
   except BaseException as error:
@@ -107,19 +112,19 @@ def refusing(source: str | Path, what: str) -> Iterator[None]:
 
 
 def _check_unicode(texts: Sequence[Text]) -> None:
-  """ValueError if there is half a surrogate pair, as Python has it for bytes that are no UTF-8."""
+  """Raises ValueError on half a surrogate pair, which Python makes of bytes that are not UTF-8."""
   for text in texts:
     try:
       str(text if isinstance(text, str) else "".join(text)).encode()
     except UnicodeEncodeError as error:
       raise ValueError(
-        f"the text {records.clip(text)} is no Unicode at character {error.start}: half a surrogate"
+        f"the text {records.clip(text)} is not Unicode at character {error.start}: half a surrogate"
         " pair. Write it in UTF-8."
       ) from None
 
 
 def _chunks(texts: Sequence[Text]) -> Iterator[tuple[int, int]]:
-  """Where to cut a list, so that no part has many texts or characters."""
+  """Start and stop of parts of a list, none of which has many texts or characters."""
   start = size = 0
   for i, text in enumerate(texts):
     length = len(text) if isinstance(text, str) else sum(map(len, text))

@@ -1,4 +1,4 @@
-"""What a directory's small files say about its tokenizer, read as transformers 5 reads them."""
+"""The small files of a directory that describe its tokenizer, read as transformers 5 reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-  """Of `tokenizer_config.json`, what decides ids besides the tokens; the format is open."""
+  """The fields of `tokenizer_config.json` that decide ids, besides tokens; the format is open."""
 
   tokenizer_class: str | None = None
   add_bos_token: bool | None = None
@@ -41,7 +41,7 @@ class _Written:
   single_word: bool = False
   lstrip: bool = False
   rstrip: bool = False
-  normalized: bool | None = None  # by default, only what is not special is seen by a normalizer
+  normalized: bool | None = None  # by default, a normalizer sees only tokens that are not special
   special: bool = False
 
 
@@ -69,11 +69,11 @@ def read(folder: Path, vocabulary: Mapping[str, Any] | None) -> TokenizerConfig:
   `special_tokens_map.json` and `added_tokens.json` read, and the added tokens of `tokenizer.json`.
 
   Args:
-    vocabulary: the contents of `tokenizer.json`, if there is one: it alone then says with what
-      texts begin and end, and `add_bos_token` and `add_eos_token` count for nothing.
+    vocabulary: the contents of `tokenizer.json`, if there is one: it alone then says how texts
+      begin and end, and `add_bos_token` and `add_eos_token` are ignored.
 
   Raises:
-    ValueError: naming the file and the field that is of another type than it must be.
+    ValueError: naming the file and a field of the wrong type.
   """
   where = folder / "tokenizer_config.json"
   raw = records.read_object(where) if where.exists() else {}
@@ -126,7 +126,7 @@ def _token(value: Any, where: Path, field: str) -> Token:
 
 
 def _added(value: Any, where: Path, field: str) -> AddedToken:
-  """The token of an object such as {"content": "<s>", "lstrip": false, ...}."""
+  """The token in an object such as {"content": "<s>", "lstrip": false, ...}."""
   if not isinstance(value, dict):
     raise ValueError(
       f'{where}: {field} is {records.clip(value)}; it must be a text or an object with "content".'
@@ -147,16 +147,16 @@ def _object(value: Any, where: Path, field: str) -> dict[str, Any]:
 
 
 def _index(value: Any, where: Path) -> int:
-  """A token's id, in files a text or a number."""
+  """A token's id, which files write as a text or a number."""
   if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
     value = int(value)
   if type(value) is not int or not 0 <= value < 2**31:
-    raise ValueError(f"{where}: {records.clip(value)} is no id of a token; ids are 0 to 2**31 - 1.")
+    raise ValueError(f"{where}: {records.clip(value)} is not a token id; ids are 0 to 2**31 - 1.")
   return value
 
 
 def _added_file(where: Path, special: set[str]) -> dict[int, AddedToken]:
-  """added_tokens.json: an id by text."""
+  """The ids in added_tokens.json, by text."""
   if not where.exists():
     return {}
   return {

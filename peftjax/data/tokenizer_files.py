@@ -17,7 +17,7 @@ from peftjax.data.tokenizer_kinds import KINDS, Kind, Vocabulary
 from peftjax.io import gguf, records
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Characters that few vocabularies have: a tokenizer that cannot do without is found out at once.
+# Characters that few vocabularies have: a tokenizer that cannot do without shows at once.
 _PROBE = "a 0.\n\u0378\U0010fffd"
 
 
@@ -58,9 +58,9 @@ def load_tokenizer(directory: str | Path) -> TextTokenizer:
 
 
 def digest(directory: str | Path) -> str:
-  """SHA-256 of the files that say which ids a text has; chat templates in them do not count.
+  """SHA-256 of the files that decide the ids of a text; chat templates in them do not count.
 
-  Of a GGUF file "": it is all one file.
+  For a GGUF file it is "": the file is all there is.
   """
   folder, total = Path(directory), hashlib.sha256()
   if folder.suffix == ".gguf":
@@ -79,7 +79,7 @@ def digest(directory: str | Path) -> str:
   return total.hexdigest()
 
 
-# Classes whose ids would be others than a tokenizer.json gives.
+# Classes whose ids differ from those that a tokenizer.json gives.
 _REBUILT = ("CodeLlamaTokenizer", "CohereTokenizer")
 
 
@@ -106,8 +106,8 @@ def _kind(folder: Path, config: TokenizerConfig, data: bytes | None) -> tuple[st
     return name, kind
   if name and kind is None:
     raise ValueError(
-      f"{folder} has a {records.clip(name)}, of which a tokenizer.json is read; without it, read"
-      f" are {', '.join(KINDS)}. Make one with transformers:"
+      f"{folder} has a {records.clip(name)}, which is read from a tokenizer.json; without one,"
+      f" these are read: {', '.join(KINDS)}. Make one with transformers:"
       " AutoTokenizer.from_pretrained(...).save_pretrained(...)."
     )
   files = _files(kind)
@@ -120,12 +120,12 @@ def _kind(folder: Path, config: TokenizerConfig, data: bytes | None) -> tuple[st
 
 
 def _files(kind: Kind | None) -> tuple[str, ...]:
-  """What a directory without tokenizer.json must have."""
+  """The files that a directory without tokenizer.json must have."""
   return kind.files if kind else ("tokenizer.model",)
 
 
 def _by_files(folder: Path) -> str:
-  """The class of a directory that says nothing but by its files."""
+  """The class of a directory that names none, by the files it has."""
   for name, kind in KINDS.items():
     if all((folder / file).exists() for file in kind.files):
       return name
@@ -144,7 +144,7 @@ def _build(
   data: bytes | None,
   parsed: Mapping[str, Any] | None,
 ) -> tuple[Tokenizer, dict[str, Token | None]]:
-  """The tokenizer with its added tokens and what goes around a text, and the named tokens."""
+  """The tokenizer with its added tokens and the frame of a text, and the named tokens."""
   roles: dict[str, Token | None] = {**(kind.roles if kind else {}), **config.roles}
   if pad := _setting(parsed, "padding").get("pad_token"):
     roles.setdefault("pad_token", pad)
@@ -251,7 +251,7 @@ def _add(
 
 
 def _check_ids(folder: Path, made: Tokenizer, declared: Mapping[int, AddedToken]) -> None:
-  """ValueError if a token did not get the id that the files give it."""
+  """Raises ValueError if a token did not get the id that the files give it."""
   for index, token in declared.items():
     if (got := made.token_to_id(token.content)) != index:
       raise ValueError(
@@ -261,7 +261,7 @@ def _check_ids(folder: Path, made: Tokenizer, declared: Mapping[int, AddedToken]
 
 
 def _begin_and_end(config: TokenizerConfig, ids: Mapping[str, tuple[str, int]]) -> Any:
-  """What `add_bos_token` and `add_eos_token` say."""
+  """The tokens that `add_bos_token` and `add_eos_token` put around a text."""
   bos = ids.get("bos_token") if config.switches.add_bos_token else None
   eos = ids.get("eos_token") if config.switches.add_eos_token else None
   single = [*([f"{bos[0]}:0"] if bos else []), "$A:0", *([f"{eos[0]}:0"] if eos else [])]

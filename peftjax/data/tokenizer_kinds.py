@@ -1,8 +1,8 @@
 """The kinds of tokenizer that transformers 5 has a class for, made from a directory's files.
 
-What transformers' `AutoTokenizer` does is followed to the letter, surprises included: a class makes
-normalizer and splitting anew and takes from `tokenizer.json` only vocabulary, merges and what goes
-around a text; `tokenizer.json` is read whole where the class is none of these.
+It follows transformers' `AutoTokenizer` to the letter, surprises included: a class makes normalizer
+and splitting anew and takes from `tokenizer.json` only vocabulary, merges and the frame of a text;
+`tokenizer.json` is read whole where the class is none of these.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Kind(NamedTuple):
   """One class.
 
   Attributes:
-    files: the vocabulary's, where there is no tokenizer.json.
-    build: the tokenizer without added tokens.
+    files: the vocabulary's files, where there is no tokenizer.json.
+    build: makes the tokenizer without added tokens.
     roles: the special tokens that it has unless a file says otherwise.
-    frame: what goes around a text, whatever the files say; None if they say it.
-    typed: whether the second text of a pair is told apart.
+    frame: the tokens around a text, whatever the files say; None if they say it.
+    typed: True if the second text of a pair is told apart.
   """
 
   files: tuple[str, ...]
@@ -53,7 +53,7 @@ def name_of(model_type: str | None, declared: str | None, vocabulary: bytes) -> 
   """The class that `AutoTokenizer` takes.
 
   Args:
-    model_type: of config.json.
+    model_type: from config.json.
     declared: `tokenizer_class` of tokenizer_config.json or config.json.
     vocabulary: the bytes of tokenizer.json.
   """
@@ -91,7 +91,7 @@ def from_json(parsed: Mapping[str, Any]) -> Vocabulary:
   model: Any = parsed.get("model")
   model = model if isinstance(model, dict) else {}
   ids, merges = model.get("vocab"), model.get("merges", [])
-  if isinstance(ids, list):  # of unigrams, with scores
+  if isinstance(ids, list):  # unigrams, with scores
     ids = {item[0] if isinstance(item, list) else item: id for id, item in enumerate(ids)}
   pairs: Any = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
   return Vocabulary(ids, pairs)
@@ -111,7 +111,7 @@ def _bert(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str]) 
 
 
 def _bert_frame(roles: Mapping[str, tuple[str, int]]) -> Any:
-  """[CLS] a [SEP] b [SEP]."""
+  """The frame [CLS] a [SEP] b [SEP]."""
   (cls, _), (sep, _) = roles["cls_token"], roles["sep_token"]
   return processors.TemplateProcessing(
     single=f"{cls}:0 $A:0 {sep}:0",
@@ -121,7 +121,7 @@ def _bert_frame(roles: Mapping[str, tuple[str, int]]) -> Any:
 
 
 def _byte_level(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str]) -> Tokenizer:
-  """GPT-2's and RoBERTa's."""
+  """The tokenizer of GPT-2 and RoBERTa."""
   made = Tokenizer(
     models.BPE(*vocabulary, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
   )
@@ -131,7 +131,7 @@ def _byte_level(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, 
 
 
 def _roberta_frame(roles: Mapping[str, tuple[str, int]]) -> Any:
-  """<s> a </s></s> b </s>, all of type 0."""
+  """The frame <s> a </s></s> b </s>, all of type 0."""
   return processors.RobertaProcessing(roles["sep_token"], roles["cls_token"])
 
 
@@ -149,7 +149,7 @@ def _qwen2(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str])
 
 
 def _llama(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str]) -> Tokenizer:
-  """Llama 2's: BPE on the whole text, characters without a token as their bytes."""
+  """Llama 2's tokenizer: BPE on the whole text, characters without a token as their bytes."""
   made = Tokenizer(models.BPE(*vocabulary, fuse_unk=True, byte_fallback=True))
   prefix = switches.add_prefix_space is not False
   scheme = ("always" if switches.legacy else "first") if prefix else "never"
@@ -162,7 +162,7 @@ def _llama(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str])
 
 
 def _gemma(vocabulary: Vocabulary, switches: Switches, roles: Mapping[str, str]) -> Tokenizer:
-  """Gemma's: BPE on the whole text, whose spaces are ▁, without one before it."""
+  """Gemma's tokenizer: BPE on the whole text, whose spaces are ▁, without one before it."""
   model = models.BPE(*vocabulary, unk_token=roles["unk_token"], fuse_unk=True, byte_fallback=True)
   made = Tokenizer(model)
   made.normalizer = normalizers.Replace(" ", "▁")
@@ -229,7 +229,7 @@ KINDS: dict[str, Kind] = {
 
 KINDS["DistilBertTokenizer"] = KINDS["BertTokenizer"]._replace(typed=False)
 
-# Whatever a directory of these says, and what it is taken for where it says nothing.
+# Classes of model types, whatever the directory says, and where it says nothing.
 _FIXED = {"qwen2": "Qwen2Tokenizer", "mistral": "", "phi3": ""}
 _REGISTERED = {
   **dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer"),

@@ -1,4 +1,4 @@
-"""Adapters as the Hugging Face PEFT library has them in files."""
+"""Adapters in the files of the Hugging Face PEFT library."""
 
 from peftjax.hf_peft.loader import load
 from peftjax.hf_peft.writer import has_adapter, save

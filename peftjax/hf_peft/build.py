@@ -42,13 +42,19 @@ def build(
   path).
 
   Args:
-    modules: all of the model, those that hold others included.
-    conv1d: the linear layers are GPT-2's.
-    tied: head and table, both saved whole, are one.
+    modules: all modules of the model, those that hold others included.
+    conv1d: True if the linear layers are GPT-2's.
+    tied: True if head and table, both saved whole, are one.
 
   Raises:
-    ValueError: if a field differs that cannot, such as a dropout rate.
+    ValueError: if the adapters differ in a field that PEFT has only once, such as a dropout rate,
+      or in any field of experts; if experts have another adapter than LoRA.
   """
+  if not codec.of_experts and (found := [m for m in adapters if _routed(m)]):
+    raise ValueError(
+      f"{found[0]} adapts experts, to which peft gives LoRA and no {codec.leaf.__name__}. Save "
+      "the whole model instead: pj.save_pretrained(...)."
+    )
   adapters = codec.together(adapters)
   names = lambda targets: suffixes(targets, modules)
   config: dict[str, Any] = {
@@ -65,7 +71,14 @@ def build(
   for field in next(iter(adapters.values())).fields:
     values = {module: x.fields[field] for module, x in adapters.items()}
     usual = Counter(values.values()).most_common(1)[0][0]
-    rest = {"^" + re.escape(m): value for m, value in values.items() if value != usual}
+    other = [module for module, value in values.items() if value != usual]
+    if strange := [module for module in other if _routed(module)]:
+      raise ValueError(
+        f"{strange[0]} has {field} {values[strange[0]]}, most others {usual}, and peft gives "
+        "experts and router the commonest one. Train them with one rank and alpha, or save the "
+        "whole model: pj.save_pretrained(...)."
+      )
+    rest = {"^" + re.escape(module): values[module] for module in other}
     if field in codec.exceptions:
       config[codec.exceptions[field]] = rest
     elif rest:
@@ -77,3 +90,9 @@ def build(
   if tied and hasattr(codec.schema, "ensure_weight_tying"):
     config["ensure_weight_tying"] = True
   return codec.finish(config, adapters, names)
+
+
+def _routed(module: str) -> bool:
+  """True for an expert or the router: parameters to peft, all of one rank and alpha."""
+  parts = module.split(".")
+  return "experts" in parts or parts[-1] == "gate"

@@ -1,7 +1,7 @@
 """The kinds of adapters that are read and written, and the fields of their configs.
 
-A field that a kind does not have is refused, unless it is null, false or []: what a later PEFT adds
-may change the meaning of the tensors.
+A field that a kind does not have is refused, unless it is null, false or []: a field that a later
+PEFT adds may change the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from peftjax.methods.registry import METHODS
 
 
 def codecs() -> tuple[Codec, ...]:
-  """Of all methods that have one."""
+  """The codecs of all methods that have one."""
   return tuple(method.codec for method in METHODS.values() if method.codec is not None)
 
 
 def codec_of(leaf: Any) -> Codec | None:
-  """The codec of a parameter, by its very type; None if it is no adapter that PEFT knows."""
+  """The codec of a parameter, by its exact type; None if it is not an adapter that PEFT knows."""
   return next((codec for codec in codecs() if type(leaf) is codec.leaf), None)
 
 
 def schema_of(kind: str) -> type[Common] | None:
-  """The fields that are read of a `peft_type`; None if it is not read."""
+  """The fields that are read for a `peft_type`; None if it is not read."""
   others = {**VIRTUAL, NORMS: Norms}
   return others.get(kind) or next((c.schema for c in codecs() if c.kind == kind), None)
 
@@ -37,7 +37,7 @@ def kinds() -> list[str]:
 
 
 def reader_of(config: Common) -> Codec | None:
-  """The codec that reads a config; None of prefixes, prompts and norms."""
+  """The codec that reads a config; None for prefixes, prompts and norms."""
   of_kind = (codec for codec in codecs() if codec.kind == config.peft_type)
   return next((codec for codec in of_kind if codec.takes(config)), None)
 
@@ -52,7 +52,7 @@ def known(kind: str) -> set[str]:
 
 
 def changes(kind: str, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-  """The fields of `config` that make it more than its tensors say, and what they may be."""
+  """The fields of `config` that make it more than its tensors say, and their allowed values."""
   same = lambda x, y: type(x) is type(y) and x == y
   codec = _first(kind)
   return {

@@ -18,12 +18,12 @@ NAME = "adapter_config.json"
 
 
 def read(directory: str | os.PathLike) -> Common:
-  """The config, typed, by the schema of its kind; peft's defaults for what is not in it.
+  """The config, typed, by the schema of its kind; peft's defaults for fields it lacks.
 
   Raises:
     ValueError: no such file, or not JSON; a kind that is not read; a field that this kind does not
-      have, of another type, out of its range, or that makes of it what is not read; a pattern that
-      is no regular expression; fields that contradict each other.
+      have, of another type, out of its range, or with a value that is not read; a pattern that is
+      not a regular expression; fields that contradict each other.
   """
   config = safetensors_dir.read_config(directory, NAME)
   where = f"{directory}/{NAME}"
@@ -31,7 +31,7 @@ def read(directory: str | os.PathLike) -> Common:
   schema = codecs.schema_of(kind) if isinstance(kind, str) else None
   if schema is None or not isinstance(kind, str):
     read = ", ".join(map(repr, codecs.kinds()))
-    raise ValueError(f"{where} has peft_type={clip(kind)}; read are {read}.\n{MERGE}")
+    raise ValueError(f"{where} has peft_type={clip(kind)}; those read are {read}.\n{MERGE}")
   _check_known(config, kind, where)
   if wrong := codecs.changes(kind, config):
     field, allowed = next(iter(wrong.items()))
@@ -54,7 +54,7 @@ def read(directory: str | os.PathLike) -> Common:
 
 def _check_known(config: dict[str, Any], kind: str, where: str) -> None:
   fields = codecs.known(kind)
-  # What another PEFT has and this directory has not switched on changes nothing. {} may be a
+  # A field of another PEFT that this directory has not switched on changes nothing. {} may be a
   # dictionary of defaults that does.
   unset = lambda value: value is None or value is False or value == []
   if strange := [x for x, value in config.items() if x not in fields and not unset(value)]:

@@ -1,7 +1,7 @@
 """The fields of `adapter_config.json` by kind: those that are read, and those that change nothing.
 
-A field that the schema of its kind does not have is refused, unless it is null, false or []: what a
-later PEFT adds may change the meaning of the tensors.
+A field that its kind's schema does not have is refused, unless it is null, false or []: a field
+that a later PEFT adds may change the meaning of the tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 from peftjax.core.ranges import Size
 from peftjax.methods.codec import Common, Flag, Nested, Number, Targeted, Text
 
-PEFT = "0.21.2"  # whose fields these are
+PEFT = "0.21.2"  # the version whose fields these are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Virtual(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix(Virtual):
-  """A prefix; its projection is only there in training: what is saved is what it gives."""
+  """A prefix; its projection exists only in training: the file holds the projected prefix."""
 
   encoder_hidden_size: Number = None
   init_weights: bool | str | None = None

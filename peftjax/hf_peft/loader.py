@@ -1,4 +1,4 @@
-"""Reads adapters from directories of Hugging Face's PEFT library (0.21), as `writer` has them."""
+"""Reads adapters from directories of Hugging Face's PEFT library (0.21); see `writer` for these."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from peftjax.hf_peft.plan import EMBEDDINGS, HEAD, STEM, Plan, Site
 from peftjax.hf_peft.whole import LABELS_OF
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.methods.codec import Source
-from peftjax.models.pretrained import FAMILIES, stack_of
+from peftjax.models.pretrained import family_of, stack_of
 
 
 def load(directory: str | os.PathLike, params: Params, model: Any) -> tuple[Params, Mask]:
   """`params` with a PEFT directory's adapters attached and its saved modules put in.
 
   A scanned stack is padded to its largest rank; a layer without an adapter has rank 0, scale 0.
-  Of a tied model, a table or head that alone is saved or adapted is untied, as in peft; with
+  In a tied model, a table or head that is saved or adapted alone is untied, as in peft; with
   `ensure_weight_tying` both are saved as one and stay so.
-  Factors are read as float32, saved modules in the dtype of what they replace.
+  Factors are read as float32, saved modules in the dtype of the arrays they replace.
 
   Args:
     directory: as peft's `save_pretrained` or `save` wrote it.
@@ -38,15 +38,16 @@ def load(directory: str | os.PathLike, params: Params, model: Any) -> tuple[Para
     model: the module it belongs to.
 
   Returns:
-    `(params, mask)`; the mask is true on all that came from the directory: A, B, saved modules, and
-    a table or head beside its adapter that is another than the model had.
+    `(params, mask)`; the mask is True on all that came from the directory: A, B, saved modules, and
+    a table or head beside its adapter that differs from the model's.
 
   Raises:
-    ValueError: adapters in params; a missing or damaged file; a config field that is not known, of
-      another type, out of its range or of what is not read; a tensor missing, of another shape than
-      model and config mean, or without a place in them; NaN or infinite entries, which peft loads;
-      a head that labels texts, where the model's labels tokens, or the other way round.
+    ValueError: adapters in params; a missing or damaged file; a config field that is unknown, of
+      another type, out of its range or with a value that is not read; a tensor missing, of another
+      shape than model and config mean, or without a place in them; NaN or infinite entries, which
+      peft loads; a head that labels texts where the model's labels tokens, or the other way round.
   """
+  family = family_of(model)
   if nodes := attachments(params):
     raise ValueError(
       f"params has a {type(nodes[0]).__name__} already: load into the base model's params"
@@ -55,7 +56,7 @@ def load(directory: str | os.PathLike, params: Params, model: Any) -> tuple[Para
     if codec_of(leaf):
       raise ValueError(f"{path} has an adapter already: load into the base model's params")
   shape = lambda config, where: virtual.shape_of(config, model.config, where)
-  reader = Reader(directory, params, FAMILIES[model.config.family], shape)
+  reader = Reader(directory, params, family, shape)
   _check_task(reader.config.task_type, model.config, reader.plan.where)
   loaded = paths.map_leaves(reader.leaf, reader.base(params))
   if lenders := reader.shared():
@@ -77,7 +78,7 @@ def load(directory: str | os.PathLike, params: Params, model: Any) -> tuple[Para
 
 
 def _check_task(task_type: str | None, model: Any, where: str) -> None:
-  """Raises if the adapter's head labels texts and the model's tokens, or the other way round."""
+  """Raises if the adapter's head labels something else than the model's, as texts or tokens."""
   theirs, own = LABELS_OF.get(task_type or ""), getattr(model, "labels_of", None)
   if theirs and own and theirs != own:
     raise ValueError(
@@ -87,13 +88,13 @@ def _check_task(task_type: str | None, model: Any, where: str) -> None:
 
 
 class Reader:
-  """Takes what each parameter has in one directory, and notes what it took.
+  """Takes the arrays of each parameter from one directory, and notes what it took.
 
   Attributes:
-    plan: what the directory holds, checked.
+    plan: the contents of the directory, checked.
     replaced: paths of parameters that were saved whole.
     attached: paths of weights with an adapter.
-    rebased: paths of tables and heads that the directory has other arrays of than the model had.
+    rebased: paths of tables and heads whose arrays in the directory differ from the model's.
   """
 
   def __init__(
@@ -111,13 +112,13 @@ class Reader:
     self.rebased: set[str] = set()
 
   def base(self, params: Params) -> Params:
-    """`params` as the directory's adapter is of: other tables and heads, and untied ones.
+    """`params` as the base of the directory's adapter: its tables and heads, untied where they are.
 
     peft loads a table (or head) that lies beside its adapter over the model's own; a tied one is
     one array in both places.
 
     Raises:
-      ValueError: two tensors of one array that differ; one of a quantised weight.
+      ValueError: two tensors for one array that differ; one for a quantised weight.
     """
     plan = self.plan
     given: dict[str, list[str]] = {}
@@ -195,18 +196,19 @@ class Reader:
       array = self._read(self.plan.name(site), leaf.dtype)
       return array.T if site.turned else array
 
-    if not stack_of(path, leaf):
+    if not (stack := stack_of(path, leaf)):
       return jnp.asarray(one(sites[0]))
     if isinstance(leaf, Weight) and not all(map(self.plan.is_whole, sites)):
       raise ValueError(
         f"{self.plan.where}: modules_to_save has some layers of {path} and not others, and it is "
         "quantised: load the model unrolled (scan_layers=False)."
       )
-    rows = [one(x) if self.plan.is_whole(x) else leaf[i] for i, x in enumerate(sites)]
-    return jnp.stack([jnp.asarray(row) for row in rows])
+    places = zip(np.ndindex(stack), sites, strict=True)
+    rows = [one(x) if self.plan.is_whole(x) else leaf[at] for at, x in places]
+    return jnp.stack([jnp.asarray(row) for row in rows]).reshape(leaf.shape)
 
   def _check_one(self) -> None:
-    """Raises `ValueError` if a head and a table that are saved as one differ."""
+    """Raises ValueError if a head and a table that are saved as one differ."""
     plan = self.plan
     names = [plan.name(plan.sites[path][0]) for path in (plan.tied, f"{HEAD}/kernel")]
     table, head = (self._read(name) for name in names)
@@ -220,7 +222,7 @@ class Reader:
     """A tensor of the plan, which has checked its shape.
 
     Raises:
-      ValueError: an entry that is NaN, infinite, or becomes so in `dtype`. peft loads such.
+      ValueError: an entry is NaN, infinite, or becomes so in `dtype`. peft loads such entries.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # told below
       array = self.tensors.read(self.plan.real[name]).astype(dtype)

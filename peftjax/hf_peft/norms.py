@@ -42,15 +42,15 @@ def build(
   task_type: str | None,
   base_model: str,
 ) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
-  """`adapter_config.json` and the tensors; what is no norm is in `modules_to_save`.
+  """`adapter_config.json` and the tensors; other trained modules are in `modules_to_save`.
 
   Args:
     saved: the modules that were trained, norms among them.
-    norms: all of the model.
-    modules: all of the model, those that hold others included.
+    norms: all norms of the model.
+    modules: all modules of the model, those that hold others included.
 
   Raises:
-    ValueError: no norm was trained; a table and the head that is tied to it were trained, too.
+    ValueError: no norm was trained; or a table and the head that is tied to it were trained, too.
   """
   chosen = saved.modules.keys() & norms
   if not chosen:

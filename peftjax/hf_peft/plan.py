@@ -1,6 +1,6 @@
-"""What must be in a PEFT directory: every tensor by name and shape, of its config and a model.
+"""The expected contents of a PEFT directory: every tensor by name and shape, from config and model.
 
-The config is held against the model and both against the headers of the file before anything is
+The config is checked against the model and both against the file's header before any array is
 read, so that no array is made whose size only a config claims.
 """
 
@@ -23,12 +23,12 @@ from peftjax.models import names
 from peftjax.models.pretrained import stack_of
 
 STEM = "adapter_model"
-EMBEDDINGS = "prompt_embeddings"  # of a prefix or a prompt
+EMBEDDINGS = "prompt_embeddings"  # the tensor of a prefix or a prompt
 # A table or a head under its adapter, which peft saves with it, and without one.
 BASES = ("base_layer.weight", "weight")
 HEAD = "lm_head"
-_TABLES = ("embed_tokens", "wte", "word_embeddings")  # of the tokens
-_TIES = ("embed_tokens", HEAD)  # the names by which peft knows what it can tie
+_TABLES = ("embed_tokens", "wte", "word_embeddings")  # tables of the tokens
+_TIES = ("embed_tokens", HEAD)  # names by which peft finds the modules it can tie
 
 
 class Site(NamedTuple):
@@ -46,16 +46,16 @@ class Site(NamedTuple):
 
 
 class Plan:
-  """What a directory holds for each parameter of a model.
+  """The tensors that a directory holds for each parameter of a model.
 
   Attributes:
-    config, codec: as read, and who reads it; no codec of prefixes, prompts and norms.
-    sites: of each path, its layers.
+    config, codec: as read, and its reader; prefixes, prompts and norms have no codec.
+    sites: the layers of each path.
     targets: modules with an adapter.
     whole: modules that are saved whole.
-    norms: those that `LNTuningConfig` names, saved whole under names of their own.
+    norms: modules that `LNTuningConfig` names, saved whole under names of their own.
     tied: the path of the table that the head is tied to, "" if it has an array.
-    wants: tensors by name, less the adapter's own.
+    wants: tensors by name, without the adapter's own.
   """
 
   def __init__(self, directory: Any, tensors: TensorDir, params: Any, family: Any, virtual: Any):
@@ -85,14 +85,14 @@ class Plan:
     self._check(tensors)
 
   def name(self, site: Site) -> str:
-    """The tensor of a parameter that is saved whole."""
+    """The name of the tensor of a parameter that is saved whole."""
     if (module := self.module(site)) in self.norms:
       last = site.tensor.rpartition(".")[2]
       return f"{self.prefix}{module}.{Norms.inside}.{last}"
     return self.prefix + site.tensor.removeprefix(self.bare)
 
   def module(self, site: Site) -> str:
-    """As peft names it: of a bare model, without its body."""
+    """The module's name in peft; for a bare model, without its body."""
     return site.module.removeprefix(self.bare)
 
   def is_whole(self, site: Site) -> bool:
@@ -104,18 +104,18 @@ class Plan:
     return self._inside(site) and self.module(site) in self.targets
 
   def adapted(self, site: Site) -> Module:
-    """A targeted layer as its codec sees it."""
+    """A targeted layer in the form its codec takes."""
     n_in, n_out = (1, *site.shape)[-2:]  # a bias has outputs alone
     return Module(self.module(site), site.kind, n_in, n_out)
 
   def given(self, site: Site) -> list[str]:
-    """The tensors in the file that are the base of a site: none, one, or of both names."""
+    """The tensors in the file that are the base of a site: none, one, or both names."""
     names = (f"{self.prefix}{self.module(site)}.{base}" for base in BASES)
     return [x for x in names if x in self.wants and not self.wants[x].needed and x in self.real]
 
   @property
   def unties(self) -> bool:
-    """Whether head and table part: either is adapted or saved, and not both as one."""
+    """True if head and table part: either is adapted or saved, and not both as one."""
     if not self.tied or self.keeps_tie:
       return False
     table, head = self.sites[self.tied][0], self.sites[f"{HEAD}/kernel"][0]
@@ -129,7 +129,7 @@ class Plan:
     return targets.modules_of(kinds, self.bare, HEAD)
 
   def _tie(self, modules: Modules) -> None:
-    """`ensure_weight_tying`: what is done to the table is done to the head; peft adds either."""
+    """Applies `ensure_weight_tying`: the head is treated as the table; peft adds either."""
     given: Any = self.config
     if not (getattr(given, "ensure_weight_tying", False) and self.tied and modules.head):
       return
@@ -171,7 +171,7 @@ class Plan:
     return wants
 
   def _check(self, tensors: TensorDir) -> None:
-    """Raises `ValueError` if a tensor is missing, of another shape or no floats, or too much."""
+    """Raises ValueError if a tensor is missing, superfluous, of another shape or not of floats."""
     if self.codec:
       self.codec.check_modules(self.config, self.targets, self.where)
     missing = [x for x, want in self.wants.items() if want.needed and x not in self.real]
@@ -187,8 +187,8 @@ class Plan:
     if extra:
       shown = "\n  ".join(clip(name, quote=False) for name in extra[:10])
       raise ValueError(
-        f"{self.file}: {len(extra)} tensors have no place in this model and in what "
-        f"{config.NAME} says of the adapter:\n  {shown}\n"
+        f"{self.file}: {len(extra)} tensors have no place in this model with the "
+        f"adapter of {config.NAME}:\n  {shown}\n"
         "Was the adapter trained on another model?"
       )
     for name, want in self.wants.items():
@@ -222,9 +222,9 @@ def sites_of(params: Any, family: Any) -> tuple[dict[str, list[Site]], str]:
 
 
 def _names(tensors: TensorDir, file: str) -> Mapping[str, str]:
-  """The names in the file, by what they are without an adapter's name.
+  """The names in the file, by the names they have without an adapter's name.
 
-  It is "default" in what `state_dict` gives, and peft reads such a file too.
+  The adapter's name is "default" in files made from `state_dict`, which peft reads too.
   """
   real: dict[str, str] = {}
   for name in tensors.names():

@@ -1,4 +1,4 @@
-"""Which modules an `adapter_config.json` names, by PEFT's own rules.
+"""The modules that an `adapter_config.json` names, by PEFT's own rules.
 
 They are those of `check_target_module_exists`, `_maybe_include_all_linear_layers`,
 `get_pattern_key`, `_set_trainable` and IA3's `_check_target_module_feedforward` in PEFT 0.21.2, odd
@@ -20,10 +20,12 @@ from peftjax.io.records import clip
 from peftjax.methods.codec import END, Codec, Common, Targeted
 
 UNDER = r"(^|.*\.){}($|\..*)"  # a module in modules_to_save
-LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # by an entry of layers_pattern
+LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # for an entry of layers_pattern
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
-_HEADS = ("score", "classifier")  # peft adds both to modules_to_save, whichever there is
-SECONDS = 5.0  # of all patterns of a config together
+# What peft adds to modules_to_save by the task, whichever there is.
+_HEADS = ("score", "classifier")
+_OF_TASK = {"SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": ("qa_outputs",)}
+SECONDS = 5.0  # for all patterns of a config together
 
 
 class Matcher:
@@ -46,7 +48,7 @@ class Matcher:
     return next((x for key, x in (table or {}).items() if self.ends(key, module)), default)
 
   def ends(self, key: str, module: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means a module."""
+    """Tells whether a key of rank_pattern or alpha_pattern means a module."""
     exact = _exact(key)
     return self.match(END.format(key), module) if exact is None else exact == module
 
@@ -69,10 +71,10 @@ class Modules(NamedTuple):
   """The modules of a model as torch names them.
 
   Attributes:
-    every: those that hold others included.
+    every: all modules, those that hold others included.
     linear: linear layers, `Conv1D` included.
     tables: embeddings.
-    head: those of the logits, if it is a decoder with one.
+    head: the modules of the logits, if the model is a decoder with such a head.
     norms: LayerNorm and RMSNorm.
   """
 
@@ -84,10 +86,10 @@ class Modules(NamedTuple):
 
 
 def modules_of(names: Mapping[str, str], bare: str = "", head: str = "") -> Modules:
-  """Of parameters, each tensor's name with the last part of its path ("kernel", "scale").
+  """The modules of a model, from each tensor's name and kind ("kernel", "scale").
 
   Args:
-    bare: what names begin with and an adapter of the bare model does not.
+    bare: prefix that names have here but not in an adapter of the bare model.
     head: the language-model head.
   """
   inside = {n.removeprefix(bare): kind for n, kind in names.items() if n.startswith(bare)}
@@ -108,11 +110,12 @@ def targeted(
   """The modules that peft would give an adapter.
 
   Args:
-    tables: whether it adapts tables, too.
-    norms: whether it trains norms and nothing else.
+    tables: True if the method adapts tables, too.
+    norms: True if it trains norms and nothing else.
 
   Raises:
-    ValueError: none, one that peft gives no adapter of this kind, or one that is saved whole.
+    ValueError: no module is named, or one that peft gives no adapter of this kind, or one that is
+      saved whole.
   """
   targets, where = config.target_modules, matcher.where
   if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -125,7 +128,7 @@ def targeted(
   if wrong := sorted(found - allowed):
     told = "only norms are read" if norms else "peft gives it no adapter"
     raise ValueError(
-      f"{where}: target_modules names {wrong[0]}, which is no {kinds}: {told}. Name one that is."
+      f"{where}: target_modules names {wrong[0]}, which is not a {kinds}: {told}. Name one that is."
     )
   whole = tuple(f"{module}." for module in saved(config, modules))
   if clash := sorted(m for m in found if f"{m}.".startswith(whole)):
@@ -148,8 +151,7 @@ def targeted(
 def saved(config: Common, modules: Modules) -> frozenset[str]:
   """The modules that peft trains and saves whole."""
   names = [*(config.modules_to_save or ())]
-  if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-    names += [name for name in _HEADS if name not in names]
+  names += [name for name in _OF_TASK.get(config.task_type or "", ()) if name not in names]
   return frozenset(m for m in modules.every if m.endswith(tuple(names)))
 
 
@@ -165,7 +167,7 @@ def tell_unused(
   unused["modules_to_save"] = [
     x
     for x in config.modules_to_save or ()
-    if x not in _HEADS and not any(m.endswith(x) for m in modules.every)
+    if x not in (*_HEADS, "qa_outputs") and not any(m.endswith(x) for m in modules.every)
   ]
   for field in codec.exceptions.values() if codec else ():
     keys = getattr(config, field) or {}
@@ -186,7 +188,7 @@ def _exact(key: str) -> str | None:
 
 
 def listed(value: list[str] | str | None, lists_only: bool = False) -> list[str]:
-  """One or several as a list."""
+  """One value or several, as a list."""
   if isinstance(value, str):
     return [] if lists_only else [value]
   return value or []
@@ -199,9 +201,7 @@ def _is_targeted(config: Targeted, targets: Any, module: str, matcher: Matcher) 
     matcher.fullmatch(excluded, module) if isinstance(excluded, str) else within(excluded)
   ):
     return False
-  whole = [*(config.modules_to_save or ())]
-  if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-    whole += _HEADS
+  whole = [*(config.modules_to_save or ()), *_OF_TASK.get(config.task_type or "", ())]
   if any(matcher.match(UNDER.format(name), module) for name in whole):
     return False
   if isinstance(targets, str):
@@ -212,7 +212,7 @@ def _is_targeted(config: Targeted, targets: Any, module: str, matcher: Matcher) 
 
 
 def _in_layers(config: Targeted, module: str, matcher: Matcher) -> bool:
-  """Whether the first number behind a name in `layers_pattern`, or at all, is one to transform."""
+  """Tells whether a module's layer, after a name in `layers_pattern` or at all, is to transform."""
   layers = config.layers_to_transform
   if layers is None or layers == []:
     return True
@@ -228,7 +228,7 @@ def _in_layers(config: Targeted, module: str, matcher: Matcher) -> bool:
 
 
 def _heads(config: Targeted, modules: Modules) -> frozenset[str]:
-  """What "all-linear" leaves out."""
+  """The heads that "all-linear" leaves out."""
   if modules.head:
     return frozenset({modules.head})
   if config.task_type == "SEQ_CLS":

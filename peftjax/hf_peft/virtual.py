@@ -1,8 +1,8 @@
 """Prefixes and prompts as Hugging Face's PEFT library has them (0.21).
 
-`adapter_model.safetensors` has one tensor `prompt_embeddings` of them: of a prompt [P, D]; of a
+`adapter_model.safetensors` then has one tensor, `prompt_embeddings`: for a prompt [P, D]; for a
 prefix [P, 2·L·K·H], the keys and values of layer 0, then of layer 1, ... Modules saved whole are
-named as in the model, behind `base_model.`.
+named as in the model, after `base_model.`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from peftjax.nn.virtual import Prefix, Prompt
 
 
 def found(params: Params) -> bool:
-  """Whether there is a prefix or a prompt among the parameters."""
+  """Tells whether there is a prefix or a prompt among the parameters."""
   return any(isinstance(node, Prefix | Prompt) for node in attachments(params))
 
 
 def without(tree: Any) -> Any:
-  """The tree, parameters or a mask over them, less prefixes and prompts."""
+  """The tree, parameters or a mask over them, without prefixes and prompts."""
   if not isinstance(tree, Mapping):
     return tree
   return {k: without(v) for k, v in tree.items() if not isinstance(v, Prefix | Prompt)}
@@ -45,7 +45,7 @@ def build(
   task_type: str | None,
   base_model: str,
 ) -> tuple[dict[str, Any], np.ndarray]:
-  """`adapter_config.json` and the tensor, of parameters with attachments of one kind.
+  """`adapter_config.json` and the tensor, from parameters with attachments of one kind.
 
   Raises:
     ValueError: a prefix before a sliding window.
@@ -80,7 +80,7 @@ def build(
 
 
 def shape_of(config: Virtual, model: Any, where: str) -> tuple[int, int]:
-  """The shape of the tensor, of what a PEFT config says and a model's `config`.
+  """The shape of the tensor, from a PEFT config and a model's `config`.
 
   Raises:
     ValueError: they differ in a size.
@@ -91,7 +91,7 @@ def shape_of(config: Virtual, model: Any, where: str) -> tuple[int, int]:
   width = getattr(model, "table_width", model.width) if is_prompt else heads * size
   for field, own in (
     ("token_dim", width),
-    # Of a prompt no one asks for its heads, and older files of ours have those of the keys.
+    # Nobody asks for a prompt's heads, and older files of ours have those of the keys.
     ("num_attention_heads", None if is_prompt else heads),
     ("num_layers", model.layers),
     ("num_transformer_submodules", 1),

@@ -1,4 +1,4 @@
-"""What a PEFT directory holds whole: modules in `modules_to_save`, and bases under adapters."""
+"""The tensors a PEFT directory holds whole: `modules_to_save`, and bases under adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from peftjax.core import paths
 from peftjax.core.params import Params
 from peftjax.core.weight import Weight
 from peftjax.hf_peft.plan import BASES, HEAD
+from peftjax.models.match import layers_of
 from peftjax.models.names import turned
-from peftjax.models.pretrained import stack_of
 
-# What the head labels that each of peft's tasks has, in a model's `labels_of`.
-LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token"}
+# Maps each of peft's tasks to what its head labels, as in a model's `labels_of`.
+LABELS_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "token", "QUESTION_ANS": "span"}
 
 
 class Whole(NamedTuple):
@@ -41,10 +41,10 @@ class Whole(NamedTuple):
 def collect(
   params: Params, trained: Any | None, family: Any, task_type: str | None, adapted: Collection[str]
 ) -> Whole:
-  """All of each module that has a trained array, and the head of a classifier.
+  """All arrays of each module that has a trained one, and the head of a classifier.
 
   Args:
-    params: less prefixes and prompts.
+    params: parameters without prefixes and prompts.
     trained: a mask over them; without it the head counts as trained, all else as the base's.
     adapted: the modules with an adapter.
 
@@ -56,11 +56,11 @@ def collect(
   flags = {} if trained is None else paths.leaves(trained)
   chosen: dict[str, dict[str, np.ndarray]] = {}  # filled below
   bases: dict[str, np.ndarray] = {}
-  layers = {path: paths.layer_paths(path, stack_of(path, leaf)) for path, leaf in flat.items()}
+  layers = {path: layers_of(path, leaf) for path, leaf in flat.items()}
   for path, leaf in flat.items():
     flag = flags.get(path)
     on = any(jax.tree.leaves(getattr(flag, "base", flag)))
-    units = dict.fromkeys(_unit(family, layer) for layer in layers[path])
+    units = dict.fromkeys(_unit(family, layer) for layer, _ in layers[path])
     if on and isinstance(leaf, Weight) and _is_table_or_head(path):
       array = np.asarray(leaf.base)  # type: ignore[attr-defined]
       bases[f"{_module(family, path)}.{BASES[0]}"] = array.T if turned(family, path) else array
@@ -73,21 +73,21 @@ def collect(
     elif on or (always and path.startswith("head/")):
       chosen.update({unit: {} for unit in units})
   for path, leaf in flat.items():
-    for i, layer in enumerate(layers[path]):
+    for layer, at in layers[path]:
       if (unit := _unit(family, layer)) in chosen:
         if isinstance(leaf, Weight):
           raise ValueError(
             f"{path} is a {type(leaf).__name__} in {unit}, which is saved whole; peft does not "
-            "take both.\nMerge it (pj.merge), or leave it out of the targets or out of what is "
-            "trained."
+            "take both.\nMerge it (pj.merge), or leave it out of the targets or of the "
+            "trained arrays."
           )
-        array = np.asarray(leaf[i] if stack_of(path, leaf) else leaf)
+        array = np.asarray(leaf)[at]
         chosen[unit][family.hf_name(layer)] = array.T if turned(family, path) else array
   return Whole(*_with_heads(params, family, chosen, bases))
 
 
 def _with_heads(params: Any, family: Any, chosen: Any, bases: Any) -> tuple[Any, Any, bool]:
-  """And the head that is tied to a table among the modules: peft would leave it as it was."""
+  """Adds the head that is tied to a saved table: peft would leave it as it was."""
   tied = False
   for path, head in paths.tied(params).items():
     if (table := _module(family, head.of)) in chosen:
@@ -101,7 +101,7 @@ def _is_table_or_head(path: str) -> bool:
 
 
 def _unit(family: Any, path: str) -> str:
-  """What peft wraps: the whole head (`classifier`), or one module of the body."""
+  """The module that peft wraps: the whole head (`classifier`), or one module of the body."""
   module = _module(family, path)
   return module.partition(".")[0] if path.startswith("head/") else module
 

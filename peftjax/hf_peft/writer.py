@@ -1,16 +1,16 @@
-"""Writes adapters (`has_adapter`) or trained norms as Hugging Face's PEFT library has them (0.21).
+"""Writes adapters (`has_adapter`) or trained norms as Hugging Face's PEFT library (0.21) has them.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. The tensors of a module's
-adapter are named behind it, as the codec of its method says; a module in `modules_to_save` is a
+adapter are named after it, as the codec of its method says; a module in `modules_to_save` is a
 whole copy, its tensors as in the model's own files. Beside an adapter of a table or of the
 language-model head peft writes `base_layer.weight`, which replaces the base's. Prefixes and
 prompts: see `virtual`; norms that are trained without an adapter: see `norms`.
 
-Invariants, of reading too:
+Invariants, for reading too:
 - The config says which modules have an adapter or are saved whole, by peft's own rules, and at
-  which scale; the tensors must be those, no fewer and no more (peft ignores what is too much).
+  which scale; the tensors must be exactly those (peft ignores superfluous ones).
 - A layer of a scanned stack is a module of its own, with its own true rank.
-- What one side has and the other cannot say is a `ValueError`, never left out.
+- Whatever one side has and the other cannot say is a `ValueError`, never left out.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from peftjax.hf_peft.fields import Virtual
 from peftjax.hf_peft.plan import EMBEDDINGS, STEM
 from peftjax.io import safetensors_dir
 from peftjax.methods.codec import Adapter, Codec, Common
-from peftjax.models.pretrained import FAMILIES, stack_of
+from peftjax.models.pretrained import family_of, stack_of
 
 
 def has_adapter(params: Params) -> bool:
-  """Whether there is an adapter that `save` could write."""
+  """Tells whether there is an adapter that `save` could write."""
   return virtual.found(params) or any(map(codec_of, paths.leaves(params).values()))
 
 
@@ -62,12 +62,13 @@ def save(
     directory: made if missing; the two files in it are replaced whole.
     params: an attached tree, layers unrolled or scanned.
     model: the module it belongs to; `model.config.family` names the torch modules.
-    base_model: what `base_model_name_or_path` shall be.
+    base_model: value of `base_model_name_or_path`.
     trained: mask over `params`, as `method.trainable(params)` gives it: a module with a trained
       array is saved whole. Without it the head counts as trained and all other plain arrays as the
       base's.
-    task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; of a
-      head that labels tokens it is "TOKEN_CLS", of a decoder "CAUSAL_LM".
+    task_type: with "SEQ_CLS" peft's reader asks for the head, so the head is always written; for a
+      head that labels tokens it is "TOKEN_CLS", for answers "QUESTION_ANS", for a decoder
+      "CAUSAL_LM".
     rslora: write `use_rslora`.
 
   Raises:
@@ -76,7 +77,7 @@ def save(
       trained array under an adapter or beside one in its module, but for tables and heads; an
       adapter in a module that is saved whole; dropout rates that differ.
   """
-  family = FAMILIES[model.config.family]
+  family = family_of(model)
   lenders, params = shared.nodes(params), shared.without(params)
   adapters: dict[str, Adapter] = {}
   adapted = []
@@ -95,8 +96,9 @@ def save(
   bare, flags = virtual.without(params), virtual.without(trained)
   if task_type == "SEQ_CLS" and "head" not in params:
     task_type = "CAUSAL_LM"
-  if task_type == "SEQ_CLS" and getattr(model.config, "labels_of", "text") == "token":
-    task_type = "TOKEN_CLS"
+  if task_type == "SEQ_CLS":
+    of = getattr(model.config, "labels_of", "text")
+    task_type = next(task for task, labels_of in whole.LABELS_OF.items() if labels_of == of)
   saved = whole.collect(bare, flags, family, task_type, adapters)
   common: Any = dict(
     modules_to_save=sorted(saved.modules), task_type=task_type, base_model=base_model
@@ -122,7 +124,7 @@ def save(
 
 
 def _one_kind(params: Any, adapted: list[Any]) -> Codec | None:
-  """The codec of all adapters; None of a prefix or a prompt."""
+  """The codec of all adapters; None for a prefix or a prompt."""
   kinds = {type(leaf) for leaf in [*adapted, *attachments(params)]}
   if not has_adapter(params):
     raise ValueError(norms.NOTHING)

@@ -1,11 +1,11 @@
 """Reads bitsandbytes' 4-bit weights from the safetensors files transformers writes.
 
-A weight `X` [out, in] is stored flat, row after row, two codes a byte; beside it lie `X.absmax`,
+A weight `X` [out, in] is stored flat, row after row, two codes per byte; beside it lie `X.absmax`,
 `X.quant_map`, and `X.quant_state.bitsandbytes__nf4` (or `fp4`), the UTF-8 bytes of a JSON object.
 With double quantisation `X.absmax` is uint8 and there are `X.nested_absmax`, `X.nested_quant_map`.
 
-Where `in` is a multiple of the block size, a block is a block of ours and a byte a byte of ours:
-codes and scales are transposed, and no number changes.
+Where `in` is a multiple of the block size, blocks and bytes are the same as ours: codes and scales
+are transposed, and no number changes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DTYPES = {
 
 
 class State(NamedTuple):
-  """What is known of one weight: its format, its shape [out, in] and dtype, the scales' mean."""
+  """The description of one weight: its format, shape [out, in], dtype and mean of the scales."""
 
   fmt: Format
   shape: tuple[int, int]
@@ -50,13 +50,13 @@ class State(NamedTuple):
 
 
 class BnbDir:
-  """As `TensorDir`, but 4-bit weights appear under their own name, as `Quantized` kernels.
+  """A `TensorDir` in which 4-bit weights appear under their own name, as `Quantized` kernels.
 
   Attributes:
-    states: of the 4-bit weights, by name.
+    states: descriptions of the 4-bit weights, by name.
 
   Raises:
-    ValueError: on opening, naming the tensor: a state that is no JSON object or lacks a field;
+    ValueError: on opening, naming the tensor: a state that is not a JSON object or lacks a field;
       another code, block size or codebook than bitsandbytes'; a tensor missing or misshapen.
   """
 
@@ -76,23 +76,23 @@ class BnbDir:
     return tuple(name for name in self._tensors.names() if name not in self._hidden)
 
   def info(self, name: str) -> TensorInfo:
-    """Shape and dtype; of a 4-bit weight, those it was quantised from."""
+    """Shape and dtype; for a 4-bit weight, those it was quantised from."""
     if name in self.states:
       return TensorInfo(self.states[name].shape, self.states[name].dtype)
     return self._tensors.info(name)
 
   def file_of(self, name: str) -> Path:
-    """As `TensorDir.file_of`."""
+    """The file of a tensor, as `TensorDir.file_of`."""
     return self._tensors.file_of(name)
 
   def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-    """As `TensorDir.read_rows`, of what is not in four bits."""
+    """Some rows, as `TensorDir.read_rows`, of a tensor that is not in four bits."""
     return self._tensors.read_rows(name, start, stop)
 
   def read(self, name: str) -> Any:
     """One tensor as it is; a 4-bit one as a `Quantized` kernel [in, out] of NumPy arrays.
 
-    Where `in` is no multiple of the block size, blocks run on from one output to the next, which
+    Where `in` is not a multiple of the block size, blocks run on from one output to the next, which
     ours do not: the weight is quantised again, and a warning gives the error that this adds.
 
     Raises:
@@ -117,7 +117,7 @@ class BnbDir:
 
 
 def open_dir(tensors: TensorDir) -> TensorDir | BnbDir:
-  """`tensors`, or what makes kernels of their 4-bit weights if there are any."""
+  """`tensors`, or a reader that makes kernels of their 4-bit weights if there are any."""
   packed = any(
     name.endswith((".quant_map", *(STATE + t for t in TYPES))) for name in tensors.names()
   )
@@ -125,7 +125,7 @@ def open_dir(tensors: TensorDir) -> TensorDir | BnbDir:
 
 
 def _kernel(flat: np.ndarray, outs: int) -> np.ndarray:
-  """Bitsandbytes' order, one output after the other, to `[..., out]`."""
+  """Codes in bitsandbytes' order, one output after the other, as `[..., out]`."""
   turned = flat.reshape(outs, -1).T
   made = stream.aligned(turned.shape, turned.dtype)
   made[:] = turned
@@ -145,7 +145,7 @@ def _requantised(
   dense = flat.astype(state.dtype).reshape(state.shape).T
   made = stream.quantize_array(name, dense, state.fmt)
   warnings.warn(
-    f"{file}: {name} {state.shape}: rows of {state.shape[1]} are no whole number of blocks of "
+    f"{file}: {name} {state.shape}: rows of {state.shape[1]} are not a whole number of blocks of "
     f"{state.fmt.block_size}, so it was quantised again, with a relative error of "
     f"{float(relative_error(made, dense)):.4f}. Load the model it was made from for less.",
     stacklevel=2,
@@ -197,7 +197,7 @@ def _fields(tensors: TensorDir, weight: str, data: bytes) -> dict[str, Any]:
 
 
 def _is_shape(value: Any) -> bool:
-  """[out, in], in even: two codes share a byte, and ours are of one output."""
+  """True for [out, in] with even in: two codes share a byte, and ours are of one output."""
   return (
     isinstance(value, list)
     and len(value) == 2

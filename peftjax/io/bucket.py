@@ -1,8 +1,8 @@
 """A folder in a bucket (gs://, s3://), by `etils.epath`, as Orbax has it; refusals in a sentence.
 
 A bucket has objects and no folders: one is written whole or not at all, none is appended to or
-renamed, and nobody can lock it. What can be said in one call each is here, and no more. epath goes
-by gcsfs and s3fs, or by TensorFlow where that is installed; they find who one is by themselves.
+renamed, and nobody can lock it. This file has the operations that take one call each, and no more.
+epath uses gcsfs and s3fs, or TensorFlow where that is installed; they find the credentials.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from peftjax.io import disk
 
-# What may come before "://": the extra that brings it, and how one says there who one is.
+# Schemes before "://": the extra that brings support, and the command that logs in.
 SCHEMES: Mapping[str, tuple[str, str]] = {
   "gs": ("gcs", "gcloud auth application-default login"),
   "s3": ("s3", "aws configure"),
 }
-# A `pathlib.Path` makes one slash of two.
+# A `pathlib.Path` makes two slashes one.
 _URL = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3):/)(.*)", re.DOTALL)
-_PIECE = 2**24  # bytes that are copied at once
+_PIECE = 2**24  # bytes per copied piece
 
 
 def url(path: str | os.PathLike[str]) -> str | None:
@@ -49,8 +49,8 @@ class Bucket:
   """The objects below an address, by names like those of files.
 
   Raises:
-    ValueError: what reads such addresses is not installed.
-    disk.DiskError: in all methods: the bucket refuses, or cannot be reached.
+    ValueError: if the packages that read such addresses are not installed.
+    disk.DiskError: from all methods: the bucket refuses, or cannot be reached.
   """
 
   def __init__(self, address: str):
@@ -60,7 +60,7 @@ class Bucket:
     self._root = epath.Path(address)
 
   def read(self, name: str) -> bytes | None:
-    """All of a small object; None if there is none."""
+    """All bytes of a small object; None if there is none."""
     with self._told("read", name):
       try:
         with (self._root / name).open("rb") as file:
@@ -74,7 +74,7 @@ class Bucket:
       file.write(data)
 
   def download(self, name: str, path: Path) -> bool:
-    """Makes `path` of an object, if there is one: whether there was."""
+    """Downloads an object to `path`, and tells whether there was one."""
     with self._told("read", name):
       try:
         with (self._root / name).open("rb") as source:
@@ -92,13 +92,13 @@ class Bucket:
         shutil.copyfileobj(file, target, _PIECE)
 
   def remove(self, name: str) -> None:
-    """There is no such object then, if there was one."""
+    """Removes an object, if there is one of that name."""
     with self._told("removed", name):
       (self._root / name).unlink(missing_ok=True)
 
   @contextlib.contextmanager
   def _told(self, done: str, name: str) -> Iterator[None]:
-    """Whatever the libraries raise, each in its own way, in a sentence of ours."""
+    """A context in which whatever the libraries raise becomes a sentence of ours."""
     try:
       yield
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What the operating system refuses about files, in one sentence."""
+"""Refusals of the operating system about files, each in one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORDS = {
   errno.EROFS: "the file system is read-only",
   errno.EACCES: "permission is denied",
   errno.EPERM: "permission is denied",
-  errno.ENOTDIR: "a part of this path is a file and no folder",
+  errno.ENOTDIR: "a part of this path is a file, not a folder",
   errno.EEXIST: "there is a file where a folder belongs",
   errno.EISDIR: "there is a folder where a file belongs",
   errno.ENAMETOOLONG: "the path is too long",
@@ -24,7 +24,7 @@ _WORDS = {
   errno.EIO: "the device reports an error",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# As libraries quote them that raise exceptions of their own.
+# Texts that libraries quote in exceptions of their own.
 _QUOTED = {os.strerror(code): code for code in _WORDS if code not in (errno.EEXIST, errno.EIO)}
 
 
@@ -32,7 +32,7 @@ class DiskError(OSError):
   """A file could not be written or read; the message is a sentence for the user.
 
   Attributes:
-    code: of the system, as in `errno`.
+    code: the system's code, as in `errno`.
   """
 
   def __init__(self, message: str, code: int | None = None):
@@ -41,7 +41,7 @@ class DiskError(OSError):
 
   @property
   def everywhere(self) -> bool:
-    """Whether other files on that disk would be refused too."""
+    """True if other files on that disk would be refused too."""
     return self.code in (*_FULL, errno.EROFS)
 
 
@@ -67,7 +67,7 @@ def cause(error: BaseException | None) -> OSError | None:
 
 
 def sentence(error: OSError, path: str | Path | None = None) -> str:
-  """What was refused, for which path and, on a full disk, how many bytes are free."""
+  """The refusal, its path and, on a full disk, the number of free bytes."""
   if isinstance(error, DiskError):
     return str(error)
   path = error.filename if error.filename is not None else path
@@ -81,7 +81,7 @@ def sentence(error: OSError, path: str | Path | None = None) -> str:
 
 @contextlib.contextmanager
 def told(path: str | Path) -> Iterator[None]:
-  """Whatever a library raises because the system refused to write below `path` is a `DiskError`."""
+  """A context that makes a `DiskError` of any exception that the system's refusal caused."""
   try:
     yield
   except Exception as error:
@@ -92,7 +92,7 @@ def told(path: str | Path) -> Iterator[None]:
 
 
 def _free(path: Path) -> int:
-  """Bytes that are free where `path` is, or would be."""
+  """The number of free bytes where `path` is, or would be."""
   for folder in (path, *path.absolute().parents):
     try:
       return shutil.disk_usage(folder).free

@@ -40,10 +40,10 @@ class GGUFFile:
   """The tensors of one file, under Hugging Face's names; as `TensorDir` it reads one at a time.
 
   Attributes:
-    config: what `config.json` would say.
+    config: the contents that `config.json` would have.
 
   Raises:
-    ValueError: a file that is none or is damaged; another architecture; a tensor too many, missing
+    ValueError: a file of another kind or damaged; another architecture; a tensor too many, missing
       or of another shape than the metadata mean; one of a type that the gguf package cannot
       dequantise; metadata of another type or out of range.
   """
@@ -70,7 +70,7 @@ class GGUFFile:
     return tuple(sorted(self._tensors))
 
   def info(self, name: str) -> TensorInfo:
-    """Shape and dtype of what `read` returns."""
+    """Shape and dtype of the array that `read` returns."""
     return TensorInfo(self._tensors[name].shape, np.dtype(np.float32))
 
   def read(self, name: str) -> np.ndarray:
@@ -85,22 +85,22 @@ class GGUFFile:
     return array
 
   def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-    """`read(name)[start:stop]`, of which, in a matrix, no more is dequantised."""
+    """`read(name)[start:stop]`; of a matrix, only those rows are dequantised."""
     tensor = self._tensors[name]
     rows = self._rows(name, tensor.shape[0])[start:stop]
     data = self._data[tensor.start : tensor.start + tensor.size]
-    if len(tensor.shape) == 1:  # its blocks go across what are rows of the others
+    if len(tensor.shape) == 1:  # its blocks go across what are rows in the others
       return _dequantize(data, tensor.kind)[rows]
     if not len(rows):
       return np.empty((0, *tensor.shape[1:]), np.float32)
     return _dequantize(data.reshape(tensor.shape[0], -1)[rows], tensor.kind)
 
   def permuted(self, name: str, array: np.ndarray) -> np.ndarray:
-    """A tensor as the file has its rows: `read` the other way round."""
+    """A tensor with its rows in the file's order: the inverse of the reordering in `read`."""
     return array[np.argsort(self._rows(name, len(array)))]
 
   def _rows(self, name: str, count: int) -> np.ndarray:
-    """Where the rows of a tensor lie in the file."""
+    """The place of each of a tensor's rows in the file."""
     rows = np.arange(count)
     for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
       if self.config["model_type"] == "llama" and f".{module}." in name:
@@ -124,7 +124,7 @@ def types() -> tuple[str, ...]:
 
 
 def _dequantize(data: np.ndarray, kind: str) -> np.ndarray:
-  """float32, a new array; a scale that is no number makes its block so, without a warning."""
+  """The tensor as a new float32 array; a NaN scale makes its block NaN, without a warning."""
   import gguf
 
   with np.errstate(all="ignore"):
@@ -133,7 +133,7 @@ def _dequantize(data: np.ndarray, kind: str) -> np.ndarray:
 
 
 def hf_name(name: str) -> str:
-  """Hugging Face's name of a GGUF tensor.
+  """Hugging Face's name for a GGUF tensor.
 
   >>> hf_name("blk.3.attn_q.weight")
   'model.layers.3.self_attn.q_proj.weight'

@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata say of a Llama or Qwen2: typed, ranged, held against its tensors."""
+"""The configuration in a GGUF file of a Llama or Qwen2: typed, ranged, checked against tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Parts:
 class _Attention:
   head_count: Size
   layer_norm_rms_epsilon: Share
-  head_count_kv: Size | None = None  # by default as many
+  head_count_kv: Size | None = None  # by default as many as heads
   key_length: Size | None = None  # of a head; by default the width over the heads
   value_length: Size | None = None
   causal: bool = True
@@ -43,7 +43,7 @@ class _Attention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Scaling:
-  type: Literal["none", "linear"] = "linear"  # llama.cpp's default; without a factor it is none
+  type: Literal["none", "linear"] = "linear"  # llama.cpp's default; without a factor none is meant
   factor: Annotated[float, Meta(ge=0, lt=1e30)] = 0.0  # 0: none is meant
 
 
@@ -73,17 +73,17 @@ class _Ids:
 
   bos_token_id: Count | None = None
   eos_token_id: Count | None = None
-  eot_token_id: Count | None = None  # of a turn, and of a message: llama.cpp ends there too
+  eot_token_id: Count | None = None  # the end of a turn, and of a message: llama.cpp ends there
   eom_token_id: Count | None = None
   padding_token_id: Count | None = None
   unknown_token_id: Count | None = None
 
 
 def config(path: Path, header: Header) -> dict[str, Any]:
-  """What `config.json` would say.
+  """The contents that `config.json` would have.
 
   Raises:
-    ValueError: naming the file and the value: one that is missing, of another type or out of
+    ValueError: naming the file and the value: a value missing, of another type or out of
       range; sizes that do not fit each other; another architecture, a stretch of the rotary
       frequencies that is not read, or tensors other than the architecture's, layer by layer.
   """
@@ -130,7 +130,7 @@ def _kind(path: Path, header: Header) -> str:
       "model's Hugging Face directory instead."
     )
   if general.type != "model":
-    raise ValueError(f"{path} holds no model: its general.type is {clip(general.type)}.")
+    raise ValueError(f"{path} does not hold a model: its general.type is {clip(general.type)}.")
   parts = records.convert(nested(header.metadata, "split"), _Parts, f"{path}: split").count
   if parts > 1:
     raise ValueError(
@@ -177,7 +177,7 @@ def nested(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
       continue
     *outer, last = key.removeprefix(prefix + ".").split(".")
     if len(outer) > 4:
-      continue  # none that is read
+      continue  # a key that is not read
     place = nested
     for name in outer:
       inner = place.setdefault(name, {})
@@ -187,7 +187,7 @@ def nested(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _heads(path: Path, kind: str, said: _Model) -> tuple[int, int]:
-  """The number of heads and the size of one."""
+  """The number of heads and the size of each."""
   attention, width = said.attention, said.embedding_length
   if not attention.causal:
     raise ValueError(f"{path} is not causal ({kind}.attention.causal), and only decoders are read.")
@@ -247,7 +247,7 @@ def _shapes(said: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], set[st
 
 
 def _match(path: Path, header: Header, said: Mapping[str, Any]) -> None:
-  """Holds the sizes against the tensors: first the layers, of which there may be any number."""
+  """Checks the sizes against the tensors: first the layers, of which there may be any number."""
   layers = {found[1] for name in header.tensors if (found := re.match(r"blk\.(\d+)\.", name))}
   if len(layers) != said["num_hidden_layers"]:
     raise ValueError(
@@ -275,7 +275,7 @@ def _match(path: Path, header: Header, said: Mapping[str, Any]) -> None:
 def _scaling(
   path: Path, header: Header, rope: _Rope, said: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-  """`rope_scaling` of `config.json`."""
+  """The field `rope_scaling` of `config.json`."""
   factor = rope.scaling.factor or rope.scale_linear or 1.0
   linear = rope.scaling.type == "linear" and factor != 1.0
   if "rope_freqs.weight" not in header.tensors:
@@ -283,8 +283,8 @@ def _scaling(
   tensor = header.tensors["rope_freqs.weight"]
   if linear or tensor.kind != "F32" or tensor.shape != (said["head_dim"] // 2,):
     raise ValueError(
-      f"{path} has rope_freqs.weight, {tensor.kind} of shape {tensor.shape}; read are F32 of shape "
-      f"({said['head_dim'] // 2},) without another stretch of the frequencies."
+      f"{path} has rope_freqs.weight, {tensor.kind} of shape {tensor.shape}; only F32 of shape "
+      f"({said['head_dim'] // 2},) without another stretch of the frequencies is read."
     )
   data = header.data[tensor.start : tensor.start + tensor.size]
   found = _llama3(data.view("<f4").astype(np.float64), said["rope_theta"], said["head_dim"])
@@ -297,11 +297,11 @@ def _scaling(
 
 
 def _llama3(divisors: np.ndarray, theta: float, size: int) -> dict[str, Any] | None:
-  """Llama 3's stretch, if it is what divides the frequencies.
+  """Llama 3's stretch of the frequencies, if the divisors are of that kind.
 
-  llama.cpp's converter writes ω / ω', of `nn.rope`'s "llama3". All of Meta's have the bounds 1 and
-  4; the factor is the largest divisor; of the trained lengths, powers of two, those that give the
-  divisors give the same frequencies.
+  llama.cpp's converter writes ω / ω', as in `nn.rope`'s "llama3". All of Meta's have the bounds 1
+  and 4; the factor is the largest divisor; of the trained lengths, powers of two, all those that
+  give the divisors give the same frequencies.
   """
   if not np.isfinite(divisors).all() or not 1 <= divisors.min() <= divisors.max() < 2**20:
     return None

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie; nothing in it is trusted.
+"""The header of a GGUF file: its metadata and the places of its tensors; nothing in it is trusted.
 
 Invariants:
 - Time and memory are linear in the header's bytes, of which there are at most `MAX_HEADER_BYTES`;
@@ -26,7 +26,7 @@ from peftjax.io import records
 from peftjax.io.records import clip
 
 MAX_HEADER_BYTES = 2**25  # the largest vocabularies, of 262,144 tokens, take some 2^24
-MAX_ENTRIES = 2**16  # of the metadata, and of the tensors
+MAX_ENTRIES = 2**16  # limit for the metadata, and for the tensors
 
 _NUMBERS = {
   0: ("uint8", "<B"),
@@ -45,7 +45,7 @@ _TEXT, _ARRAY = 8, 9
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies.
+  """The place of a tensor in the file.
 
   Attributes:
     shape: in NumPy's order, the contiguous axis last.
@@ -62,7 +62,7 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
-  """A file's metadata (texts, numbers, truths, and lists of one kind of them) and tensors."""
+  """A file's metadata (texts, numbers, booleans, and lists of one kind of them) and tensors."""
 
   metadata: Mapping[str, Any]
   tensors: Mapping[str, Tensor]
@@ -73,8 +73,8 @@ def read(path: str | Path) -> Header:
   """The header of a GGUF file; the last one is kept, unless the file was just written.
 
   Raises:
-    ValueError: if the file is none, damaged, cut short, big-endian or of another version; if it
-      nests arrays, repeats a name, or has a tensor of no size or of an unknown type.
+    ValueError: if the file is no GGUF, damaged, cut short, big-endian or of another version; if
+      it nests arrays, repeats a name, or has a tensor of no size or of an unknown type.
   """
   path = records.regular(path)
   found = path.stat()
@@ -106,13 +106,13 @@ def _read(path: Path) -> Header:
 
 
 class _Cursor:
-  """A place in the header, which moves as things are read."""
+  """A place in the header, which moves as values are read."""
 
   def __init__(self, data: Any):
     self.data, self.at, self.end = data, 0, min(len(data), MAX_HEADER_BYTES)
 
   def need(self, size: int, what: str) -> None:
-    """Refuses what is longer than the rest of the header."""
+    """Refuses a value that is longer than the rest of the header."""
     if size <= self.end - self.at:
       return
     if self.end < len(self.data):
@@ -129,24 +129,24 @@ class _Cursor:
     return self.texts(1, what)[0]
 
   def texts(self, count: int, what: str) -> list[str]:
-    """Each is its length in bytes, as uint64, and UTF-8."""
+    """Reads texts; each is its length in bytes, as uint64, and UTF-8."""
     self.need(8 * count, what)
     data, at, end = self.data, self.at, self.end
     unpack, found = struct.Struct("<Q").unpack_from, []
     try:
-      for _ in range(count):  # of a million, so nothing is called that need not be
+      for _ in range(count):  # up to a million, so nothing is called that need not be
         start = at + 8
         at = start + unpack(data, at)[0] if start <= end else start
         if at > end:
           self.need(at - self.at, what)
         found.append(str(data[start:at], "utf-8"))
     except UnicodeDecodeError:
-      raise ValueError(f"{what} has bytes that are no UTF-8 text") from None
+      raise ValueError(f"{what} has bytes that are not UTF-8 text") from None
     self.at = at
     return found
 
   def value(self, what: str) -> Any:
-    """What follows its type: of an array, that of the elements and their number too."""
+    """Reads a value after its type; an array's has its elements' type and number, too."""
     kind = self.number("<I", what)
     if kind == _TEXT:
       return self.text(what)
@@ -202,7 +202,7 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
-  """Reads what the header says of each, then holds it against the file."""
+  """Reads the header's entry for each tensor, then checks it against the file."""
   told = []
   for _ in range(count):
     name = cursor.text("the name of a tensor")

@@ -1,8 +1,8 @@
-"""How a GGUF file's byte-level vocabulary splits texts, by the name in `tokenizer.ggml.pre`.
+"""The ways in which byte-level vocabularies split texts, by the name in `tokenizer.ggml.pre`.
 
-A split is some patterns, one after the other: each cuts what the ones before left into its matches
-and what lies between them. They are those of the tokenizer.json files that llama.cpp takes its
-names from, in the syntax of the tokenizers library.
+A split has some patterns, one after the other: each cuts the remainders of the ones before into its
+matches and the text between them. They are those of the tokenizer.json files that llama.cpp takes
+its names from, in the syntax of the tokenizers library.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 
 class Split(NamedTuple):
-  """What a name implies.
+  """The split that a name implies.
 
   Attributes:
-    patterns: of the regular expressions that cut texts into words.
-    whole: whether a word that is a token is taken without merging ("ignore_merges").
-    bos: whether a text begins with the BOS token unless the file says otherwise.
+    patterns: regular expressions that cut texts into words.
+    whole: True if a word that is a token is taken without merging ("ignore_merges").
+    bos: True if a text begins with the BOS token unless the file says otherwise.
   """
 
   patterns: tuple[str, ...]
@@ -39,12 +39,12 @@ def _words(
   signs: str = r"[^\s\p{L}\p{N}]+[\r\n]*",
   short: str = f"{_ANY_SHORT}|",
 ) -> str:
-  """The kind of pattern that OpenAI's cl100k began."""
+  """The kind of pattern that OpenAI's cl100k introduced."""
   return rf"{short}{_BEFORE}{letters}|{digits}| ?{signs}|{_SPACES}"
 
 
 def _cased(digits: str, short: str = "") -> str:
-  """The kind that o200k began: words of upper case, then of lower case."""
+  """The kind that o200k introduced: words of upper case, then of lower case."""
   return (
     rf"{_BEFORE}{_UPPER}*{_LOWER}+{short}|{_BEFORE}{_UPPER}+{_LOWER}*{short}|{digits}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"

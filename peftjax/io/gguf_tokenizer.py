@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describe: byte-level BPE, or SentencePiece's BPE.
+"""The tokenizer in a GGUF file's metadata: byte-level BPE, or SentencePiece's BPE.
 
 Where llama.cpp and transformers' GGUF loader differ, llama.cpp is followed; but tokens that are
 matched whole are the longest at the leftmost place, as in the library that the models were made
@@ -49,7 +49,7 @@ _CONTROL_NAMES = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Said:
-  """The metadata that begin with `tokenizer.ggml`, but for the lists and the ids."""
+  """The metadata that begin with `tokenizer.ggml`, except for the lists and the ids."""
 
   model: str
   pre: str = ""
@@ -67,7 +67,7 @@ class _Vocabulary:
     return zip(self.tokens, self.types, strict=True)
 
   def added(self) -> Iterator[AddedToken]:
-    """What is matched whole, before anything is split: special, unless it is user-defined."""
+    """Tokens matched whole, before any splitting: special, unless they are user-defined."""
     for token, kind in self:
       special = kind in (_UNKNOWN, _CONTROL) or token in _CONTROL_NAMES
       if special or kind == _USER_DEFINED:
@@ -77,13 +77,13 @@ class _Vocabulary:
 def tokenizer(path: str | Path) -> Tokenizer:
   """The tokenizer of a file; it neither pads nor truncates.
 
-  With its special tokens, a text has BOS before it and EOS behind it as llama.cpp does:
+  Its special tokens are BOS before a text and EOS after it as in llama.cpp:
   `add_bos_token` and `add_eos_token`, and where the file does not say, BOS in SentencePiece
   vocabularies and those split as Llama 3's and Mistral's newer ones.
 
   Raises:
-    ValueError: on another kind of vocabulary or of split; on tokens that are none, too many or
-      repeated, lists of other lengths, merges that are no pairs or name no token, ids beyond the
+    ValueError: on another kind of vocabulary or of split; on tokens that are empty, too many or
+      repeated, lists of other lengths, merges that are not pairs or name no token, ids beyond the
       vocabulary; if BOS or EOS is to be added and is not named.
   """
   path = Path(path)
@@ -94,8 +94,8 @@ def tokenizer(path: str | Path) -> Tokenizer:
   said = records.convert(fields, _Said, f"{path}: tokenizer.ggml")
   if said.model not in ("gpt2", "llama"):
     raise ValueError(
-      f"{path} has a vocabulary of kind {clip(said.model)}; read are 'gpt2' (byte-level BPE) and "
-      "'llama' (SentencePiece). Load the model's Hugging Face directory instead."
+      f"{path} has a vocabulary of kind {clip(said.model)}; only 'gpt2' (byte-level BPE) and "
+      "'llama' (SentencePiece) are read. Load the model's Hugging Face directory instead."
     )
   vocabulary = _vocabulary(path, fields)
   ids = gguf_config.token_ids(path, metadata)
@@ -114,7 +114,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
     made.post_processor = _template(path, vocabulary.tokens, ids, before, behind)
   except (KeyboardInterrupt, SystemExit):
     raise
-  except BaseException as error:  # the library's bare Exception, and its panics, which are none
+  except BaseException as error:  # the library's bare Exception, and its panics, which are not one
     told = clip(str(error), quote=False)
     if isinstance(error, ValueError) and str(error).startswith(str(path)):
       raise  # ours
@@ -123,7 +123,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
 
 
 def special_tokens(path: str | Path) -> dict[str, str]:
-  """The texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, as far as there are any."""
+  """The texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, as far as they exist."""
   path = Path(path)
   metadata = gguf_header.read(path).metadata
   tokens = metadata.get("tokenizer.ggml.tokens", ())
@@ -132,10 +132,10 @@ def special_tokens(path: str | Path) -> dict[str, str]:
 
 
 def chat_templates(path: str | Path) -> dict[str, str]:
-  """The file's chat templates by their names; the one without is "default".
+  """The file's chat templates by name; the nameless one is "default".
 
   Raises:
-    ValueError: if one is no text.
+    ValueError: if one is not a text.
   """
   prefix, found = "tokenizer.chat_template", {}
   for key, value in gguf_header.read(path).metadata.items():
@@ -167,7 +167,7 @@ def _vocabulary(path: Path, fields: Mapping[str, Any]) -> _Vocabulary:
 def _list(
   path: Path, fields: Mapping[str, Any], name: str, kind: type, length: int | None = None
 ) -> list[Any]:
-  """A list of the vocabulary, of values of one kind, as long as the vocabulary."""
+  """A list of the vocabulary, with values of one kind, as long as the vocabulary."""
   value = fields.get(name)
   what = {str: "texts", int: "whole numbers", float: "numbers"}[kind]
   kinds = (int, float) if kind is float else (kind,)
@@ -189,7 +189,7 @@ def _split(path: Path, name: str) -> Split:
     )
   if name and name not in SPLITS:
     raise ValueError(
-      f"{path} has a vocabulary split as {clip(name)} (tokenizer.ggml.pre); read are "
+      f"{path} has a vocabulary split as {clip(name)} (tokenizer.ggml.pre); those read are "
       f"{', '.join(SPLITS)}. Load the model's Hugging Face directory instead."
     )
   return SPLITS[name or "default"]
@@ -198,16 +198,16 @@ def _split(path: Path, name: str) -> Split:
 def _byte_level(
   path: Path, vocabulary: _Vocabulary, fields: Mapping[str, Any], split: Split
 ) -> Tokenizer:
-  """BPE of bytes, each spelled as a character as in GPT-2."""
+  """BPE on bytes, each spelled as a character as in GPT-2."""
   ids = {token: i for i, token in enumerate(vocabulary.tokens)}
-  # Of a merge that comes twice the first counts; the library would take the last.
+  # If a merge comes twice the first counts; the library would take the last.
   merges = list(dict.fromkeys(_pairs(path, _list(path, fields, "merges", str), ids)))
   made = Tokenizer(models.BPE(ids, merges, ignore_merges=split.whole))
   cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
   spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, spelling])
   # A token that is matched whole spells no bytes, even if it has only such characters ("über"):
-  # a mark, which is none of them, keeps it as it is.
+  # a mark of other characters keeps it as it is.
   alphabet = set(pre_tokenizers.ByteLevel.alphabet())
   whole = [token.content for token in vocabulary.added()]
   whole = [text for text in whole if alphabet.issuperset(text) and not text.isascii()]
@@ -219,12 +219,12 @@ def _byte_level(
 
 
 def _any(texts: Sequence[str]) -> str:
-  """A pattern of any of these texts."""
+  """A pattern for any of these texts."""
   return f"(?:{'|'.join(map(re.escape, texts))})"
 
 
 def _hidden(vocabulary: _Vocabulary) -> list[Any]:
-  """What makes nothing of unused tokens, such as the padding of a vocabulary, in decoding."""
+  """Decoders that turn unused tokens, such as the padding of a vocabulary, into nothing."""
   unused = [token for token, kind in vocabulary if kind == _UNUSED]
   return [decoders.Replace(Regex(rf"\A{_any(unused)}\z"), "")] if unused else []
 
@@ -246,7 +246,7 @@ def _sentencepiece(
 ) -> Tokenizer:
   """BPE that merges the pair whose token has the best score, and falls back on bytes.
 
-  As in llama.cpp, with `prefix` a space is put before every stretch of text, so also behind a token
+  As in llama.cpp, with `prefix` a space is put before every stretch of text, so also after a token
   that is matched whole. transformers' loader does so at the beginning alone, and not before a
   space; the Llama tokenizers that such files are made of do as llama.cpp. Of pairs with equal
   scores llama.cpp merges the leftmost, this one that with the longest left part.
@@ -254,7 +254,7 @@ def _sentencepiece(
   tokens = vocabulary.tokens
   scores = _list(path, fields, "scores", float, len(tokens))
   if not np.isfinite(scores).all():
-    raise ValueError(f"{path}: tokenizer.ggml.scores has entries that are no finite numbers.")
+    raise ValueError(f"{path}: tokenizer.ggml.scores has entries that are not finite numbers.")
   if sum(len(token) ** 2 for token in tokens) > 2**26:
     raise ValueError(f"{path} has tokens of up to {max(map(len, tokens))} characters: too long.")
   ids = {token: i for i, token in enumerate(tokens)}
@@ -293,7 +293,7 @@ def _template(
   before: list[str],
   behind: list[str],
 ) -> processors.TemplateProcessing | None:
-  """What has tokens, by their names, before and behind each of one text or two."""
+  """The frame of one text and of two, with the tokens before and after each, by name."""
   used = {}
   for name in before + behind:
     id = ids[name]

@@ -1,4 +1,4 @@
-"""Writes a GGUF file like another one: its metadata and tokenizer, and new weights."""
+"""Writes a GGUF file like another one: with its metadata and tokenizer, and new weights."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from peftjax.io import gguf_header
 from peftjax.io.gguf import GGUFFile, hf_name
 from peftjax.io.shards import Tensor
 
-# ggml's type of a dtype, and what `general.file_type` calls a file whose matrices have it.
+# ggml's type for a dtype, and the `general.file_type` of a file whose matrices have it.
 _KINDS = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}
-_FREQUENCIES = "rope_freqs.weight"  # the only tensor that is no weight
+_FREQUENCIES = "rope_freqs.weight"  # the only tensor that is not a weight
 _HEAD = ("lm_head.weight", "output.weight")
 
 
 def write(path: str | Path, source: str | Path, tensors: Sequence[Tensor]) -> None:
   """Writes the model of another GGUF file with other weights, one tensor in memory at a time.
 
-  Matrices have the dtype of their `Tensor`, vectors float32, as llama.cpp asks for. Other types are
-  what llama.cpp's `llama-quantize` makes of the file. It appears whole or not at all.
+  Matrices have the dtype of their `Tensor`, vectors float32, as llama.cpp asks for. For other types
+  run llama.cpp's `llama-quantize` on the file. It appears whole or not at all.
 
   Args:
     path: ends in `.gguf`; nothing may be there.
     source: a file that `GGUFFile` reads, of the same model.
-    tensors: every weight, under Hugging Face's names; a head may be there that `source` has not.
+    tensors: every weight, under Hugging Face's names; a head may be there that `source` lacks.
 
   Raises:
-    ValueError: a path that is none of these; tensors that are not those of `source`.
+    ValueError: a path that is not a new .gguf file; tensors that are not those of `source`.
   """
   import gguf
 
   path, model = Path(path), GGUFFile(source)
   if path.suffix != ".gguf" or os.path.lexists(path):
-    raise ValueError(f"{path} is no new file of that kind: name one that ends in .gguf")
+    raise ValueError(f"{path} is not a new file of that kind: name one that ends in .gguf")
   names = {hf_name(name): name for name in gguf_header.read(source).tensors}
   by_name = {tensor.name: tensor for tensor in tensors}
   wanted = {name for name, own in names.items() if own != _FREQUENCIES}
@@ -81,12 +81,12 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _add_metadata(reader: Any, writer: Any, file_type: int) -> None:
-  """All fields of a file, but for the type of its matrices."""
+  """Adds all fields of a file, except for the type of its matrices."""
   import gguf
 
   for field in reader.fields.values():
     if field.name == "general.architecture" or field.name.startswith("GGUF."):
-      continue  # the writer's own
+      continue  # the writer adds its own
     kind, value = field.types[0], field.contents()
     inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
     if field.name == "general.file_type":

@@ -10,12 +10,12 @@ from peftjax.io import records
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What `load_pretrained` and `load_tokenizer` read; no pickles, no weights of other frameworks.
+# Files that `load_pretrained` and `load_tokenizer` read; no pickles, no other frameworks' weights.
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
 
 
 def local(name: str | Path) -> Path:
-  """The folder of `org/name` or `org/name@revision`, and of a path that path.
+  """The folder of `org/name` or `org/name@revision`; an existing path is its own folder.
 
   A path that exists goes first; then the Hugging Face cache (`$HF_HUB_CACHE`, `$HF_HOME/hub` or
   `~/.cache/huggingface/hub`), whose snapshot is taken as it is; then `huggingface_hub` is asked to
@@ -25,7 +25,7 @@ def local(name: str | Path) -> Path:
     revision: a branch, a tag or a commit; by default `main`.
 
   Raises:
-    ValueError: the model is in none of these places.
+    ValueError: if the model is in none of these places.
   """
   path = Path(name).expanduser()
   found = _NAME.fullmatch(str(name))
@@ -51,7 +51,7 @@ def local(name: str | Path) -> Path:
 
 
 def _cache() -> Path:
-  """Where the hub's own library keeps what it downloads."""
+  """The folder where the hub's own library keeps its downloads."""
   if given := os.environ.get("HF_HUB_CACHE"):
     return Path(given).expanduser()
   caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

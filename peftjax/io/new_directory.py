@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def check(directory: str | os.PathLike) -> None:
-  """Raises `ValueError` if there is something at that path, an empty directory excepted."""
+  """Raises ValueError if there is something at that path, an empty directory excepted."""
   directory = Path(directory)
   if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
     raise ValueError(f"{directory} is not an empty directory: give a new one")

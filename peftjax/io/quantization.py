@@ -1,4 +1,4 @@
-"""What other quantised checkpoints are called: they are refused by name, not read as something."""
+"""Names of other quantised formats: checkpoints in them are refused by name, not misread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES: Mapping[str, str] = {
   "quark": "Quark",
   "modelopt": "ModelOpt",
 }
-# How the tensors that lie beside such weights end.
+# Endings of the tensors that lie beside such weights.
 _SUFFIXES: Mapping[str, str] = {
   ".SCB": "LLM.int8 (bitsandbytes' 8 bits)",
   ".g_idx": "GPTQ",
@@ -60,7 +60,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
       raise ValueError(f"{where}: {name}.{field} is {clip(said[field])}; it must be true or false.")
   method = said.get("quant_method")
   if method is None and {"load_in_4bit", "load_in_8bit"} & set(said):
-    method = "bitsandbytes"  # as its first files had it
+    method = "bitsandbytes"  # as in its first files
   if method == "bitsandbytes" and said.get("load_in_8bit"):
     raise ValueError(f"{where} says that the weights are in LLM.int8 (load_in_8bit). {_ADVICE}")
   if method == "bitsandbytes":
@@ -70,7 +70,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
 
 
 def hint(names: Iterable[str]) -> str:
-  """What kind of quantised file has tensors of such names; empty if none is known."""
+  """The kind of quantised file that has tensors of such names; empty if none is known."""
   names = tuple(names)
   for suffix, kind in _SUFFIXES.items():
     if any(name.endswith(suffix) for name in names):

@@ -1,7 +1,7 @@
 """JSON files of others, read once: an object, typed, every value in its range.
 
 A schema is a frozen dataclass whose annotations say what is allowed:
-`Annotated[int, Meta(ge=1)]`. Types are strict: "64" is no number, "false" no boolean.
+`Annotated[int, Meta(ge=1)]`. Types are strict: "64" is not a number, "false" not a boolean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgspec
 
 T = TypeVar("T")
 
-MAX_BYTES = 2**28  # of one JSON file; the largest tokenizers have some 2^25
+MAX_BYTES = 2**28  # per JSON file; the largest tokenizers have some 2^25
 
 
 def regular(path: str | Path) -> Path:
@@ -68,8 +68,8 @@ def parse_object(
   Args:
     data: bytes of UTF-8, or text.
     where: file, and line if it is one of a file's lines, for messages.
-    advice: what to do about an unreadable one.
-    constants: whether NaN, Infinity and -Infinity, which are no JSON, are read.
+    advice: what to do about an unreadable file.
+    constants: read NaN, Infinity and -Infinity too, which are not JSON.
   """
   try:
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -95,7 +95,7 @@ def convert(value: Mapping[str, Any], schema: type[T], where: str | Path) -> T:
     return msgspec.convert(dict(value), schema, strict=True)
   except (
     *(msgspec.ValidationError, TypeError, OverflowError),
-    *(RecursionError, UnicodeError),  # half of a surrogate pair is JSON, and no text
+    *(RecursionError, UnicodeError),  # half of a surrogate pair is JSON, but not a text
   ) as error:
     told, _, path = str(error).rpartition(" - at ")
     path = path.strip("`").removeprefix("$").removeprefix(".")
@@ -112,7 +112,7 @@ def unknown(value: Mapping[str, Any], schema: type) -> dict[str, list[str]]:
 
 
 def clip(value: Any, most: int = 200, *, quote: bool = True) -> str:
-  """`repr(value)`, cut: what a hostile file holds must not fill the screen."""
+  """`repr(value)`, cut short: a hostile file's contents must not fill the screen."""
   if isinstance(value, str | bytes | list | tuple):
     value = value[: most + 1]  # of millions, no more is made a text of
   try:
@@ -131,20 +131,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-  raise ValueError(f"{name} is no number of JSON")
+  raise ValueError(f"{name} is not a JSON number")
 
 
 def _where_in_text(error: Exception) -> str:
-  """What is wrong; of a single line only the column, for `where` names the line."""
+  """The error; in a single line only with its column, for `where` names the line."""
   if isinstance(error, json.JSONDecodeError) and error.lineno == 1:
     return f"{error.msg} at column {error.colno}"
   if isinstance(error, RecursionError):
     return "it is nested too deeply"
-  return str(error).partition("; use sys.")[0]  # of a number with thousands of digits
+  return str(error).partition("; use sys.")[0]  # for a number with thousands of digits
 
 
 def _at(value: Any, path: str) -> Any:
-  """What lies at msgspec's path, such as `a.b[0]`; keys it does not name are shown whole."""
+  """The value at msgspec's path, such as `a.b[0]`; keys it does not name are shown whole."""
   for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
     try:
       value = value[int(index)] if index else value[name]

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from peftjax.io import records
 from peftjax.io.records import clip
 
-MAX_NAME = 255  # characters of a file's name, as file systems have it
+MAX_NAME = 255  # characters of a file's name, the limit of file systems
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 DTYPES = {
@@ -60,7 +60,7 @@ _CONVERT = {
 
 
 class TensorInfo(NamedTuple):
-  """What a header says of one tensor."""
+  """A header's entry for one tensor."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -106,7 +106,7 @@ class TensorDir:
     return self._info[name]
 
   def file_of(self, name: str) -> Path:
-    """The file that holds a tensor; of a name that none has, the directory."""
+    """The file that holds a tensor; for an unknown name, the directory."""
     return self._file.get(name, self.directory)
 
   def read(self, name: str) -> np.ndarray:
@@ -127,7 +127,7 @@ class TensorDir:
     return array
 
   def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-    """`read(name)[start:stop]`, of which no more is read: safetensors' own slices read it all.
+    """`read(name)[start:stop]`, reading no more than that: safetensors' own slices read it all.
 
     Raises ValueError as `read` does.
     """
@@ -176,7 +176,7 @@ class TensorDir:
 
 
 def file_of(tensors: Any, name: str) -> Path:
-  """The file of a tensor, of whatever kind of files it is; for messages."""
+  """The file of a tensor, for messages, whatever the kind of the files."""
   return tensors.file_of(name) if hasattr(tensors, "file_of") else tensors.path
 
 
@@ -284,7 +284,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[i
 
 
 def _check_cover(path: Path, spans: list[tuple[int, int, str]], data_bytes: int) -> None:
-  """The sorted `(begin, end, name)` must follow each other and fill the file's data exactly."""
+  """Checks that the sorted `(begin, end, name)` follow each other and fill the data exactly."""
   cursor = 0
   for begin, end, name in spans:
     if begin != cursor:
@@ -298,7 +298,7 @@ def _check_cover(path: Path, spans: list[tuple[int, int, str]], data_bytes: int)
 
 
 def _is_naturals(values: Any) -> bool:
-  """A list of at most 64 (NumPy's limit on axes) integers from 0 that fit 63 bits."""
+  """True for a list of at most 64 (NumPy's limit on axes) integers from 0 that fit 63 bits."""
   return (
     isinstance(values, list)
     and len(values) <= 64
@@ -314,7 +314,7 @@ def _damaged(path: Path, what: str) -> ValueError:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-  """Tensor name to shard file name, with file names that stay in the index's directory."""
+  """Shard file name by tensor name; file names must stay in the index's directory."""
   weight_map = records.read_object(index).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(f'{index} must hold {{"weight_map": {{tensor name: shard file name}}}}.')

@@ -31,10 +31,10 @@ class Tensor(NamedTuple):
 
 
 def bytes_of(size: int | str) -> int:
-  """The bytes of "5GB" or a number of them.
+  """The number of bytes in "5GB", or a number itself.
 
   Raises:
-    ValueError: it is neither, or nothing.
+    ValueError: it is neither, or not positive.
 
   >>> bytes_of("1.5KiB")
   1536
@@ -49,7 +49,7 @@ def bytes_of(size: int | str) -> int:
 
 
 def write(directory: Path, tensors: Sequence[Tensor], size: int) -> None:
-  """`model.safetensors`, or shards and their index where it would have more than `size` bytes.
+  """Writes `model.safetensors`, or shards and their index if it would exceed `size` bytes.
 
   No more than one shard is in memory. A tensor that is larger than `size` has a file of its own.
   """

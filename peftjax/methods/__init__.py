@@ -1,1 +1,1 @@
-"""One file a method; `base` has the protocol and `chain`, `registry` all of them by name."""
+"""One file per method; `base` has the protocol and `chain`, `registry` all of them by name."""

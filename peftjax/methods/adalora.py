@@ -21,7 +21,7 @@ from peftjax.methods.lora_codec import AdaLoraCodec
 from peftjax.methods.low_rank import LowRank
 from peftjax.methods.orthogonality import PENALTIES
 
-# What fields of it may be.
+# Allowed values of its fields.
 _NAMES = {
   "penalty": PENALTIES,
   "score": ("full", "sensitivity", "magnitude"),
@@ -32,19 +32,19 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdaLoRAMethod(LowRank):
-  """AdaLoRA: h = W x + (α/r) P diag(λ) Q x, of whose triplets (P_i, λ_i, Q_i) the best b stay.
+  """AdaLoRA: h = W x + (α/r) P diag(λ) Q x, keeping the best b triplets (P_i, λ_i, Q_i).
 
   The loss is C + γ R(P, Q). After every ΔT-th step the triplets of all matrices are ranked by
   S_i = s(λ_i) + mean s(P_i) + mean s(Q_i), and λ_i of all but the first b(t) is set to zero; its
   P_i and Q_i stay and learn, so a triplet may come back. s(w) = Ī(w) Ū(w) are moving averages of
   the sensitivity |w ∂L/∂w| and of how far it strays from its average (equations 3 to 13). b falls
-  from r to `target_rank` a matrix on a cubic curve; in the final steps the choice is fixed.
+  from r to `target_rank` per matrix on a cubic curve; in the final steps the choice is fixed.
 
   Train with `method.optimizer(tx, total_steps)`: any other optimizer raises.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`; r is that of
-      each matrix at first, and the scale α/r stays of this r.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`;
+      r is the initial rank of each matrix, and the scale stays α/r for this r.
     target_rank: b(T) divided by the number of matrices; None prunes nothing (SVD-LoRA).
     warmup, final: t_i and t_f, updates before pruning starts and after it has ended; below 1,
       fractions of all updates.
@@ -52,15 +52,15 @@ class AdaLoRAMethod(LowRank):
     penalty: R: `"squared"`, the paper's sum of squares, or `"norm"`, the released code's mean of
       norms (`orthogonality.penalty`).
     gamma: γ; 0 for none.
-    beta1, beta2: of Ī and of Ū.
+    beta1, beta2: decay rates of Ī and Ū.
     score: `"full"`; for the ablations of the paper's table 4 `"sensitivity"`, s(w) = |w ∂L/∂w|
-      of this step, or `"magnitude"`, S_i = |λ_i|.
-    regrow: what becomes of P_i and Q_i when λ_i is masked. `"kept"`: they stay (the paper).
-      `"random"`: they are drawn anew. `"zero"`: they are zeroed, after which nothing of the triplet
+      for this step, or `"magnitude"`, S_i = |λ_i|.
+    regrow: the fate of P_i and Q_i when λ_i is masked. `"kept"`: they stay (the paper).
+      `"random"`: they are drawn anew. `"zero"`: they are zeroed, after which no part of the triplet
       has a gradient, so that only an optimizer's momentum can bring it back.
     form: `"svd"`, or `"lora"` for LoRA's own B A with penalty (LoRA_regu, with target_rank=None) or
       pruned by pairs (Prune-LoRA), which never come back.
-    seed: of what `regrow="random"` draws.
+    seed: seed of the draws for `regrow="random"`.
 
   Raises:
     ValueError: on an unknown name, a number out of range, or a target above the rank.
@@ -102,10 +102,10 @@ class AdaLoRAMethod(LowRank):
       )
 
   def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
-    """Every targeted weight becomes an `SVDLoRA` around it, with λ = 0, so outputs stay.
+    """Puts an `SVDLoRA` around every targeted weight, with λ = 0, so outputs stay.
 
     Raises:
-      ValueError: as of `LowRank`; and if the ranks are fewer than the target asks for.
+      ValueError: as `LowRank`; and if the ranks are fewer than the target asks for.
     """
     attached, claimed = super().attach(key, params, layout), set(self.claims(params, layout))
     flat = paths.leaves(attached).items()
@@ -128,12 +128,12 @@ class AdaLoRAMethod(LowRank):
     return Allocator(self, self._schedule(total_steps)).wrap
 
   def settled(self, total_steps: int) -> int:
-    """After step T − t_f every matrix keeps its triplets."""
+    """The update after step T − t_f, from which on every matrix keeps its triplets."""
     return 0 if self.target_rank is None else self._schedule(total_steps).end + 1
 
   def varies(self) -> frozenset[str]:
-    """Without a target nothing is pruned, by another program; what is drawn anew has the rank's
-    shape.
+    """See `Method.varies`: `target_rank` is among them unless it is None, and the rank unless
+    triplets are redrawn, in the rank's shape.
     """
     own = set() if self.target_rank is None else {"target_rank"}
     return super().varies() - ({"rank"} if self.regrow == "random" else set()) | own
@@ -159,7 +159,7 @@ adalora = AdaLoRAMethod
 
 
 def _ranks(weight: Any) -> list[int]:
-  """Of each layer; of shapes alone, also inside jit, as many as there are rows."""
+  """The rank of each layer; from shapes alone, also inside jit, as many as there are rows."""
   if isinstance(weight.rank, jax.ShapeDtypeStruct | jax.core.Tracer):
     return [weight.a.shape[-2]] * max(weight.rank.size, 1)
   return [int(r) for r in weight.rank.ravel()]

@@ -1,4 +1,4 @@
-"""What AdaLoRA has allocated: ranks by matrix, and the same weights as plain LoRA."""
+"""The ranks that AdaLoRA has allocated, by matrix, and the same weights as plain LoRA."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peftjax.methods.lora_weight import LoRA
 
 
 def kept(weight: SVDLoRA) -> np.ndarray:
-  """Which triplets contribute: bool `[*stack, R]`, λ ≠ 0; in LoRA's form those with any B A."""
+  """Mask of contributing triplets: bool `[*stack, R]`, λ ≠ 0; in LoRA's form those with any B A."""
   if weight.e is not None:
     return np.asarray(weight.e) != 0
   return (np.asarray(weight.a) != 0).any(-1) & (np.asarray(weight.b) != 0).any(-2)
 
 
 def ranks(params: Params) -> dict[str, int]:
-  """The rank that is left, by path of each AdaLoRA matrix, layers of a stack one by one."""
+  """The remaining rank of each AdaLoRA matrix by path, layers of a stack one by one."""
   found: dict[str, int] = {}
   for path, leaf in paths.leaves(params).items():
     if isinstance(leaf, SVDLoRA):
@@ -32,7 +32,7 @@ def ranks(params: Params) -> dict[str, int]:
 
 
 def to_lora(params: Params) -> Any:
-  """`params` with plain `LoRA` in place of AdaLoRA: the same ΔW, of the triplets that are left.
+  """`params` with plain `LoRA` in place of AdaLoRA: the same ΔW, from the remaining triplets.
 
   A = Q, B = P diag(λ), at the same scale. A matrix without any triplet is its base again. Shapes
   depend on values, so this is not for use inside jit.
@@ -46,7 +46,7 @@ def _plain(weight: SVDLoRA) -> Any:
   width = int(counts.max())
   if not width:
     return weight.base
-  # Those that are left first, in their order.
+  # The remaining ones first, in their order.
   first = np.argsort(~on, axis=-1, kind="stable")[..., :width]
   live = np.take_along_axis(on, first, -1)
   b = weight.b if weight.e is None else weight.b * weight.e[..., None, :]

@@ -19,7 +19,7 @@ class SVDLoRA(LoRA):
   λ are a triplet. Which triplets stay is decided over all matrices (`allocator`).
 
   Attributes:
-    e: λ, `[*stack, R]`; None for LoRA's own form, W = base + scale · (P Q)ᵀ, of which pairs are
+    e: λ, `[*stack, R]`; None for LoRA's own form, W = base + scale · (P Q)ᵀ, where pairs are
       pruned.
   """
 

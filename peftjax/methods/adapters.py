@@ -21,13 +21,13 @@ from peftjax.nn.ffn import ACTIVATIONS
 
 # Scales and biases of normalisations, in our models and by linen's own names.
 _NORMS = r".*(norm|Norm|ln)\w*/(scale|bias)"
-# Our encoders and decoders call the residual additions of a block thus.
+# Names of the residual additions of a block in our encoders and decoders.
 _RESIDUALS = r".*/(attention/output/residual|output/residual|\w+_residual)"
 _FFN_IN_BERT, _FFN_IN_DECODERS = r".*/layers(_\d+)?/output", r".*/mlp"
 
 
 class Place(NamedTuple):
-  """Where an adapter lies, and what it reads: see `Bottleneck`."""
+  """The place of an adapter, and its input; see `Bottleneck`."""
 
   modules: str
   reads: int | None = None
@@ -35,11 +35,11 @@ class Place(NamedTuple):
 
 
 class Placement(NamedTuple):
-  """A kind of adapter as its paper has it.
+  """A kind of adapter as its paper defines it.
 
   Attributes:
-    places: in models of ours; those that a model has are taken.
-    module: what an adapter reads of a module that is named by hand.
+    places: places in our models; those that a model has are used.
+    module: the adapter's input at a module that is named by hand.
     activation, init, scale, norms: the paper's choices.
   """
 
@@ -65,7 +65,7 @@ PLACEMENTS: Mapping[str, Placement] = {
   "after_residual": Placement((Place(_RESIDUALS),), Place("", None), "gelu", "near_zero"),
 }
 
-# Of W_down and W_up; biases begin at zero.
+# Initialisations of W_down and W_up; biases begin at zero.
 _initializers = jax.nn.initializers
 _NEAR_ZERO = _initializers.truncated_normal(1e-2, lower=-2.0, upper=2.0)
 _BERT = _initializers.normal(0.02)
@@ -81,7 +81,7 @@ INITS: Mapping[str, tuple[Any, Any]] = {
 class AdaptersMethod(Method):
   """Bottleneck adapters f(u) = s · (W_up φ(W_down u + b_down) + b_up).
 
-  With x what a sub-layer (attention or feed-forward) takes, h what it returns and r the stream of
+  With x the input of a sub-layer (attention or feed-forward), h its result and r the stream of
   the residuals, the placements are
 
   * `"houlsby"`: r + h + f(h), after both sub-layers; φ = GELU; all LayerNorms are trained too
@@ -91,20 +91,20 @@ class AdaptersMethod(Method):
     appendix A.1).
   * `"parallel"`: r + h + f(x), beside the feed-forward; φ = ReLU (He et al. 2021, arXiv 2110.04366,
     table 1); `"scaled_parallel"`: with s = 4 and f = 0 at first (there, section 4.6).
-  * `"after_residual"`: r + h + f(r + h), after both sub-layers, before what normalises next.
+  * `"after_residual"`: r + h + f(r + h), after both sub-layers, before the next normalisation.
 
   Args:
     size: M, the width of the bottleneck.
     placement: one of these.
     targets: modules instead, by name or regex, of any linen model: a parallel adapter then adds
       f(first argument), any other f(result), to what the module returns.
-    activation: φ, of `nn.ffn.ACTIVATIONS`.
-    init: of W_down and W_up: `"near_zero"`, N(0, 0.01²) cut at 2σ (Houlsby, section 3.6), `"bert"`,
-      N(0, 0.02²), or `"lora"`, U(±1/√in) and 0.
+    activation: φ, one of `nn.ffn.ACTIVATIONS`.
+    init: initialisation of W_down and W_up: `"near_zero"`, N(0, 0.01²) cut at 2σ (Houlsby, section
+      3.6), `"bert"`, N(0, 0.02²), or `"lora"`, U(±1/√in) and 0.
     scale: s.
     norms: also train the scales and biases of all normalisations.
-    dtype: of the adapter.
-    activation, init, scale, norms: None is as the placement's paper has it.
+    dtype: dtype of the adapter.
+    activation, init, scale, norms: None follows the placement's paper.
 
   Raises:
     ValueError: on an unknown name, or a number out of range.
@@ -139,11 +139,11 @@ class AdaptersMethod(Method):
     Args:
       key: folded with the path of each layer's module.
       params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
-      layout: of the modules; `peftjax.linen.layout(model, *example_inputs)`.
+      layout: the layout of the modules, `peftjax.linen.layout(model, *example_inputs)`.
 
     Raises:
-      ValueError: without a layout; no module is where the placement or a target says; a module
-        does not read or return what the adapter needs; it has an adapter already, or something
+      ValueError: without a layout; if no module is where the placement or a target says; if one
+        does not read or return what the adapter needs; if it has an adapter already, or something
         else of that name.
     """
     given.check_params(params)
@@ -163,14 +163,14 @@ class AdaptersMethod(Method):
     return params
 
   def trainable(self, params: Params) -> Mask:
-    """The bottlenecks but not their scale, and normalisations where they train."""
+    """True on the bottlenecks but not their scale, and on normalisations where they train."""
     claimed, own = set(self.claims(params)), _bottlenecks(params)
     on = lambda p: p in claimed and not (_module(p) in own and p.endswith("/scale"))
     return paths.map_leaves(lambda p, leaf: jax.tree.map(lambda _: on(p), leaf), params)
 
   @property
   def _paper(self) -> Placement:
-    """What holds where nothing is given."""
+    """The paper's choices, for fields that are None."""
     return PLACEMENTS[self.placement]
 
   def _places(self, sites: Mapping[str, Site]) -> dict[str, Place]:
@@ -226,7 +226,7 @@ adapters = AdaptersMethod
 
 
 def _bottlenecks(params: Any) -> set[str]:
-  """Their paths; a third party may have modules that are called "adapter" too."""
+  """The paths of bottlenecks; a third party may have modules that are called "adapter" too."""
   whole = lambda node: paths.is_leaf(node) or is_attachment(node)
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=whole)
   return {paths.name(path) for path, node in flat if isinstance(node, Bottleneck)}
@@ -248,7 +248,7 @@ def _check_free(params: Any, path: str) -> None:
 
 
 def _names(pattern: str, path: str) -> bool:
-  """A plain word is the last name of a module; anything else has to match its whole path."""
+  """Tells whether a pattern names a module: a plain word its last name, a regex its whole path."""
   return path.split("/")[-1] == pattern or re.fullmatch(pattern, path) is not None
 
 

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class AllocatorState(optim.Owner):
-  """What the allocator knows; `mean` and `spread` hold, by path, weights of averages.
+  """The allocator's state; `mean` and `spread` hold, by path, weights of averages.
 
   Attributes:
     step: int32 `[]`, updates so far.
-    inner: of the optimizer within.
+    inner: the state of the optimizer within.
     mean: Ī, the moving average of the sensitivity of every entry of P, λ and Q.
-    spread: Ū, that of its uncertainty.
-    valid: bool `[*stack, R]` by path: which triplets are no padding.
+    spread: Ū, the moving average of its uncertainty.
+    valid: bool `[*stack, R]` by path: which triplets are not padding.
     penalty: float32 `[]`, R(P, Q) before the last update, without γ.
     budget: int32 `[]`, how many triplets there may be after it.
     target: int32 `[]`, b(T), how many there may be in the end.
-    kept: bool `[*stack, R]` by path: what the last allocation left, for the final steps; pairs of
+    kept: bool `[*stack, R]` by path: triplets of the last allocation, for the final steps; pairs of
       LoRA's form stay within it.
-    seed: int32 `[]`, of triplets that are drawn anew.
+    seed: int32 `[]`, seed of the triplets that are drawn anew.
   """
 
   step: jax.Array
@@ -53,8 +53,8 @@ class AllocatorState(optim.Owner):
 
 
 def weights(train: Any) -> dict[str, SVDLoRA]:
-  """The AdaLoRA weights of a trained tree, by path: they hold P, λ and Q alone. Frozen ones, of
-  which it holds nothing, are not among them.
+  """The AdaLoRA weights of a trained tree, by path: they hold P, λ and Q alone. Frozen weights, of
+  which the tree holds nothing, are not among them.
   """
   trained = lambda leaf: isinstance(leaf, SVDLoRA) and leaf.a is not None
   return {p: leaf for p, leaf in paths.leaves(train).items() if trained(leaf)}
@@ -62,20 +62,20 @@ def weights(train: Any) -> dict[str, SVDLoRA]:
 
 @dataclasses.dataclass(frozen=True)
 class Allocator:
-  """What AdaLoRA does around an optimizer, over the updates of a schedule."""
+  """AdaLoRA's part of an optimizer, over the updates of a schedule."""
 
   method: AdaLoRAMethod
   schedule: Schedule
 
   @property
   def _target(self) -> float:
-    """Triplets of a matrix in the end; of a schedule that never gets there it says nothing."""
+    """Triplets per matrix in the end; 0 for a schedule that never gets there."""
     return self.method.target_rank or 0.0
 
   def wrap(
     self, clip: optax.GradientTransformation, tx: optax.GradientTransformation
   ) -> optax.GradientTransformationExtraArgs:
-    """`tx` with, in this order: g + γ∇R, clipped; the update; scores of what it gives; the mask.
+    """`tx` with, in this order: g + γ∇R, clipped; the update; scores of the result; the mask.
 
     Raises (at `update`):
       ValueError: without the trained tree, or without an AdaLoRA weight in it.
@@ -98,7 +98,7 @@ class Allocator:
         target=jnp.round((self.method.target_rank or 0.0) * jnp.asarray(matrices)).astype(
           jnp.int32
         ),
-        kept=jax.tree.map(jnp.array, valid),  # of its own: the step donates its state
+        kept=jax.tree.map(jnp.array, valid),  # a copy: the step donates its state
         seed=jnp.asarray(self.method.seed, jnp.int32),
       )
 
@@ -114,7 +114,7 @@ class Allocator:
       grads, _ = clip.update(grads, clip.init(params), params)
       updates, inner = tx.update(grads, state.inner, params, **extra)
       new = weights(optax.apply_updates(params, updates))
-      # In float32: in 16 bits w g may be 0 where neither is.
+      # In float32: in 16 bits w g may be 0 where neither factor is.
       f32 = lambda x: x.astype(jnp.float32)
       now = jax.tree.map(lambda w, g: jnp.abs(f32(w) * f32(g)), new, weights(grads))
       mean, spread = self._averages(state, now)
@@ -216,7 +216,7 @@ class Allocator:
 
 
 def _valid(weight: SVDLoRA) -> jax.Array:
-  """What padding left zero on both sides is none; one side of any other was drawn at random."""
+  """True on triplets that are not padding, zero on both sides; any other has one side random."""
   return (weight.a != 0).any(-1) | (weight.b != 0).any(-2)
 
 

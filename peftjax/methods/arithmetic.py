@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# (shape, what of) to random numbers in [0, 1).
+# Takes (shape, name of the array); gives random numbers in [0, 1).
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 
 
@@ -39,7 +39,7 @@ def dropped(x: np.ndarray, density: float, draw: Draw) -> np.ndarray:
 
 
 def elected(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Mean of w_i x_i over those of the majority's sign, that of Σ_i x_i, + where it is 0.
+  """Mean of w_i x_i over those with the majority's sign, that of Σ_i x_i, + where it is 0.
 
   TIES (Yadav et al. 2023, arXiv 2306.01708, section 3), whose election does without weights.
   """

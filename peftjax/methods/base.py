@@ -1,4 +1,4 @@
-"""What a method is, and `chain`."""
+"""The protocol of a method, and `chain`."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import Positive, Size, checked
 from peftjax.methods.codec import Codec
 
-# From clipping and an optimizer to what does both and more.
+# Takes clipping and an optimizer; gives one that does both and more.
 Outer = Callable[
   [optax.GradientTransformation, optax.GradientTransformation], optax.GradientTransformation
 ]
 
 
 class Method:
-  """A parameter-efficient method: a pure transform of a parameter tree, and what it trains.
+  """A parameter-efficient method: a pure transform of a parameter tree, and its trained leaves.
 
-  A method is a frozen dataclass, and its constructor what a user calls: every hyper-parameter is a
+  A method is a frozen dataclass, and its constructor is what users call: every hyper-parameter is a
   field, with its range (`core.ranges`) and its default, and nothing else declares it. A field
-  called `seed` is given the run's by `experiments.train`, and is no field of a config.
+  called `seed` is given the run's by `experiments.train`, and is not a field of a config.
   """
 
-  # How directories of Hugging Face's PEFT library hold its leaves; None if they cannot.
+  # The form of its leaves in directories of Hugging Face's PEFT library; None if there is none.
   codec: ClassVar[Codec | None] = None
 
   def __post_init__(self) -> None:
-    """Holds the fields against their annotations; lists become tuples, mappings copies.
+    """Checks the fields against their annotations; lists become tuples, mappings copies.
 
     Raises:
-      ValueError: naming the first that does not fit.
+      ValueError: naming the first field that does not fit.
     """
     ranges.check(type(self), vars(self))
     for name, value in list(vars(self).items()):
@@ -51,7 +51,7 @@ class Method:
 
     Args:
       params: before or after `attach`.
-      layout: of the kernels, which tells what is linear in a model of other names.
+      layout: axes of the kernels, which tell what is linear in a model with other names.
     """
     raise NotImplementedError
 
@@ -64,25 +64,25 @@ class Method:
     raise NotImplementedError
 
   def outer(self, total_steps: int) -> Outer | None:
-    """What goes around clipping and the optimizer: `outer(clip, tx)`; None for nothing."""
+    """The transform around clipping and the optimizer: `outer(clip, tx)`; None for nothing."""
     return None
 
   def settled(self, total_steps: int) -> int:
-    """From which update on the model has the size that it will keep."""
+    """The update from which on the model has the size that it will keep."""
     return 0
 
   def varies(self) -> frozenset[str]:
-    """Fields in which runs may differ that are trained by one compiled step: they are arrays of it,
+    """Fields that may differ between runs trained by one compiled step: they are arrays of it,
     or sizes that `align_ranks` makes equal.
     """
     return frozenset()
 
   def summary(self, params: Params) -> dict[str, Any]:
-    """What there is to say of trained `params` in a run's result, for JSON."""
+    """A report on trained `params` for a run's result, for JSON."""
     return {}
 
   def peft_options(self) -> dict[str, Any]:
-    """Arguments of `hf_peft.save` about what leaves do not tell."""
+    """Arguments of `hf_peft.save` that leaves do not tell."""
     return {}
 
   @checked
@@ -98,10 +98,10 @@ class Method:
     """The outermost transform: clips, accumulates, and whatever the method adds.
 
     Args:
-      tx: of the updates, without clipping or accumulation of its own.
+      tx: the optimizer of the updates, without clipping or accumulation of its own.
       total_steps: updates in all: with `accumulate`, calls divided by it, rounded up.
-      clip_norm: of the global norm of the mean gradient, a method's penalty included.
-      accumulate: calls to an update. Give each the gradient of its batch's mean loss, and how many
+      clip_norm: limit of the global norm of the mean gradient, a method's penalty included.
+      accumulate: calls per update. Give each the gradient of its batch's mean loss, and how many
         tokens (rows) that is a mean of: `tx.update(grads, state, params, weight=count)`. The update
         is then that of one large batch; without `weight` batches count alike, however many tokens
         they have (`optim.accumulated`).
@@ -127,12 +127,12 @@ class Method:
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
   def _check_half(self, train: Any) -> None:
-    """ValueError if `train` is a whole model of which this method trains but a part."""
+    """Raises ValueError if `train` is a whole model of which this method trains only a part."""
     if given.first_hole(train) is not None:
       return
     try:
       mask = self.trainable(train)
-    except ValueError:  # of another tree than a model's there is nothing to say
+    except ValueError:  # nothing can be said of a tree that is not a model's
       return
     frozen = [path for path, trained in jax.tree_util.tree_leaves_with_path(mask) if not trained]
     if frozen:
@@ -171,7 +171,7 @@ class Chain(Method):
     return jax.tree.map(lambda *ms: any(ms), *masks)
 
   def outer(self, total_steps: int) -> Outer | None:
-    """Of the one method that has one."""
+    """The transform of the one method that has one."""
     found = [(m, outer) for m in self.methods if (outer := m.outer(total_steps)) is not None]
     if len(found) > 1:
       names = "\n  ".join(str(method) for method, _ in found)

@@ -14,15 +14,15 @@ from peftjax.nn.ffn import ACTIVATIONS
 
 
 class Bottleneck(Attachment):
-  """f(u) = s · (W_up φ(W_down u + b_down) + b_up), added to what a module returns or takes.
+  """f(u) = s · (W_up φ(W_down u + b_down) + b_up), added to a module's result or input.
 
   Attributes:
     down, down_bias: `[*stack, D_in, M]` and `[*stack, M]`, M the bottleneck's size.
     up, up_bias: `[*stack, M, D]` and `[*stack, D]`.
     scale: `[*stack]` float32, s.
     activation: φ, a name of `nn.ffn.ACTIVATIONS`.
-    reads: u: the argument of that number, or None: what the module returns.
-    again: instead of adding f(u) to what the module returns, call it again with f(u) added to its
+    reads: number of the argument that u is; None if u is the module's result.
+    again: instead of adding f(u) to the module's result, call it again with f(u) added to its
       first argument (Pfeiffer's adapter, between two uses of one LayerNorm).
   """
 
@@ -37,18 +37,18 @@ class Bottleneck(Attachment):
 
   @jax.named_scope("adapter")
   def __call__(self, u: jax.Array) -> jax.Array:
-    """f(u), `[..., D_in]` to `[..., D]`, in the dtype of u."""
+    """Computes f(u), `[..., D_in]` to `[..., D]`, in the dtype of u."""
     row = lambda bias: bias.astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))
     z = linear(u, self.down) + row(self.down_bias)
     y = linear(ACTIVATIONS[self.activation](z), self.up) + row(self.up_bias)
     return self.scale.astype(u.dtype) * y
 
   def true_size(self) -> int:
-    """The matrices and biases that are here."""
+    """The size of the matrices and biases that are here."""
     return Attachment.true_size(self.replace(scale=None))
 
   def around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-    """See `Attachment.around`; of a module that returns several things, the first is adapted."""
+    """See `Attachment.around`; if a module returns several values, the first is adapted."""
     reads = -1 if self.reads is None else self.reads
     if len(args) <= max(reads, 0 if self.again else -1):
       raise ValueError(

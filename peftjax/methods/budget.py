@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """From all triplets to the target, on a cubic curve.
+  """A schedule from all triplets to the target, on a cubic curve.
 
   Attributes:
     start: t_i, the last step with all triplets.
@@ -26,23 +26,23 @@ class Schedule:
   def budget(self, step: jax.Array, initial: jax.Array, target: jax.Array) -> jax.Array:
     """b(t) = b_T + (b_0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, rounded down, int32.
 
-    As the released code has it. Equation 14 of the paper subtracts t_f from t as well, which is
-    neither b_0 at t_i nor b_T at T − t_f. In float32: a millionth is added, so that what is whole
-    in exact arithmetic is not rounded down.
+    So the released code has it. Equation 14 of the paper subtracts t_f from t as well, which is
+    neither b_0 at t_i nor b_T at T − t_f. In float32: a millionth is added, so that numbers whole
+    in exact arithmetic are not rounded down.
     """
     left = jnp.clip((self.end - step) / (self.end - self.start), 0.0, 1.0)
     over = (initial - target).astype(jnp.float32) * left**3
     return target + jnp.floor(over * (1.0 + 1e-6)).astype(jnp.int32)
 
   def phase(self, step: jax.Array) -> jax.Array:
-    """What happens after this step: 0, all triplets learn; 1, they are allocated, every ΔT from
+    """The phase after this step: 0, all triplets learn; 1, they are allocated, every ΔT from
     t_i on and last at T − t_f; 2, the last choice is masked again.
     """
     due = (step > self.start) & ((step % self.interval == 0) | (step == self.end))
     return jnp.where(step > self.end, 2, due.astype(jnp.int32))
 
 
-# Of a run that prunes nothing, however long it is.
+# For a run that prunes nothing, however long it is.
 NEVER = Schedule(2**31 - 3, 2**31 - 2, 1)
 
 
@@ -70,10 +70,10 @@ def schedule(total_steps: int, warmup: float, final: float, interval: int) -> Sc
 def largest(
   scores: Mapping[str, jax.Array], valid: Mapping[str, jax.Array], budget: jax.Array
 ) -> dict[str, jax.Array]:
-  """Masks, in the scores' shapes, of the `budget` largest of all; of equal ones the first win.
+  """Masks, in the scores' shapes, of the `budget` largest of all; among equal ones the first win.
 
   Args:
-    scores: float `[*stack, R]` of each matrix, by path.
+    scores: float `[*stack, R]` for each matrix, by path.
     valid: bool of the same shapes; padding is not kept and does not count.
   """
   order = sorted(valid)

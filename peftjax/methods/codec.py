@@ -1,4 +1,4 @@
-"""`Codec`: how a directory of Hugging Face's PEFT library holds the adapters of one method.
+"""`Codec`: the form of one method's adapters in directories of Hugging Face's PEFT library.
 
 A method's file has the codec beside the leaf, so that `peftjax.hf_peft`, which walks over models
 and directories, knows no method by name.
@@ -32,7 +32,7 @@ TaskType = Literal[
   "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
 ]
 
-# The modules that a key of such a field means: all whose path ends like that.
+# Fields with module names as keys; a key means all modules whose path ends with it.
 END = r"(.*\.)?({})$"
 MERGE = "Merge the adapter with peft (model.merge_and_unload()) and load the model it gives."
 
@@ -42,8 +42,8 @@ class Common:
   """The fields that every kind has.
 
   A schema holds what a reader needs, as PEFT's config class has it (defaults too), and, with None
-  for a default, what says nothing of a trained adapter: how it began, was trained, or where it is
-  from.
+  for a default, the fields that do not matter for a trained adapter: initialisation, training,
+  origin.
   """
 
   prefix: ClassVar[str] = "base_model.model."  # of the names of tensors
@@ -70,7 +70,7 @@ class Targeted(Common):
 
 
 class Want(NamedTuple):
-  """A tensor that must be in the file, or may."""
+  """A tensor that must, or may, be in the file."""
 
   shape: tuple[int, ...]
   hint: str = ""
@@ -90,9 +90,9 @@ class Adapter(NamedTuple):
   """The adapter of one module, to be written.
 
   Attributes:
-    tensors: by their names behind the module's.
-    fields: of the config, if this module were the only one.
-    note: for `Codec.finish`.
+    tensors: tensors by their names after the module's.
+    fields: fields of the config, if this module were the only one.
+    note: data for `Codec.finish`.
   """
 
   tensors: dict[str, np.ndarray]
@@ -102,14 +102,14 @@ class Adapter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a directory has for one parameter, a kernel or a table `[*stack, n_in, n_out]`.
+  """The data in a directory for one parameter, a kernel or a table `[*stack, n_in, n_out]`.
 
   Attributes:
     path, leaf: the parameter, without an adapter.
     stack: its layers; `()` for a matrix.
-    modules: of each layer, in order; None for a layer without an adapter.
+    modules: one for each layer, in order; None for a layer without an adapter.
     config: typed by the codec's schema.
-    matcher: of patterns, within a bound of time.
+    matcher: matches patterns, within a bound of time.
     where: the config's file, for errors.
     tensor: `tensor(module, name)` reads a tensor that `Codec.wants`, as float32.
   """
@@ -124,7 +124,7 @@ class Source:
   tensor: Callable[[Module, str], np.ndarray]
 
   def rows(self, name: str, without: np.ndarray) -> Any:
-    """One tensor of every layer, `[*stack, ...]`; of a layer without an adapter `without`."""
+    """One tensor of every layer, `[*stack, ...]`; `without` for a layer without an adapter."""
     found = [without if m is None else self.tensor(m, name) for m in self.modules]
     return jnp.asarray(np.stack(found).reshape(*self.stack, *without.shape))
 
@@ -132,33 +132,35 @@ class Source:
 class Codec:
   """Reads and writes one kind of adapter; a subclass says how, and a method names an instance."""
 
-  # What PEFT calls it, the leaf that it is here, and the fields of its config.
+  # Its name in PEFT, its leaf here, and the fields of its config.
   kind: ClassVar[str]
   leaf: ClassVar[type[Weight]]
   schema: ClassVar[type[Targeted]]
-  # Last parts of the paths that `read` is asked for.
+  # Last parts of the paths that `read` is called for.
   reads: ClassVar[frozenset[str]] = frozenset({"kernel"})
-  # Fields that make more of an adapter than its tensors say, unless they are one of these values.
+  # Fields that make more of an adapter than its tensors say, unless they have one of these values.
   fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
   # Fields of the schema's parents that this kind does not have.
   lacks: ClassVar[tuple[str, ...]] = ()
   # Fields that may differ by module, and the field that has the exceptions by `END`.
   exceptions: ClassVar[Mapping[str, str]] = {}
+  # Whether peft reads such adapters of experts, which all have the config's own fields then.
+  of_experts: ClassVar[bool] = False
   # Fields that are always written.
   constants: ClassVar[Mapping[str, Any]] = {}
 
   def takes(self, config: Any) -> bool:
-    """Whether a config of this `kind` means this leaf."""
+    """Tells whether a config of this `kind` means this leaf."""
     return True
 
   def check(self, config: Any, where: str) -> None:
-    """Raises ValueError if the fields contradict each other, or mean what is not read."""
+    """Raises ValueError if the fields contradict each other, or ask for what is not read."""
 
   def check_modules(self, config: Any, targets: Collection[str], where: str) -> None:
-    """Raises ValueError if the fields name modules that are no targets."""
+    """Raises ValueError if the fields name modules that are not targets."""
 
   def wants(self, config: Any, module: Module, matcher: Any) -> dict[str, Want]:
-    """The tensors of a module, by their names behind the module's."""
+    """The tensors of a module, by their names after the module's."""
     raise NotImplementedError
 
   def wants_shared(self, config: Any, modules: Sequence[Module]) -> dict[str, Want]:
@@ -174,10 +176,10 @@ class Codec:
     return {}
 
   def write(self, path: str, leaf: Any, *, rslora: bool) -> dict[str, Adapter]:
-    """The adapters of a leaf by the path of their layer, as of `paths.layer_paths`.
+    """The adapters of a leaf by the path of their layer, as in `paths.layer_paths`.
 
     Args:
-      rslora: scales are written as α/√r, where the kind can say so.
+      rslora: write scales as α/√r, where the kind can say so.
 
     Raises:
       ValueError: if PEFT has no such adapter.
@@ -189,7 +191,7 @@ class Codec:
     return {}
 
   def together(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
-    """The adapters by module, brought to what all of a directory have to have in common."""
+    """The adapters by module, made equal in everything that a directory has only once."""
     return adapters
 
   def finish(
@@ -198,10 +200,10 @@ class Codec:
     adapters: Mapping[str, Adapter],
     names: Callable[[set[str]], list[str]],
   ) -> dict[str, Any]:
-    """The config with what only this kind has.
+    """The config with the fields that only this kind has.
 
     Args:
-      names: of modules, as `target_modules` has them.
+      names: names of modules, as in `target_modules`.
     """
     return config
 
@@ -220,7 +222,7 @@ def padded(arrays: Sequence[np.ndarray], stack: tuple[int, ...], axis: int) -> A
 
 
 def layers(path: str, stack: tuple[int, ...], *arrays: Any) -> list[tuple[Any, ...]]:
-  """`(path, slice, slice, ...)` of each layer of arrays `[*stack, ...]`."""
+  """A `(path, slice, slice, ...)` for each layer of arrays `[*stack, ...]`."""
   flat = [np.asarray(x).reshape(math.prod(stack), *x.shape[len(stack) :]) for x in arrays]
   return list(zip(paths.layer_paths(path, stack), *flat, strict=True))
 

@@ -18,7 +18,7 @@ from peftjax.methods import arithmetic
 from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.stack import check_same
 
-# How arrays [N, ...] of N adapters become one: (arrays, weights, density, draw) to an array.
+# Ways to make one array from [N, ...] of N adapters: (arrays, weights, density, draw) to an array.
 _Rule = Callable[[np.ndarray, np.ndarray, float, arithmetic.Draw], np.ndarray]
 _RULES: Mapping[str, _Rule] = {
   "linear": lambda x, w, density, draw: arithmetic.weighted(x, w),
@@ -51,35 +51,35 @@ def combine_adapters(
   rank: Size | None = None,
   key: Any = None,
 ) -> Any:
-  """One LoRA adapter for Σ_i w_i ΔW_i, or near it, of several on one base.
+  """One LoRA adapter for Σ_i w_i ΔW_i, or near it, from several on one base.
 
-  What Hugging Face PEFT's `add_weighted_adapter` computes, for each matrix, with the scales s_i of
-  the adapters; that of the result is 1.
+  It computes what Hugging Face PEFT's `add_weighted_adapter` does, for each matrix, with the scales
+  s_i of the adapters; the scale of the result is 1.
 
   * `"cat"`: A and B of all side by side, w_i s_i in A. Exact; the rank is the sum of the ranks.
   * `"svd"`: the best product of rank `rank` for the exact sum.
   * `"linear"`: A = Σ ± √|w_i s_i| A_i and B = Σ √|w_i s_i| B_i, with the sign of w_i s_i. B A then
     has products B_i A_j of different adapters too, and is far from the sum.
-  * `"magnitude_prune"`: as linear, of each A_i and B_i its `density` largest entries.
-  * `"ties"`: of these the mean over the adapters that have the majority's sign (`arithmetic`).
+  * `"magnitude_prune"`: as linear, with the `density` largest entries of each A_i and B_i.
+  * `"ties"`: the mean of these over the adapters that have the majority's sign (`arithmetic`).
   * `"dare_linear"`, `"dare_ties"`: random entries in place of the largest, divided by `density`.
-  * `"ties_svd"` and so on: the same of w_i and ΔW_i, then the best product of rank `rank`. It makes
+  * `"ties_svd"` and so on: the same on w_i and ΔW_i, then the best product of rank `rank`. It makes
     one dense matrix for each adapter at a time.
 
   Args:
-    adapters: whole trees with LoRA on one base, concrete. One that has none on a matrix counts as
-      0 there; for kinds that add A to A those that have one need equal ranks.
+    adapters: whole trees with LoRA on one base, concrete. An adapter missing on a matrix counts as
+      0 there; kinds that add A to A need equal ranks of the others.
     weights: w_i, one each, of either sign.
     kind: one of the above.
     density: share of entries that is kept, above 0 and at most 1; for the kinds that prune.
-    rank: of the svd kinds; by default the largest of all adapters, at most the matrix's.
-    key: for the dare kinds.
+    rank: rank for the svd kinds; by default the largest of all adapters, at most the matrix's.
+    key: random key for the dare kinds.
 
   Returns:
-    The first tree with the new adapter, dropout and dtypes of the first adapter on a matrix.
+    The first tree with the new adapter, dropout and dtypes from the first adapter on a matrix.
 
   Raises:
-    ValueError: naming what does not fit.
+    ValueError: naming the argument or tree that does not fit.
   """
   trees = _trees(adapters)
   _check_options(kind, trees, weights, density, rank, key)
@@ -99,7 +99,7 @@ def combine_adapters(
 
 
 def _leaf(path: str, own: list[tuple[LoRA, float]], make: Callable[..., Any]) -> LoRA:
-  """The leaf that `make` gives of each layer of several leaves."""
+  """The leaf that `make` gives for each layer of several leaves."""
   first = own[0][0]
   stack = first.stack
   names = paths.layer_paths(path, stack)
@@ -156,7 +156,7 @@ def _combined(
 
 
 def _draw(key: Any, path: str) -> arithmetic.Draw:
-  """Numbers of their own for each matrix, and for each call."""
+  """A source of random numbers, different for each matrix and each call."""
   calls = iter(range(2**31))
 
   def draw(shape: tuple[int, ...]) -> np.ndarray:

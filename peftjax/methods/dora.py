@@ -15,17 +15,17 @@ from peftjax.methods.low_rank import RankStabilized
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRAMethod(RankStabilized):
-  """DoRA: h = m · (W + (α/r) B A) x / ‖W + (α/r) B A‖ of each output (Liu et al. 2024, eq. 5).
+  """DoRA: h = m · (W + (α/r) B A) x / ‖W + (α/r) B A‖ per output (Liu et al. 2024, eq. 5).
 
   m starts as ‖W‖, so outputs stay. The norm below is a constant to the gradient (section 4.3).
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`.
-    rslora: as of `RankStabilized`.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
+    rslora: as in `RankStabilized`.
     from_quantised: take ‖W‖ of the dequantised weight where W is quantised.
 
   Raises:
-    ValueError: on a number out of range; at `attach` as of `LowRank`, on a table, or on a quantised
+    ValueError: on a number out of range; at `attach` as `LowRank`, on a table, or on a quantised
       weight without `from_quantised`.
   """
 

@@ -1,4 +1,4 @@
-"""The DoRA leaf: a direction, which LoRA changes, and a magnitude of each output."""
+"""The DoRA leaf: a direction, which LoRA changes, and a magnitude for each output."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from peftjax.methods.lora_weight import LoRA
 
 
 class DoRA(LoRA):
-  """W = m · (base + ΔW) / ‖base + ΔW‖ of each output, ΔW as of `LoRA` (Liu et al. 2024, eq. 5).
+  """W = m · (base + ΔW) / ‖base + ΔW‖ per output, ΔW as in `LoRA` (Liu et al. 2024, eq. 5).
 
-  The norm is a constant to the gradient (section 4.3). It is never of a dense sum: with
+  The norm is a constant to the gradient (section 4.3). It is never taken of a dense sum: with
   v = base + s (B A)ᵀ, ‖v_o‖² = ‖base_o‖² + 2 s B_o · (A base)_o + s² B_o (A Aᵀ) B_oᵀ.
 
   Attributes:
@@ -34,7 +34,7 @@ class DoRA(LoRA):
   square: Any = None
 
   def true_size(self) -> int:
-    """As of LoRA, and the magnitude."""
+    """The number of LoRA's parameters, and of the magnitude."""
     return super().true_size() + (0 if self.m is None else self.m.size)
 
   def materialize(self) -> jax.Array:
@@ -42,7 +42,7 @@ class DoRA(LoRA):
     return dense * self._along_outs(self._factor()).astype(dense.dtype)
 
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
-    """LoRA's, times m / ‖base + ΔW‖ along the outputs; dropout acts on the branch alone."""
+    """LoRA's product, times m / ‖base + ΔW‖ along the outputs; dropout acts on the branch alone."""
     x_s, w_s, out_s = split_subscripts(eqn)
     stack, outs = w_s[: len(self.stack)], "".join(w_s[axis] for axis in self.axes.outs)
     if self.branch(eqn) is None:
@@ -55,7 +55,7 @@ class DoRA(LoRA):
     return Weight.einsum(self, eqn, x)
 
   def cut(self, axis: int, take: Callable[[jax.Array, int], jax.Array]) -> LoRA | None:
-    """Part of the outputs; a norm over part of the inputs is another one."""
+    """Part of the outputs; None for part of the inputs, whose norm is another one."""
     made = None if self.axes.ins == (axis,) else super().cut(axis, take)
     if made is None:
       return None
@@ -66,7 +66,7 @@ class DoRA(LoRA):
     return Weight.take(self, ids)
 
   def conv(self, x: jax.Array, **how: Any) -> jax.Array:
-    """LoRA's, each channel times its m / ‖base + ΔW‖."""
+    """LoRA's convolution, each channel times its m / ‖base + ΔW‖."""
     if self.stack or self.axes.outs != (how["dimension_numbers"].rhs_spec[0] - self.ndim,):
       return Weight.conv(self, x, **how)
     channels = how["dimension_numbers"].out_spec[1]
@@ -82,9 +82,9 @@ class DoRA(LoRA):
     return y * rows.astype(y.dtype)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base, as of LoRA, where ‖ΔW‖ < ‖base‖ for each output.
+    """The base, as with LoRA, where ‖ΔW‖ < ‖base‖ for each output.
 
-    Of v = base + ΔW the merged weight has the direction u; n = ‖v‖ solves ‖n u − ΔW‖² = ‖base‖².
+    For v = base + ΔW the merged weight has the direction u; n = ‖v‖ solves ‖n u − ΔW‖² = ‖base‖².
     """
     delta, ins = self.delta().astype(jnp.float32), self.axes.ins
     wide = dense.astype(jnp.float32)
@@ -101,7 +101,7 @@ class DoRA(LoRA):
 
   @jax.named_scope("adapter")
   def _factor(self, x: jax.Array | None = None) -> jax.Array:
-    """m / ‖base + ΔW‖, `[*stack, out]` float32; of a quantised base not before x is there.
+    """m / ‖base + ΔW‖, `[*stack, out]` float32; for a quantised base not before x is there.
 
     It depends on parameters alone, so XLA:CPU would decode the bases of all layers for it first.
     The price is paid in a decoding loop of unrolled layers, which computes it for every token.
@@ -132,7 +132,7 @@ class DoRA(LoRA):
 
 
 def squares(base: Any, axes: Any, stack: tuple[int, ...]) -> jax.Array:
-  """‖base_o‖² of each output, `[*stack, out]` float32; a quantised stack layer by layer."""
+  """‖base_o‖² for each output, `[*stack, out]` float32; a quantised stack layer by layer."""
   if isinstance(base, Weight) and stack:
     return jax.lax.map(lambda layer: squares(layer, axes, stack[1:]), base)
   dense = materialize(base).astype(jnp.float32)

@@ -26,12 +26,12 @@ class IA3Method(Method):
   """IA3: h = l ⊙ (W x + b), or h = W (l ⊙ x) + b (Liu et al. 2022, section 3.3).
 
   The paper scales the outputs of the projections to keys and values, and the inputs of the second
-  feed-forward matrix: `pj.ia3(["key", "value"], [r".*/layers(_\\d+)?/output/dense/kernel"])` of
-  BERT, `pj.ia3(["k_proj", "v_proj"], ["down_proj"])` of Llama.
+  feed-forward matrix: `pj.ia3(["key", "value"], [r".*/layers(_\\d+)?/output/dense/kernel"])` for
+  BERT, `pj.ia3(["k_proj", "v_proj"], ["down_proj"])` for Llama.
 
   Args:
     outputs, inputs: module names or regexes of the kernels that are scaled on either side.
-    dtype: of l.
+    dtype: dtype of l.
 
   Raises:
     ValueError: if both are empty.
@@ -59,14 +59,14 @@ class IA3Method(Method):
     return [*outs, *ins, *biases]
 
   def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
-    """Every named kernel becomes an `IA3` around it, with l = 1, so outputs stay.
+    """Puts an `IA3` around every named kernel, with l = 1, so outputs stay.
 
     A bias beside a kernel whose outputs are scaled is scaled with them.
 
     Args:
       key: not used; nothing is random.
       params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
-      layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+      layout: axes of kernels with more than two axes; see `peftjax.linen.layout`.
 
     Raises:
       ValueError: a name that matches nothing or no kernel, or matches both ways; a leaf that has
@@ -99,7 +99,7 @@ class IA3Method(Method):
     return trainable_mask(params, set(self.claims(params)))
 
   def _kernels(self, params: Any, layout: Layout | None) -> tuple[list[str], list[str]]:
-    """Paths whose outputs, and whose inputs, are scaled."""
+    """Paths whose outputs, and paths whose inputs, are scaled."""
     select = lambda x: paths.select(params, x, layout=layout) if x else []
     return select(self.outputs), select(self.inputs)
 

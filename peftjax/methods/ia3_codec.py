@@ -29,7 +29,7 @@ SCALES = "ia3_l"  # l, [1, in] or [out, 1]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3Config(Targeted):
-  """Fields of IA3: the inputs of `feedforward_modules` are scaled, of all others the outputs."""
+  """Fields of IA3: of `feedforward_modules` the inputs are scaled, of all others the outputs."""
 
   feedforward_modules: Names | Name | None = None
   init_ia3_weights: Flag = None
@@ -105,7 +105,7 @@ class IA3Codec(Codec):
 
 
 def _scales_inputs(config: Any, module: str, matcher: Any) -> bool:
-  """Whether the inputs of a module are scaled, by PEFT's `_check_target_module_feedforward`."""
+  """Tells if a module's inputs are scaled, by PEFT's `_check_target_module_feedforward`."""
   if isinstance(config.feedforward_modules, str):
     return matcher.fullmatch(config.feedforward_modules, module)
   return module.endswith(tuple(config.feedforward_modules or ()))

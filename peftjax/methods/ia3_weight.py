@@ -20,11 +20,11 @@ class IA3(Adapted):
   """W = base · diag(l), or diag(l) · base (Liu et al. 2022, section 3.3), and a bias l ⊙ base.
 
   Attributes:
-    l: `[*stack, n]`, n the size of the scaled axes, flattened; None in a bias, which is given that
-      of its kernel by `tree.tie`.
+    l: `[*stack, n]`, n the size of the scaled axes, flattened; None in a bias, to which `tree.tie`
+      gives its kernel's.
     axes: which axes of the base are inputs and outputs.
-    inputs: the inputs are scaled, else the outputs.
-    of: of a bias, the path of its kernel.
+    inputs: True if the inputs are scaled, else the outputs.
+    of: in a bias, the path of its kernel.
   """
 
   trained: ClassVar[frozenset[str]] = frozenset({"l"})
@@ -39,7 +39,7 @@ class IA3(Adapted):
     return self.shape[: len(self.shape) - len(self.axes.ins) - len(self.axes.outs)]
 
   def true_size(self) -> int:
-    """Parameters of the base and the scales that are here."""
+    """The number of parameters of the base and the scales that are here."""
     return self.base_size() + (0 if self.l is None else self.l.size)
 
   def materialize(self) -> jax.Array:
@@ -47,7 +47,7 @@ class IA3(Adapted):
     return base * self._scales().astype(base.dtype)
 
   def einsum(self, eqn: str, x: jax.Array) -> jax.Array:
-    """The product with the base, its operand or its result scaled."""
+    """The product with the base, with its operand or its result scaled."""
     x_s, w_s, out_s = split_subscripts(eqn)
     ndim = len(self.axes.ins) + len(self.axes.outs)
     stack = w_s[: len(w_s) - ndim]
@@ -80,7 +80,7 @@ class IA3(Adapted):
     return self.axes.ins if self.inputs else self.axes.outs
 
   def _scales(self) -> jax.Array:
-    """l in the rank of the base, 1 on the other axes.
+    """l with the rank of the base, 1 on the other axes.
 
     Raises:
       ValueError: in a bias that has not been given its kernel's.

@@ -46,7 +46,7 @@ class LoHa(AsLoRA):
   Attributes:
     a1, a2: `[*stack, R, in]`.
     b1, b2: `[*stack, out, R]`.
-    scale, rank, key, axes, dropout: as of `LoRA`.
+    scale, rank, key, axes, dropout: as in `LoRA`.
   """
 
   trained: ClassVar[frozenset[str]] = frozenset(TENSORS)
@@ -67,7 +67,7 @@ class LoHa(AsLoRA):
     return tuple(self.a1.shape[:-2])
 
   def true_size(self) -> int:
-    """Parameters of the base and the factors that are here, padding left out."""
+    """The number of parameters of the base and the factors here, padding left out."""
     return self.base_size() + self.ranked_size()
 
   def as_lora(self) -> LoRA:
@@ -101,7 +101,7 @@ class LoHaConfig(Targeted):
   alpha: Alpha = 8.0
   rank_pattern: dict[str, Size] | None = None
   alpha_pattern: dict[str, Alpha] | None = None
-  # Of training, of initialisation and of convolutions.
+  # Fields of training, of initialisation and of convolutions.
   rank_dropout: Number = None
   module_dropout: Number = None
   init_weights: bool | str | None = None
@@ -143,7 +143,7 @@ class LoHaCodec(Codec):
     )
 
   def write(self, path: str, leaf: Any, *, rslora: bool) -> dict[str, Adapter]:
-    """One adapter a layer, padding stripped; a layer of rank 0 has none."""
+    """One adapter per layer, padding stripped; a layer of rank 0 has none."""
     found = {}
     arrays = [getattr(leaf, name) for name in TENSORS]
     for layer, rank, scale, *rows in layers(path, leaf.stack, leaf.rank, leaf.scale, *arrays):
@@ -163,14 +163,14 @@ class LoHaCodec(Codec):
 class LoHaMethod(LowRank):
   """LoHa: h = W x + (α/r) ((B1 A1) ∘ (B2 A2)) x, of up to rank r² (Hyeon-Woo et al. 2021, eq. 2).
 
-  It computes with all r² products of rows, so a step costs what LoRA of rank r² does; what is
-  trained and kept is as much as of LoRA of rank 2r.
+  It computes with all r² products of rows, so a step costs as much as with LoRA of rank r²; it
+  trains and keeps as much as LoRA of rank 2r.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`.
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
 
   Raises:
-    ValueError: on a number out of range; at `attach` as of `LowRank`, or on a table.
+    ValueError: on a number out of range; at `attach` as `LowRank`, or on a table.
   """
 
   leaf = LoHa
@@ -179,7 +179,7 @@ class LoHaMethod(LowRank):
   def _factors(
     self, key: jax.Array, rank: int, n_in: int, n_out: int, is_table: bool
   ) -> dict[str, tuple[jax.Array, int | None]]:
-    """A1, B1 and B2 uniform as by He et al. 2015, A2 zero (as PEFT)."""
+    """A1, B1 and B2 uniform as in He et al. 2015, A2 zero (as PEFT)."""
     one, two, three = jax.random.split(key, 3)
 
     def uniform(key: jax.Array, rows: int, columns: int) -> jax.Array:

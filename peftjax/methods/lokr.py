@@ -51,8 +51,8 @@ class LoKr(Adapted):
     w1, w2: `[*stack, l, m]`, `[*stack, k, n]`.
     w1_a, w2_a: `[*stack, l, R]`, `[*stack, k, R]`.
     w1_b, w2_b: `[*stack, R, m]`, `[*stack, R, n]`.
-    scale, rank, key, axes, dropout: as of `LoRA`.
-    factor, decompose_both: as of `LoKrMethod`, by which files say the shapes.
+    scale, rank, key, axes, dropout: as in `LoRA`.
+    factor, decompose_both: as in `LoKrMethod`; they determine the shapes in files.
   """
 
   trained: ClassVar[frozenset[str]] = frozenset(FACTORS)
@@ -80,7 +80,7 @@ class LoKr(Adapted):
     return self.axes.stack(tuple(self.shape))
 
   def true_size(self) -> int:
-    """Parameters of the base and the factors that are here, padding left out."""
+    """The number of parameters of the base and the factors here, padding left out."""
     whole = sum(x.size for x in (self.w1, self.w2) if x is not None)
     return self.base_size() + whole + self.ranked_size()
 
@@ -122,7 +122,7 @@ class LoKr(Adapted):
     return einsum(eqn, x, self.base) + branch
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
+    """The base that this adapter was merged into: the inverse of `materialize`."""
     return dense - self.delta().astype(dense.dtype)
 
   def with_key(self, key: jax.Array, path: str) -> LoKr:
@@ -130,13 +130,13 @@ class LoKr(Adapted):
     return self.replace(key=jnp.stack(keys).reshape(self.stack))
 
   def child_specs(self, spec: P) -> LoKr:
-    """The base lies as the kernel does; the factors are small, and everywhere."""
+    """Specs: the base is split as the kernel is; the factors are small, and replicated."""
     stack, _, _ = self.axes.places(spec, self.ndim)
     here = [name for name in (*FACTORS, "scale", "rank", "key") if getattr(self, name) is not None]
     return self.replace(base=self.base_specs(spec), **dict.fromkeys(here, P(*stack)))
 
   def _factor(self, name: str) -> jax.Array:
-    """w1 or w2; one of low rank is made here, small beside W."""
+    """w1 or w2; a low-rank one is made here, small beside W."""
     whole = getattr(self, name)
     return getattr(self, f"{name}_a") @ getattr(self, f"{name}_b") if whole is None else whole
 
@@ -151,7 +151,7 @@ class LoKrConfig(Targeted):
   decompose_factor: int = -1
   rank_pattern: dict[str, Size] | None = None
   alpha_pattern: dict[str, Alpha] | None = None
-  # Of training, of initialisation and of convolutions.
+  # Fields of training, of initialisation and of convolutions.
   rank_dropout: Number = None
   rank_dropout_scale: Flag = None
   module_dropout: Number = None
@@ -208,7 +208,7 @@ class LoKrCodec(Codec):
     )
 
   def write(self, path: str, leaf: Any, *, rslora: bool) -> dict[str, Adapter]:
-    """One adapter a layer, padding stripped; a layer of rank 0 has none."""
+    """One adapter per layer, padding stripped; a layer of rank 0 has none."""
     here = [name for name in FACTORS if getattr(leaf, name) is not None]
     form = {"decompose_factor": leaf.factor, "decompose_both": leaf.decompose_both}
     found = {}
@@ -232,13 +232,13 @@ class LoKrMethod(LowRank):
   of the larger of k and n, else whole. α/r scales it in either case, as in PEFT.
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`.
-    factor: m and l; where it divides a size not, or is -1, the divisor next to its square root
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
+    factor: m and l; where it does not divide a size, or is -1, the divisor next to its square root
       (PEFT's `decompose_factor`).
     decompose_both: give w1 low rank too, where r is less than half of the larger of l and m.
 
   Raises:
-    ValueError: on a number out of range; at `attach` as of `LowRank`, on a table, or where layers
+    ValueError: on a number out of range; at `attach` as `LowRank`, on a table, or where layers
       of a stack have ranks by which a factor is whole in some and not in others.
   """
 
@@ -256,7 +256,7 @@ class LoKrMethod(LowRank):
   def _factors(
     self, key: jax.Array, rank: int, n_in: int, n_out: int, is_table: bool
   ) -> dict[str, tuple[jax.Array, int | None]]:
-    """The first factor of w1 zero, all others uniform as by He et al. 2015 (as PEFT)."""
+    """The first factor of w1 zero, all others uniform as in He et al. 2015 (as PEFT)."""
     shapes = _shapes(n_in, n_out, rank, self.factor, self.decompose_both)
 
     def draw(i: int, shape: tuple[int, ...]) -> jax.Array:
@@ -292,9 +292,9 @@ def _shapes(
 
 
 def _split(size: int, factor: int) -> tuple[int, int]:
-  """`size` as a product: of `factor` if it divides it, else of divisors, the smaller first.
+  """`size` as a product: `factor` and the rest if it divides, else two divisors, smaller first.
 
-  These are the nearest to the square root, and of a factor the largest below it (as PEFT).
+  These are the nearest to the square root, or with a factor the largest below it (as PEFT).
   """
   if factor > 0 and size % factor == 0:
     return factor, size // factor

@@ -24,9 +24,9 @@ class LoRAMethod(RankStabilized):
   """LoRA: h = W x + (α/r) B A x, with W frozen (Hu et al. 2021, eq. 3).
 
   Args:
-    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, dtype: as of `LowRank`.
-    rslora: as of `RankStabilized`.
-    init: of A, with B = 0 (`lora_init.factors`): `"kaiming"`, U(±1/√in), or `"gaussian"`,
+    rank, alpha, targets, dropout, rank_pattern, alpha_pattern, divide_rank, dtype: as in `LowRank`.
+    rslora: as in `RankStabilized`.
+    init: how A begins, with B = 0 (`lora_init.factors`): `"kaiming"`, U(±1/√in), or `"gaussian"`,
       N(0, 1/r²). `"pissa"`: the principal triplets of W make up B A and the base keeps the rest
       (Meng et al. 2024, arXiv 2404.02948, eq. 2-4).
     freeze_a: train B alone (LoRA-FA; Zhang et al. 2023, arXiv 2308.03303, section 3).
@@ -51,7 +51,7 @@ class LoRAMethod(RankStabilized):
     """See `LowRank.attach`.
 
     Raises:
-      ValueError: as there; a table with `freeze_a`; a tied one with `init="pissa"`.
+      ValueError: as there; on a table with `freeze_a`; on a tied one with `init="pissa"`.
     """
     tied = {head.of for head in paths.tied(params).values()}
     if self.init == "pissa" and (both := tied & set(self.claims(params))):
@@ -66,7 +66,7 @@ class LoRAMethod(RankStabilized):
     return trainable_mask(params, set(self.claims(params)), frozen)
 
   def varies(self) -> frozenset[str]:
-    """What PiSSA leaves of the base depends on the rank."""
+    """See `Method.varies`; without the rank for PiSSA, whose base depends on it."""
     return super().varies() - ({"rank"} if self.init == "pissa" else set())
 
   def _init(self) -> str:

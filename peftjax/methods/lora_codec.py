@@ -39,7 +39,7 @@ FACTORS = {
   "kernel": ("lora_A.weight", "lora_B.weight"),
   "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-TRIPLETS = ("lora_A", "lora_B", "lora_E")  # ... AdaLoRA's, of the triplets left, λ as [r, 1], ...
+TRIPLETS = ("lora_A", "lora_B", "lora_E")  # ... AdaLoRA's triplets left, λ as [r, 1], ...
 MAGNITUDE = "lora_magnitude_vector"  # ... and DoRA's m [out].
 # Initialisations that leave the base as it was; all others of peft (PiSSA, OLoRA, ...) change it.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -58,12 +58,12 @@ class LoraConfig(Targeted):
   alpha_pattern: dict[str, Alpha] | None = None
   init_lora_weights: bool | str | None = True
   ensure_weight_tying: Flag = False
-  # Of initialisations, ...
+  # Fields of initialisations, ...
   corda_config: Nested = None
   eva_config: Nested = None
   loftq_config: Nested = None
   lora_ga_config: Nested = None
-  # ... of what is not read, or at run time, and, to 0.2, whether evaluation merges.
+  # ... of parts that are not read, or of run time, and, to 0.2, whether evaluation merges.
   megatron_core: Text = None
   qalora_group_size: Number = None
   runtime_config: Nested = None
@@ -94,6 +94,7 @@ class LoraCodec(Codec):
   leaf = LoRA
   schema: ClassVar[type[Targeted]] = LoraConfig
   reads = frozenset(FACTORS)
+  of_experts: ClassVar[bool] = True
   fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),  # {} is one with its defaults
@@ -158,7 +159,7 @@ class LoraCodec(Codec):
     return self._completed(weight, source, rest)
 
   def write(self, path: str, leaf: Any, *, rslora: bool) -> dict[str, Adapter]:
-    """One adapter a layer, padding stripped; a layer of rank 0 has none."""
+    """One adapter per layer, padding stripped; a layer of rank 0 has none."""
     if leaf.residual:
       raise ValueError(
         f"{path} is a PiSSA adapter: its base is no longer the pretrained one, which readers of "
@@ -176,7 +177,7 @@ class LoraCodec(Codec):
         found[layer] = Adapter(tensors, fields, note)
     return found
 
-  # What DoRA and AdaLoRA have otherwise.
+  # The parts in which DoRA and AdaLoRA differ.
 
   def _names(self, kind: str) -> tuple[str, ...]:
     return FACTORS[kind]
@@ -193,7 +194,7 @@ class LoraCodec(Codec):
     return weight
 
   def _more(self, path: str, leaf: Any) -> tuple[Any, ...]:
-    """Arrays that `_tensors` is given the layers of."""
+    """Arrays whose layers `_tensors` is given."""
     return ()
 
   def _tensors(self, kind: str, a: Any, b: Any, *rest: Any) -> tuple[dict[str, Any], Any]:
@@ -204,6 +205,7 @@ class DoraCodec(LoraCodec):
   """DoRA; a layer of a stack without an adapter has the magnitude of its base."""
 
   leaf = DoRA
+  of_experts = False
   constants = {**LoraCodec.constants, "use_dora": True}
 
   def takes(self, config: Any) -> bool:
@@ -212,7 +214,7 @@ class DoraCodec(LoraCodec):
   def wants(self, config: Any, module: Module, matcher: Any) -> dict[str, Want]:
     if module.kind == "embedding":
       raise ValueError(
-        f"{matcher.where} has use_dora and targets {module.name}, a table; DoRA is read of "
+        f"{matcher.where} has use_dora and targets {module.name}, a table; DoRA is read for "
         "linear layers alone.\nMerge the adapter with peft (model.merge_and_unload()) and load "
         "the model it gives."
       )
@@ -235,10 +237,11 @@ class DoraCodec(LoraCodec):
 
 
 class AdaLoraCodec(LoraCodec):
-  """AdaLoRA's triplets that are left, at one scale, α over the rank of the beginning."""
+  """AdaLoRA's triplets that are left, at one scale, α over the initial rank."""
 
   kind = "ADALORA"
   leaf = SVDLoRA
+  of_experts = False
   schema = AdaLoraConfig
   reads = frozenset({"kernel"})
   fixed = {field: values for field, values in LoraCodec.fixed.items() if field != "enable_lora"}
@@ -273,9 +276,9 @@ class AdaLoraCodec(LoraCodec):
     return super().write(path, leaf, rslora=False)  # peft divides by the rank whatever it says
 
   def together(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
-    """Adapters at the same scales, all of the largest rank: what one lacks of it counts as pruned.
+    """Adapters at the same scales, all of the largest rank: missing triplets count as pruned.
 
-    So what was loaded pruned can be saved again.
+    So an adapter that was loaded pruned can be saved again.
     """
     rank = max((x.fields["r"] for x in adapters.values()), default=0)
     made = {}

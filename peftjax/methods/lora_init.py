@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Deviation of AdaLoRA's P and Q.
+# Standard deviation of AdaLoRA's P and Q.
 TRIPLET_STD = 0.02
 
 INITS = ("kaiming", "gaussian", "pissa")
@@ -17,7 +17,7 @@ INITS = ("kaiming", "gaussian", "pissa")
 def factors(
   key: jax.Array, init: str, rank: int, n_in: int, n_out: int, is_table: bool, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """A `[rank, in]` and B `[out, rank]` whose product is zero, but for AdaLoRA's.
+  """A `[rank, in]` and B `[out, rank]` whose product is zero, except for AdaLoRA's.
 
   A is U(±1/√in) for `"kaiming"`, which is torch's kaiming_uniform(√5), N(0, 1/rank²) for
   `"gaussian"`. A table looks rows of A up, so there A is zero and B ~ N(0, 1), as in PEFT.

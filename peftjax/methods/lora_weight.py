@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import mesh, paths
+from peftjax.core import mesh, paths, ragged
 from peftjax.core.adapted import SKIPS_DROPOUT, Adapted
 from peftjax.core.dropout import dropout
 from peftjax.core.einsum import (
@@ -41,7 +41,7 @@ class LoRA(Adapted):
     axes: which axes of the kernel are inputs and outputs.
     dropout: rate of that dropout.
     residual: `base` is no longer the pretrained array (PiSSA took its principal part).
-    b_rate: by how much B learns faster than A (LoRA+); for the optimizer of a method.
+    b_rate: how many times faster B learns than A (LoRA+); for the optimizer of a method.
   """
 
   trained: ClassVar[frozenset[str]] = frozenset({"a", "b"})
@@ -70,7 +70,7 @@ class LoRA(Adapted):
     return tuple(self.a.shape[:-2])
 
   def true_size(self) -> int:
-    """Parameters of the base and the factors that are here (not None), padding left out."""
+    """The number of parameters of the base and the factors here (not None), padding left out."""
     return self.base_size() + self.ranked_size()
 
   def delta(self) -> jax.Array:
@@ -149,10 +149,12 @@ class LoRA(Adapted):
       return super().ragged_dot(x, group_sizes)
     with jax.named_scope("adapter"):
       a, b = (jnp.swapaxes(w, -1, -2) for w in (mesh.whole(self.a), self._up()))
-      low = jax.lax.ragged_dot(x, cast(a, x), group_sizes)
+      # A row is one expert's alone, so that the key of one of them draws for all rows.
+      kept = x if self.key is None else dropout(self.key[0], x, self.dropout)
+      low = ragged.product(kept, cast(a, x), group_sizes)
     y = ragged_dot(x, self.base, group_sizes)
     with jax.named_scope("adapter"):
-      return y + jax.lax.ragged_dot(low, cast(b, x), group_sizes)
+      return y + ragged.product(low, cast(b, x), group_sizes)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits of the *base* table: an adapter on a tied table changes the lookup only (as PEFT)."""
@@ -163,7 +165,7 @@ class LoRA(Adapted):
     return self.replace(key=jnp.stack(keys).reshape(self.stack))
 
   def child_specs(self, spec: P) -> LoRA:
-    """A is split along its inputs as the kernel is, B along its outputs; the rank never."""
+    """Specs: A is split along its inputs as the kernel is, B along its outputs; the rank never."""
     stack, ins, outs = self.axes.places(spec, self.ndim)
     return self.replace(
       base=self.base_specs(spec),
@@ -189,7 +191,9 @@ class LoRA(Adapted):
     return tuple(self.shape[axis] for axis in axes)
 
   def branch(self, eqn: str) -> tuple[str, str, bool] | None:
-    """`"...i,io->...o"` to (`"...i,ri->...r"`, `"...r,or->...o"`, False); None if it cannot."""
+    """Equations of the branch: `"...i,io->...o"` to (`"...i,ri->...r"`, `"...r,or->...o"`, False);
+    None if there are none.
+    """
     x_s, w_s, out_s = split_subscripts(eqn)
     ins, outs = ("".join(w_s[axis] for axis in axes) for axes in self.axes)
     stack = w_s[: len(self.stack)]
@@ -230,7 +234,7 @@ class AsLoRA(Adapted):
     return self.as_lora().einsum(eqn, x)
 
   def unmerged(self, dense: jax.Array) -> jax.Array:
-    """The base that this adapter was merged into: `materialize` the other way round."""
+    """The base that this adapter was merged into: the inverse of `materialize`."""
     return self.as_lora().unmerged(dense)
 
   def with_key(self, key: jax.Array, path: str) -> AsLoRA:

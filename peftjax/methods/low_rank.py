@@ -1,4 +1,4 @@
-"""What LoRA and its kin share: a product of two thin factors beside every targeted weight."""
+"""The common part of LoRA and its kin: a product of two thin factors beside a targeted weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peftjax.methods.lora_weight import LoRA
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Method):
-  """h = W x + s B A x: the fields that every low-rank method has, and how it attaches.
+  """h = W x + s B A x: the fields of every low-rank method, and how it attaches.
 
   Args:
     rank: r.
@@ -31,11 +31,13 @@ class LowRank(Method):
     targets: module names, regexes of whole paths, or `"all-linear"`.
     dropout: rate on the branch's input, rounded to 1/256.
     rank_pattern, alpha_pattern: patterns to another r or α; the first match wins. The layers of a
-      scanned stack go by the unrolled model's names: `.*/layers_3/.*`.
-    dtype: of what is trained.
+      scanned stack go by the unrolled model's names, and experts likewise: `.*/experts_3/.*`.
+    divide_rank: each of E stacked experts has rank r/E, rounded down and 1 at least, so that all of
+      them have as many parameters as one matrix; the scale is that of this rank.
+    dtype: dtype of the trained arrays.
   """
 
-  # What every targeted weight becomes.
+  # The leaf that every targeted weight becomes.
   leaf: ClassVar[Any] = LoRA
 
   rank: Size = 8
@@ -45,23 +47,24 @@ class LowRank(Method):
   dropout: Fraction = 0.0
   rank_pattern: Mapping[str, Size] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, Positive] = dataclasses.field(default_factory=dict)
+  divide_rank: bool = False
   dtype: DType = jnp.float32
 
   def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     return paths.select(params, self.targets, layout=layout)
 
   def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
-    """Every targeted weight becomes a `leaf` around it; the branch is 0, so outputs stay.
+    """Puts a `leaf` around every targeted weight; the branch is 0, so outputs stay.
 
     Args:
       key: folded with each leaf's path, so another rule elsewhere changes nothing here.
       params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
-      layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+      layout: axes of kernels with more than two axes; see `peftjax.linen.layout`.
 
     Raises:
-      ValueError: a target that matches nothing or is no matrix; a rank above the matrix's; a
+      ValueError: a target that matches nothing or is not a matrix; a rank above the matrix's; a
         pattern that matches no target; a leaf that has an adapter already; a kernel of more than
-        two axes without `layout`.
+        two axes without `layout`; `divide_rank` without experts among the targets.
     """
     flat = paths.leaves(params)
     layout = of_stacks(params, layout)
@@ -72,6 +75,11 @@ class LowRank(Method):
     every = [layer for group in layers.values() for layer in group]
     paths.check_all_used(self.rank_pattern, every, "rank_pattern")
     paths.check_all_used(self.alpha_pattern, every, "alpha_pattern")
+    if self.divide_rank and not any(paths.experts(p, a.stack(shapes[p])) for p, a in axes.items()):
+      raise ValueError(
+        "divide_rank=True divides the rank among stacked experts, and no target is a kernel of any "
+        "(a path with a module called experts); leave it out, or target one"
+      )
 
     def wrap(path: str, leaf: Any) -> Any:
       return self._wrap(key, path, leaf, axes[path], layers[path]) if path in axes else leaf
@@ -87,12 +95,12 @@ class LowRank(Method):
   def _factors(
     self, key: jax.Array, rank: int, n_in: int, n_out: int, is_table: bool
   ) -> dict[str, tuple[jax.Array, int | None]]:
-    """What the leaf has of one layer beside its base, whose product is zero, with r's axis."""
+    """The leaf's arrays for one layer beside its base, whose product is zero, with r's axis."""
     a, b = lora_init.factors(key, self._init(), rank, n_in, n_out, is_table, self.dtype)
     return {"a": (a, -2), "b": (b, -1)}
 
   def _init(self) -> str:
-    """How A and B begin; see `lora_init.factors`."""
+    """The initialisation of A and B; see `lora_init.factors`."""
     return "kaiming"
 
   def _scale(self, alpha: float, rank: int) -> float:
@@ -108,6 +116,8 @@ class LowRank(Method):
     stack = axes.stack(shape)
     n_in, n_out = (math.prod(shape[axis] for axis in group) for group in axes)
     ranks = [paths.first_match(self.rank_pattern, layer, self.rank) for layer in layers]
+    if self.divide_rank and (experts := paths.experts(path, stack)):
+      ranks = [max(1, rank // experts) for rank in ranks]
     for layer, rank in zip(layers, ranks, strict=True):
       if not 1 <= rank <= min(n_in, n_out):
         raise ValueError(

@@ -22,7 +22,7 @@ def penalty(
   Args:
     p: `[*stack, out, R]`.
     q: `[*stack, R, in]`.
-    valid: bool `[*stack, R]`; what is padding is in no norm.
+    valid: bool `[*stack, R]`; padding is in no norm.
   """
   p, q = p.astype(jnp.float32), q.astype(jnp.float32)
   identity = jnp.broadcast_to(jnp.eye(valid.shape[-1]), (*valid.shape, valid.shape[-1]))
@@ -35,7 +35,7 @@ def penalty(
 
 
 def _of_gram(kind: str, off: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The penalty of PᵀP − I, summed, and what P is multiplied by in its gradient."""
+  """The penalty of PᵀP − I, summed, and the factor of P in its gradient."""
   squares = jnp.square(off).sum((-1, -2))
   if kind == "squared":
     return squares.sum(), 4.0 * off

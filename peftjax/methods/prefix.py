@@ -35,8 +35,8 @@ class PrefixMethod(Method):
 
   Args:
     length: P.
-    deviation: of the normal distribution that keys and values are drawn from.
-    dtype: of both.
+    deviation: standard deviation of the normal distribution of the initial keys and values.
+    dtype: dtype of both.
 
   Raises:
     ValueError: on a number out of range.
@@ -55,10 +55,10 @@ class PrefixMethod(Method):
 
     Args:
       key: folded with the path of each layer's module.
-      params: of an encoder or decoder of this library; plain, quantised or abstract. Another
-        model's that names its modules alike is refused by `pj.apply`, as none of them reads a
-        prefix.
-      layout: where layers are scanned, if the tree does not tell; see `peftjax.linen.layout`.
+      params: parameters of an encoder or decoder of this library; plain, quantised or abstract.
+        Another model's that names its modules alike is refused by `pj.apply`, as none of them reads
+        a prefix.
+      layout: axes where layers are scanned, if the tree does not tell; see `peftjax.linen.layout`.
 
     Raises:
       ValueError: the model has no attention module that reads a prefix, or one has a prefix.
@@ -100,7 +100,7 @@ prefix = PrefixMethod
 
 
 def _attention(path: str) -> tuple[str, int]:
-  """The attention module of a kernel that makes keys, and how often it is as wide as they are."""
+  """The attention module of a kernel that makes keys, and how many times as wide it is."""
   for name, times in _KEYS.items():
     if path.endswith(f"/{name}/kernel"):
       return path.removesuffix(f"/{name.split('/')[1]}/kernel"), times

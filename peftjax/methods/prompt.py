@@ -35,9 +35,9 @@ class PromptMethod(Method):
 
   Args:
     length: P.
-    init: `"vocabulary"`, rows of the table of words at random, of all of it (there, section 3.2,
-      of the 5,000 commonest tokens), or `"normal"`, N(0, 0.02²).
-    dtype: of P.
+    init: `"vocabulary"`, random rows of the whole table of words (there, section 3.2, rows of the
+      5,000 commonest tokens), or `"normal"`, N(0, 0.02²).
+    dtype: dtype of P.
 
   Raises:
     ValueError: on a number out of range, or an unknown init.
@@ -59,10 +59,10 @@ class PromptMethod(Method):
     """`params` with the parameter `prompt` in the body of the model.
 
     Args:
-      key: of the drawing.
-      params: of an encoder or decoder of this library; plain, quantised or abstract. Another
-        model's that names its modules alike is refused by `pj.apply`, as none of them reads a
-        prompt.
+      key: random key of the initial embeddings.
+      params: parameters of an encoder or decoder of this library; plain, quantised or abstract.
+        Another model's that names its modules alike is refused by `pj.apply`, as none of them reads
+        a prompt.
       layout: not used.
 
     Raises:

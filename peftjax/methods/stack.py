@@ -19,19 +19,19 @@ from peftjax.methods.lora_weight import LoRA
 from peftjax.methods.swap import align_ranks, cut_ranks
 from peftjax.methods.vera_weight import VeRA
 
-KINDS = (LoRA, VeRA, IA3)  # and what is derived of LoRA: DoRA, AdaLoRA
+KINDS = (LoRA, VeRA, IA3)  # and the kinds derived from LoRA: DoRA, AdaLoRA
 
 
 def stack_adapters(adapters: Sequence[Params]) -> Params:
-  """One tree of N adapters on one base, of which each row of a batch has its own.
+  """One tree of N adapters on one base, in which each row of a batch has its own.
 
       stacked = pj.stack_adapters([params_1, params_2, params_3])
       logits = pj.apply(model, stacked, tokens, rows=[0, 2, 2, 1])
       new, counts = pj.generate(model, stacked, prompts, rows=[0, 2, 2, 1], max_new_tokens=20)
 
   Row i is computed with adapter `rows[i]`; without `rows` there is a row for each adapter. The base
-  is that of the first, is there once, and multiplies all rows at once; factors are gathered by row,
-  A to `[B, R, in]` and B to `[B, out, R]`. The result is a parameter tree: `method.trainable`,
+  is that of the first tree, is there once, and multiplies all rows at once; factors are gathered by
+  row, A to `[B, R, in]` and B to `[B, out, R]`. The result is a parameter tree: `method.trainable`,
   `pj.partition` and `pj.combine` take it, and adapters that no row has get gradients of zero.
 
   Args:
@@ -68,7 +68,7 @@ def unstack_adapters(params: Params) -> list[Any]:
 
 
 def check_same(path: str, arrays: Sequence[Any]) -> None:
-  """Raises ValueError unless what several trees have at `path` is the same: once, or in value."""
+  """Raises ValueError unless several trees have the same at `path`: one object, or equal values."""
   first = jax.tree.leaves(arrays[0])
   form: Any = jax.tree.structure(arrays[0])
   for i, other in enumerate(arrays[1:], 2):

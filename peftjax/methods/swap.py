@@ -77,7 +77,7 @@ def _kind(flat: dict[str, Any], path: str) -> str:
   leaf = flat[path]
   if _is_ranked(leaf) and any(getattr(leaf, name) is None for name in leaf.ranked):
     raise ValueError(
-      f"{path} lacks a factor, so what it is padded to is not known; pass adapters as "
+      f"{path} lacks a factor, so its padded rank is not known; pass adapters as "
       "pj.partition(params, pj.tree.adapter_mask(params, method.trainable(params))) gives them"
     )
   if leaf is None:
@@ -86,7 +86,7 @@ def _kind(flat: dict[str, Any], path: str) -> str:
 
 
 def _form(leaf: Any) -> Any:
-  """All by which a program that was traced for it knows it."""
+  """Everything by which a program that was traced for a leaf knows it."""
   return jax.tree.structure(leaf), [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)]
 
 

@@ -28,21 +28,21 @@ def convert_to_lora(params: Params, rank: int) -> tuple[Params, dict[str, float]
 
   Args:
     params: a tree of arrays and weights.
-    rank: r, from 1; of a smaller matrix its smaller side.
+    rank: r, from 1; for a smaller matrix its smaller side.
 
   Returns:
     The tree, and ‖ΔW − B A‖ / ‖ΔW‖ (Frobenius) by path of each adapted matrix, layers of a stack
     one by one: 0 where nothing was lost.
 
   Raises:
-    ValueError: a rank below 1; an adapter that is no change of a matrix: bottleneck adapters,
+    ValueError: a rank below 1; an adapter that does not change a matrix: bottleneck adapters,
       prefixes, prompts, IA3 of a bias.
   """
   if type(rank) is not int or rank < 1:
     raise ValueError(f"rank is {rank!r}; write a whole number from 1")
   if found := attachments(params):
     raise ValueError(
-      f"{type(found[0]).__name__} cannot be LoRA: it is no change of a weight. Keep its checkpoint."
+      f"{type(found[0]).__name__} cannot be LoRA: it does not change a weight. Keep its checkpoint."
     )
   for path, leaf in paths.leaves(params).items():
     if isinstance(leaf, Adapted) and len(leaf.shape) < 2:
@@ -68,7 +68,7 @@ def convert_to_lora(params: Params, rank: int) -> tuple[Params, dict[str, float]
 
 
 def _truncated(leaf: Adapted, rank: int) -> tuple[LoRA, list[float]]:
-  """The LoRA of one leaf, and what each of its layers lost."""
+  """The LoRA of one leaf, and the loss of each of its layers."""
   axes = getattr(leaf, "axes", Axes())
   stack = axes.stack(leaf.shape)
   size = lambda group: math.prod(leaf.shape[axis] for axis in group)

@@ -18,7 +18,7 @@ from peftjax.methods.base import Method, claimed_mask
 
 @dataclasses.dataclass(frozen=True)
 class UnfreezeMethod(Method):
-  """Trains what `targets` names, as it is, and freezes the rest.
+  """Trains the leaves that `targets` names, as they are, and freezes the rest.
 
   Full fine-tuning is `unfreeze(".*")`, the head `unfreeze("head/.*")`, BitFit
   `unfreeze([".*/bias", "head/.*"])` (Ben Zaken et al. 2022, section 3).

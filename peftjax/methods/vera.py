@@ -31,10 +31,10 @@ class VeRAMethod(Method):
   Args:
     rank: r; it may be above a matrix's own.
     targets: module names, regexes of whole paths, or `"all-linear"`.
-    d_initial: of d, with b = 0; the paper's ablation advises 0.1 or less.
+    d_initial: initial value of d, with b = 0; the paper's ablation advises 0.1 or less.
     dropout: rate on the branch's input, rounded to 1/256.
-    projection_seed: of A and B, uniform as by He et al. 2015: runs of one seed share them.
-    dtype: of d, b, A and B.
+    projection_seed: seed of A and B, uniform as in He et al. 2015: runs of one seed share them.
+    dtype: dtype of d, b, A and B.
 
   Raises:
     ValueError: on a rank, dropout or d_initial out of range.
@@ -61,12 +61,12 @@ class VeRAMethod(Method):
     return paths.select(params, self.targets, layout=layout)
 
   def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
-    """Every targeted kernel becomes a `VeRA` around it; b = 0, so outputs stay.
+    """Puts a `VeRA` around every targeted kernel; b = 0, so outputs stay.
 
     Args:
       key: not used; A and B come from `projection_seed`.
       params: plain, quantised or abstract (`jax.ShapeDtypeStruct`).
-      layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+      layout: axes of kernels with more than two axes; see `peftjax.linen.layout`.
 
     Returns:
       `params` with the pair, a `Projections`, at "shared/vera" beside the model's own.
@@ -114,7 +114,7 @@ class VeRAMethod(Method):
     return trainable_mask(params, set(self.claims(params)))
 
   def _pair(self, n_in: int, n_out: int) -> Projections:
-    """Uniform with He's gain: A within ±√(6/in_max), B within ±√(6/r)."""
+    """A pair of factors, uniform with He's gain: A within ±√(6/in_max), B within ±√(6/r)."""
     keys = jax.random.split(jax.random.key(self.projection_seed))
     draw = lambda key, rows, columns: jax.random.uniform(
       key, (rows, columns), self.dtype, -math.sqrt(6 / columns), math.sqrt(6 / columns)
@@ -126,5 +126,5 @@ vera = VeRAMethod
 
 
 def _sizes(shape: Sequence[int], axes: Axes) -> tuple[int, int]:
-  """Inputs and outputs of a kernel."""
+  """The numbers of inputs and outputs of a kernel."""
   return math.prod(shape[axis] for axis in axes.ins), math.prod(shape[axis] for axis in axes.outs)

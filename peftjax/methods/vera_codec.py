@@ -53,7 +53,7 @@ class VeraCodec(Codec):
   constants = {
     "bias": "none",
     "save_projection": True,
-    # Of what peft draws for a new adapter, and then replaces by what is saved.
+    # Fields by which peft draws a new adapter, and then replaces it by what is saved.
     "d_initial": 0.1,
     "init_weights": True,
     "projection_prng_key": 0,

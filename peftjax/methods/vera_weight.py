@@ -16,7 +16,7 @@ from peftjax.core.layout import Axes
 from peftjax.core.shared import GROUP, Shared
 from peftjax.methods.lora_weight import AsLoRA, LoRA
 
-# Where the pair lies: one in a tree, as one in a PEFT directory.
+# The path of the pair: there is one in a tree, as there is one in a PEFT directory.
 PAIR = f"{GROUP}/vera"
 
 
@@ -24,8 +24,8 @@ class Projections(Shared):
   """The one frozen pair of random factors.
 
   Attributes:
-    a: `[R, in_max]`, of the most inputs that an adapted matrix has.
-    b: `[out_max, R]`, of the most outputs.
+    a: `[R, in_max]`, for the most inputs that an adapted matrix has.
+    b: `[out_max, R]`, for the most outputs.
   """
 
   a: Any
@@ -66,11 +66,11 @@ class VeRA(AsLoRA):
     return tuple(self.d.shape[:-1])
 
   def true_size(self) -> int:
-    """Parameters of the base and the vectors that are here; what is borrowed is counted once."""
+    """The number of parameters of the base and the vectors here; borrowed ones count once."""
     return self.base_size() + sum(x.size for x in (self.d, self.b) if x is not None)
 
   def borrow(self, pair: Projections) -> VeRA:
-    """With its slices of the pair, one for each layer: `nn.scan` slices every child."""
+    """This weight with its slices of the pair, one per layer: `nn.scan` slices every child."""
     n_in, n_out = (math.prod(self.shape[axis] for axis in axes) for axes in self.axes)
     spread = lambda x: jnp.broadcast_to(x, (*self.stack, *x.shape))
     return self.replace(a=spread(pair.a[:, :n_in]), b_proj=spread(pair.b[:n_out]))
@@ -107,7 +107,7 @@ class VeRA(AsLoRA):
       return y + jnp.einsum(f"{out_s},{stack}{outs}->{out_s}", high, b)
 
   def child_specs(self, spec: P) -> VeRA:
-    """b is split as the kernel's outputs are, d never."""
+    """Specs: b is split as the kernel's outputs are, d never."""
     stack, ins, out = self.axes.places(spec, self.ndim)
     given = lambda child, *lies: None if child is None else P(*stack, *lies)
     return self.replace(
@@ -124,7 +124,7 @@ class VeRA(AsLoRA):
     return LoRA(self.base, a, b, one, None, self.key, axes=self.axes, dropout=self.dropout)
 
   def _tied(self) -> VeRA:
-    """With A and B."""
+    """This weight with A and B."""
     if self.a is not None:
       return self
     pair: Any = tracing.current().lent.get(self.of)

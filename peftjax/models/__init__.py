@@ -1,1 +1,1 @@
-"""One file a family: its configuration, its module, its name map."""
+"""One file per family: its configuration, its module, its name map."""

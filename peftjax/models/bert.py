@@ -33,19 +33,19 @@ UNUSED = (
 )
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
-# What the layers are numbered in, of a tensor's name.
+# The part of a tensor's name before the layer's number.
 LAYER = r"(.*\.)?encoder\.layer\.(\d+)\..*"
 
 
 class Kind(NamedTuple):
-  """What tells the encoders apart that have these layers.
+  """The differences between the encoders that have these layers.
 
   Attributes:
     body: the name of the body, in the parameter tree and in files.
-    head: of whole texts, a key of `encoder_heads.HEADS`.
-    pads_first: positions start behind the padding id, and padding has its own.
+    head: head for whole texts, a key of `encoder_heads.HEADS`.
+    pads_first: positions start after the padding id, and padding has its own.
     pools: the body has a `Pooler`, which the head of whole texts reads.
-    drops_attention: there is dropout behind the attention's output projection.
+    drops_attention: there is dropout after the attention's output projection.
   """
 
   body: str
@@ -68,7 +68,7 @@ KINDS: Mapping[str, Kind] = {
 
 
 def hf_name(path: str) -> str:
-  """The Hugging Face tensor of a parameter.
+  """The name of a parameter's Hugging Face tensor.
 
   >>> hf_name("bert/encoder/layers_0/attention/self/query/kernel")
   'bert.encoder.layer.0.attention.self.query.weight'
@@ -78,7 +78,7 @@ def hf_name(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-  """The shape of a model; one letter is what the shapes in this file are named by."""
+  """The shape of a model; the letters are those in the shapes of this file."""
 
   family: str  # the model type, a key of `KINDS`
   vocab: int  # V
@@ -95,7 +95,7 @@ class BertConfig:
   head_dropout: float
   pad_id: int
   labels: int  # outputs of the head; 1 is a regression
-  labels_of: str = "text"  # or "token": what the head gives labels to
+  labels_of: str = "text"  # or "token", or "span": see `heads.of_files`
   embedding: int | None = None  # E, the width of the tables, if that is not D
   absolute: bool = True  # there is a table of positions
   scan_layers: bool = False
@@ -108,7 +108,7 @@ class BertConfig:
     """Reads a Hugging Face `config.json`.
 
     Args:
-      config: of its model type; what it leaves out has that type's defaults.
+      config: the object of its model type; missing fields have that type's defaults.
       where: the file, for messages.
       overrides: fields of this class.
 
@@ -151,12 +151,12 @@ class BertConfig:
 
   @property
   def max_length(self) -> int:
-    """Longest sequence: RoBERTa's positions start behind the padding id."""
+    """Longest sequence: RoBERTa's positions start after the padding id."""
     return self.positions - (self.pad_id + 1 if self.kind.pads_first else 0)
 
 
 class Embeddings(nn.Module):
-  """Sum of word, position and type embeddings, as far as there are, normalised."""
+  """Sum of word, position and type embeddings, as far as they exist, normalised."""
 
   config: BertConfig
 
@@ -164,7 +164,7 @@ class Embeddings(nn.Module):
   def __call__(
     self, tokens_BT: jax.Array, types_BT: jax.Array, key: jax.Array | None, prompt: Any, shift: int
   ) -> jax.Array:
-    """`[B, P + T, E]`: behind the prompt, if any, and all positions `shift` on."""
+    """Embeddings `[B, P + T, E]`: after the prompt, if any, and with all positions `shift` on."""
     c = self.config
     look_up = lambda name, size, ids: Embedding(size, c.table_width, c.dtype, name=name)(ids)
     x = look_up("word_embeddings", c.vocab, tokens_BT)
@@ -197,7 +197,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-  """LayerNorm(residual + dropout(dense(x)))."""
+  """Computes LayerNorm(residual + dropout(dense(x)))."""
 
   config: BertConfig
   drops: bool = True
@@ -223,7 +223,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-  """act(dense(x)), `[B, T, F]`."""
+  """Computes act(dense(x)), `[B, T, F]`."""
 
   config: BertConfig
 
@@ -233,7 +233,7 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-  """One block; a scan step: (x, key, what `SELF` takes) to (x, None)."""
+  """One block; a scan step: (x, key, the arguments of `SELF`) to (x, None)."""
 
   config: BertConfig
 
@@ -259,9 +259,9 @@ class Encoder(nn.Module):
 
 
 class Body(nn.Module):
-  """Tokens to the last hidden state `[B, T, D]` and what the head reads.
+  """Tokens to the last hidden state `[B, T, D]` and the head's input.
 
-  That is the first token, BERT's pooled, or of a head that labels tokens all of them.
+  The input is the first token, BERT's is pooled, and a head that labels tokens takes all of them.
   """
 
   config: BertConfig
@@ -280,14 +280,14 @@ class Body(nn.Module):
       x = Linear(c.width, name="embeddings_project")(x)
     x_BTD = self.ENCODER(c, name="encoder")(x, visible, keys[1])
     text_BTD = x_BTD[:, length:]
-    if c.labels_of == "token":
+    if c.labels_of != "text":
       return text_BTD, text_BTD
     # As in PEFT, the first token is a virtual one where there is a prompt.
     return text_BTD, Pooler(c, name="pooler")(x_BTD) if c.kind.pools else x_BTD[:, 0]
 
 
 class Pooler(nn.Module):
-  """tanh(dense(first token))."""
+  """Computes tanh(dense(first token))."""
 
   config: BertConfig
 
@@ -313,7 +313,7 @@ class BertClassifier(nn.Module):
     train: bool = False,
     hidden: bool = False,
   ) -> Float[Array, "B *T K"] | tuple[Float[Array, "B T D"], Float[Array, "B *T D"]]:
-    """Logits of each text or, if `config.labels_of` is "token", token; float32.
+    """Logits of each text, or of each token unless `config.labels_of` is "text"; float32.
 
     For a regression K = 1.
 
@@ -335,5 +335,5 @@ class BertClassifier(nn.Module):
     return (x_BTD, read) if hidden else logits
 
 
-# What `pretrained` makes a model of this family with.
+# The functions by which `pretrained` makes a model of this family.
 CONFIG, MODEL = BertConfig, BertClassifier

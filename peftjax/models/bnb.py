@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.io import new_directory, safetensors_dir
 from peftjax.io.bnb_reader import STATE, TYPES
-from peftjax.models.match import stack_of
+from peftjax.models.match import layers_of
 from peftjax.models.names import turned
 from peftjax.models.pretrained import FAMILIES
 from peftjax.quant import codebooks
@@ -28,11 +27,11 @@ from peftjax.quant.weight import Quantized
 def save(directory: str | os.PathLike, params: Any, model: Any, config: Mapping[str, Any]) -> None:
   """Writes a model that `AutoModelForCausalLM.from_pretrained` loads with 4-bit linear layers.
 
-  Codes and scales are written as they are: what is loaded dequantises to the same numbers.
+  Codes and scales are written as they are: the loaded weights dequantise to the same numbers.
 
   Args:
     directory: new or empty; it appears whole or not at all.
-    params: of a model whose kernels are quantised by one `pj.quant.nf4(...)` or
+    params: parameters of a model whose kernels are quantised by one `pj.quant.nf4(...)` or
       `pj.quant.fp4(...)`; dense leaves are written in their own dtype. Layers unrolled or scanned.
     model: the module it belongs to; `model.config.family` names the torch modules.
     config: the base's `config.json`, for example `safetensors_dir.read_config(base)`.
@@ -70,9 +69,8 @@ def _tensors(
   # A tied head is a module without a kernel of its own.
   dense = set() if "lm_head/kernel" in packed else {"lm_head"}
   for path, leaf in leaves.items():
-    stack = stack_of(path, leaf)
-    for i, layer in enumerate(paths.layer_paths(path, stack)):
-      part = jax.tree.map(np.asarray, jax.tree.map(operator.itemgetter(i), leaf) if stack else leaf)
+    for layer, at in layers_of(path, leaf):
+      part = jax.tree.map(lambda x, at=at: np.asarray(x)[at], leaf)
       name = family.hf_name(layer)
       if path in packed:
         tensors.update(_weight(name, part))
@@ -85,7 +83,7 @@ def _tensors(
 
 
 def _format(path: str, leaf: Weight) -> Format:
-  """Of a leaf that can be written."""
+  """The format of a leaf, if it can be written."""
   if not isinstance(leaf, Quantized):
     raise ValueError(
       f"{path} is a {type(leaf).__name__}, and this writes no adapters: save them with "
@@ -97,9 +95,14 @@ def _format(path: str, leaf: Weight) -> Format:
       f"{path} is {what}; bitsandbytes has kernels in {' and '.join(TYPES)} only. Quantise with "
       "pj.quant.nf4() or pj.quant.fp4(), and leave tables out of `where`."
     )
+  if "experts" in path.split("/"):
+    raise ValueError(
+      f"{path} is of experts, which transformers does not keep in four bits. Leave them out of "
+      "`where`, or write the model dense: pj.save_pretrained(..., pj.merge(params, dense=True))."
+    )
   if leaf.shape[-2] % leaf.fmt.block_size:
     raise ValueError(
-      f"{path} {leaf.shape} has {leaf.shape[-2]} inputs, no multiple of the block size "
+      f"{path} {leaf.shape} has {leaf.shape[-2]} inputs, not a multiple of the block size "
       f"{leaf.fmt.block_size}, and bitsandbytes' blocks would run across its columns. Quantise it "
       "with a block size that divides them, or leave it out of `where`."
     )

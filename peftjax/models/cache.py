@@ -14,7 +14,7 @@ from peftjax.nn.mask import AttentionMask
 
 
 class Cache(flax.struct.PyTreeNode):
-  """What generation keeps between tokens, at most S of them a row.
+  """The state that generation keeps between tokens, at most S of them per row.
 
   Attributes:
     layers: a (key, value) pair `[B, S, K·H]` for each layer, or one pair of `[L, B, S, K·H]`.
@@ -30,7 +30,7 @@ class Cache(flax.struct.PyTreeNode):
 
   @classmethod
   def empty(cls, config: Any, batch: int, length: int) -> Cache:
-    """For `length` tokens of `batch` texts, in the compute dtype of a decoder's config."""
+    """A cache for `length` tokens of `batch` texts, in the compute dtype of a decoder's config."""
     shape = (batch, length, config.kv_heads * config.head_size)
     pair = lambda *stack: tuple(jnp.zeros((*stack, *shape), config.dtype) for _ in range(2))
     layers = (
@@ -39,12 +39,12 @@ class Cache(flax.struct.PyTreeNode):
     return cls(layers, jnp.zeros((batch, length), bool), jnp.int32(0))
 
   def advance(self, mask_BT: jax.Array) -> Cache:
-    """With the next T columns marked as tokens where the mask is true; index stays."""
+    """This cache with the next T columns marked as tokens where the mask is true; index stays."""
     at = (jnp.int32(0), self.index)
     return self.replace(valid=jax.lax.dynamic_update_slice(self.valid, mask_BT, at))
 
   def after(self, layers: Any, count: int) -> Cache:
-    """With the layers' new pairs, `count` columns on."""
+    """This cache with the layers' new pairs, `count` columns on."""
     return self.replace(layers=layers, index=self.index + count, begun=True)
 
 
@@ -57,13 +57,13 @@ def context(
   cache: Cache | None,
   window: int | None = None,
 ) -> tuple[jax.Array, AttentionMask, Cache | None]:
-  """Positions, who may attend to whom, and the cache with these tokens marked, of one call.
+  """Positions, the attention mask, and the cache with these tokens marked, for one call.
 
   The virtual tokens of a prompt come before the first tokens of a text, and are seen by all of its
   documents. Positions count them, and those of a prefix.
 
   Raises:
-    ValueError: there are more tokens than positions.
+    ValueError: if there are more tokens than positions.
   """
   mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
   prompt = 0 if cache is not None and cache.begun else virtual.prompt_length(module)

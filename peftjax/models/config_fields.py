@@ -1,4 +1,4 @@
-"""What the `config.json` of every model type has, and the ranges of what many have."""
+"""The fields that every model type's `config.json` has, and the ranges of common ones."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Eps = Annotated[float, Meta(gt=0, lt=1)]
 Theta = Annotated[float, Meta(gt=1, lt=1e15)]
 MOST_OF_A_HEAD = 2**16  # features: their frequencies are computed before any tensor is looked at
 HeadSize = Annotated[int, Meta(ge=1, le=MOST_OF_A_HEAD)]
-Layers = Annotated[int, Meta(ge=1, le=2**16)]  # that are listed before any tensor is looked at
+Layers = Annotated[int, Meta(ge=1, le=2**16)]  # listed before any tensor is looked at
 Labels = Annotated[int, Meta(ge=1, le=2**20)]
-# Padding of -1 is none. Whether an id has a row in the table is seen where the table is.
+# A padding id of -1 means none. Whether an id has a row in the table is seen where the table is.
 PadId = Annotated[int, Meta(ge=-1, lt=2**31)]
 Ids = Count | list[Count] | None
-# Pairs of a field and what is allowed in it.
+# Pairs of a field and its allowed values.
 Faults = Iterator[tuple[str, str]]
 
-# What relatives of the families here compute besides, by the field that asks for it. A file of a
+# Computations of relatives of these families, by the field that asks for them. A file of a
 # known model type that has one was made for other code.
 FOREIGN = (
   *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale"),
@@ -35,7 +35,7 @@ FOREIGN = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
-  """What every model type has."""
+  """The fields that every model type has."""
 
   model_type: str = ""
   architectures: tuple[str, ...] | None = None
@@ -66,7 +66,7 @@ class Common:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Labelled(Common):
-  """What model types with a head for whole texts have besides."""
+  """The further fields of model types with a head for whole texts."""
 
   id2label: dict[str, Any] | None = None
   num_labels: Labels = 2
@@ -82,14 +82,14 @@ class Labelled(Common):
 
 
 def classifies(architectures: Sequence[str] | None) -> bool:
-  """Whether a class is named whose head is one for whole texts."""
+  """Tells whether one of the classes has a head for whole texts."""
   return any(name.endswith("ForSequenceClassification") for name in architectures or ())
 
 
 def check_foreign(config: Mapping[str, Any], schema: type[Common], where: str) -> None:
   """Raises ValueError if one of `FOREIGN` that a schema lacks has a value, not 0 or false."""
   for field in FOREIGN:
-    if config.get(field) and field not in schema.__dataclass_fields__:
+    if config.get(field) and field not in {*schema.__dataclass_fields__, *schema.aliases}:
       kind = config.get("model_type")
       told = f"models of type {kind} are computed without it: leave it out if it was not used"
       raise refused(where, field, config[field], told)

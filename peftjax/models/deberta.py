@@ -20,7 +20,7 @@ from peftjax.nn.linear import Embedding, Linear
 from peftjax.nn.mask import AttentionMask
 from peftjax.nn.norm import LayerNorm
 
-# As of `bert`; a table of positions may be left over from pretraining.
+# As in `bert`; a table of positions may be left over from pretraining.
 NEW = r"head/.*"
 UNUSED = (
   r".*position_ids|cls\..*|(lm|mask)_predictions\..*|pooler\..*"
@@ -31,7 +31,7 @@ LAYER = bert.LAYER
 
 
 def hf_name(path: str) -> str:
-  """The Hugging Face tensor of a parameter.
+  """The name of a parameter's Hugging Face tensor.
 
   >>> hf_name("deberta/encoder/layers_0/attention/self/query/kernel")
   'deberta.encoder.layer.0.attention.self.query_proj.weight'
@@ -43,7 +43,7 @@ def hf_name(path: str) -> str:
 class DebertaConfig(bert.BertConfig):
   """The shape of a DeBERTa."""
 
-  buckets: int  # of distances on either side; 0 if each has its own
+  buckets: int  # for distances on either side; 0 if each has its own
   farthest: int  # distance
   c2p: bool  # contents attend to positions
   p2c: bool  # positions attend to contents
@@ -56,7 +56,7 @@ class DebertaConfig(bert.BertConfig):
   def from_hf(
     cls, config: Mapping[str, Any], where: str = "config.json", **overrides: Any
   ) -> DebertaConfig:
-    """As `BertConfig.from_hf`."""
+    """Reads a configuration as `BertConfig.from_hf` does."""
     said = hf_config.read(config, where)
     own = dict(
       absolute=said.position_biased_input,
@@ -73,10 +73,10 @@ class DebertaConfig(bert.BertConfig):
 
 
 class Relative(flax.struct.PyTreeNode):
-  """What the layers share: the mask, the table of relative positions and its rows by token.
+  """The arrays that the layers share: mask, table of relative positions and its rows by token.
 
   Attributes:
-    mask: of keys.
+    mask: the mask of keys.
     table_PD: the embeddings of relative positions; None where nothing attends to them.
     rows_TT: see `nn.disentangled.relative_rows`.
   """
@@ -147,7 +147,7 @@ class Body(bert.Body):
 
 
 class DebertaClassifier(bert.BertClassifier):
-  """`bert.BertClassifier` of this body."""
+  """`bert.BertClassifier` with this body."""
 
   config: DebertaConfig
 

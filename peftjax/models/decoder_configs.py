@@ -52,11 +52,11 @@ class Llama(Labelled):
   attention_bias: bool = False
   mlp_bias: bool = False
 
-  # Whether heads of any width may be asked for, whatever `hidden_size` is.
+  # True if heads of any width are allowed, whatever `hidden_size` is.
   free_heads: ClassVar[bool] = False
-  # Whether a part of each head may be rotated, and the rest not.
+  # True if a part of each head may be rotated, and the rest not.
   partial: ClassVar[bool] = False
-  # The field of what is applied to the gate, and what is allowed there.
+  # The field of the gate's activation, and its allowed values.
   gates: ClassVar[tuple[str, tuple[str, ...]]] = "hidden_act", ("silu", "swish")
 
   def faults(self) -> Faults:
@@ -93,7 +93,7 @@ class Llama(Labelled):
     return rope_config.read(self, where)
 
   def block(self, where: str) -> dict[str, Any]:
-    """What `llama.LlamaConfig` says of this model type's block alone; raises as `rope`."""
+    """The fields of `llama.LlamaConfig` for this model type's block alone; raises as `rope`."""
     return dict(qkv_bias=self.attention_bias, out_bias=self.attention_bias, ffn_bias=self.mlp_bias)
 
 
@@ -126,7 +126,7 @@ class Layered(Llama):
   layer_types: list[str] | None = None
 
   def slides(self, layer: int) -> bool:
-    """Whether a layer has a window where `layer_types` says nothing."""
+    """Tells whether a layer has a window where `layer_types` does not say."""
     raise NotImplementedError
 
   @property
@@ -264,11 +264,11 @@ class Gemma3(Gemma2):
     yield from super().faults()
 
   def rope(self, where: str = "config.json") -> tuple[float, dict[str, Any]]:
-    """Of layers without a window."""
+    """θ and the other rotary parameters of layers without a window."""
     return rope_config.read_of_layers(self, _ALL, self.rope_theta, where)
 
   def window_rope(self, where: str = "config.json") -> tuple[float, dict[str, Any]]:
-    """Of those with one."""
+    """θ and the other rotary parameters of layers with a window."""
     return rope_config.read_of_layers(self, _WINDOW, self.rope_local_base_freq, where)
 
   def block(self, where: str) -> dict[str, Any]:

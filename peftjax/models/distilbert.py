@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftjax.models import bert
 
-# As of `bert`.
+# As in `bert`.
 NEW = r"head/.*"
 UNUSED = r".*position_ids|vocab_(transform|layer_norm|projector)\..*"
 OUT_FIRST = True
@@ -25,7 +25,7 @@ _NAMES = (
 
 
 def hf_name(path: str) -> str:
-  """The Hugging Face tensor of a parameter.
+  """The name of a parameter's Hugging Face tensor.
 
   >>> hf_name("distilbert/encoder/layers_0/attention/self/query/kernel")
   'distilbert.transformer.layer.0.attention.q_lin.weight'

@@ -13,13 +13,13 @@ from peftjax.models.config_fields import Eps, Faults, Ids, Labelled, PadId
 from peftjax.nn.ffn import ACTIVATIONS
 
 _DISTIL_EPS = 1e-12  # no field says it
-# Of relative positions, whose table has twice as many rows; -1 is none.
+# A number for relative positions, whose table has twice as many rows; -1 means none.
 Span = Annotated[int, Meta(ge=-1, le=2**16)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder(Labelled):
-  """What the configurations of all encoders have."""
+  """The fields that the configurations of all encoders have."""
 
   def faults(self) -> Faults:
     if (self.pad_token_id or 0) >= self.vocab_size:
@@ -46,7 +46,7 @@ class Bert(Encoder):
   classifier_dropout: Fraction | None = None
   is_decoder: bool = False
   add_cross_attention: bool = False
-  position_embedding_type: str | None = "absolute"  # of files before transformers 5
+  position_embedding_type: str | None = "absolute"  # in files before transformers 5
 
   def faults(self) -> Faults:
     if self.hidden_size % self.num_attention_heads:
@@ -66,7 +66,9 @@ class Bert(Encoder):
     return self.hidden_size
 
   def head_dropout(self, labels_of: str) -> float:
-    """The rate before the head's projection, by what the head labels: "text" or "token"."""
+    """The rate before the head's projection, by what the head labels; see `heads.Head`."""
+    if labels_of == "span":
+      return 0.0
     head = self.classifier_dropout
     return self.hidden_dropout_prob if head is None else head
 
@@ -82,7 +84,7 @@ class Roberta(Bert):
   def faults(self) -> Faults:
     last = self.max_position_embeddings - 2
     if self.pad_token_id is None or not 0 <= self.pad_token_id <= last:
-      yield "pad_token_id", f"positions start behind it, so it must be from 0 to {last}"
+      yield "pad_token_id", f"positions start after it, so it must be from 0 to {last}"
     yield from super().faults()
 
 
@@ -128,6 +130,7 @@ class DistilBert(Encoder):
   attention_dropout: Fraction = 0.1
   activation: str = "gelu"
   seq_classif_dropout: Fraction = 0.2
+  qa_dropout: Fraction = 0.1
   pad_token_id: PadId | None = 0
 
   aliases: ClassVar[Mapping[str, str]] = {
@@ -154,13 +157,14 @@ class DistilBert(Encoder):
   type_vocab_size = property(lambda self: 0)
 
   def head_dropout(self, labels_of: str) -> float:
-    """As `Bert.head_dropout`."""
-    return self.seq_classif_dropout if labels_of == "text" else self.dropout
+    """See `Bert.head_dropout`."""
+    own = {"text": self.seq_classif_dropout, "span": self.qa_dropout}
+    return own.get(labels_of, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DebertaV2(Bert):
-  """`DebertaV2Config`, of versions 2 and 3."""
+  """`DebertaV2Config`, for versions 2 and 3."""
 
   vocab_size: Size = 128100
   hidden_size: Size = 1536
@@ -193,7 +197,7 @@ class DebertaV2(Bert):
     if self.norms - {"none", "layer_norm"}:
       yield "norm_rel_ebd", "it must be none or layer_norm"
     if self.conv_kernel_size:
-      yield "conv_kernel_size", "the convolution behind the first layer is not supported"
+      yield "conv_kernel_size", "the convolution after the first layer is not supported"
     whole = self.hidden_size
     for field, size in (
       ("embedding_size", whole),
@@ -210,7 +214,7 @@ class DebertaV2(Bert):
 
   @property
   def directions(self) -> frozenset[str]:
-    """Of attention between contents and positions."""
+    """The directions of attention between contents and positions."""
     given = self.pos_att_type or []
     parts = given.lower().split("|") if isinstance(given, str) else given
     return frozenset(part.strip() for part in parts)
@@ -221,16 +225,18 @@ class DebertaV2(Bert):
 
   @property
   def farthest(self) -> int:
-    """The distance from which on all are one."""
+    """The distance from which on all distances are one."""
     given = self.max_relative_positions
     return given if given >= 1 else self.max_position_embeddings
 
   @property
   def buckets(self) -> int:
-    """Of distances on either side; 0 if each has its own."""
+    """The number of buckets for distances on either side; 0 if each distance has its own."""
     return max(self.position_buckets, 0)
 
   def head_dropout(self, labels_of: str) -> float:
-    """As `Bert.head_dropout`."""
+    """See `Bert.head_dropout`."""
+    if labels_of == "span":
+      return 0.0
     own = self.cls_dropout if labels_of == "text" else None
     return self.hidden_dropout_prob if own is None else own

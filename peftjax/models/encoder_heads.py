@@ -1,4 +1,4 @@
-"""Heads of encoders: what an encoder gives of a text, or of each token, to labels."""
+"""Heads of encoders: from a text's features, or each token's, to labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftjax.nn.linear import Linear
 
 
 class DenseHead(nn.Module):
-  """Dropout, dense, an activation, dropout, projection: RoBERTa's and ELECTRA's."""
+  """Dropout, dense, an activation, dropout, projection: the head of RoBERTa and ELECTRA."""
 
   config: Any
   activation: Callable[[jax.Array], jax.Array]
@@ -32,18 +32,23 @@ def _dense(activation: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Ar
   return lambda c, x, keys: DenseHead(c, activation, name="classifier")(x, keys)
 
 
-def _plain(c: Any, x: jax.Array, keys: Any) -> jax.Array:
+def _plain(c: Any, x: jax.Array, keys: Any, name: str = "classifier") -> jax.Array:
   """Dropout and a projection."""
-  return Linear(c.labels, name="classifier")(dropout(keys[0], x, c.head_dropout))
+  return Linear(c.labels, name=name)(dropout(keys[0], x, c.head_dropout))
+
+
+def _span(c: Any, x: jax.Array, keys: Any) -> jax.Array:
+  """As transformers names it where the outputs are where an answer starts and ends."""
+  return _plain(c, x, keys, "qa_outputs")
 
 
 def _relu(c: Any, x: jax.Array, keys: Any) -> jax.Array:
-  """DistilBERT's: dense, ReLU, dropout, projection."""
+  """DistilBERT's head: dense, ReLU, dropout, projection."""
   return _plain(c, jax.nn.relu(Linear(c.width, name="pre_classifier")(x)), keys)
 
 
 class ContextPooler(nn.Module):
-  """DeBERTa's: act(dense(dropout(first token)))."""
+  """DeBERTa's pooler: act(dense(dropout(first token)))."""
 
   config: Any
 
@@ -58,7 +63,7 @@ def _context(c: Any, x: jax.Array, keys: Any) -> jax.Array:
   return _plain(c, ContextPooler(c, name="pooler")(x, keys[1]), keys)
 
 
-# Heads of whole texts, by the name that `bert.KINDS` has for them. Tokens have the plain one.
+# Heads for whole texts, by the name that `bert.KINDS` has for them. Tokens have the same for all.
 HEADS: Mapping[str, Callable[..., jax.Array]] = {
   "plain": _plain,
   "tanh": _dense(jnp.tanh),
@@ -66,10 +71,11 @@ HEADS: Mapping[str, Callable[..., jax.Array]] = {
   "relu": _relu,
   "context": _context,
 }
+OF_TOKENS: Mapping[str, Callable[..., jax.Array]] = {"token": _plain, "span": _span}
 
 
 class Head(nn.Module):
-  """What the body gives, `[B, D]` or of each token `[B, T, D]`, to logits `[..., labels]`."""
+  """The body's features, `[B, D]` or for each token `[B, T, D]`, to logits `[..., labels]`."""
 
   config: Any
 
@@ -77,4 +83,4 @@ class Head(nn.Module):
   def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     c = self.config
     keys = (None, None) if key is None else jax.random.split(key)
-    return HEADS["plain" if c.labels_of == "token" else c.kind.head](c, x, keys)
+    return OF_TOKENS.get(c.labels_of, HEADS[c.kind.head])(c, x, keys)

@@ -37,7 +37,7 @@ def generate(
   """Continues each prompt until a stop token or for `max_new_tokens`.
 
   Args:
-    model: a decoder of ours.
+    model: a decoder of this library.
     params: dense, quantised, with or without adapters.
     tokens: prompts, padded on the left.
     mask: true on their tokens; by default all true.
@@ -45,9 +45,9 @@ def generate(
     top_p: draw only among the likeliest tokens whose probabilities sum up to it
       (Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
     stop: ids that end a text; they are part of the result.
-    pad_id: what stands behind an ended text.
+    pad_id: fills the places after an ended text.
     key: for drawing.
-    rows: `[B]` int, which adapter of `pj.stack_adapters` each prompt has.
+    rows: `[B]` int, the adapter of `pj.stack_adapters` for each prompt.
 
   Returns:
     The new tokens, N = `max_new_tokens`, and how many of them each text has.
@@ -63,7 +63,7 @@ def generate(
       f"{model.config.max_length} positions of this model"
     )
   if not 0 <= temperature < math.inf:
-    raise ValueError(f"temperature {temperature} is no number of at least 0")
+    raise ValueError(f"temperature {temperature} is not a number of at least 0")
   if not 0 < top_p <= 1:
     raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
   if temperature and key is None:

@@ -31,12 +31,12 @@ NEW = r"(?!)"
 UNUSED = r".*attn\.(masked_)?bias|lm_head\.weight"
 # Hugging Face keeps these kernels [in, out], as here.
 OUT_FIRST = False
-# What the layers are numbered in, of a tensor's name.
+# The part of a tensor's name before the layer's number.
 LAYER = r"(.*\.)?h\.(\d+)\..*"
 
 
 def hf_name(path: str) -> str:
-  """The Hugging Face tensor of a parameter.
+  """The name of a parameter's Hugging Face tensor.
 
   >>> hf_name("transformer/layers_0/attn/c_attn/kernel")
   'transformer.h.0.attn.c_attn.weight'
@@ -46,7 +46,7 @@ def hf_name(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-  """The shape of a model; one letter is what the shapes in this file are named by."""
+  """The shape of a model; the letters are those in the shapes of this file."""
 
   family: ClassVar[str] = "gpt2"
   table: ClassVar[str] = "transformer/wte/embedding"  # the path of the table of words
@@ -61,7 +61,7 @@ class GPT2Config:
   dropout: float  # of embeddings
   attention_dropout: float
   residual_dropout: float
-  tied: bool = True  # whether `init` makes a head that is tied; of a model, its parameters tell
+  tied: bool = True  # whether `init` makes a tied head; for an existing model its parameters tell
   scan_layers: bool = False
   remat: bool | str = False  # compute layers again in the backward pass: see `stack.REMAT`
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
@@ -73,7 +73,7 @@ class GPT2Config:
     """Reads a Hugging Face `config.json`.
 
     Args:
-      config: what it leaves out has the defaults of GPT-2.
+      config: the object; missing fields have the defaults of GPT-2.
       where: the file, for messages.
       overrides: fields of this class.
 
@@ -129,7 +129,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """proj(act(fc(x)))."""
+  """Computes proj(act(fc(x)))."""
 
   config: GPT2Config
 
@@ -214,5 +214,5 @@ class GPT2LMHeadModel(nn.Module):
     return result if cache is None else (result, cache.after(pairs, positions.shape[1]))
 
 
-# What `pretrained` makes a model of this family with.
+# The functions by which `pretrained` makes a model of this family.
 CONFIG, MODEL = GPT2Config, GPT2LMHeadModel

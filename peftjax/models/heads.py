@@ -1,4 +1,4 @@
-"""Heads in files: which task they are of, and whether a decoder's is its table."""
+"""Heads in files: the task each is for, and whether a decoder's is its table."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from peftjax.core import ranges
 from peftjax.io.safetensors_dir import file_of
 from peftjax.models.encoder_configs import Encoder
 
-# How classes end that have a head which is loaded here, and that have none of a task.
+# Endings of classes that have a head which is loaded here, and of those that have none.
 _LABELS_OF: Mapping[str, str] = {
   "text": "ForSequenceClassification",
   "token": "ForTokenClassification",
+  "span": "ForQuestionAnswering",
+}
+_MEANT = {
+  "text": "whole texts",
+  "token": "each token",
+  "span": "the ends of an answer",
 }
 _NO_TASK = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM")
 _DECODERS = (("ForCausalLM", "ForSequenceClassification"), ("Model",))
 _GPT2 = (("LMHeadModel",), ("Model",))
-# How they begin.
+# Beginnings of the same classes.
 _NAMES: Mapping[str, str] = {
   "bert": "Bert",
   "roberta": "Roberta",
@@ -37,26 +43,29 @@ _NAMES: Mapping[str, str] = {
   "gemma2": "Gemma2",
   "gemma3_text": "Gemma3",
   "phi3": "Phi3",
+  "qwen3_moe": "Qwen3Moe",
+  "mixtral": "Mixtral",
   "gpt2": "GPT2",
 }
 
 
 def architecture(model_type: str, labels_of: str | None) -> str:
-  """The class in transformers that computes what the model that is loaded here does.
+  """The transformers class that computes the same as the model that is loaded here.
 
   Args:
-    model_type: of the files.
-    labels_of: "text" or "token", what the head gives labels to; None of a language model.
+    model_type: model type of the files.
+    labels_of: a key of `_LABELS_OF`, what the head gives labels to; None for a language model.
   """
   lm = (_GPT2 if model_type == "gpt2" else _DECODERS)[0][0]
   return _NAMES[model_type] + (_LABELS_OF[labels_of] if labels_of else lm)
 
 
 class Head(NamedTuple):
-  """What a model's head is to be.
+  """The head that a model is to have.
 
   Attributes:
-    labels_of: of an encoder, "text" or "token": what it gives labels to; None of a decoder.
+    labels_of: for an encoder, what it gives labels to: "text", "token", or "span", each token by
+      two outputs, whether an answer starts there and whether it ends there; None for a decoder.
     foreign: the head in the files is another task's, so that one of its name must not be loaded.
   """
 
@@ -65,17 +74,17 @@ class Head(NamedTuple):
 
 
 def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
-  """The head, by the class that the file names; without one, an encoder's is of whole texts.
+  """The head, by the class that the file names; without one, an encoder's is for whole texts.
 
   Args:
-    fields: of `hf_config.read`.
+    fields: the result of `hf_config.read`.
     where: the file they are from.
-    asked: what the head of an encoder shall label; by default what the file's does.
+    asked: what the head of an encoder is asked to label; by default what the file's does.
     new: a new head was asked for.
 
   Raises:
-    ValueError: if the file's head is of another task than asked, and no new one was asked for, or
-      the class is none of this model type.
+    ValueError: if the file's head is for another task than asked, and no new one was asked for, or
+      the class is not one of this model type.
   """
   if asked is not None:
     ranges.one_of("labels_of", asked, _LABELS_OF)
@@ -88,16 +97,15 @@ def of_files(fields: Any, where: str, *, asked: str | None, new: bool) -> Head:
   if all(end in _NO_TASK for end in ends) or (found and found == (asked or found)):
     return Head(asked or found or "text")
   if not new:
-    wanted = "each token" if asked == "token" else "whole texts"
     raise ValueError(
-      f"{where}: architectures is {named}, whose head is none for {wanted}. Write "
+      f"{where}: architectures is {named}, whose head is not for {_MEANT[asked or 'text']}. Write "
       "load_pretrained(..., num_labels=...) for a new head on this body."
     )
   return Head(asked or "text", foreign=True)
 
 
 def _ends(fields: Any, where: str) -> list[str]:
-  """How the classes of a file end, behind the name of the model type."""
+  """The endings of a file's classes, after the name of the model type."""
   if not fields.architectures:
     return []
   prefix = _NAMES[fields.model_type]
@@ -108,7 +116,7 @@ def _ends(fields: Any, where: str) -> list[str]:
       f"{fields.model_type!r} means {prefix}...: other models differ from it, if only in a factor. "
       "It is not supported."
     )
-  # Gemma 3's for texts alone have a word more.
+  # Gemma 3's for texts alone have one word more.
   return [name[len(prefix) :].removeprefix("Text") for name in kinds]
 
 
@@ -157,7 +165,7 @@ def settle(tensors: Any, words: Words, config: Any, where: str) -> tuple[Any, di
 
 
 def _equal(tensors: Any, one: str, other: str) -> bool:
-  """Whether two matrices have the same values, compared some rows at a time."""
+  """Tells whether two matrices have the same values, compared some rows at a time."""
   if {one, other} & set(getattr(tensors, "states", ())):
     return False
   shape = tensors.info(one).shape

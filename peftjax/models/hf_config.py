@@ -22,6 +22,7 @@ from peftjax.models.encoder_configs import (
   Roberta,
   XLMRoberta,
 )
+from peftjax.models.expert_configs import Mixtral, Qwen3Moe
 
 SCHEMAS: Mapping[str, type[Common]] = {
   "bert": Bert,
@@ -38,6 +39,8 @@ SCHEMAS: Mapping[str, type[Common]] = {
   "gemma2": Gemma2,
   "gemma3_text": Gemma3,
   "phi3": Phi3,
+  "qwen3_moe": Qwen3Moe,
+  "mixtral": Mixtral,
   "gpt2": GPT2,
 }
 

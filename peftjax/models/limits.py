@@ -1,4 +1,4 @@
-"""Whether what a model shall read is in its tables: beyond them a lookup gives NaN, silently."""
+"""Checks that a model's inputs are within its tables: beyond them a lookup gives NaN, silently."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def check(
 ) -> None:
   """Raises ValueError unless all ids are in the model's tables and there are enough positions.
 
-  Padding counts: a masked NaN is still NaN. Of what is traced, or lies on other processes' devices
-  too, the dtype alone is checked.
+  Padding counts: a masked NaN is still NaN. For arrays that are traced, or lie on other processes'
+  devices too, the dtype alone is checked.
 
   Args:
-    config: of one of our modules: `vocab`, `max_length` and, of encoders, `types`.
+    config: config of one of our modules: `vocab`, `max_length` and, for encoders, `types`.
     tokens, types: integer arrays of any shape, or None.
-    length: of the longest text with all virtual tokens. RoBERTa's `max_length` is what is left
-      behind its padding id.
-    what: they are, for the message.
+    length: tokens of the longest text, virtual ones included. RoBERTa's `max_length` counts places
+      after its padding id.
+    what: name of the inputs, for the message.
   """
   rows = (
     ("token", tokens, config.vocab, "vocab_size", "Is the tokenizer another model's, or has it "

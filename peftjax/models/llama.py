@@ -1,4 +1,4 @@
-"""Decoders of the Llama family: Llama, Mistral, Qwen2 and 3, Gemma 2 and 3, Phi-3, SmolLM2."""
+"""Decoders of the Llama family: Llama, Mistral, Mixtral, Qwen2 and 3, Gemma 2 and 3, Phi-3."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from peftjax.models.names import torch_name
 from peftjax.models.stack import layer_input, run_layers
 from peftjax.nn import rope, virtual
 from peftjax.nn.attention import attention
+from peftjax.nn.experts import Experts
 from peftjax.nn.ffn import activate
 from peftjax.nn.linear import Embedding, Head, Linear
 from peftjax.nn.mask import AttentionMask
@@ -33,22 +34,22 @@ NEW = r"head/.*"
 UNUSED = r".*rotary_emb\.inv_freq|lm_head\.weight"
 # Hugging Face keeps kernels [out, in].
 OUT_FIRST = True
-# What the layers are numbered in, of a tensor's name.
+# The part of a tensor's name before the layer's number.
 LAYER = r"(.*\.)?layers\.(\d+)\..*"
 
 
 def hf_name(path: str) -> str:
-  """The Hugging Face tensor of a parameter.
+  """The name of a parameter's Hugging Face tensor.
 
   >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
   'model.layers.0.self_attn.q_proj.weight'
   """
-  return torch_name(path.removeprefix("head/"), "layers.")
+  return torch_name(path.removeprefix("head/"), "layers.").replace(".router.", ".gate.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-  """The shape of a model; one letter is what the shapes in this file are named by."""
+  """The shape of a model; the letters are those in the shapes of this file."""
 
   family: ClassVar[str] = "llama"
   table: ClassVar[str] = "model/embed_tokens/embedding"  # the path of the table of words
@@ -63,8 +64,8 @@ class LlamaConfig:
   eps: float
   theta: float
   rope_scaling: tuple[tuple[str, Any], ...]  # items of Hugging Face's dictionary
-  labels: int | None = None  # of whole texts, in place of the next token's logits
-  tied: bool  # whether `init` makes a head that is tied; of a model, its parameters tell
+  labels: int | None = None  # outputs for whole texts, in place of the next token's logits
+  tied: bool  # whether `init` makes a tied head; for an existing model its parameters tell
   # Where a model type differs from Llama.
   qkv_bias: bool = False
   out_bias: bool = False
@@ -73,14 +74,17 @@ class LlamaConfig:
   global_layers: tuple[int, ...] = ()  # those that see all tokens, where others have a window
   fused: bool = False  # one kernel for queries, keys and values, one for gate and up
   qk_norm: bool = False  # queries and keys are normalised, head by head
-  norm_offset: float = 0.0  # what is added to the scales of norms
-  four_norms: bool = False  # what a block adds to its input is normalised, too
-  gate: str = "swish"  # of `nn.ffn.CURVES`
+  norm_offset: float = 0.0  # added to the scales of norms
+  four_norms: bool = False  # the updates that a block adds are normalised, too
+  gate: str = "swish"  # one of `nn.ffn.CURVES`
+  experts: int = 0  # E in place of one feed-forward block, F wide each, ...
+  routed: int = 0  # ... of which each token takes so many, ...
+  routed_sum: bool = True  # ... at weights that are divided by their sum
   embedding_scale: float = 1.0
   query_size: float | None = None  # scores are divided by its root; by default H
   score_cap: float | None = None
   logit_cap: float | None = None
-  window_theta: float | None = None  # of layers with a window, which are then not stretched
+  window_theta: float | None = None  # for layers with a window, which are then not stretched
   scan_layers: bool = False
   remat: bool | str = False  # compute layers again in the backward pass: see `stack.REMAT`
   dtype: Any = jnp.float32  # of activations; parameters stay as they are
@@ -92,7 +96,7 @@ class LlamaConfig:
     """Reads a Hugging Face `config.json`.
 
     Args:
-      config: of its model type; what it leaves out has that type's defaults.
+      config: the object of its model type; missing fields have that type's defaults.
       where: the file, for messages.
       overrides: fields of this class.
 
@@ -123,7 +127,7 @@ class LlamaConfig:
       labels=said.labels if classifies(said.architectures) else None,
     )
     made = cls(**{**fields, **said.block(where), **overrides})
-    made.frequencies()  # says what it does not know before any weight is read
+    made.frequencies()  # refuses an unknown kind before any weight is read
     return made
 
   @property
@@ -132,13 +136,13 @@ class LlamaConfig:
 
   @property
   def sees_all(self) -> np.ndarray | None:
-    """Of every layer, whether it has no window; None where all are alike."""
+    """True for each layer without a window; None where all are alike."""
     if not self.global_layers and self.window_theta is None:
       return None
     return np.isin(np.arange(self.layers), self.global_layers)
 
   def frequencies(self) -> tuple[np.ndarray, float]:
-    """Of layers without a window: see `rope.frequencies`."""
+    """The frequencies of layers without a window: see `rope.frequencies`."""
     return rope.frequencies(self.head_size, self.theta, dict(self.rope_scaling), self.positions)
 
 
@@ -191,7 +195,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """down(f(gate(x)) · up(x)), f = silu or another."""
+  """Computes down(f(gate(x)) · up(x)), f = silu or another."""
 
   config: LlamaConfig
 
@@ -201,6 +205,12 @@ class Mlp(nn.Module):
     widths = dict(gate_proj=c.ffn, up_proj=c.ffn)
     gate, up = _linears(x, "gate_up_proj" if c.fused else "", c.ffn_bias, **widths)
     return Linear(c.width, c.ffn_bias, name="down_proj")(activate(c.gate, up, gate))
+
+
+def _ffn(c: LlamaConfig, name: str) -> nn.Module:
+  if not c.experts:
+    return Mlp(c, name=name)
+  return Experts(c.experts, c.routed, c.ffn, c.gate, c.routed_sum, name=name)
 
 
 class Layer(nn.Module):
@@ -224,7 +234,7 @@ class Layer(nn.Module):
       y = _norm(c, "post_attention_layernorm")(y)
     x = Residual(name="self_attn_residual")(y, x)
     before = "pre_feedforward_layernorm" if c.four_norms else "post_attention_layernorm"
-    y = Mlp(c, name="mlp")(_norm(c, before)(x))
+    y = _ffn(c, "mlp")(_norm(c, before)(x))
     if c.four_norms:
       y = _norm(c, "post_feedforward_layernorm")(y)
     return Residual(name="mlp_residual")(y, x), cache
@@ -268,17 +278,17 @@ class LlamaForCausalLM(nn.Module):
     cache: Cache | None = None,
     train: bool = False,
   ) -> Float[Array, "B T V"] | Sums | tuple[Float[Array, "B T V"] | Sums, Cache]:
-    """Logits of the next token at every place, float32; with a cache, and the cache as it is then.
+    """Logits of the next token at every place, float32; with a cache, also the updated cache.
 
     Args:
       tokens: ids below the vocabulary's size.
       mask: true on tokens, false on padding; by default all true.
-      positions: of the tokens in their text, by default counted along the mask.
+      positions: places of the tokens in their text, by default counted along the mask.
       segments: the document of each token, where several share a row: none sees another.
-      loss_weights: of the tokens, as what is to be predicted. With them the result is, in place
-        of logits, what `losses.next_token_sums` makes of these, which then never exist at once.
-      cache: of the tokens before; these are appended.
-      train: of no effect: this family has no dropout of its own.
+      loss_weights: weights of the tokens as targets. With them the result is not the logits but
+        `losses.next_token_sums` of them, and the logits never exist all at once.
+      cache: keys and values of the tokens before; these tokens' are appended.
+      train: has no effect: this family has no dropout of its own.
     """
     c = self.config
     limits.check(c, tokens)
@@ -322,8 +332,8 @@ class LlamaForSequenceClassification(nn.Module):
     Args:
       tokens: ids below the vocabulary's size.
       mask: true on tokens, false on padding on either side; by default all true.
-      types: of no account: decoders do not tell the texts of a pair apart.
-      train: of no effect: this family has no dropout of its own.
+      types: has no effect: decoders do not tell the texts of a pair apart.
+      train: has no effect: this family has no dropout of its own.
     """
     c = self.config
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
@@ -339,5 +349,5 @@ def model(config: LlamaConfig) -> nn.Module:
   return (LlamaForSequenceClassification if config.labels else LlamaForCausalLM)(config)
 
 
-# What `pretrained` makes a model of this family with.
+# The functions by which `pretrained` makes a model of this family.
 CONFIG, MODEL = LlamaConfig, model

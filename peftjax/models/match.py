@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are which parameters of a model, checked before any is read."""
+"""Matches tensors of a checkpoint to a model's parameters, checked before any is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from peftjax.core import paths
 from peftjax.io import quantization
@@ -17,12 +18,12 @@ from peftjax.models.names import turned
 
 Tensors = TensorDir | BnbDir | GGUFFile
 
-# Of heads of other tasks, which share the name of ours or have one of their own.
+# Tensors of heads of other tasks, which share the name of ours or have one of their own.
 OTHER_HEADS = r"(pre_classifier|classifier|pooler|qa_outputs)\..*"
 
 
 class Matched(NamedTuple):
-  """Tensors by parameter, one a layer; `new` are parameters that the checkpoint has not."""
+  """Tensors by parameter, one per layer; `new` are parameters that the checkpoint lacks."""
 
   names: dict[str, list[str]]
   new: list[str]
@@ -41,15 +42,15 @@ def find(name: str, available: Iterable[str], body: str) -> str | None:
 
 
 def body_of(family: Any, config: Any) -> str:
-  """What the tensors of the body begin with, in a full model."""
+  """The prefix of the body's tensors in a full model."""
   return family.hf_name(config.table).partition(".")[0]
 
 
 def check_sizes(tensors: Tensors, family: Any, config: Any, where: str, table: str | None) -> None:
-  """Holds the number of layers and the table against the files, before a model is traced.
+  """Checks the number of layers and the table against the files, before a model is traced.
 
   Raises:
-    ValueError: if they have other numbers than `where`, the configuration, says.
+    ValueError: if the files have other numbers than `where`, the configuration, says.
   """
   found = map(re.compile(family.LAYER).fullmatch, tensors.names())
   numbers = {int(m[2]): m[0] for m in found if m}
@@ -80,7 +81,7 @@ def match(
   skip_head: bool = False,
   others: Mapping[str, str] | None = None,
 ) -> Matched:
-  """The tensors of every parameter's layers, and the paths of what may be lacking and is.
+  """The tensors of every parameter's layers, and the paths of permitted omissions.
 
   Args:
     tensors: opened files.
@@ -93,7 +94,7 @@ def match(
     others: the tensors of parameters that have another's, by path.
 
   Raises:
-    ValueError: naming file and tensor: one that is missing, left over, of another shape or no
+    ValueError: naming file and tensor: a tensor missing, left over, of another shape or not of
       floats; a head of which only a part is there.
   """
   available = set(tensors.names())
@@ -141,8 +142,14 @@ def packed(tensors: Tensors) -> Mapping[str, Any]:
 
 
 def stack_of(path: str, leaf: Any) -> tuple[int, ...]:
-  """The layers axis of a scanned parameter (under `layers`), if it is one."""
-  return leaf.shape[:1] if "layers" in path.split("/") else ()
+  """The leading axes of a parameter: scanned layers (below `layers`) and `experts`."""
+  return leaf.shape[: paths.stacks(path)]
+
+
+def layers_of(path: str, leaf: Any) -> list[tuple[str, tuple[int, ...]]]:
+  """The path of each slice of a parameter and where it is, `()` for all of one without a stack."""
+  stack = stack_of(path, leaf)
+  return list(zip(paths.layer_paths(path, stack), np.ndindex(stack), strict=True))
 
 
 def _fits(
@@ -154,7 +161,7 @@ def _fits(
   where: str,
   resize: bool,
 ) -> bool:
-  """Whether a tensor is this parameter; False only of one to be drawn anew in another size."""
+  """Tells if a tensor is this parameter; False only for one to be drawn anew in another size."""
   four_bits = name in packed(tensors)
   if four_bits and not path.endswith("kernel"):
     raise ValueError(
@@ -178,7 +185,7 @@ def _fits(
 def _check_whole(
   tensors: Tensors, family: Any, matched: Mapping[str, list[str]], new: list[str]
 ) -> None:
-  """Raises if a part of the head is in the files, and a part of what goes with it is not."""
+  """Raises ValueError if one part of the head is in the files and another is not."""
   there = [path for path in matched if re.fullmatch(family.NEW, path)]
   of = lambda path: path.rpartition("/")[0]
   for path in there:
@@ -187,8 +194,8 @@ def _check_whole(
       name = matched[path][0]
       raise ValueError(
         f"{file_of(tensors, name)} has {name} of a head, and not all of it: there is no "
-        f"{', '.join(map(family.hf_name, lacks))}. Restore the file, or take {name} and what goes "
-        "with it out of it for a new head."
+        f"{', '.join(map(family.hf_name, lacks))}. Restore the file, or remove {name} and the "
+        "rest of the head from it for a new one."
       )
 
 

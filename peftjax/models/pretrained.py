@@ -22,7 +22,7 @@ from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama
+from peftjax.models import bert, deberta, distilbert, gpt2, heads, hf_config, llama, mixtral
 from peftjax.models.config_fields import classifies
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"  # of a decoder
 
-# Hugging Face model_type to the file of its family: `CONFIG`, `MODEL`, `hf_name`, and what the
-# checkpoint may lack or have too much of.
+# Hugging Face model_type to the file of its family: `CONFIG`, `MODEL`, `hf_name`, and the tensors
+# that a checkpoint may lack or have too many of.
 FAMILIES: Mapping[str, Any] = {
   "bert": bert,
   "roberta": bert,
@@ -51,17 +51,29 @@ FAMILIES: Mapping[str, Any] = {
   "gemma2": llama,
   "gemma3_text": llama,
   "phi3": llama,
+  "qwen3_moe": llama,
+  "mixtral": mixtral,
   "gpt2": gpt2,
 }
 
 
 def ours(model: Any) -> bool:
-  """Whether a module is of one of these families, with a `config`."""
+  """Tells whether a module is of one of these families, with a `config`."""
   return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
 
 
+def family_of(model: Any) -> Any:
+  """The file of a module's family; ValueError if it is of none of ours."""
+  if not ours(model):
+    raise ValueError(
+      f"{type(model).__name__} is no model of this library, and adapters of Hugging Face PEFT have "
+      "the names that its families have there; save pj.partition(params, mask)[0], e.g. with Orbax"
+    )
+  return FAMILIES[model.config.family]
+
+
 class Pretrained(NamedTuple):
-  """A module and its parameters; `new` lists what the checkpoint did not have."""
+  """A module and its parameters; `new` lists those that the checkpoint lacked."""
 
   model: nn.Module
   params: Any
@@ -87,22 +99,23 @@ def load_pretrained(
   Args:
     directory: a path, or a name on the Hugging Face hub, `org/name` or `org/name@revision`, which
       is looked up in the Hugging Face cache first. With `config.json` and `model.safetensors`, or
-      shards and their index; or, of a Llama model, a `.gguf` file. Linear layers that bitsandbytes
+      shards and their index; or, for a Llama model, a `.gguf` file. Linear layers that bitsandbytes
       quantised to 4 bits stay so.
     num_labels: outputs of the head, 1 for a regression; a decoder then scores texts by their last
-      token. By default the checkpoint's: of a decoder, none unless its class has such a head. A
+      token. By default the checkpoint's: for a decoder, none unless its class has such a head. A
       head of this size in the checkpoint is loaded, otherwise a new one is drawn.
-    labels_of: of an encoder: "text", or "token" for labels of each token. By default what the head
-      in the files labels, and "text" where there is none.
+    labels_of: for an encoder: "text", "token" for labels of each token, or "span" for the ends of
+      an answer (`num_labels=2`). By default what the head in the files labels, and "text" where
+      there is none.
     scan_layers: one scanned stack (compiles once whatever the depth) or unrolled layers.
-    remat: of a decoder: keep only each layer's input for the backward pass and compute the rest
-      again ("gradient checkpointing"); True or "layer". "products" keeps what products with weights
-      yield as well: more memory, less time. "offload" keeps the input in host memory.
-    dtype: of activations; parameters keep the checkpoint's.
-    quant: quantise the matrices that `where` selects as they are read: besides what is loaded, no
-      more than two of the checkpoint's tensors are in memory. See `peftjax.quantize`.
+    remat: for a decoder: keep only each layer's input for the backward pass and compute the rest
+      again ("gradient checkpointing"); True or "layer". "products" also keeps the results of
+      products with weights: more memory, less time. "offload" keeps the input in host memory.
+    dtype: dtype of activations; parameters keep the checkpoint's.
+    quant: quantise the matrices that `where` selects as they are read: besides the parameters, at
+      most two of the checkpoint's tensors are in memory. See `peftjax.quantize`.
     mesh, rules: where to put each parameter as soon as it is read: see `peftjax.shardings`.
-    key: of the new head's weights; by default `jax.random.key(0)`.
+    key: random key of the new head's weights; by default `jax.random.key(0)`.
 
   Returns:
     The model and its parameters; `peftjax.apply(model, params, tokens, mask)` gives logits.
@@ -149,7 +162,7 @@ def load(
     options["labels"] = num_labels
   allowed = {field.name for field in dataclasses.fields(family.CONFIG)}
   if options.get("labels_of") == "text" and "labels_of" not in allowed:
-    del options["labels_of"]  # a decoder's head knows nothing else
+    del options["labels_of"]  # a decoder's head has no choice
   if strange := set(options) - allowed:
     raise ValueError(f"a model of type {fields.model_type} has no {', '.join(sorted(strange))}")
   asked = options.get("labels_of")
@@ -187,12 +200,12 @@ def load(
     turn = turned(family, path)
     if mesh is not None and path not in (*fresh, *formats) and type(tensors) is TensorDir:
       place = sharding.shardings({path: leaf}, mesh, rules)[path]
-      read = functools.partial(_read_part, tensors, names[path], bool(stack_of(path, leaf)), turn)
+      read = functools.partial(_read_part, tensors, names[path], stack_of(path, leaf), turn)
       return sharding.put_parts(leaf.shape, place, read)
     if path in fresh:
       made = fresh[path]
     else:
-      made = _read(tensors, path, names[path], bool(stack_of(path, leaf)), turn, formats.get(path))
+      made = _read(tensors, path, names[path], stack_of(path, leaf), turn, formats.get(path))
     if mesh is None:
       return jax.device_put(made)
     return sharding.put(made, sharding.shardings({path: made}, mesh, rules)[path])
@@ -206,7 +219,7 @@ def _init(model: nn.Module, key: jax.Array) -> Any:
 
 @functools.lru_cache(maxsize=16)  # a sweep loads one model many times
 def abstract_params(model: nn.Module) -> Params:
-  """Shapes and dtypes of its parameters; only to be read."""
+  """Shapes and dtypes of a module's parameters; only to be read."""
   return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 
 
@@ -218,7 +231,7 @@ def _draw(model: nn.Module, new: tuple[str, ...], key: jax.Array) -> dict[str, A
 
 
 def _check(path: str, leaf: Any, names: list[str], tensors: Tensors, fmt: Format) -> None:
-  """Raises `ValueError` if a parameter cannot be quantised."""
+  """Raises ValueError if a parameter cannot be quantised."""
   for name in names:
     if name in packed(tensors):
       raise ValueError(
@@ -229,7 +242,12 @@ def _check(path: str, leaf: Any, names: list[str], tensors: Tensors, fmt: Format
 
 
 def _read(
-  tensors: Tensors, path: str, names: list[str], stacked: bool, turned: bool, fmt: Format | None
+  tensors: Tensors,
+  path: str,
+  names: list[str],
+  stack: tuple[int, ...],
+  turned: bool,
+  fmt: Format | None,
 ) -> Any:
   """One parameter, tensor by tensor, quantised if it is to be: a tree of NumPy arrays."""
 
@@ -247,15 +265,19 @@ def _read(
     array = array.T if turned else array
     return stream.quantize_array(layer_path, array, fmt) if fmt else array
 
-  layers = paths.layer_paths(path, (len(names),) if stacked else ())
+  layers = paths.layer_paths(path, stack)
   made = (one(layer, name) for layer, name in zip(layers, names, strict=True))
-  return stream.stack(path, made, len(names)) if stacked else next(made)
+  return stream.stack(path, made, stack) if stack else next(made)
 
 
 def _read_part(
-  tensors: TensorDir, names: list[str], stacked: bool, turned: bool, part: tuple[slice, ...]
+  tensors: TensorDir,
+  names: list[str],
+  stack: tuple[int, ...],
+  turned: bool,
+  part: tuple[slice, ...],
 ) -> np.ndarray:
-  """Some of one parameter; of a tensor the rows that it has a part of are read, and no others."""
+  """Part of one parameter; only the rows that the part needs are read from each tensor."""
 
   def one(name: str, axes: tuple[slice, ...]) -> np.ndarray:
     first, *others = axes[::-1] if turned else axes
@@ -263,13 +285,16 @@ def _read_part(
     _check_finite(tensors, name, array)
     return array.T if turned else array
 
-  if not stacked:
+  if not stack:
     return one(names[0], part)
-  return np.stack([one(name, part[1:]) for name in names[part[0]]])
+  own, axes = part[: len(stack)], part[len(stack) :]
+  found = np.reshape(np.asarray(names, object), stack)[own]
+  rows = np.stack([one(name, axes) for name in found.flat])
+  return rows.reshape(*found.shape, *rows.shape[1:])
 
 
 def _check_finite(tensors: Tensors, name: str, array: np.ndarray) -> None:
-  """Raises `ValueError` on a NaN or an infinity: it would be in every output, and in every loss."""
+  """Raises ValueError on a NaN or an infinity: it would be in every output, and in every loss."""
   flat = array.reshape(-1)
   for start in range(0, flat.size, 2**20):  # a copy of some of it
     if not np.isfinite(flat[start : start + 2**20].astype(np.float32, copy=False)).all():
@@ -304,25 +329,25 @@ def config_of(path: str | Path) -> dict[str, Any]:
 
 
 def check_decoder(directory: str | Path) -> None:
-  """ValueError if the model is no language model, going by its configuration alone."""
+  """Raises ValueError unless the model is a language model, going by its configuration alone."""
   config, said = config_of(directory), _config_file(directory)
   fields = hf_config.read(config, said)
   kind = fields.model_type
   decoders = [name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "remat")]
   if kind not in decoders:
     raise ValueError(
-      f"{said} is of a {kind}, which is no language model; task=causal_lm takes "
+      f"{said} is of a {kind}, which is not a language model; task=causal_lm takes "
       f"{', '.join(decoders)}, and configs/classify.py the others"
     )
   if classifies(fields.architectures):
     raise ValueError(
-      f"{said}: architectures is {' and '.join(fields.architectures)}, which is no language model; "
-      "configs/classify.py takes it"
+      f"{said}: architectures is {' and '.join(fields.architectures)}, which is not a language "
+      "model; configs/classify.py takes it"
     )
 
 
 def end_ids(path: str | Path) -> tuple[int, ...]:
-  """The token ids that end a text; what a file leaves out has its model type's default.
+  """The token ids that end a text; if the file leaves them out, its model type's default.
 
   Raises:
     ValueError: if the configuration names none, or one beyond the vocabulary.
@@ -344,5 +369,5 @@ def pad_id(path: str | Path) -> int:
 
 
 def _config_file(path: str | Path) -> str:
-  """Where the configuration is, for messages."""
+  """The configuration's file, for messages."""
   return str(path) if Path(path).suffix == ".gguf" else str(Path(path) / "config.json")

@@ -19,7 +19,7 @@ class Rope:
   """`rope_parameters`, or `rope_scaling` of older files."""
 
   rope_type: str | None = None
-  type: str | None = None  # what `rope_type` was
+  type: str | None = None  # the older name of `rope_type`
   rope_theta: Theta | None = None
   factor: Positive | None = None
   original_max_position_embeddings: Size | None = None
@@ -33,7 +33,7 @@ class Rope:
   truncate: bool | None = None
   partial_rotary_factor: Positive | None = None
 
-  # What each kind has to have.
+  # Required fields of each kind.
   kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
     "default": (),
     "linear": ("factor",),
@@ -46,7 +46,7 @@ class Rope:
     return self.rope_type or self.type or "default"
 
   def faults(self) -> Faults:
-    """As `_Common.faults`."""
+    """Fields that do not go together; see `Common.faults`."""
     for field in self.kinds[self.kind]:
       if getattr(self, field) is None:
         yield field, f'rope_type "{self.kind}" needs a number there'
@@ -65,7 +65,7 @@ def read(fields: Any, where: str = "config.json") -> tuple[float, dict[str, Any]
   """θ and the other rotary parameters; `rope_scaling` goes before `rope_parameters`, as there.
 
   Raises:
-    ValueError: on a kind that is not known, or fields that it lacks or nobody has.
+    ValueError: on an unknown kind, fields that it lacks, or fields that no kind has.
   """
   name = "rope_scaling" if fields.rope_scaling else "rope_parameters"
   return _typed(fields, getattr(fields, name) or {}, name, fields.rope_theta, where)
@@ -74,12 +74,12 @@ def read(fields: Any, where: str = "config.json") -> tuple[float, dict[str, Any]
 def read_of_layers(
   fields: Any, kind: str, theta: float, where: str = "config.json"
 ) -> tuple[float, dict[str, Any]]:
-  """As `read`, of the layers of one kind, where each has `rope_parameters` of its own.
+  """Reads the parameters of one kind of layers, where each kind has `rope_parameters` of its own.
 
   Args:
     fields: in which `rope_scaling` of older files is meant for layers that see all tokens.
     kind: an entry of `layer_types`.
-    theta: where the parameters name none.
+    theta: used where the parameters name none.
     where: the file, for messages.
   """
   kinds = ("full_attention", "sliding_attention")

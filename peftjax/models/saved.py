@@ -21,12 +21,12 @@ from peftjax.core.weight import materialize
 from peftjax.io import gguf, new_directory, records, shards
 from peftjax.io.shards import Tensor
 from peftjax.models import heads, hf_config
-from peftjax.models.match import stack_of
+from peftjax.models.match import layers_of
 from peftjax.models.names import turned
 from peftjax.models.pretrained import FAMILIES, abstract_params, config_of
 
 DTYPES = ("float32", "bfloat16", "float16")
-# What lies beside the weights and says how texts go in and come out.
+# Files beside the weights that say how texts go in and come out.
 BESIDE = (
   *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
   *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
@@ -47,21 +47,21 @@ def save_pretrained(
   """Writes a model as a Hugging Face directory, which transformers and `load_pretrained` load.
 
   Every weight is written as the dense array it stands for: adapters merged, codes dequantised. The
-  logits of what is loaded are those of `params`. A head that is tied to an adapted table gets a
+  logits of the loaded model are those of `params`. A head that is tied to an adapted table gets a
   tensor of its own, as with `pj.merge`. No more than one shard of dense arrays is in memory.
 
   Args:
     directory: new or empty; it appears whole or not at all.
-    params: of a model of `load_pretrained`, with or without adapters, its layers unrolled or
-      scanned, its base quantised or not.
+    params: parameters of a model of `load_pretrained`, with or without adapters, its layers
+      unrolled or scanned, its base quantised or not.
     of: the Hugging Face directory or `.gguf` file that the base came from: its configuration,
       tokenizer and generation settings are written too.
-    dtype: float32, bfloat16 or float16, of all tensors; by default each keeps its own.
-    shard_size: bytes of a file, at most, as a number or as in "5GB".
+    dtype: float32, bfloat16 or float16, for all tensors; by default each keeps its own.
+    shard_size: bytes per file, at most, as a number or as in "5GB".
     labels: names of a classifier's outputs; by default those of `of`, if they are as many.
 
   Raises:
-    ValueError: before anything is written: a directory that holds something; what cannot be merged
+    ValueError: before anything is written: a directory that holds something; unmergeable nodes
       (bottleneck adapters, prefixes, prompts); a leaf that the format has no place for, one that is
       missing or of another shape than `of` means; another dtype, size or number of labels. Without
       leaving anything behind: an entry that is NaN, infinite, or becomes so in `dtype`.
@@ -74,7 +74,7 @@ def save_pretrained(
 
 
 class Plan(NamedTuple):
-  """What `config.json` shall say, and the tensors."""
+  """The contents of `config.json`, and the tensors."""
 
   config: dict[str, Any]
   tensors: list[Tensor]
@@ -83,7 +83,7 @@ class Plan(NamedTuple):
 def plan(
   params: Params, of: str | Path, dtype: Any = None, labels: Sequence[str] | None = None
 ) -> Plan:
-  """What `save_pretrained` writes. Nothing is computed yet, but all that it raises is checked."""
+  """The files that `save_pretrained` writes. Everything it raises is checked, nothing computed."""
   source, want = config_of(of), _dtype(dtype)
   dense = jax.eval_shape(functools.partial(tree.merge, dense=True), params)
   flat = {path: bare(leaf) for path, leaf in paths.leaves(dense).items()}
@@ -132,13 +132,13 @@ def _dtype(dtype: Any) -> np.dtype | None:
 def _check(
   flat: Mapping[str, Any], source: Mapping[str, Any], of: str | Path, is_tied: bool
 ) -> tuple[Any, int | None, str | None]:
-  """Holds the leaves against the model that `source` means.
+  """Checks the leaves against the model that `source` means.
 
   Returns:
-    Its family, and of a classifier the number of its outputs and what it labels, "text" or "token".
+    Its family, and for a classifier its number of outputs and what it labels; see `heads.Head`.
 
   Raises:
-    ValueError: naming a leaf that one of them has and the other has not, or has in another shape.
+    ValueError: naming a leaf that only one of them has, or that differs in shape.
   """
   family = FAMILIES[source["model_type"]]
   encoder = not hasattr(family.CONFIG, "remat")
@@ -148,13 +148,14 @@ def _check(
   options |= {"tied": is_tied} if outputs is None else {"labels": outputs}
   wanted: dict[str, Any] = {}
   labels_of = None if outputs is None else "text"
-  for kind in ("token", "text") if encoder else (labels_of,):  # a tree is told by its leaves
+  # A tree is told by its leaves.
+  for kind in ("span", "token", "text") if encoder else (labels_of,):
     own = {"labels_of": kind} if encoder else {}
     model = family.MODEL(family.CONFIG.from_hf(source, str(of), **options, **own))
     wanted, labels_of = paths.leaves(abstract_params(model)), kind
     if wanted.keys() == flat.keys():
       break
-  told = f"Is {of} what the base was loaded from?"
+  told = f"Was the base loaded from {of}?"
   for path, leaf in flat.items():
     if path not in wanted:
       raise ValueError(f"{path} has no place in a {source['model_type']} as {of} has it. {told}")
@@ -168,7 +169,7 @@ def _check(
 
 
 def _check_table(flat: Mapping[str, Any], table: str) -> None:
-  """ValueError if a head that a tree says nothing of is tied to an adapted table.
+  """Raises ValueError if a head that the tree does not mention is tied to an adapted table.
 
   `tree.merge` gives a head that the tree marks as tied an array of its own. Here it would change.
   """
@@ -206,21 +207,18 @@ def _tensors(
     if isinstance(tables.get(head.of), Adapted):
       whole[path] = tied.kernel(tables[head.of])
   for path, leaf in flat.items():
-    stack = stack_of(path, leaf)
-    for i, layer in enumerate(paths.layer_paths(path, stack)):
-      shape, flip = leaf.shape[len(stack) :], turned(family, path)
-      make = functools.partial(
-        _dense, layer, bare(whole[path]), i if stack else None, kinds[path], flip
-      )
+    for layer, at in layers_of(path, leaf):
+      shape, flip = leaf.shape[len(at) :], turned(family, path)
+      make = functools.partial(_dense, layer, bare(whole[path]), at, kinds[path], flip)
       yield Tensor(family.hf_name(layer), shape[::-1] if flip else shape, kinds[path], make)
 
 
 _materialized = jax.jit(materialize)
 
 
-def _dense(path: str, leaf: Any, layer: int | None, dtype: np.dtype, flip: bool) -> np.ndarray:
+def _dense(path: str, leaf: Any, at: tuple[int, ...], dtype: np.dtype, flip: bool) -> np.ndarray:
   """A weight, or one layer of it, as the array to write."""
-  one = leaf if layer is None else jax.tree.map(operator.itemgetter(layer), leaf)
+  one = jax.tree.map(operator.itemgetter(at), leaf) if at else leaf
   with np.errstate(over="ignore"):  # told below
     array = np.asarray(_materialized(one)).astype(dtype)
   if not np.isfinite(array).all():
@@ -242,7 +240,7 @@ def _copy_beside(of: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:
-  """That of a GGUF file, as `AutoTokenizer` reads it."""
+  """Writes the tokenizer of a GGUF file in the form that `AutoTokenizer` reads."""
   gguf.tokenizer(file).save(str(folder / "tokenizer.json"))
   config = {"tokenizer_class": "PreTrainedTokenizerFast", **gguf.special_tokens(file)}
   if (template := gguf.chat_templates(file).get("default")) is not None:

@@ -16,8 +16,8 @@ from peftjax.nn.linear import PRODUCT
 _INPUT = "layer_input"
 _policies = jax.checkpoint_policies
 
-# What is kept of a layer for the backward pass, which computes the rest again: its input; also the
-# results of its products with weights; its input, in host memory.
+# The values that are kept of a layer for the backward pass, which computes the rest again: its
+# input; also the results of its products with weights; its input, in host memory.
 REMAT: Mapping[str, Callable[..., Any] | None] = {
   "layer": None,
   "products": _policies.save_only_these_names(PRODUCT),
@@ -42,12 +42,12 @@ def run_layers(
   """x through `config.layers` layers, submodules `layers_0`, `layers_1`, ... or, scanned, `layers`.
 
   Args:
-    layer: made with the config; `(x, *own, *shared)` to `(x, y)`. What it calls x first is
+    layer: made with the config; takes `(x, *own, *shared)` to `(x, y)`. It first calls
       `layer_input(x)`.
-    own: what each layer has for itself, indexed or stacked by layer, or None.
-    shared: what all have in common.
-    remat: compute each layer's activations again in the backward pass, but for what the policy of
-      this name keeps; True is "layer".
+    own: arguments of each single layer, indexed or stacked by layer, or None.
+    shared: arguments that all layers share.
+    remat: compute each layer's activations again in the backward pass, except those that the policy
+      of this name keeps; True is "layer".
 
   Returns:
     x, and the y of every layer: a tuple, or stacked.
@@ -79,12 +79,12 @@ def run_layers(
 
 
 def layer_input(x: jax.Array) -> jax.Array:
-  """The identity, which says what of a layer a policy of `REMAT` may move elsewhere."""
+  """The identity, which names the part of a layer that a policy of `REMAT` may move elsewhere."""
   return checkpoint_name(x, _INPUT)
 
 
 def layer_keys(key: jax.Array | None, layers: int) -> jax.Array | None:
-  """A key a layer.
+  """A key per layer.
 
   It depends on the layer's number alone, so scanned and unrolled draw the same masks.
   """

@@ -15,7 +15,7 @@ from peftjax.nn.blockwise import blockwise_attention
 from peftjax.nn.dense_attention import dense_attention
 from peftjax.nn.mask import AttentionMask
 
-# From that many scores a head on blocks are faster than whole rows, on CPUs too, and take less
+# From so many scores per head on blocks are faster than whole rows, on CPUs too, and take less
 # memory: experiments/benchmarks/attention.py.
 MANY_SCORES = 512 * 512
 
@@ -36,14 +36,14 @@ def kernel_name(
   dropout: bool = False,
   capped: bool = False,
 ) -> str:
-  """What `attention` computes `length` queries with, a key of `KERNELS`.
+  """The key in `KERNELS` of the kernel that `attention` takes for `length` queries.
 
-  Few scores, and those behind a cache, take whole rows. Many take, if it can, cuDNN on a GPU, and
-  on a TPU, where the mesh is known (`jax.set_mesh`) or there is one device, JAX's splash attention;
-  else blocks, and those whose scores are capped.
+  Few scores, and those after a cache, take whole rows. Many scores take cuDNN on a GPU if it can,
+  and on a TPU, where the mesh is known (`jax.set_mesh`) or there is one device, JAX's splash
+  attention; otherwise blocks, as do capped scores.
 
   Args:
-    size, dtype: of a head.
+    size, dtype: size and dtype of a head.
 
   >>> kernel_name(AttentionMask(jax.ShapeDtypeStruct((1, 128), bool), causal=True), 128)
   'dense'
@@ -60,7 +60,7 @@ def kernel_name(
 
 
 def _on_tpu() -> bool:
-  """Whether this is traced for TPUs, as far as can be known before it is compiled."""
+  """Tells whether this is traced for TPUs, as far as can be known before compilation."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.abstract_device is None:
     return jax.default_backend() == "tpu" and jax.device_count() == 1
@@ -91,8 +91,8 @@ def attention(
     num_heads: N.
     num_kv_heads: K, a divisor of N, by default N: N/K heads in a row share keys and values
       (Ainslie et al. 2023, arXiv 2305.13245).
-    key, rate: of the dropout.
-    cap: of the scores, which become `soft_cap(scores, cap)`.
+    key, rate: key and rate of the dropout.
+    cap: cap of the scores, which become `soft_cap(scores, cap)`.
   """
   key = None if keep_level(rate) == 256 else key
   size = q_BTD.shape[2] // num_heads

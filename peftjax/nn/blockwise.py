@@ -23,7 +23,7 @@ _LOWEST = _HIDDEN / 2
 
 
 class _Layout(NamedTuple):
-  """How queries and keys are cut: everything static."""
+  """The cut of queries and keys into blocks: everything static."""
 
   num_heads: int
   kv_heads: int
@@ -58,18 +58,18 @@ def blockwise_attention(
 ) -> Float[Array, "B T D"]:
   """`attention` with a running softmax over blocks of keys, and a backward pass that recomputes.
 
-  Of a row of scores s in blocks j, m = max_j max(s_j), l = Σ_j exp(s_j - m), and the result is
+  For a row of scores s in blocks j, m = max_j max(s_j), l = Σ_j exp(s_j - m), and the result is
   Σ_j exp(s_j - m) v_j / l, rescaled whenever m grows (Milakov & Gimelshein 2018, alg. 3; Rabe &
   Staats 2021, arXiv 2112.05682). For the backward pass only q, k, v, the result and m + log l are
   kept, and exp(s - (m + log l)) is computed again block by block (Dao 2023, arXiv 2307.08691,
   alg. 2). Blocks that lie wholly after their queries are skipped; with segments or a window also
-  those of which no query sees anything.
+  the blocks in which no query sees anything.
 
   A query that sees no key has the result 0 and no gradient. The masks of dropout are drawn by
-  block: they are others than those of `dense_attention` with the same key.
+  block, and differ from those of `dense_attention` with the same key.
 
   Args:
-    rows, columns: the most queries and keys of a block, by default as measured to be fast.
+    rows, columns: the most queries and keys per block, by default as measured to be fast.
   """
   length, source = q_BTD.shape[1], k_BSD.shape[1]
   columns = columns or (CAUSAL_COLUMNS if mask.causal else COLUMNS)
@@ -110,7 +110,7 @@ def _join(x: jax.Array, length: int, heads: int, dtype: Any) -> jax.Array:
 
 
 def _allowed(mask: AttentionMask, layout: _Layout, i: Any, j: Any) -> jax.Array:
-  """Which of query block i may attend to which of key block j: `[B, 1, 1, rows or 1, columns]`."""
+  """True where query block i may attend to key block j: `[B, 1, 1, rows or 1, columns]`."""
   allowed = mask.block(i * layout.rows, layout.rows, j * layout.columns, layout.columns)
   return allowed[:, None, None]
 
@@ -118,7 +118,7 @@ def _allowed(mask: AttentionMask, layout: _Layout, i: Any, j: Any) -> jax.Array:
 def _scores(
   q: jax.Array, k: jax.Array, allowed: jax.Array, layout: _Layout
 ) -> tuple[jax.Array, jax.Array | float]:
-  """float32 `[B, K, N/K·rows, columns]`, very negative where not allowed, and the cap's slope."""
+  """float32 scores `[B, K, N/K·rows, columns]`, very negative where hidden, and the cap's slope."""
   products = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
   scores = soft_cap(products, layout.cap)
   by_head = scores.reshape(*scores.shape[:2], -1, layout.rows, layout.columns)
@@ -175,7 +175,7 @@ def _forward(q_BTD, k_BSD, v_BSD, mask, key, layout, rate) -> Any:
 
 
 def _last(mask: AttentionMask, layout: _Layout, i: jax.Array) -> Any:
-  """How many blocks of keys, from the first on, query block i may see."""
+  """The number of key blocks, from the first on, that query block i may see."""
   if not mask.causal:
     return layout.column_blocks
   stop = mask.offset + (i + 1) * layout.rows
@@ -186,7 +186,7 @@ def _start(mask: AttentionMask, layout: _Layout, j: jax.Array) -> Any:
   """The first block of queries that may see key block j."""
   if not mask.causal:
     return 0
-  # Of a prefix the first one: the queries begin behind it.
+  # The first of a prefix: the queries begin after it.
   return jnp.clip((j * layout.columns - mask.offset) // layout.rows, 0, layout.row_blocks)
 
 

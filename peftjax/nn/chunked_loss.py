@@ -19,13 +19,13 @@ from peftjax.losses import Sums
 from peftjax.quant.product import opened
 from peftjax.quant.weight import Quantized
 
-Logits = Callable[[Any, jax.Array], jax.Array]  # of a head and rows [M, D]: [M, V]
+Logits = Callable[[Any, jax.Array], jax.Array]  # takes a head and rows [M, D]; gives [M, V]
 
 # Logits of a chunk, float32. Against all logits at once, on two cores at V = 49,152, D = 576 and
 # 512 tokens: 32 MiB take 1.07 of the time, as the head is read for each chunk, and 0.26 of the
 # temporaries; 40 MiB 1.00 and 0.35; 64 MiB 0.95 and 0.51.
 CHUNK_BYTES = 40 * 2**20
-# Of each row, however many there are: on a mesh one row may be all that a device has, and products
+# For each row, however many there are: on a mesh one row may be all that a device has, and products
 # of fewer tokens leave it idle.
 CHUNK_TOKENS = 64
 
@@ -35,7 +35,7 @@ class Chunk(NamedTuple):
 
   Attributes:
     x: `[M, D]`.
-    random: uint8 `[M, D]`, of the head's dropout, or None.
+    random: uint8 `[M, D]`, bytes of the head's dropout, or None.
     tokens: int `[M]`, to be predicted.
     weights: float32 `[M]`.
   """
@@ -62,16 +62,16 @@ def chunked_sums(
 ) -> Sums:
   """`losses.next_token_sums` of z = head(x): Σ w (log Σ_v exp z_v − z_token) and Σ w.
 
-  Logits exist of `size` tokens of each text at a time. Where the loss is differentiated, a chunk's
+  Logits exist for `size` tokens of each text at a time. Where the loss is differentiated, a chunk's
   gradients are computed beside its loss, so that no product is computed twice: with respect to x,
-  `[B, T, D]`, and summed over the chunks, in float32, with respect to what is trained of the head.
+  `[B, T, D]`, and summed over the chunks, in float32, with respect to the head's trained leaves.
   Chunks without a weight are skipped. Texts are cut along T, since their rows may lie on several
   devices.
 
   Args:
     logits_of: `(head, rows)` to logits `[M, V]`.
     head: an array or any `Weight`; its dropout acts on x as it would on all rows at once.
-    x_BTD: at place t, of token t + 1.
+    x_BTD: at place t, the features of token t + 1.
     tokens, weights: see `losses.next_token`.
     size: C.
   """
@@ -87,7 +87,7 @@ def chunked_sums(
 
 
 def _opened(head: Any, x: jax.Array) -> Any:
-  """The head in the dtype of x and, of a quantised one, dense: once, and not in each chunk.
+  """The head in the dtype of x and, if quantised, dense: once, and not in each chunk.
 
   Not before x is there, or it would be held through the layers (see `quant.product`).
   """
@@ -100,7 +100,7 @@ def _opened(head: Any, x: jax.Array) -> Any:
 
 
 def _cut(values: jax.Array, size: int) -> jax.Array:
-  """`[B, T, ...]` to `[n, B·C, ...]`, filled up with zeros."""
+  """Cuts `[B, T, ...]` to `[n, B·C, ...]`, filled up with zeros."""
   batch, length, *rest = values.shape
   count = -(-length // size)
   values = jnp.pad(values, ((0, 0), (0, count * size - length), *[(0, 0) for _ in rest]))
@@ -110,7 +110,7 @@ def _cut(values: jax.Array, size: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(logits_of: Logits, head: Any, chunks: Chunk) -> jax.Array:
-  """Σ w · loss."""
+  """The total Σ w · loss."""
 
   def step(at: jax.Array, values: jax.Array, chunk: Chunk) -> jax.Array:
     logits = logits_of(_with(head, chunk.random), chunk.x).astype(jnp.float32)
@@ -123,9 +123,9 @@ def _total(logits_of: Logits, head: Any, chunks: Chunk) -> jax.Array:
 
 
 def _over_used(step: Callable[..., Any], start: Any, chunks: Chunk) -> Any:
-  """`start` after `step(number, it, chunk)` of every chunk that has a weight.
+  """`start` after `step(number, it, chunk)` for every chunk that has a weight.
 
-  They are all that is looped over: out of a conditional in a loop over all chunks XLA moves
+  The loop is over these chunks alone: out of a conditional in a loop over all chunks XLA moves
   nothing, so a head that is split over devices would be gathered anew for each.
   """
   used = (chunks.weights != 0).any(1)
@@ -184,7 +184,7 @@ _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 @jax.named_scope("loss")
 def _cross_entropy(logits: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
-  """−log softmax(z)[token] of each row, and w · (softmax(z) − onehot(token)) in the dtype of z."""
+  """−log softmax(z)[token] for each row, and w · (softmax(z) − onehot(token)) in the dtype of z."""
   z, tokens = logits.astype(jnp.float32), chunk.tokens[:, None]
   top = z.max(-1, keepdims=True)
   exp = jnp.exp(z - top)

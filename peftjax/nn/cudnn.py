@@ -16,16 +16,16 @@ MAX_HEAD = 128
 
 
 def here() -> bool:
-  """Whether the devices are NVIDIA's of Ampere or later, the first that cuDNN does it on."""
+  """Tells whether the devices are NVIDIA's of Ampere or later, the first that cuDNN supports."""
   capability = str(getattr(jax.devices()[0], "compute_capability", ""))
   return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
 def fits(mask: AttentionMask, length: int, *, size: int, dtype: Any, dropout: bool = False) -> bool:
-  """Whether cuDNN computes such a row, with heads of `size`, in `dtype`.
+  """Tells whether cuDNN computes such a row, with heads of `size`, in `dtype`.
 
-  It knows later tokens and padding, but no segments, no windows that are measured in positions, no
-  columns that are seen by all, no dropout of ours, and no float32.
+  It knows later tokens and padding, but no segments, no windows measured in positions, no columns
+  that are seen by all, no dropout of ours, and no float32.
   """
   whole = mask.first is None and mask.valid.shape[1] == length
   plain = mask.segments is None and mask.window is None and mask.prefix == 0
@@ -45,14 +45,15 @@ def cudnn_attention(
   *,
   implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T D"]:
-  """`attention` of what `fits`, blocks in fast memory (Dao et al. 2022, arXiv 2205.14135).
+  """`attention` for masks that `fits` allows, in blocks in fast memory (Dao et al. 2022, arXiv
+  2205.14135).
 
   cuDNN is told how many tokens a row has, so tokens are moved before padding, in their order, and
   back. At padding the result is 0.
 
   Args:
-    key, rate: None, and of no account.
-    implementation: of `jax.nn.dot_product_attention`; `"xla"` computes the same on any platform.
+    key, rate: None, and not used.
+    implementation: that of `jax.nn.dot_product_attention`; `"xla"` is the same on any platform.
   """
   del key, rate
   rows = mask.valid.shape[0], q_BTD.shape[1]

@@ -44,7 +44,7 @@ def _attention(q, k, v, bias, random, num_heads, kv_heads, rate, cap):
 
 
 def _heads(x_BTD: jax.Array, num_heads: int, kv_heads: int) -> jax.Array:
-  """`[B, T, N·H]` to `[B, K, N/K·T, H]`: every product then runs over one batch of matrices."""
+  """`[B, T, N·H]` as `[B, K, N/K·T, H]`: every product then runs over one batch of matrices."""
   batch, length, width = x_BTD.shape
   if num_heads == kv_heads:
     return x_BTD.reshape(batch, length, num_heads, width // num_heads).transpose(0, 2, 1, 3)

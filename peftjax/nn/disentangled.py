@@ -60,7 +60,7 @@ def disentangled_attention(
     rows_TT: δ, see `relative_rows`; None if both terms are left out.
     valid_BT: false on padding. A padding query attends to all evenly, as in the reference.
     num_heads: N.
-    key, rate: of the dropout.
+    key, rate: key and rate of the dropout.
   """
   heads = lambda x: x.reshape(*x.shape[:-1], num_heads, -1)
   dot = lambda eqn, x, y: jnp.einsum(eqn, x, y, preferred_element_type=jnp.float32)

@@ -18,7 +18,7 @@ from peftjax.nn.linear import Linear
 
 
 class Variant(NamedTuple):
-  """h = f(x W₁), or gated f(x W_gate) ⊙ x W₁."""
+  """A variant of the block: h = f(x W₁), or gated f(x W_gate) ⊙ x W₁."""
 
   activation: str  # f, one of `ffn.CURVES`
   gated: bool
@@ -100,15 +100,15 @@ def _forward(activation: str, x: jax.Array, kernels: Any, biases: Any, beta: Any
   gate = None if w_gate is None else _affine(x, w_gate, b_gate)
   z, gate = fence((z, gate))
   y = _affine(hidden(activation, z, gate, beta), w2, b2)
-  # That there are biases is all the backward pass wants of them: empty trees say it.
+  # The backward pass needs to know only whether there are biases: empty trees say it.
   has = tuple(None if b is None else () for b in biases)
   return y, (x, z, gate, kernels, has, beta)
 
 
 def _backward(activation: str, saved: Any, g: jax.Array) -> Any:
   x, z, gate, (w1, w_gate, w2), has, beta = saved
-  # Else XLA:CPU merges what is computed again with the forward pass, and so keeps it (GELU, frozen
-  # kernels, layers not scanned, 1,024 tokens at BERT-base's widths: 25 MiB a layer against 13).
+  # Else XLA:CPU merges the recomputation with the forward pass, and keeps its results (GELU, frozen
+  # kernels, layers not scanned, 1,024 tokens at BERT-base's widths: 25 MiB per layer against 13).
   z, gate, g = fence((z, gate, g))
   h = hidden(activation, z, gate, beta)
   dh = jnp.einsum("td,fd->tf", g, w2.astype(g.dtype))
@@ -151,7 +151,7 @@ def _check(x: Any, w1: Any, w2: Any, w_gate: Any, b_gate: Any, activation: str, 
 
 
 class FeedForward(nn.Module):
-  """`feed_forward` with its parameters: `up`, `down` and, gated, `gate`, each as of a `Linear`.
+  """`feed_forward` with its parameters: `up`, `down` and, gated, `gate`, each as in a `Linear`.
 
   Where the layers' parameters are plain arrays, the whole block's backward pass is the one written
   by hand. Where a method made a `Weight` of any, or put an adapter beside one, each product goes
@@ -161,7 +161,7 @@ class FeedForward(nn.Module):
     variant: one of `VARIANTS`.
     width: F. For as many parameters as an ungated block has: `gated_width(F)`.
     use_bias: in all two or three layers; Shazeer's and T5's blocks have none.
-    beta: of swish and SwiGLU, fixed or, with `learn_beta`, the initial value of the scalar
+    beta: β of swish and SwiGLU, fixed or, with `learn_beta`, the initial value of the scalar
       parameter `beta`.
     learn_beta: train it.
   """
@@ -174,7 +174,7 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., D]` to `[..., D]`, in the dtype of x.
+    """Applies the block: `[..., D]` to `[..., D]`, in the dtype of x.
 
     Raises:
       ValueError: on an unknown variant, or a β of one that has none.

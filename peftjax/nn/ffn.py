@@ -16,7 +16,7 @@ _INV_SQRT_2PI = 0.3989422804014327
 _SQRT_2_OVER_PI = 0.7978845608028654
 _CUBIC = 0.044715
 
-# f(z) and f'(z), elementwise. What only one of them needs, the compiler drops for the other.
+# f(z) and f'(z), elementwise. The compiler drops what only the unused one needs.
 Curve = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
@@ -25,7 +25,7 @@ def _identity(z: jax.Array, beta: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _relu(z: jax.Array, beta: Any) -> tuple[jax.Array, jax.Array]:
-  """The slope at 0 is 0, as `jax.nn.relu` has it."""
+  """ReLU; the slope at 0 is 0, as in `jax.nn.relu`."""
   return jnp.maximum(z, 0), (z > 0).astype(z.dtype)
 
 
@@ -78,7 +78,7 @@ def hidden(name: str, z: jax.Array, gate: Any, beta: Any) -> jax.Array:
 
 
 def hidden_gradients(name: str, z: jax.Array, gate: Any, beta: Any, g: jax.Array) -> Any:
-  """∂L/∂z, ∂L/∂gate and ∂L/∂β for g = ∂L/∂h; None for what is None."""
+  """∂L/∂z, ∂L/∂gate and ∂L/∂β for g = ∂L/∂h; None for arguments that are None."""
   inner = z if gate is None else gate
   f, slope = curve(name, inner, beta)
   df = g if gate is None else g * z
@@ -88,7 +88,7 @@ def hidden_gradients(name: str, z: jax.Array, gate: Any, beta: Any, g: jax.Array
 
 
 def _beta_gradient(z: jax.Array, beta: Any, df: jax.Array) -> Any:
-  """Σ ∂L/∂f ⊙ z² σ(βz) (1 − σ(βz)) of swish."""
+  """Σ ∂L/∂f ⊙ z² σ(βz) (1 − σ(βz)), for swish."""
   if beta is None:
     return None
   z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
@@ -101,7 +101,7 @@ def activate(name: str, z: jax.Array, gate: Any = None, beta: Any = None) -> jax
   """f(z) or, with a gate, f(gate) ⊙ z, in the dtype of z. Keeps only its arguments.
 
   Args:
-    name: of one of `CURVES`.
+    name: one of `CURVES`.
     z: pre-activations of any shape.
     gate: those inside f, of the same shape, or None.
     beta: scalar array β of swish, z σ(βz) (Ramachandran et al. 2017, arXiv 1710.05941), or None

@@ -21,7 +21,7 @@ from peftjax.nn.soft_cap import soft_cap
 
 normal = nn.initializers.normal(0.02)
 
-PRODUCT = "product"  # what policies of rematerialisation know the result of a `Linear` by
+PRODUCT = "product"  # policies of rematerialisation know the result of a `Linear` by this name
 
 
 def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
@@ -95,7 +95,7 @@ class Head(nn.Module):
     """`losses.next_token_sums` of the logits, a chunk of which exists at a time.
 
     Raises:
-      ValueError: there is not a weight for every token.
+      ValueError: if there is not a weight for every token.
     """
     if weights.shape != tokens.shape:
       raise ValueError(
@@ -120,6 +120,6 @@ class Head(nn.Module):
     return logits if self.cap is None else soft_cap(logits.astype(jnp.float32), self.cap)
 
   def _bare(self) -> bool:
-    """Whether the tree has nothing in the place of a kernel."""
+    """True if the tree has nothing in the place of a kernel."""
     has = self.is_initializing() or self.has_variable("params", "kernel")
     return bool(self.of) and not has

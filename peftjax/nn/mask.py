@@ -1,4 +1,4 @@
-"""Which keys each query may attend to: a few vectors, not a matrix."""
+"""Masks of the keys that each query may attend to: a few vectors, not a matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class AttentionMask(flax.struct.PyTreeNode):
-  """Query t may attend to key s, in column s, if all of these hold, or s is in the prefix:
+  """A mask by which query t may attend to key s, in column s, if all hold, or s is in the prefix:
 
   - s is valid,
   - causal: s is not after t,
@@ -17,12 +17,12 @@ class AttentionMask(flax.struct.PyTreeNode):
 
   Attributes:
     valid: bool `[B, S]`, true on tokens, false on padding.
-    segments: int `[B, S]`, the document each token is of, where several share a row; or None.
+    segments: int `[B, S]`, the document of each token, where several share a row; or None.
     positions: int `[B, S]`, where each token is in its text, if there is a window; or None.
     first: int32, the column of the first query, where the queries are a part of the columns; by
-      default they begin with the first column behind the prefix.
-    window: of sliding attention, or None; an array where scanned layers have several.
-    causal: whether later keys are hidden.
+      default they begin with the first column after the prefix.
+    window: size of sliding attention, or None; an array where scanned layers have several.
+    causal: True if later keys are hidden.
     common: how many columns, before all others, tokens of every segment may see.
     prefix: how many columns, before all others, every query sees.
   """
@@ -47,7 +47,7 @@ class AttentionMask(flax.struct.PyTreeNode):
     positions: jax.Array | None = None,
     common: int = 0,
   ) -> AttentionMask:
-    """A causal mask; the fields as of the class.
+    """A causal mask; the fields are those of the class.
 
     Positions are by default counted along `valid`: a window then counts neither padding nor, where
     they are given, other documents.
@@ -60,14 +60,14 @@ class AttentionMask(flax.struct.PyTreeNode):
     return cls(valid, segments, positions, first, causal=True, window=window, common=common)
 
   def without_window(self, where: jax.Array | bool | None) -> AttentionMask:
-    """With no window where a scalar is true, which need not be known before the program runs."""
+    """This mask with no window where a scalar is true, which need not be known before the run."""
     if where is None or self.window is None:
       return self
     return self.replace(window=jnp.where(where, jnp.iinfo(jnp.int32).max, self.window))
 
   @property
   def by_row(self) -> bool:
-    """Whether queries of one row of the batch see different keys."""
+    """True if queries of one row of the batch see different keys."""
     return self.causal or self.segments is not None or self.window is not None
 
   @property
@@ -76,7 +76,7 @@ class AttentionMask(flax.struct.PyTreeNode):
     return self.prefix if self.first is None else self.prefix + self.first
 
   def behind_prefix(self, length: int) -> AttentionMask:
-    """With `length` more columns before all others, which every query sees."""
+    """This mask with `length` more columns before all others, which every query sees."""
     widths = [(0, 0), (length, 0)]
     pad = lambda x: None if x is None else jnp.pad(x, widths)
     return self.replace(
@@ -88,7 +88,7 @@ class AttentionMask(flax.struct.PyTreeNode):
     )
 
   def padded(self, columns: int) -> AttentionMask:
-    """With padding behind, up to that many columns; as queries they see what the last one does."""
+    """This mask padded to `columns`; padding sees, as queries, what the last column does."""
     widths = [(0, 0), (0, columns - self.valid.shape[1])]
     repeat = lambda x: None if x is None else jnp.pad(x, widths, mode="edge")
     segments, positions = repeat(self.segments), repeat(self.positions)
@@ -118,7 +118,7 @@ class AttentionMask(flax.struct.PyTreeNode):
     return allowed | (s < self.prefix) if self.prefix else allowed
 
   def bias(self, length: int) -> jax.Array:
-    """What is added to the scores of `length` queries: 0 where they may attend, else very negative.
+    """Terms to add to the scores of `length` queries: 0 where they may attend, else very negative.
 
     Returns:
       float32 `[B, 1, T, S]`, or `[B, 1, 1, S]` if all queries see the same.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 def frequencies(
   size: int, theta: float, scaling: Mapping[str, Any] | None = None, trained_length: int = 0
 ) -> tuple[np.ndarray, float]:
-  """Angles a position of each pair of features, and the factor on cosine and sine.
+  """Angle per position for each pair of features, and the factor on cosine and sine.
 
   ωᵢ = θ^(−2i/H) (Su et al. 2021, arXiv 2104.09864, eq. 15), then by `scaling["rope_type"]`:
 
@@ -26,16 +26,16 @@ def frequencies(
   * `"yarn"`: the same idea with a ramp over the number of turns, and attention scaled by
     0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 20-22).
 
-  Of heads that are rotated in part, `scaling["partial_rotary_factor"]` is how much of H counts.
+  For heads that are rotated in part, `scaling["partial_rotary_factor"]` is how much of H counts.
 
   Args:
-    size: H, of a head, even.
+    size: H, the size of a head, even.
     theta: base of the frequencies.
     scaling: Hugging Face's `rope_scaling` or `rope_parameters`.
     trained_length: `max_position_embeddings`, where `scaling` names no original length.
 
   Returns:
-    float32 `[H/2]`, or of the part that is rotated, and a float.
+    float32 `[H/2]`, or half the size of the rotated part, and a float.
 
   Raises:
     ValueError: on another rope_type.
@@ -99,7 +99,7 @@ def rotate(
 
   Args:
     x_BTD: `[B, T, N·H]`.
-    rope: of `angles`, R/2 of them: the features of a head from R on stay as they are.
+    rope: the result of `angles`, R/2 of them: the features of a head from R on stay as they are.
   """
   cos, sin = rope
   x = x_BTD.reshape(*x_BTD.shape[:2], num_heads, -1)

@@ -10,5 +10,5 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def soft_cap_slope(y: jax.Array, cap: float | None) -> jax.Array | float:
-  """∂y/∂x = 1 - (y / cap)² of y = `soft_cap(x, cap)`."""
+  """∂y/∂x = 1 - (y / cap)² for y = `soft_cap(x, cap)`."""
   return 1.0 if cap is None else 1.0 - jnp.square(y / cap)

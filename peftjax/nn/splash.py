@@ -11,16 +11,16 @@ from jaxtyping import Array, Float
 
 from peftjax.nn.mask import AttentionMask
 
-# Queries and keys of a block: of long rows, and else as many as a TPU has lanes.
+# Queries and keys per block: for long rows, and else as many as a TPU has lanes.
 BLOCK, LANES = 512, 128
-# Of all tokens that nobody may attend to.
+# The segment of all tokens that nobody may attend to.
 _PADDING = -(2**31)
 
 
 def fits(mask: AttentionMask, length: int, *, dropout: bool = False) -> bool:
-  """Whether the kernel computes such a row.
+  """Tells whether the kernel computes such a row.
 
-  It knows later tokens and segments, which padding is one of, but no columns that are seen by all
+  It knows later tokens and segments, one of which is padding, but no columns that are seen by all
   segments, no windows that are measured in positions, and no dropout.
   """
   seen_by_all = mask.prefix > 0 or (mask.segments is not None and mask.common > 0)
@@ -40,13 +40,14 @@ def splash_attention(
   *,
   interpret: bool = False,
 ) -> Float[Array, "B T D"]:
-  """`attention` of what `fits`, blocks in fast memory (Dao et al. 2022, arXiv 2205.14135).
+  """`attention` for masks that `fits` allows, in blocks in fast memory (Dao et al. 2022, arXiv
+  2205.14135).
 
-  Padding attends to padding: of its results nothing is promised but that they are finite. Under
+  Padding attends to padding: its results are finite, and nothing else is promised of them. Under
   `jax.set_mesh` each device computes its rows of the batch and its heads.
 
   Args:
-    key, rate: None, and of no account.
+    key, rate: None, and not used.
     interpret: run the kernel without a TPU, slowly.
   """
   del key, rate
@@ -68,7 +69,7 @@ def splash_attention(
 
 
 def _kernel(q, k, v, segments, *, causal: bool, block: int, interpret: bool) -> jax.Array:
-  """`[B, N, T, H]`, of keys and values `[B, K, T, H]` and segments `[B, T]`."""
+  """Queries `[B, N, T, H]`, keys and values `[B, K, T, H]` and segments `[B, T]`."""
   # Only TPUs need these modules, which take a second to import.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -88,7 +89,7 @@ def _kernel(q, k, v, segments, *, causal: bool, block: int, interpret: bool) -> 
 
 
 def _on_mesh(run: Any, kv_heads: int, *args: jax.Array) -> jax.Array:
-  """`run`, by every device of the ambient mesh for its rows and heads: XLA cannot split kernels."""
+  """Runs `run` on every device of the ambient mesh for its rows and heads: XLA cannot split it."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return run(*args)

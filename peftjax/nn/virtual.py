@@ -20,7 +20,7 @@ class Prefix(Attachment):
   """Keys and values of P virtual tokens, the parameter `prefix` of an attention module.
 
   Attributes:
-    keys, values: `[*stack, P, K·H]`; of rotary models after the rotation.
+    keys, values: `[*stack, P, K·H]`; in rotary models after the rotation.
   """
 
   keys: Any
@@ -45,7 +45,7 @@ class Prompt(Attachment):
     return self.embeddings.shape[-2]
 
   def put_before(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B PT D"]:
-    """The embeddings of a text, `[B, P + T, D]`, behind these."""
+    """The embeddings of a text, `[B, P + T, D]`, after these."""
     return _before(self.embeddings, x_BTD)
 
 
@@ -53,7 +53,7 @@ def check_read(params: Params, read: Collection[str]) -> None:
   """Raises ValueError if no module has read one of the prefixes and prompts in `params`.
 
   Args:
-    read: the paths that were; see `core.tracing`.
+    read: the paths that were read; see `core.tracing`.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_attachment)
   there = [paths.name(path) for path, node in flat if isinstance(node, Prefix | Prompt)]
@@ -77,7 +77,7 @@ def with_prefix(
 ) -> tuple[Float[Array, "B PS D"], Float[Array, "B PS D"], AttentionMask]:
   """Keys, values and mask with the module's prefix, if it has one, before them.
 
-  Every token of a text attends to it: of whatever document in a packed row, however far behind.
+  Every token of a text attends to it: from any document in a packed row, however far behind.
   """
   prefix = _own(module, "prefix")
   if not isinstance(prefix, Prefix):
@@ -87,7 +87,7 @@ def with_prefix(
 
 
 def prefix_length(module: nn.Module) -> int:
-  """P of the prefixes inside the module, 0 if there are none: by how much positions are shifted."""
+  """P of the prefixes inside the module, 0 if there are none: the shift of positions."""
   return _longest(_params(module), Prefix)
 
 
@@ -100,13 +100,13 @@ def prompt_of(module: nn.Module) -> tuple[Prompt | None, int]:
 def with_prompt(
   module: nn.Module, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B PT"]
 ) -> Float[Array, "B PT D"]:
-  """Embeddings behind the module's prompt, where there are positions for it: not in mid-text."""
+  """Embeddings after the module's prompt, where there are positions for it: not in mid-text."""
   prompt = _own(module, "prompt")
   return x_BTD if positions.shape[1] == x_BTD.shape[1] else prompt.put_before(x_BTD)
 
 
 def length(params: Params) -> int:
-  """Virtual tokens, of prompts and prefixes, among the parameters of a model."""
+  """The number of virtual tokens, in prompts and prefixes, among the parameters of a model."""
   found = jax.tree.leaves(params, is_leaf=is_attachment)
   return sum(
     max((n.length for n in found if isinstance(n, kind)), default=0) for kind in (Prefix, Prompt)

@@ -5,6 +5,7 @@ from peftjax.nnx.held import Fixed, Trained, base
 from peftjax.nnx.layout import layout
 from peftjax.nnx.optimizer import optimizer
 from peftjax.nnx.parameters import merge, params, trainable
+from peftjax.nnx.pure import split
 
 __all__ = [
   "Fixed",
@@ -15,5 +16,6 @@ __all__ = [
   "merge",
   "optimizer",
   "params",
+  "split",
   "trainable",
 ]

@@ -18,29 +18,29 @@ from peftjax.nnx.held import SUFFIX, Held
 
 
 class ReadElsewhere(AttributeError, ValueError):
-  """A module reads a quantised parameter of another one, which is there no more."""
+  """A module reads a quantised parameter of another module, where it no longer is."""
 
 
 def adapt(module: nnx.Module) -> None:
-  """Gives a module the subclass of its class that computes with what it holds."""
+  """Gives a module the subclass of its class that computes with the weights it holds."""
   if not _original(module):
     object.__setattr__(module, "__class__", _subclass(type(module)))
 
 
 def restore(module: nnx.Module) -> None:
-  """Gives it its own class back."""
+  """Gives a module its own class back."""
   if (cls := _original(module)) is not None:
     object.__setattr__(module, "__class__", cls)
 
 
 def _original(module: nnx.Module) -> type | None:
-  """The class that an adapted module had; None of any other."""
+  """The class that an adapted module had; None for any other."""
   return vars(type(module)).get("adapts")
 
 
 @functools.cache
 def _subclass(cls: type) -> type:
-  """`cls` with all methods and properties that it has beside those of `nnx.Module` adapted."""
+  """`cls` with all methods and properties adapted that `nnx.Module` does not have."""
   body: dict[str, Any] = {"adapts": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
   for of in cls.__mro__:
     for name, value in vars(of).items() if of not in nnx.Module.__mro__ else ():
@@ -70,7 +70,7 @@ def _missing(cls: type) -> Callable[..., Any]:
 
 
 def _adapted(cls: type, fn: Any) -> Callable[..., Any]:
-  """A method of `cls` as one of its subclass."""
+  """A method of `cls` in the form for its subclass."""
 
   @functools.wraps(fn)
   def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def _adapted(cls: type, fn: Any) -> Callable[..., Any]:
 
 
 def _weights(module: Any) -> dict[str, tuple[str, Any]]:
-  """The weights of a module's parameters: by name their path, and they with what they borrow."""
+  """The weights of a module's parameters: by name their path, and the weight with its loans."""
   found = {}
   for name, held in vars(module).items():
     if isinstance(held, Held):
@@ -102,9 +102,9 @@ def _call(
 ) -> Any:
   """`fn(module, ...)` traced on a copy whose parameters are the dense arrays, and then evaluated.
 
-  What the copy, and a copy of each NNX object among the arguments, changed is then changed in them:
-  statistics, counts of keys, caches. What was left alone is not written, so that a module may be
-  called at another level of tracing than it was made at.
+  Changes that it made to the copy, and to copies of NNX objects among the arguments, are then made
+  to the originals: statistics, counts of keys, caches. Unchanged parts are not written, so that a
+  module may be called at another level of tracing than it was made at.
   """
   flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
   objects = {i: x for i, x in enumerate(flat) if _is_object(x)}
@@ -138,7 +138,7 @@ def _call(
 
 
 def _same(x: Any, y: Any) -> bool:
-  """Whether two variables hold the very same arrays."""
+  """Tells whether two variables hold the very same arrays."""
   ours, theirs = jax.tree.leaves(x), jax.tree.leaves(y)
   return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 
@@ -149,7 +149,7 @@ def _is_object(x: Any) -> bool:
 
 @contextlib.contextmanager
 def _dense(copy: Any, cls: type, arrays: dict[str, jax.Array]) -> Iterator[None]:
-  """Within it, a copy of an adapted module is of its own class and has these parameters.
+  """A context in which a copy of an adapted module has its own class and these parameters.
 
   Raises:
     ValueError: if the module wrote to one of them.
@@ -178,7 +178,7 @@ def _like(variable: Any, array: jax.Array) -> nnx.Variable:
 
 
 def _statics(objects: Any, copies: Any) -> dict[Any, Any]:
-  """Attributes that hold no arrays and that copies of objects have otherwise, by path."""
+  """Attributes that hold no arrays and differ in copies of objects, by path."""
   is_static = lambda path, x: not _is_object(x) and not str(path[-1]).startswith("_pytree__")
   found = [
     {p: x for p, x in nnx.iter_graph(of) if p and is_static(p, x) and not isinstance(x, jax.Array)}

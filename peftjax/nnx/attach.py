@@ -38,13 +38,13 @@ def attach(
   where: str | Sequence[str] = "all-linear",
   read: Callable[[str], Any] | None = None,
 ) -> nnx.Module:
-  """Adapts a model in place: outputs stay as they were, and what `method` trains is `Trained`.
+  """Adapts a model in place: outputs stay as they were, and trained arrays are `Trained`.
 
   Every module that owns a targeted `nnx.Param` becomes an instance of a subclass of its own class
-  that computes with the factors. The parameter stays where it is, frozen; what the method made lies
+  that computes with the factors. The parameter stays where it is, frozen; the method's arrays lie
   beside it, `kernel_adapter` beside `kernel`. A quantised parameter is replaced.
 
-  "all-linear" names every kernel, of whatever name, that the model multiplies with: those of
+  "all-linear" names every kernel, whatever its name, that the model multiplies by: those of
   `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, and parameters of a module's own; no tables, no
   convolutions, no top-level head.
 
@@ -53,12 +53,12 @@ def attach(
       dropout of adapters draws from it too, anew at every call while `model.train()` holds.
     model: any NNX module, concrete or abstract (`nnx.eval_shape`).
     method: LoRA and its kin, VeRA, IA3, `pj.unfreeze`, or a chain of those.
-    *inputs: of one call of the model, to find the axes of its kernels; abstract will do.
-    layout: instead of them, what `pj.nnx.layout(model, ...)` gave.
+    *inputs: the inputs of one call of the model, to find the axes of its kernels; may be abstract.
+    layout: instead of them, the result of `pj.nnx.layout(model, ...)`.
     quant: the format of the base, for QLoRA.
-    where: what is quantised, as targets are written.
-    read: from a path as "layers/0/attn/kernel" to that array, for an abstract model: each is
-      quantised as it comes, so the dense model is never there.
+    where: the parameters to quantise, written as targets are.
+    read: function from a path such as "layers/0/attn/kernel" to that array, for an abstract model:
+      each is quantised as it comes, so the dense model is never there.
 
   Returns:
     The model.
@@ -132,7 +132,7 @@ def _base(tree: Any, layout: Layout, fmt: Format | None, where: Any, read: Any) 
 
 
 def _about_arrays(model: nnx.Module) -> str:
-  """What to say of arrays that are in no variable."""
+  """A hint about arrays that are in no variable."""
   state = nnx.to_flat_state(nnx.state(model))
   bare = ["/".join(map(str, path)) for path, x in state if not isinstance(x, nnx.Variable)]
   if not bare:
@@ -143,7 +143,7 @@ def _about_arrays(model: nnx.Module) -> str:
 
 
 def _changed(given: Any, tree: Any) -> dict[str, Any]:
-  """The weights that a method or a format put in the place of something else, by path."""
+  """The weights that a method or a format put in place of something else, by path."""
   before = paths.leaves(given)
   after = paths.leaves(tree)
   return {p: x for p, x in after.items() if isinstance(x, Weight) and x is not before.get(p)}
@@ -175,7 +175,7 @@ def _check_owners(model: nnx.Module, given: Any, tree: Any) -> None:
 
 
 def _install(model: nnx.Module, given: Any, tree: Any, mask: Any, key: jax.Array) -> None:
-  """Writes to the model what the tree has otherwise."""
+  """Writes to the model whatever differs in the tree."""
   modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
   before, flags, new = paths.leaves(given), paths.leaves(mask), _changed(given, tree)
   common = _common(model, tree)
@@ -205,12 +205,12 @@ def _common(model: nnx.Module, tree: Any) -> dict[str, Held]:
 
 
 def _key(module: nnx.Module, name: str) -> Any:
-  """The key of a parameter in a module: of a list a number."""
+  """The key of a parameter in a module: a number in a list."""
   return int(name) if isinstance(module, nnx.List) else name
 
 
 def _undo(model: nnx.Module) -> Callable[[], None]:
-  """What makes a model again what it is now."""
+  """A function that restores the model to its present state."""
   modules = [(x, type(x), dict(vars(x))) for _, x in nnx.iter_modules(model)]
   state = [(x, x.get_raw_value()) for _, x in nnx.iter_graph(model) if isinstance(x, nnx.Variable)]
 
@@ -255,7 +255,7 @@ def _check_used(model: nnx.Module, inputs: Any, layout: Layout) -> None:
 
 
 class _Seen(Weight):
-  """An array of which is noted whether it is used."""
+  """An array that notes whether it is used."""
 
   array: Any
 

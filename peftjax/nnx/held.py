@@ -1,4 +1,4 @@
-"""`Held`: what a method put around a parameter, as a module beside it with a variable an array."""
+"""`Held`: a method's node around a parameter, as a module beside it with a variable per array."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ base = nnx.All(nnx.Param, nnx.Not(nnx.Any(nnx.LoRAParam, Fixed)))
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """All of a node but its arrays.
+  """All of a node except its arrays.
 
   Attributes:
-    treedef: of the node, without the plain array that it is around, if it is.
-    names: of its arrays: of their fields, as `a`, `b`, `scale` or `base_codes`.
+    treedef: tree structure of the node, without the plain array that it is around, if there is one.
+    names: names of its arrays, from their fields, as `a`, `b`, `scale` or `base_codes`.
     trained: which of them a method trains.
     borrowed: names of arrays that are copies of a shared node's.
-    around: it is around a plain array, which lies at its path.
+    around: True if it is around a plain array, which lies at its path.
   """
 
   treedef: Any
@@ -55,7 +55,7 @@ class Form:
   around: bool
 
   def node(self, arrays: Mapping[str, Any], base: Any = None) -> Any:
-    """The node of arrays by name, None for those that are not there, around `base`."""
+    """The node with arrays by name, None for those that are not there, around `base`."""
     node = jax.tree.unflatten(self.treedef, [arrays.get(name) for name in self.names])
     return node.replace(base=base) if self.around else node
 
@@ -75,9 +75,9 @@ class Held(nnx.Module):
   of which a scan or a map takes all variables apart, has a copy for each layer.
 
   Attributes:
-    path: of the parameter in the tree of `params`.
+    path: path of the parameter in the tree of `params`.
     form: all else of the node.
-    owned: an optimizer may train it; see `optimizer.optimizer`.
+    owned: True if only a method's optimizer may train it; see `optimizer.optimizer`.
     deterministic: without dropout; only where there is a rate. `model.train()` and `model.eval()`
       set it.
   """
@@ -93,10 +93,10 @@ class Held(nnx.Module):
     """Splits a node.
 
     Args:
-      path: of the parameter.
+      path: path of the parameter.
       node: a `Weight` or `Shared`.
-      mask: like it, true on what is trained.
-      key: of the dropout of adapters.
+      mask: like it, true on trained arrays.
+      key: random key of the adapters' dropout.
       lender: the shared node whose arrays it uses.
     """
     if lender is not None and node.stack:
@@ -122,26 +122,26 @@ class Held(nnx.Module):
         self.draws = Fixed(jnp.zeros(node.stack, jnp.uint32))
 
   def arrays(self) -> dict[str, Any]:
-    """What the variables hold, by name."""
+    """The arrays in the variables, by name."""
     return {name: getattr(self, name).get_value() for name in self.form.names}
 
   def node(self, base: Any = None) -> Any:
     """The weight, around `base` where that lies at `path`, or the shared node.
 
-    It has nothing that it borrows.
+    Borrowed arrays are not in it.
     """
     arrays = self.arrays()
     own = {name: x for name, x in arrays.items() if name not in self.form.borrowed}
     return self.form.node(own, base)
 
   def mask(self) -> Any:
-    """Like the node, true on what is trained."""
+    """A mask like the node, true on trained arrays."""
     both = zip(self.form.names, self.form.trained, strict=True)
     own = {name: flag for name, flag in both if name not in self.form.borrowed}
     return self.form.node(own, False)
 
   def weight(self, base: Any) -> Any:
-    """The weight for one use: with a new key of its dropout, and with all that it borrows.
+    """The weight for one use: with a new key for its dropout, and with all that it borrows.
 
     Raises (when differentiated):
       ValueError: if only the optimizer of its own method may train it, and none was made.
@@ -163,7 +163,7 @@ class Held(nnx.Module):
 
 
 def _borrowing(node: Any, lender: Held) -> Any:
-  """A weight with its own copy of what it uses of a shared node."""
+  """A weight with its own copy of the arrays it uses of a shared node."""
   borrow = lambda node, common: node.borrow(common)
   if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node)):
     return jax.eval_shape(borrow, node, lender.node())
@@ -171,7 +171,7 @@ def _borrowing(node: Any, lender: Held) -> Any:
 
 
 def _is_base(name: str, node: Any) -> bool:
-  """Whether a child came from the pretrained files: the codes and scales of a quantised base."""
+  """Tells whether a child is from pretrained files: the codes and scales of a quantised base."""
   first = name.split("_")[0]
   return first == "base" if isinstance(node, Adapted) else first in getattr(node, "pretrained", ())
 

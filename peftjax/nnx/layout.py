@@ -1,4 +1,4 @@
-"""`layout` of an NNX model."""
+"""`layout` for an NNX model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def layout(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Axes]:
   """Axes of every `nnx.Param` that `model(...)` multiplies with or looks up, from abstract traces.
 
   Args:
-    model: any NNX module; of `jax.ShapeDtypeStruct` too, as `nnx.eval_shape` makes it.
+    model: any NNX module, also with `jax.ShapeDtypeStruct`, as `nnx.eval_shape` makes it.
     *args: example inputs; `jax.ShapeDtypeStruct` will do.
     **kwargs: likewise, by name.
 
@@ -23,7 +23,7 @@ def layout(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Axes]:
     A dict from path to axes, for `attach(..., layout=...)`.
 
   Raises:
-    ValueError: if `model` is no NNX module or has no `nnx.Param`.
+    ValueError: if `model` is not an NNX module or has no `nnx.Param`.
   """
   check_model(model)
   found = plain(model)

@@ -1,4 +1,4 @@
-"""`optimizer`: an optimizer of weights as one of the variables of an NNX model."""
+"""`optimizer`: an optimizer of weights in the form of one for an NNX model's variables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def optimizer(
     tx: `method.optimizer(optax.adamw(1e-3), total_steps)`, of the method that was attached.
 
   Raises (when its state is made):
-    ValueError: on an AdaLoRA weight, if `tx` is not of its method.
+    ValueError: on an AdaLoRA weight, if `tx` is not from its method.
   """
   check_model(model)
   held = {path: x for path, x in held_in(model).items() if not is_common(x)}
@@ -58,7 +58,7 @@ def _flat(state: Any) -> dict[tuple[Any, ...], Any]:
 
 
 def _tree(state: Any, forms: dict[Any, Form]) -> Any:
-  """The trained tree: arrays, and weights that hold what the state has of them alone."""
+  """The trained tree: arrays, and weights with only the state's arrays in them."""
   flat = _flat(state)
   found = {path: x for path, x in flat.items() if path[:-1] not in forms}
   for at in {path[:-1] for path in flat if path[:-1] in forms}:

@@ -13,7 +13,7 @@ from peftjax.core.paths import leaves
 from peftjax.nnx.adapted import restore
 from peftjax.nnx.held import SUFFIX, Held, Trained
 
-# Of a variable that was made `Trained`: what it was.
+# Metadata of a variable that was made `Trained`: its former class.
 WAS = "was"
 
 
@@ -24,7 +24,7 @@ def params(model: nnx.Module) -> Any:
   parameters works on it. It shares the model's arrays; writing to it changes no model.
 
   Raises:
-    ValueError: if `model` is no NNX module or has no `nnx.Param`.
+    ValueError: if `model` is not an NNX module or has no `nnx.Param`.
   """
   check_model(model)
   flat = {path: x.get_value() for path, x in plain(model).items()}
@@ -39,7 +39,7 @@ def params(model: nnx.Module) -> Any:
 
 
 def trainable(model: nnx.Module) -> Mask:
-  """A tree of booleans over the arrays of `params(model)`: whether a variable is `Trained`."""
+  """A tree of booleans over the arrays of `params(model)`: True if a variable is `Trained`."""
   check_model(model)
   flat = {path: isinstance(x, Trained) for path, x in plain(model).items()}
   common = {}
@@ -52,7 +52,7 @@ def trainable(model: nnx.Module) -> Mask:
 
 
 def merge(model: nnx.Module, *, dense: bool = False) -> nnx.Module:
-  """The same model, in place, with ordinary parameters and classes: `pj.merge` of what it holds.
+  """The same model, in place, with ordinary parameters and classes, as `pj.merge` makes them.
 
   Args:
     model: adapted by `attach`.
@@ -75,7 +75,7 @@ def merge(model: nnx.Module, *, dense: bool = False) -> nnx.Module:
 
 
 def detach(model: nnx.Module) -> None:
-  """Takes away what `attach` put beside parameters, and gives all modules their classes."""
+  """Removes what `attach` put beside parameters, and gives all modules their classes back."""
   for _, module in list(nnx.iter_modules(model)):
     for name in [name for name, x in vars(module).items() if isinstance(x, Held)]:
       delattr(module, name)
@@ -83,7 +83,7 @@ def detach(model: nnx.Module) -> None:
 
 
 def write(module: nnx.Module, name: Any, array: jax.Array, kind: type | None = None) -> None:
-  """Gives the parameter of a module that array; one of another kind if that is given."""
+  """Sets a module's parameter to an array, and its class to `kind` if that is given."""
   now = vars(module).get(name)
   if now is None:
     setattr(module, name, nnx.Param(array))
@@ -96,7 +96,7 @@ def write(module: nnx.Module, name: Any, array: jax.Array, kind: type | None = N
 
 
 def plain(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
-  """The parameters of the model's own by path: those of which nothing is held, and the arrays that
+  """The model's own parameters by path: those with nothing around them, and the arrays that
   weights are around.
   """
   held = held_in(model)
@@ -105,12 +105,12 @@ def plain(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
 
 
 def held_in(model: nnx.Module) -> dict[tuple[Any, ...], Held]:
-  """What is held in a model, by path."""
+  """The `Held` nodes in a model, by path."""
   return {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Held)}
 
 
 def is_common(held: Held) -> bool:
-  """Whether it is a node that weights share."""
+  """Tells whether a `Held` is a node that weights share."""
   return held.path.startswith(f"{shared.GROUP}/")
 
 
@@ -120,7 +120,7 @@ def kernel_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def check_model(model: Any) -> None:
-  """Raises ValueError if it is no NNX module with a parameter."""
+  """Raises ValueError unless `model` is an NNX module with a parameter."""
   if not isinstance(model, nnx.Module):
     what = f"{type(model).__module__}.{type(model).__name__}"
     raise ValueError(f"pj.nnx takes a flax.nnx.Module, not a {what}; see pj.apply for linen")

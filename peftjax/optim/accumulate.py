@@ -1,4 +1,4 @@
-"""Gradients of several batches, averaged by what each counts."""
+"""Gradients of several batches, averaged by the weight of each."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import optax
 
 
 class AccumulatedState(NamedTuple):
-  """What has been collected since the last update.
+  """The gradients collected since the last update.
 
   Attributes:
     mini_step: int32 `[]`, calls since the last update.
     gradient_step: int32 `[]`, updates so far.
-    inner_opt_state: of the optimizer within.
+    inner_opt_state: state of the optimizer within.
     acc_grads: Σ w g, float32, shaped like the gradients.
     weight: float32 `[]`, Σ w.
-    norm: float32 `[]`, of Σ w g / Σ w after the last call, that of an update included.
+    norm: float32 `[]`, norm of Σ w g / Σ w after the last call, also if that made an update.
   """
 
   mini_step: jax.Array
@@ -37,14 +37,15 @@ def accumulated(
       updates, state = tx.update(grads, state, params, weight=w)
 
   g is the gradient of the mean loss of a batch, and w how many tokens (or rows) that mean is over,
-  so that the average is that of all tokens, as of one large batch: w g is the gradient of the sum.
+  so that the average is over all tokens, as in one large batch: w g is the gradient of the sum.
   Without `weight` every batch counts alike. A batch of weight 0 is one of the `every`, and adds
-  nothing; of nothing but such batches the mean is 0. Calls without an update return zeros.
+  nothing; if all are such batches the mean is 0. Calls without an update return zeros.
 
-  With `every=1` this is `tx`, state and all, but for an argument `weight` that changes nothing.
+  With `every=1` this is `tx`, state and all, except for an argument `weight` that has no effect.
 
   Args:
-    batches: calls in all; the last makes an update of what there is, be it of fewer than `every`.
+    batches: calls in all; the last one makes an update of all that is left, even if that is fewer
+      than `every`.
   """
   tx = optax.with_extra_args_support(tx)
   if every == 1:
@@ -79,7 +80,7 @@ def accumulated(
       due |= every * state.gradient_step + calls == batches
     norm = optax.tree.norm(sums) / share
 
-    # What each branch is done with is an argument, so that its memory is used again.
+    # The branches' operands are arguments, so that their memory is used again.
     def apply(sums: Any, old: Any, params: Any) -> tuple[Any, Any, Any]:
       mean = jax.tree.map(lambda s, g: (s / share).astype(g.dtype), sums, grads)
       updates, new = tx.update(mean, old, params, **extra)

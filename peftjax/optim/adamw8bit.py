@@ -18,7 +18,7 @@ from peftjax.optim.base import Epsilon, check_rate, decay_mask
 from peftjax.quant import blockwise, codebooks
 
 BLOCK = 256  # entries that share a scale
-LARGE = 2**22  # entries, of which each temporary is worth a loop
+LARGE = 2**22  # entries from which temporaries are worth a loop
 
 
 class Moment(flax.struct.PyTreeNode):
@@ -33,7 +33,7 @@ class Moment(flax.struct.PyTreeNode):
 
 
 class ScaleByAdam8bitState(flax.struct.PyTreeNode):
-  """`count` int32 []; `mu` and `nu` are shaped like the parameters, a `Moment` or float32 each."""
+  """The state: `count` int32 []; `mu` and `nu` like the parameters, each a `Moment` or float32."""
 
   count: Any
   mu: Any
@@ -59,9 +59,9 @@ def adamw8bit(
 
   and quantises m to the nearest value of the signed dynamic map and v of the unsigned one, in
   blocks of 256 entries of the flattened array. Neither biases nor norm scales decay (`decay_mask`).
-  Two bytes and 1/32 of state for a parameter, where AdamW has eight.
+  The state takes two bytes and 1/32 per parameter, where AdamW's takes eight.
 
-  It is bitsandbytes' `AdamW8bit`, but for its CPU library, which rounds to 65536 steps of [−1, 1]
+  It is bitsandbytes' `AdamW8bit`, except that its CPU library rounds to 65536 steps of [−1, 1]
   before it looks for the nearest value. That loses all magnitudes under 1.5e-5 of the block's
   largest, zero too: a row that never had a gradient would start to move. Here zero stays zero, as
   the padding rows of stacked adapters need.
@@ -96,7 +96,7 @@ def quantize(x: jax.Array, *, signed: bool) -> Moment:
 
 
 def dequantize(moment: Moment, *, signed: bool) -> jax.Array:
-  """float32, of the shape of the codes."""
+  """The values as float32, in the shape of the codes."""
   values = jnp.take(jnp.asarray(codebooks.dynamic_map(signed)), moment.codes, mode="clip")
   return _unblock(_blocks(values) * moment.absmax[:, None], moment.codes.shape)
 
@@ -104,7 +104,7 @@ def dequantize(moment: Moment, *, signed: bool) -> jax.Array:
 def _scale_by_adam8bit(
   b1: float, b2: float, eps: float, min_8bit_size: int
 ) -> optax.GradientTransformation:
-  """m̂ / (√v̂ + eps), float32."""
+  """The update m̂ / (√v̂ + eps), float32."""
 
   def zero(param: jax.Array) -> Any:
     if param.size < min_8bit_size:
@@ -137,9 +137,9 @@ def _scale_by_adam8bit(
 
 
 def _by_layer(step: Callable[..., Any], g: jax.Array, mu: Any, nu: Any) -> Any:
-  """`step(g, mu, nu)`, of a large stack of layers one after the other, in the memory of `g`.
+  """`step(g, mu, nu)`; a large stack of layers goes one after the other, in the memory of `g`.
 
-  A step takes many temporaries, each of the size of what is stepped.
+  A step takes many temporaries, each as large as the array that is stepped.
   """
   layers, entries = g.shape[0] if g.ndim > 2 else 1, g.size
   if entries < LARGE or not isinstance(mu, Moment) or entries // layers % BLOCK:
@@ -162,14 +162,14 @@ def _correction(b: float, count: jax.Array) -> jax.Array:
 
 
 def _opened(moment: Any, *, signed: bool) -> tuple[jax.Array, Any]:
-  """A moment in float32, and how its successor is stored."""
+  """A moment in float32, and the way its successor is stored."""
   if not isinstance(moment, Moment):
     return moment, lambda new: new
   return dequantize(moment, signed=signed), lambda new: quantize(new, signed=signed)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-  """`[...]` to `[blocks, 256]`, the last block filled up with zeros."""
+  """Cuts `[...]` to `[blocks, 256]`, the last block filled up with zeros."""
   return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
 
 

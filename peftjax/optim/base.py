@@ -1,4 +1,4 @@
-"""Schedules, AdamW, freezing, the wrapper every method shares."""
+"""Schedules, AdamW, freezing, and the wrapper that every method shares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftjax.core.ranges import Fraction, NotNegative, Positive, Size, check_one
 from peftjax.core.weight import Weight
 from peftjax.optim.accumulate import AccumulatedState, accumulated
 
-# Last names of paths: biases, and what multiplies activations (IA3's l, DoRA's m).
+# Last names of paths: biases, and factors of activations (IA3's l, DoRA's m).
 _UNDECAYED = ("bias", "down_bias", "up_bias", "scale", "l", "m")
 
 # At 0 an array without gradients divides by zero; above 1 no gradient would be normalised.
@@ -40,7 +40,7 @@ def schedule(
     warmup_steps: updates of warm-up, fewer than `total_steps`.
 
   Raises:
-    ValueError: on another kind, a number out of range, or a warm-up that does not fit.
+    ValueError: on an unknown kind, a number out of range, or a warm-up that does not fit.
   """
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(f"warm-up of {warmup_steps} steps does not fit in {total_steps} steps")
@@ -61,7 +61,7 @@ def schedule(
 
 
 def decay_mask(train: Any) -> Any:
-  """Where weight decay applies: everything but biases and scales, those of adapters, IA3 and DoRA
+  """True where weight decay applies: on all but biases and scales, those of adapters, IA3 and DoRA
   included (the usual convention).
   """
   return jax.tree_util.tree_map_with_path(
@@ -81,7 +81,7 @@ def adamw(
   """AdamW (Loshchilov & Hutter 2019) that decays neither biases nor scales.
 
   Moments, arithmetic and updates are float32 whatever the parameters are. Parameters of 16 bits
-  still lose what an update is below half a unit of their last place.
+  still lose the part of an update that is below half a unit of their last place.
 
   Raises:
     ValueError: on a number out of range.
@@ -92,7 +92,7 @@ def adamw(
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`tx`, which gets what has 16 bits as float32.
+  """`tx` with its 16-bit inputs cast to float32.
 
   In bfloat16 0.999 ν + 0.001 g² would be ν again: the second moment would never fall.
   """
@@ -111,7 +111,7 @@ class Rate(NamedTuple):
 
 
 def check_rate(learning_rate: optax.ScalarOrSchedule) -> None:
-  """Raises `ValueError` on a number that is no learning rate; schedules and arrays may be one."""
+  """Raises ValueError on a number that is no learning rate; schedules and arrays may be one."""
   if not callable(learning_rate) and not isinstance(learning_rate, jax.Array):
     check_one("learning_rate", learning_rate, NotNegative)
 
@@ -212,15 +212,15 @@ def _at_own_rates(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 class Owner(flax.struct.PyTreeNode):
-  """The state of what a method puts around an optimizer; it alone may train `owned` weights."""
+  """The state of a method's part around an optimizer; it alone may train `owned` weights."""
 
   def metrics(self) -> dict[str, jax.Array]:
-    """Numbers `[]` of the last update, for the log."""
+    """Numbers `[]` about the last update, for the log."""
     return {}
 
 
 def check_owned(train: Any, state: Any) -> None:
-  """Raises `ValueError` if there are `owned` weights, and no `Owner` in the optimizer's state."""
+  """Raises ValueError if there are `owned` weights, and no `Owner` in the optimizer's state."""
   trained = lambda x: isinstance(x, Weight) and x.owned and jax.tree.leaves(x)
   found = {path: x for path, x in paths.leaves(train).items() if trained(x)}
   if found and not nodes(state, Owner):
@@ -232,7 +232,7 @@ def check_owned(train: Any, state: Any) -> None:
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
-  """What the methods' parts of an optimizer state say of the last update."""
+  """The metrics of the last update, from the methods' parts of an optimizer state."""
   return {name: x for owner in nodes(state, Owner) for name, x in owner.metrics().items()}
 
 
@@ -249,7 +249,7 @@ def accumulator_state(state: Any) -> AccumulatedState | None:
 
 
 def nodes(state: Any, kind: Any) -> list[Any]:
-  """Those parts of an optimizer state that are of a kind."""
+  """The parts of an optimizer state that are of a kind."""
   found = lambda node: isinstance(node, kind)
   return [node for node in jax.tree.leaves(state, is_leaf=found) if found(node)]
 

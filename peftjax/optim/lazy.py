@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, jaxp
 def opened(program: ClosedJaxpr) -> ClosedJaxpr:
   """The same program, with the equations of jitted functions in place of their calls.
 
-  What goes through a call depends on all that does, although its equations may keep leaves apart.
+  The results of a call depend on all its inputs, although its equations may keep leaves apart.
   Since jax 0.11 a trace also has the calls of functions that ask to be inlined, such as optax's.
   """
   inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in program.in_avals]
@@ -84,7 +84,7 @@ def _run(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _results(jaxpr: Jaxpr, eqn: JaxprEqn, read: Callable[[Any], Any]) -> dict[Any, Any]:
-  """What an equation of `jaxpr` makes, by variable."""
+  """The results of an equation of `jaxpr`, by variable."""
   given = [var for var in eqn.invars if not isinstance(var, Literal)]
   made = [var for var in eqn.outvars if not isinstance(var, DropVar)]
   alone = jaxpr.replace(

@@ -19,13 +19,13 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
 
   The numbers are those of `tx`, and so is the structure of the state; its arrays, scalars
   excepted, are in `pinned_host`. Inside jit the state visits the device leaf by leaf, and every
-  update moves it there and back. Of the eight bytes a trained parameter that AdamW keeps, a step of
+  update moves it there and back. Of AdamW's eight bytes per trained parameter, a step of
   SmolLM2-135M then needs five less on a TPU, whose compiler holds copies of the largest leaves.
   That pays for full fine-tuning; the state of LoRA itself is too small to matter.
   (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3, pages between GPU and CPU on demand;
   XLA plans memory ahead, so here the visits are part of the program.)
 
-  What has to see all leaves at once cannot be paged. Clip by the global norm outside:
+  A transform that has to see all leaves at once cannot be paged. Clip by the global norm outside:
   `optim.wrap(paged(tx), clip_norm=1.0, accumulate=1)`.
 
   Raises:
@@ -47,7 +47,7 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
 def decide_paging(
   compiled: Any, device: jax.Device, device_memory_bytes: int | None = None
 ) -> tuple[bool, str]:
-  """Whether the optimizer state has to be paged for a train step to fit, and why, to be logged.
+  """Tells whether the optimizer state must be paged for a train step to fit, and why, to be logged.
 
       needed = arguments + outputs − aliased + temporaries + code > memory of the device
 
@@ -57,7 +57,7 @@ def decide_paging(
   Args:
     compiled: the train step without paging, `jax.jit(step).lower(...).compile()`.
     device: one that it runs on; its `memory_stats()["bytes_limit"]` counts where it is reported.
-    device_memory_bytes: counts where it is not. With neither, nothing is paged.
+    device_memory_bytes: counts where the device does not report it. With neither, nothing is paged.
   """
   stats = compiled.memory_analysis()
   limit = (device.memory_stats() or {}).get("bytes_limit", device_memory_bytes)
@@ -103,7 +103,7 @@ def _update(fn: Any, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
 
 
 def _by_leaf(values: Lazy, updates: Any, outputs: int) -> list[list[int]]:
-  """The numbers of the outputs, those together that depend on the gradient of the same leaf.
+  """The numbers of the outputs, grouped by the leaf whose gradient they depend on.
 
   Small leaves first: by the time of the largest, most gradients are gone.
   """
@@ -131,7 +131,7 @@ def _fetch(pages: dict[int, Any], token: Any) -> dict[int, Any]:
 def _evict(
   leaving: set[int], made: dict[int, Any], places: dict[int, Any], token: Any
 ) -> dict[int, Any]:
-  """`made`, those of `leaving` in host memory, and the others not before that is done.
+  """`made`, with those of `leaving` in host memory, and the others not before that is done.
 
   `places` are arrays of the same shapes that nothing needs any more.
   """
@@ -141,13 +141,13 @@ def _evict(
 
 
 def _once(token: Any) -> Any:
-  """1, but the compiler cannot know before it has the token.
+  """The number 1, which the compiler cannot know before it has the token.
 
   Copies in a loop of so many rounds start and end within it. Without the loop it starts them all as
   early, and ends them as late, as it can, and `optimization_barrier` does not stop it: barriers are
   gone when it schedules.
   """
-  return ((token < 1) | ~(token < 0)).astype(jnp.int32)  # of a NaN too
+  return ((token < 1) | ~(token < 0)).astype(jnp.int32)  # for a NaN too
 
 
 def _sum(x: Any) -> Any:

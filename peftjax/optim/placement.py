@@ -1,4 +1,4 @@
-"""Where the optimizer state lies on a mesh."""
+"""The places of the optimizer state on a mesh."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def state_shardings(state: Any, params: Params, mesh: Mesh) -> Any:
   """A sharding for every array of `state`, the optimizer state of `params`.
 
   An array that is kept under a parameter's path and has its shape (a moment, the codes of one, an
-  average) lies as the parameter does; scales and counters are everywhere. What is in host memory
-  (`paged`) stays there.
+  average) has the parameter's sharding; scales and counters are replicated. Arrays in host memory
+  (`paged`) stay there.
   """
   everywhere = NamedSharding(mesh, P())
   flat = jax.tree_util.tree_flatten_with_path(params)[0]

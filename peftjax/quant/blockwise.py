@@ -16,22 +16,22 @@ from jaxtyping import Array, Float, UInt8
 
 from peftjax.quant import codebooks
 
-# Of a block of zeros the reciprocal would be infinite; below it XLA flushes numbers to zero.
+# For a block of zeros the reciprocal would be infinite; below it XLA flushes numbers to zero.
 TINY = np.finfo(np.float32).tiny
 
 
 def quantize(
   w: Float[Array, "..."], fmt: str, block_size: int, axis: int
 ) -> tuple[UInt8[Array, "..."], Float[Array, "..."]]:
-  """codes = nearest(w / absmax), absmax = max |w| of each block (QLoRA, section 2).
+  """codes = nearest(w / absmax), absmax = max |w| per block (QLoRA, section 2).
 
   Args:
     w: float `[*, n, m]` (axis -2) or `[*, n]` (axis -1); n even for a four-bit format.
     fmt: `"int8"` or a codebook of `codebooks.four_bits`.
-    block_size: entries of a block; the last one may be short.
+    block_size: entries per block; the last one may be short.
 
   Returns:
-    codes, uint8, two a byte unless `fmt` is int8, and absmax, float32.
+    codes, uint8, two per byte unless `fmt` is int8, and absmax, float32.
   """
   w = w.astype(jnp.float32)
   blocks = _blocks(w, block_size, axis)
@@ -63,7 +63,7 @@ def halves(
   axis: int,
   dtype: Any,
 ) -> Float[Array, "2 ..."]:
-  """Of a four-bit format, `dequantize` by even and odd entries along `axis`: `[2, ..., n/2, ...]`.
+  """`dequantize` for a four-bit format by even and odd entries along `axis`: `[2, ..., n/2, ...]`.
 
   No entry moves away from its byte, which on TPUs takes copies of the whole array.
   """
@@ -83,14 +83,14 @@ def _scaled(
 
 
 def pack(codes: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
-  """Four-bit codes `[..., n, ...]` to bytes `[..., n/2, ...]`."""
+  """Packs four-bit codes `[..., n, ...]` into bytes `[..., n/2, ...]`."""
   pairs = codes.reshape(_split(codes.shape, 2, axis))
   high, low = (jax.lax.index_in_dim(pairs, i, axis, keepdims=False) for i in (0, 1))
   return (high << 4) | low
 
 
 def unpack(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
-  """Bytes `[..., n/2, ...]` to four-bit codes `[..., n, ...]`."""
+  """Unpacks bytes `[..., n/2, ...]` into four-bit codes `[..., n, ...]`."""
   both = jnp.stack([packed >> 4, packed & 15], axis=axis)
   shape = list(packed.shape)
   shape[axis] *= 2
@@ -98,12 +98,12 @@ def unpack(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
 
 
 def nearest(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
-  """How many of the ascending `thresholds` lie below x: uint8."""
+  """The number of the ascending `thresholds` below each entry of x: uint8."""
   return jnp.searchsorted(thresholds, x, side="left", method="scan_unrolled").astype(jnp.uint8)
 
 
 def lookup(table: np.ndarray, index: jax.Array) -> jax.Array:
-  """`table[index]` of four bits: a gather on CPUs, a tree of selects on what gathers slowly."""
+  """`table[index]` for four bits: a gather on CPUs, a tree of selects where gathers are slow."""
 
   def gather(index: jax.Array) -> jax.Array:
     return jnp.take(jnp.asarray(table), index, mode="clip")
@@ -143,7 +143,7 @@ def _decode(codes: jax.Array, fmt: str) -> jax.Array:
 
 
 def _blocks(x: jax.Array, block_size: int, axis: int) -> jax.Array:
-  """`[..., n, ...]` to `[..., blocks, block_size, ...]`, the last block filled up with zeros."""
+  """Cuts `[..., n, ...]` to `[..., blocks, block_size, ...]`, the last block filled with zeros."""
   short = -x.shape[axis] % block_size
   if short:
     widths = [(0, 0)] * x.ndim

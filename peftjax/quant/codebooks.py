@@ -94,7 +94,7 @@ def four_bits(name: str) -> Float[np.ndarray, " 16"]:
 
 @functools.cache
 def thresholds(name: str) -> tuple[np.ndarray, np.ndarray]:
-  """How a number gets its code: the number of thresholds below it is its rank among the values.
+  """The thresholds between values: the number of them below x is the rank of x among the values.
 
   Returns:
     float32 [K − 1], the midpoints of the K distinct values, and uint8 [K], the code of each rank.

@@ -24,8 +24,8 @@ class DoubleScales(flax.struct.PyTreeNode):
   through the blocks of one output after the other; codes lie as the scales do.
 
   Attributes:
-    codes: uint8, in the scales' shape: `[*stack, blocks, out]`, of a table `[*stack, V, blocks]`.
-    group: float32 `[*stack, ⌈N/256⌉]`, N the number of a matrix' scales.
+    codes: uint8, in the scales' shape: `[*stack, blocks, out]`, for a table `[*stack, V, blocks]`.
+    group: float32 `[*stack, ⌈N/256⌉]`, N the number of a matrix's scales.
     offset: float32 `[*stack]`, their mean.
   """
 
@@ -38,7 +38,7 @@ class DoubleScales(flax.struct.PyTreeNode):
     return self.codes.shape
 
   def dequantize(self, axis: int) -> jax.Array:
-    """The scales, float32; `axis` is that of the blocks."""
+    """The scales, float32; `axis` is the axis of the blocks."""
     # The group of each is brought to where it lies: to bring the codes into the groups' order,
     # XLA:TPU would turn those of all layers before a scan over them.
     group = jnp.repeat(self.group, GROUP, axis=-1)[..., : math.prod(self.codes.shape[-2:])]
@@ -47,7 +47,7 @@ class DoubleScales(flax.struct.PyTreeNode):
     return scaled + self.offset[..., None, None]
 
   def specs(self, spec: P) -> DoubleScales:
-    """The small arrays are everywhere: 0.002 bits a weight."""
+    """Specs: the small arrays are everywhere, 0.002 bits per weight."""
     stack = spec[: max(len(spec) - 2, 0)]
     return DoubleScales(spec, P(*stack, None), P(*stack))
 
@@ -66,7 +66,7 @@ def quantize(absmax: Float[Array, "... n m"], axis: int) -> DoubleScales:
 
 
 def _flatten(x: jax.Array, axis: int) -> jax.Array:
-  """Each matrix' scales in bitsandbytes' order: `[*stack, N]`."""
+  """Each matrix's scales in bitsandbytes' order: `[*stack, N]`."""
   x = jnp.swapaxes(x, -1, -2) if axis == -2 else x
   return x.reshape(*x.shape[:-2], -1)
 
@@ -78,7 +78,7 @@ def _unflatten(flat: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def _grouped(flat: jax.Array) -> jax.Array:
-  """`[*stack, N]` to `[*stack, ⌈N/256⌉, 256]`, filled up with zeros."""
+  """Cuts `[*stack, N]` to `[*stack, ⌈N/256⌉, 256]`, filled up with zeros."""
   n = flat.shape[-1]
   count = math.ceil(n / GROUP)
   widths = [(0, 0)] * (flat.ndim - 1) + [(0, count * GROUP - n)]

@@ -18,12 +18,12 @@ from peftjax.core.weight import Weight
 
 
 class Folded(Weight):
-  """W is `base` `[*stack, in, out]` with `in` and `out` as the axes of a kernel, as of attention.
+  """W is `base` `[*stack, in, out]` with `in` and `out` as a kernel's axes, as in attention.
 
   Attributes:
     base: any `Weight`.
     axes: which axes of the kernel are inputs and outputs.
-    sizes: of the kernel's axes, its stack left out.
+    sizes: sizes of the kernel's axes, its stack left out.
   """
 
   base: Any
@@ -48,7 +48,7 @@ class Folded(Weight):
 
   @property
   def cuts(self) -> tuple[int, ...]:
-    """The first axis of a group can be split as that of the matrix can; the others are not."""
+    """The first axis of a group can be split as the matrix's can; the others cannot."""
     cuts = [*self.stack, *[1] * len(self.sizes)]
     for group, cut in zip(self.axes, self.base.cuts[-2:], strict=True):
       cuts[group[0]] = math.gcd(self.shape[group[0]], cut)
@@ -92,7 +92,7 @@ class Folded(Weight):
 
 
 def matrix(kernel: Any, axes: Axes) -> Any:
-  """`[*stack, in, out]` of a kernel, an array or the shape of one."""
+  """A kernel, an array or the shape of one, as `[*stack, in, out]`."""
   stack = axes.stack(kernel.shape)
   shape = (*stack, *(math.prod(kernel.shape[axis] for axis in group) for group in axes))
   if isinstance(kernel, jax.ShapeDtypeStruct):

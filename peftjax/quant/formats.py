@@ -1,4 +1,4 @@
-"""Formats: what the codes of a quantised weight mean."""
+"""Formats: the meaning of a quantised weight's codes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def nf4(block_size: int = 64, double_quant: bool = True, *, codebook: str = "pub
 
   Args:
     block_size: weights that share a scale: 32, 64, ..., 4096.
-    double_quant: keep the scales in 8 bits: 4.127 bits a weight instead of 4.5.
+    double_quant: keep the scales in 8 bits: 4.127 bits per weight instead of 4.5.
     codebook: `"published"`, or for ablations `"textbook"`, sixteen bins of N(0, 1) of equal
       probability, each by its mean, or `"lloyd_max"`, the levels of least squared error for it.
 
@@ -82,18 +82,18 @@ def nf4(block_size: int = 64, double_quant: bool = True, *, codebook: str = "pub
 
 
 def fp4(block_size: int = 64, double_quant: bool = True, *, layout: str = "e2m1") -> Format:
-  """4-bit floating point: `"e2m1"`, as bitsandbytes has it, or `"e3m0"`; else as `nf4`."""
+  """4-bit floating point: `"e2m1"`, as in bitsandbytes, or `"e3m0"`; otherwise as `nf4`."""
   names = {"e2m1": "fp4", "e3m0": "fp4_e3m0"}
   return Format(_named(names, "layout", layout), block_size, double_quant)
 
 
 def int4(block_size: int = 64, double_quant: bool = True) -> Format:
-  """Symmetric 4-bit integers, (−7, ..., 7) · absmax / 7; else as `nf4`."""
+  """Symmetric 4-bit integers, (−7, ..., 7) · absmax / 7; otherwise as `nf4`."""
   return Format("int4", block_size, double_quant)
 
 
 def int8(block_size: int = 64, double_quant: bool = False) -> Format:
-  """Symmetric 8-bit integers, (−127, ..., 127) · absmax / 127, one a byte.
+  """Symmetric 8-bit integers, (−127, ..., 127) · absmax / 127, one per byte.
 
   Scales of eight bits would be coarser than the weights they scale, so they stay float32.
   """

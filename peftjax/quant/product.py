@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.core import mesh
+from peftjax.core import mesh, ragged
 from peftjax.core.einsum import free_letter, split_subscripts
 from peftjax.core.fence import tied
 from peftjax.quant.formats import Format
@@ -28,11 +28,11 @@ def product(
 
   Args:
     eqn: two operands; every axis of x is in W or in the result.
-    fmt, axis: of the weight.
-    spec: the mesh axes that its last axes are split over; () if that is not known. What is split
-      over the data axes is gathered for the product as codes, a byte for two weights.
+    fmt, axis: format and block axis of the weight.
+    spec: the mesh axes that its last axes are split over; () if that is not known. Parts split
+      over the data axes are gathered for the product as codes, a byte for two weights.
     x: activations. The gradient is with respect to them alone.
-    codes, scales: of the frozen weight.
+    codes, scales: arrays of the frozen weight.
   """
   return _product(eqn, fmt, axis, spec, x, codes, scales)
 
@@ -49,6 +49,27 @@ def _backward(eqn: str, fmt: Format, axis: int, spec: Any, saved: Any, g: jax.Ar
 
 
 product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def ragged_product(
+  fmt: Format, axis: int, x: jax.Array, codes: Any, scales: Any, sizes: jax.Array
+) -> jax.Array:
+  """`core.ragged.product` with W `[E, in, out]`, all of which lives for the one product."""
+  return ragged.product(x, opened(fmt, axis, (), codes, scales, x), sizes)
+
+
+def _ragged_forward(fmt: Format, axis: int, x: Any, codes: Any, scales: Any, sizes: Any) -> Any:
+  return ragged_product(fmt, axis, x, codes, scales, sizes), (codes, scales, sizes)
+
+
+def _ragged_backward(fmt: Format, axis: int, saved: Any, g: jax.Array) -> Any:
+  codes, scales, sizes = saved
+  dx = ragged.back(g, opened(fmt, axis, (), codes, scales, g), sizes)
+  return dx, *jax.tree.map(_no_gradient, saved)
+
+
+ragged_product.defvjp(_ragged_forward, _ragged_backward)
 
 
 def _product(
@@ -83,7 +104,7 @@ def _einsum_of_pairs(eqn: str, x: jax.Array, halves: jax.Array, axis: int) -> ja
 
 
 def _place(letter: str, subscripts: str, ndim: int) -> int:
-  """Which axis of `ndim` a letter names; an ellipsis may stand for some."""
+  """The axis, of `ndim`, that a letter names; an ellipsis may stand for some."""
   before, _, after = subscripts.partition(letter)
   return ndim - 1 - len(after) if "." in before else len(before)
 
@@ -94,7 +115,7 @@ def opened(fmt: Format, axis: int, spec: Any, codes: Any, scales: Any, x: jax.Ar
 
 
 def _closed(spec: tuple[Any, ...], codes: Any, scales: Any, x: jax.Array) -> tuple[Any, Any]:
-  """Codes and scales, not before x is there; whole along what "data" and "fsdp" split."""
+  """Codes and scales, not before x is there; whole along the parts of "data" and "fsdp"."""
   arrays: tuple[Any, Any] = tied((codes, scales), x)
   if not spec:
     return arrays

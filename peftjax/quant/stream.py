@@ -1,6 +1,6 @@
 """Quantises a matrix piece by piece, so that no dense copy of it need ever be there.
 
-Everything here is NumPy's, aligned so that `jax.device_put` takes it as it is on a CPU.
+Everything here is in NumPy, aligned so that `jax.device_put` takes it as it is on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PIECE = 2**18  # weights quantised at once: 1 MiB of float32, and several such a
 
 
 def quantize_array(path: str, array: np.ndarray, fmt: Format) -> Quantized:
-  """`transform.quantize_leaf`, bit for bit, of a kernel `[in, out]` or a table `[V, D]`."""
+  """`transform.quantize_leaf`, bit for bit, for a kernel `[in, out]` or a table `[V, D]`."""
   on_last = transform.axis_of(path) == -2
   piece = lambda at: array[:, at] if on_last else array[at]
   return quantize_pieces(path, array.shape, array.dtype, piece, fmt)
@@ -34,12 +34,12 @@ def quantize_pieces(
   piece: Callable[[slice], np.ndarray],
   fmt: Format,
 ) -> Quantized:
-  """The same of an array that is never there as a whole.
+  """The same for an array that is never there as a whole.
 
   Args:
-    path: names the weight in errors; of a table if it ends in `embedding`.
-    shape, dtype: of the array.
-    piece: some outputs: `[in, n]` of a kernel's columns, `[n, D]` of a table's rows. Pieces may
+    path: names the weight in errors; it is a table's if it ends in `embedding`.
+    shape, dtype: shape and dtype of the array.
+    piece: some outputs: `[in, n]` from a kernel's columns, `[n, D]` from a table's rows. Pieces may
       overlap.
     fmt: the format.
 
@@ -60,8 +60,8 @@ def quantize_pieces(
   return Quantized(codes=codes, scales=scales, fmt=fmt, axis=axis, dense_dtype=dtype.name)
 
 
-def stack(path: str, layers: Iterable[Any], count: int) -> Any:
-  """The tree `[count, ...]` of `count` trees, each written into its place as it comes.
+def stack(path: str, layers: Iterable[Any], shape: tuple[int, ...]) -> Any:
+  """The tree `[*shape, ...]` of as many trees, in C order, each written into place as it comes.
 
   Raises:
     ValueError: if the layers differ in format or dtype.
@@ -71,21 +71,21 @@ def stack(path: str, layers: Iterable[Any], count: int) -> Any:
     kind = jax.tree.structure(layer), [(x.shape, x.dtype) for x in jax.tree.leaves(layer)]
     if first is None:
       first = kind
-      whole = jax.tree.map(lambda x: aligned((count, *x.shape), x.dtype), layer)
+      whole = jax.tree.map(lambda x: aligned((*shape, *x.shape), x.dtype), layer)
     if kind != first:
       raise ValueError(
         f"layer {i} of {path} has another format or dtype than layer 0, so they make no stack. "
         "Load with scan_layers=False."
       )
     for to, value in zip(jax.tree.leaves(whole), jax.tree.leaves(layer), strict=True):
-      to[i] = value
+      to[np.unravel_index(i, shape)] = value
   return whole
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   """Zeros in pages of their own.
 
-  Which begin where XLA wants arrays to begin, and go back to the system when the array is dropped:
+  They begin where XLA wants arrays to begin, and go back to the system when the array is dropped:
   blocks of malloc of many sizes would leave holes, of 60 MB in a model of 400.
   """
   size = math.prod(shape) * np.dtype(dtype).itemsize

@@ -34,13 +34,13 @@ def quantize(
   Quantise first, then attach an adapter: a LoRA around a quantised base is QLoRA.
 
   Args:
-    params: of arrays, concrete or abstract (`jax.ShapeDtypeStruct`).
+    params: a tree of arrays, concrete or abstract (`jax.ShapeDtypeStruct`).
     fmt: `nf4(...)`, `fp4(...)`, `int4(...)` or `int8(...)`.
     where: module names, regexes of whole paths, or `"all-linear"` (no embeddings, no heads).
-    layout: of kernels with more than two axes; see `peftjax.linen.layout`.
+    layout: axes of kernels with more than two axes; see `peftjax.linen.layout`.
 
   Raises:
-    ValueError: before anything is computed: a target that matches nothing, is no matrix, is
+    ValueError: before anything is computed: a target that matches nothing, is not a matrix, is
       quantised or has an adapter already, or has an odd contraction size; and, before the tree is
       made, a weight with NaN or infinite entries.
   """
@@ -55,7 +55,7 @@ def quantize(
 
 
 def requantize(params: Params) -> tuple[Params, dict[str, float]]:
-  """Folds adapters into the quantised weights they sit on, in the format these have.
+  """Folds adapters into the quantised weights around which they lie, in these weights' format.
 
   The sum W + ΔW falls between the codes again, so the outputs change, by more than an adapter's
   training may have changed them: look at the error, or merge into dense arrays instead
@@ -63,7 +63,7 @@ def requantize(params: Params) -> tuple[Params, dict[str, float]]:
 
   Returns:
     The tree with a quantised weight in place of each adapter on one, and ‖Q(W + ΔW) − (W + ΔW)‖ /
-    ‖W + ΔW‖ (Frobenius) of each of their paths. Other leaves are as they were.
+    ‖W + ΔW‖ (Frobenius) for each of their paths. Other leaves are as they were.
   """
   errors: dict[str, float] = {}
   flat, whole = paths.leaves(params), paths.leaves(tree.tie(params))
@@ -80,7 +80,7 @@ def requantize(params: Params) -> tuple[Params, dict[str, float]]:
     errors[path] = float(relative_error(weight, dense))
     return weight
 
-  # A head that is tied to such a table is that of its base, and stays.
+  # A head that is tied to such a table is tied to its base, and stays.
   keeps = lambda path, head: tied.kernel(flat[head.of]) if folds(flat.get(head.of)) else head
   folded = tree.replace_tied(keeps, paths.map_leaves(fold, params))
   lent = {lender(leaf) for leaf in paths.leaves(folded).values()}
@@ -118,7 +118,7 @@ def check(path: str, leaf: Any, fmt: Format, layout: Layout | None = None) -> Ax
 
 
 def quantize_kernel(path: str, leaf: Any, fmt: Format, axes: Axes) -> Quantized | Folded:
-  """The quantised weight of a kernel; of several input or output axes that of a matrix."""
+  """The quantised weight of a kernel; with several input or output axes, of it as a matrix."""
   if axes == Axes():
     return quantize_leaf(path, leaf, fmt, axis=_axis_of(path, axes))
   sizes = tuple(leaf.shape[len(axes.stack(leaf.shape)) :])
@@ -127,7 +127,7 @@ def quantize_kernel(path: str, leaf: Any, fmt: Format, axes: Axes) -> Quantized 
 
 
 def quantize_leaf(path: str, leaf: Any, fmt: Format, axis: int | None = None) -> Quantized:
-  """The quantised weight of an array; its blocks run along `axis`, or that of `axis_of`.
+  """The quantised weight of an array; its blocks run along `axis`, by default that of `axis_of`.
 
   Raises:
     ValueError: if an entry is NaN or infinite.
@@ -158,18 +158,18 @@ def encode(path: str, leaf: Any, fmt: Format, axis: int) -> tuple[jax.Array, jax
 def finish_scales(absmax: Any, fmt: Format, axis: int) -> Any:
   """The scales as the format keeps them.
 
-  A program of its own: their mean is the same to the last bit however they were computed.
+  It is a program of its own: the mean is the same to the last bit however they were computed.
   """
   return _double(absmax, axis) if fmt.double_quant else absmax
 
 
 def axis_of(path: str) -> int:
-  """The contraction axis: of a table it is that of the features."""
+  """The contraction axis; for a table it is the axis of the features."""
   return -1 if path.split("/")[-1] == "embedding" else -2
 
 
 def _axis_of(path: str, axes: Axes) -> int:
-  """As `axis_of`, of a table also by the lookups that a layout has seen."""
+  """The axis as `axis_of` gives it, but a layout's lookups tell tables too."""
   return -1 if isinstance(axes, TableAxes) else axis_of(path)
 
 

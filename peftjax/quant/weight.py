@@ -10,21 +10,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core.einsum import split_subscripts
-from peftjax.core.fence import tied
 from peftjax.core.weight import Weight
 from peftjax.quant.double import DoubleScales
 from peftjax.quant.formats import Format, absmax_of
-from peftjax.quant.product import product
+from peftjax.quant.product import product, ragged_product
 
 
 class Quantized(Weight):
   """W = value(codes) · absmax of their block, for a kernel `[*stack, in, out]` or a table `[V, D]`.
 
   Attributes:
-    codes: uint8 `[*stack, in/2, out]`, two a byte, or `[*stack, in, out]` of eight bits.
+    codes: uint8 `[*stack, in/2, out]`, two per byte, or `[*stack, in, out]` for eight bits.
     scales: float32 `[*stack, ⌈in/block_size⌉, out]`, or `DoubleScales` of this shape.
-    fmt: what they mean.
-    axis: of the blocks and the pairs, the contraction axis: -2 of a kernel, -1 of a table.
+    fmt: the format of codes and scales.
+    axis: axis of the blocks and the pairs, the contraction axis: -2 for a kernel, -1 for a table.
     dense_dtype: name of the dtype that the weight was quantised from and `materialize` returns.
   """
 
@@ -82,15 +81,10 @@ class Quantized(Weight):
 
   def ragged_dot(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Decodes all experts for the product, and again for its gradient: none stays in between."""
-
-    def run(x: jax.Array, weight: Quantized) -> jax.Array:
-      weight = tied(weight, jax.lax.stop_gradient(x))
-      return jax.lax.ragged_dot(x, weight.materialize().astype(x.dtype), group_sizes)
-
-    return jax.checkpoint(run)(x, self)
+    return ragged_product(self.fmt, self.axis, x, self.codes, self.scales, group_sizes)
 
   def transposed(self) -> Quantized:
-    """Wᵀ of a matrix, of the same codes: blocks and pairs run along the axis they ran along."""
+    """Wᵀ of a matrix, with the same codes: blocks and pairs run along the axis they ran along."""
     scales = self.scales
     turned = scales.replace(codes=scales.codes.T) if isinstance(scales, DoubleScales) else scales.T
     names = self.names and self.names[::-1]

@@ -1,4 +1,4 @@
-"""Arrays to classes, or to numbers: the task of a module of one's own."""
+"""Arrays to classes, or to numbers: the task of a module of your own."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from peftjax import data, linen
+from peftjax import data
 from peftjax.core.layout import Layout
 from peftjax.data.pipeline import iterate
 from peftjax.training import classification, metrics
+from peftjax.training.factory import layout_of
 from peftjax.training.task import Kind
 
 
-def inputs(batch: Mapping[str, jax.Array]) -> tuple[jax.Array]:
-  return (batch["inputs"],)
+def inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {"inputs": batch["inputs"]}
 
 
 CLASSES = classification.CLASSES._replace(inputs=inputs)
@@ -51,7 +51,7 @@ class Arrays:
     """One part, "train".
 
     Raises:
-      ValueError: no rows, another number of labels, or labels that are no vector of numbers.
+      ValueError: no rows, another number of labels, or labels that are not a vector of numbers.
     """
     rows, labels = np.asarray(rows), np.asarray(labels)
     kind = "int32" if np.issubdtype(labels.dtype, np.integer) else "float32"
@@ -68,14 +68,14 @@ class Arrays:
     return f"<arrays: inputs {rows.shape} {rows.dtype}, labels {labels.dtype}>"
 
   def task(self, held_out: Arrays | None, seed: int) -> Arrays:
-    """As a run trains on it; `held_out` is its validation part."""
+    """The data as a run trains on it; `held_out` is its validation part."""
     more = {} if held_out is None else {"validation": held_out.parts["train"]}
     return Arrays({**self.parts, **more})
 
-  def layout(self, model: nn.Module) -> Layout:
-    """Of the model, called with one row."""
+  def layout(self, model: Any, params: Any) -> Layout:
+    """The layout of the model, called with one row."""
     row = self.parts["train"][0][:1]
-    return linen.layout(model, jax.ShapeDtypeStruct(row.shape, row.dtype))
+    return layout_of(model, params, jax.ShapeDtypeStruct(row.shape, row.dtype))
 
   @property
   def kind(self) -> Kind:

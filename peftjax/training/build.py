@@ -1,4 +1,4 @@
-"""What a run is made of, built from its settings: texts as tokens, and a model with its method."""
+"""Parts of a run, built from its settings: texts as tokens, and a model with its method."""
 
 from __future__ import annotations
 
@@ -18,50 +18,47 @@ from peftjax.core.params import Mask, Params
 from peftjax.io import bucket
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
-from peftjax.training import causal_lm, classification
+from peftjax.training import answering, causal_lm, classification, factory, tagging
 from peftjax.training.settings import Settings
 from peftjax.training.task import Task
 
 # The name of a task in a config, and the file that knows it.
-TASKS: Mapping[str, Any] = {"classify": classification, "causal_lm": causal_lm}
+TASKS: Mapping[str, Any] = {
+  "classify": classification,
+  "causal_lm": causal_lm,
+  "tag": tagging,
+  "answer": answering,
+}
 
 
 class Attached(NamedTuple):
-  """A model with a method attached; `mask` is what trains."""
+  """A model with a method attached.
+
+  `mask` marks the trained arrays; `base` is the `Made.digest` of a factory's model.
+  """
 
   module: nn.Module
   params: Params
   mask: Mask
   method: Method
   new: tuple[str, ...]
+  base: str | None = None
 
 
 def task(settings: Settings) -> Task:
-  """Data, loss and metrics of what the config asks for."""
+  """The data, loss and metrics that the config asks for."""
   return TASKS[settings.task].load(settings)
 
 
 def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) -> Attached:
   """Loads the model and attaches the method; on a mesh every array is made in its place."""
-  key = jax.random.key(settings.seed)
-  model = settings.model
-  # A task with outputs of its own says what has labels, whatever the head in the files labels.
-  head: dict[str, Any] = {}
-  if outputs is not None:
-    head["labels_of"] = TASKS[settings.task].LABELS_OF
-  module, params, new = pretrained.load(
-    model.path(),
-    outputs,
-    key=jax.random.fold_in(key, 0),
-    quant=settings.quant.format(),
-    where=settings.quant.targets,
-    mesh=mesh,
-    rules=settings.sharding_rules(),
-    **head,
-    **model.options(),
-  )
+  if settings.model.factory:
+    module, params, axes, base = factory.load(settings, TASKS[settings.task].inputs, mesh)
+    new: tuple[str, ...] = ()
+  else:
+    module, params, new = _pretrained(settings, outputs, mesh)
+    axes, base = layout(module), None
   method = settings.build_method()
-  axes = layout(module)
   attach = lambda key, params: method.attach(key, params, axes)
   key = attach_key(settings.seed)
   if mesh is None:
@@ -71,17 +68,38 @@ def attached(settings: Settings, outputs: int | None, mesh: Mesh | None = None) 
     params = sharding.born(attach, mesh, key, params, rules=rules)
     sharding.check_split(params, mesh, rules)
     params = sharding.named(params, mesh, rules)
-  return Attached(module, params, method.trainable(params), method, new)
+  return Attached(module, params, method.trainable(params), method, new, base)
+
+
+def _pretrained(
+  settings: Settings, outputs: int | None, mesh: Mesh | None
+) -> pretrained.Pretrained:
+  model = settings.model
+  # A task with outputs of its own says what has labels, whatever the head in the files labels.
+  head: dict[str, Any] = {}
+  if outputs is not None:
+    head["labels_of"] = TASKS[settings.task].LABELS_OF
+  return pretrained.load(
+    model.path(),
+    outputs,
+    key=jax.random.fold_in(jax.random.key(settings.seed), 0),
+    quant=settings.quant.format(),
+    where=settings.quant.targets,
+    mesh=mesh,
+    rules=settings.sharding_rules(),
+    **head,
+    **model.options(),
+  )
 
 
 def attach_key(seed: int) -> jax.Array:
-  """What a method draws its arrays by."""
+  """The key that a method draws its arrays with."""
   return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 @functools.lru_cache(maxsize=16)  # a sweep attaches to one model many times
 def layout(module: nn.Module) -> Layout:
-  """Of a model of ours; only to be read."""
+  """The layout of a model of this library; only to be read."""
   return linen.layout(module, jax.ShapeDtypeStruct((1, 4), jnp.int32))
 
 
@@ -98,9 +116,9 @@ def mesh_of(text: str) -> Mesh | None:
 
 
 def resolve(path: str | Path) -> Path:
-  """A workdir as an absolute path; ValueError for one that is empty or names no user's home.
+  """A workdir as an absolute path; ValueError for an empty path or an unknown user's home.
 
-  Also for one in a bucket: those who can do with one ask `mirror.where`.
+  A bucket is refused, too: callers that can work in one use `mirror.where`.
   """
   if bucket.url(path):
     raise ValueError(

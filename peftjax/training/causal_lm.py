@@ -13,14 +13,15 @@ import numpy as np
 
 from peftjax import data, losses
 from peftjax.data.pack import Rows, RowStream, pack
-from peftjax.models import pretrained
+from peftjax.training import factory
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
 
 
-def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def inputs(batch: Batch) -> dict[str, jax.Array]:
   segments = batch["segments"]
-  return batch["tokens"], segments > 0, batch["positions"], segments
+  rest = {"positions": batch["positions"], "segments": segments}
+  return {"tokens": batch["tokens"], "mask": segments > 0, **rest}
 
 
 def summed(batch: Batch) -> dict[str, jax.Array]:
@@ -36,7 +37,7 @@ class LanguageModelling:
   """Packed rows by part; see `task.Task`.
 
   Attributes:
-    name: of the corpus.
+    name: name of the corpus.
     rows: "train", "validation" and "test", and "other", held-out text of another domain.
     idle: rows that training leaves out.
   """
@@ -119,12 +120,10 @@ class LanguageModelling:
 
 
 def load(settings: Settings) -> LanguageModelling:
-  """Reads, tokenises and packs the corpus and, for what is forgotten, another one's test texts."""
+  """Reads, tokenises and packs the corpus and, to measure forgetting, another one's test texts."""
   wanted = settings.data
-  path = settings.model.path()
-  pretrained.check_decoder(path)
-  tokenizer = data.load_tokenizer(str(path))
-  ends = pretrained.end_ids(path)
+  tokenizer = data.load_tokenizer(str(settings.model.path()))
+  ends = factory.end_ids(settings.model, tokenizer)
   arguments = wanted.corpus_arguments()
   corpus = data.load(seed=settings.seed, **arguments)
   parts = dict(corpus.splits)

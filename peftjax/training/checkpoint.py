@@ -20,7 +20,7 @@ from peftjax import sharding
 from peftjax.core import paths
 from peftjax.io import disk, records
 
-_SUMS = "sha256"  # in what is saved beside the arrays: of it, and of them
+_SUMS = "sha256"  # digests, of the JSON saved beside the arrays and of the arrays
 
 
 class Checkpoints:
@@ -35,7 +35,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: Path, *, read_only: bool = False, alone: bool = False):
-    """Where several processes share a run all of them make one, unless one is `alone` with it."""
+    """Opens the checkpoints: all processes that share a run do, unless one is `alone` with it."""
     self._directory = directory
     for folder, _, names in os.walk(directory):
       for path in (Path(folder, name) for name in names):
@@ -50,7 +50,7 @@ class Checkpoints:
       max_to_keep=1,
       create=not (read_only or alone),
       read_only=read_only,
-      cleanup_tmp_directories=not read_only,  # what a kill left half written
+      cleanup_tmp_directories=not read_only,  # folders that a kill left half written
       multiprocessing_options=_alone() if alone else together(name),
     )
     with disk.told(directory):
@@ -60,7 +60,7 @@ class Checkpoints:
       }
 
   def save(self, name: str, step: int, arrays: Any, meta: Mapping[str, Any]) -> None:
-    """Starts saving; what is there of this step already (by an earlier, killed run) stays.
+    """Starts saving; a checkpoint of this step (by an earlier, killed run) stays.
 
     Raises:
       disk.DiskError: here, in `wait` or in `close`: it could not be written.
@@ -83,11 +83,11 @@ class Checkpoints:
           manager.wait_until_finished()
 
   def step(self, name: str) -> int | None:
-    """Of the newest; None if there is none."""
+    """The newest step; None if there is none."""
     return self._managers[name].latest_step()
 
   def meta(self, name: str) -> dict[str, Any] | None:
-    """What was saved beside the arrays; None if nothing was.
+    """The JSON that was saved beside the arrays; None if nothing was.
 
     Raises:
       ValueError: it is damaged.
@@ -114,18 +114,18 @@ class Checkpoints:
     return jax.tree_util.tree_map_with_path(lambda path, _: flat[paths.name(path)], like)
 
   def _saved(self, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """What was saved beside the arrays, and the digests."""
+    """The JSON that was saved beside the arrays, and the digests."""
     if self.step(name) is None:
       return None
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     meta = self._restore(name, lambda manager, step: manager.restore(step, args=args).meta)
     sums = meta.pop(_SUMS, {}) if isinstance(meta, dict) else None
     if not isinstance(sums, dict) or sums.get("meta", "") not in ("", _sum_of_meta(meta)):
-      raise self._damaged(name, "its record is another than was saved")
+      raise self._damaged(name, "its record differs from the saved one")
     return meta, sums
 
   def _restore(self, name: str, read: Callable[[Any, int], Any]) -> Any:
-    """What `read` makes of the newest; whatever the libraries raise is about damaged files."""
+    """The result of `read` on the newest step; any error of the libraries means damaged files."""
     manager = self._managers[name]
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None  # a reader of an array that did not come to its end
@@ -160,13 +160,18 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def to_nested(arrays: Any) -> Any:
-  """Plain nested dicts by path: files that name what they hold and need no class to be read."""
+  """Plain nested dicts by path: files that name their contents and need no class to be read."""
   flat, _ = jax.tree_util.tree_flatten_with_path(arrays)
   return traverse_util.unflatten_dict({paths.name(path): leaf for path, leaf in flat}, sep="/")
 
 
 def _sum_of_meta(meta: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(dict(meta), sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(params: Any) -> str:
+  """SHA-256 of all paths, dtypes, shapes and bytes of a tree of arrays."""
+  return _sum_of_arrays(to_nested(params))
 
 
 def _sum_of_arrays(nested: Any) -> str:
@@ -183,7 +188,7 @@ def digest(model: Path) -> str:
   """SHA-256 over `config.json` and the safetensors files of a model directory, or over a file.
 
   Raises:
-    ValueError: one of them is missing, cannot be read or is no regular file.
+    ValueError: one of them is missing, cannot be read or is not a regular file.
   """
   total = hashlib.sha256()
   files = sorted([model / "config.json", *model.glob("*.safetensors")])

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import data, losses
-from peftjax.models import pretrained
-from peftjax.training import evaluate, metrics
+from peftjax.training import evaluate, factory, metrics
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
 
 
-def inputs(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-  return batch["tokens"], batch["mask"], batch["types"]
+def inputs(batch: Batch) -> dict[str, jax.Array]:
+  return {name: batch[name] for name in ("tokens", "mask", "types")}
 
 
 def _logits(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -49,8 +48,11 @@ class Classification:
   pad_id: int
 
   before = ()
-  final = ("test",)
   peft_type = "SEQ_CLS"
+
+  @property
+  def final(self) -> tuple[str, ...]:
+    return tuple(part for part in self.tokens if part not in ("train", "validation"))
 
   @property
   def kind(self) -> Kind:
@@ -58,7 +60,7 @@ class Classification:
 
   @property
   def outputs(self) -> int:
-    """Of the head: one a class, or one number."""
+    """The number of the head's outputs: one per class, or one number."""
     return len(self.corpus.label_names) or 1
 
   @property
@@ -85,7 +87,8 @@ class Classification:
     logits = evaluate.logits_of(predict, tokens, self.buckets, batch_size, self.pad_id)
     if not np.isfinite(logits).all():
       return None
-    return metrics.compute(self.corpus.metrics, logits, self.corpus.splits[part].labels)
+    names = self.corpus.further.get(part, self.corpus.metrics)
+    return metrics.compute(names, logits, self.corpus.splits[part].labels)
 
   def criterion(self, scores: Mapping[str, float]) -> float:
     return scores[self.corpus.metrics[0]]
@@ -126,5 +129,5 @@ def load(settings: Settings) -> Classification:
   length = wanted.max_length
   tokens = {part: data.encode(tokenizer, corpus.splits[part], length) for part in corpus.splits}
   lengths = np.concatenate([t.lengths for t in tokens.values()])
-  pad_id = pretrained.pad_id(settings.model.path())
+  pad_id = factory.pad_id(settings.model, tokenizer)
   return Classification(corpus, tokens, data.buckets(lengths, max_length=length), pad_id)

@@ -11,7 +11,7 @@ from peftjax.methods.registry import METHODS
 from peftjax.training.sections import section
 from peftjax.training.settings import DATA, SECTIONS
 
-# Methods of a config that only unfreeze: the regexes of what they train.
+# Methods of a config that only unfreeze: the regexes of the leaves they train.
 MASKS: Mapping[str, tuple[str, ...]] = {
   "head": ("head/.*",),
   "full": (".*",),
@@ -20,20 +20,20 @@ MASKS: Mapping[str, tuple[str, ...]] = {
 
 
 def names() -> tuple[str, ...]:
-  """What a config may call its method, `MASKS` apart."""
+  """Names of methods in a config, except `MASKS`."""
   return tuple(name for name in METHODS if name != "unfreeze")
 
 
 def config(
   task: str, method: str, changes: Mapping[str, Any], head: bool, **sections: Mapping[str, Any]
 ) -> ConfigDict:
-  """Every section with its defaults, and what differs from them.
+  """Every section with its defaults, and the changes to them.
 
   Args:
-    task: of `settings.DATA`.
-    method: of `names()` or `MASKS`.
+    task: a key of `settings.DATA`.
+    method: one of `names()` or `MASKS`.
     changes: to the method's own defaults.
-    head: train the task's head beside the method; a mask says itself what it trains.
+    head: train the task's head beside the method; a mask says itself which leaves it trains.
     **sections: changes to the others, by the names of `settings.SECTIONS`.
   """
   classes = {**SECTIONS, "data": DATA[task]}

@@ -1,4 +1,4 @@
-"""What a run leaves behind: test scores, the adapter for PEFT, `result.json`."""
+"""Outputs of a finished run: test scores, the adapter for PEFT, `result.json`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def finish(
 
   Args:
     run: its model, task and settings.
-    params: the best, in the shapes that the method attached them with.
-    workdir: of the run.
+    params: the best parameters, in the shapes that the method attached them with.
+    workdir: workdir of the run.
     bar: prints the scores.
-    config: as JSON.
-    scores: of the validation part, whose best are those of `params`, and before training.
-    peers: of which the main process writes.
+    config: the config as JSON.
+    scores: scores of the validation part, whose best are those of `params`, and before training.
+    peers: processes of which the main one writes.
     **measured: seconds, and whatever else is to be written.
   """
   final = {part: run.evaluate(part, params) for part in run.task.final}

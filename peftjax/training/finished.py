@@ -9,6 +9,7 @@ from peftjax.core import tree
 from peftjax.core.params import Mask, Params
 from peftjax.methods.base import Method
 from peftjax.training import build, mirror
+from peftjax.training import factory as factories
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 
@@ -17,12 +18,12 @@ class Finished(NamedTuple):
   """A trained model.
 
   Attributes:
-    base: the directory or file of the pretrained one.
+    base: the directory or file of the pretrained model; for a factory's, that of its tokenizer.
     model, params: with the best checkpoint's adapter.
-    mask: true on what was trained.
-    method: that was trained.
-    labels: names of a classifier's outputs; none of a regression and of a language model.
-    settings: of the run; None of a model that no run trained.
+    mask: true on the trained arrays.
+    method: the method that was trained.
+    labels: names of a classifier's outputs; empty for a regression and a language model.
+    settings: settings of the run; None for a model that no run trained.
   """
 
   base: Path
@@ -34,23 +35,34 @@ class Finished(NamedTuple):
   settings: Any = None
 
 
-def load(workdir: str | Path, *tasks: str, adapted: bool = True) -> Finished:
+def load(
+  workdir: str | Path,
+  *tasks: str,
+  factory: str | None = None,
+  ours: str = "",
+  adapted: bool = True,
+) -> Finished:
   """The best checkpoint of a run.
 
   Args:
-    workdir: here or in a bucket.
-    *tasks: of which the run may be; of any, if none is named.
+    workdir: a folder here or in a bucket.
+    *tasks: the tasks that the run may have; if none is named, any.
+    factory: for a run on a model by import path, that path again: its code is run (see
+      `training.factory`).
+    ours: if not empty, the reason why such a model is refused, whatever `factory` is.
     adapted: False for the model as it was before training.
 
   Raises:
-    ValueError: `workdir` holds no evaluated run, or a damaged one, or one of another task, or the
-      pretrained model is another now.
+    ValueError: `workdir` holds no evaluated run, or a damaged one, or one of another task, or one
+      with the model of another factory than given, or the pretrained model has changed since.
   """
   with mirror.read(workdir) as folder:
-    return _load(folder, tasks, adapted)
+    return _load(folder, tasks, factory, ours, adapted)
 
 
-def _load(workdir: Path, tasks: tuple[str, ...], adapted: bool) -> Finished:
+def _load(
+  workdir: Path, tasks: tuple[str, ...], factory: str | None, ours: str, adapted: bool
+) -> Finished:
   kind = f" of task={' or '.join(tasks)}" if tasks else ""
   config = f"configs/{(*tasks, 'classify')[0]}.py"
   untrained = ValueError(
@@ -67,20 +79,26 @@ def _load(workdir: Path, tasks: tuple[str, ...], adapted: bool) -> Finished:
       f"{workdir} holds a run of task={settings.task}, and not{kind}. Label texts by python -m "
       "experiments.predict, and continue them by python -m experiments.generate"
     )
-  base = settings.model.path()
+  model = settings.model
+  if model.factory and ours:
+    raise ValueError(f"{workdir} has the model of {model.factory}, {ours}")
+  factories.check_trusted(model, factory, workdir)
   checkpoints = Checkpoints(folder, read_only=True)
   try:
     meta = checkpoints.meta("best")
     if meta is None:
       raise untrained
     known = workdirs.Meta.of(meta, folder / "best")
-    workdirs.check_model(known, base, workdir)
+    workdirs.check_model(known, model, workdir)
     is_lm = build.TASKS[settings.task].LABELS_OF is None
     made = build.attached(settings, None if is_lm else len(known.labels) or 1)
+    if made.base:
+      workdirs.check_base(known, made.base, model.factory, workdir)
     adapter, rest = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
     if adapted:  # over what `attach` has just drawn, which changes nothing
       adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]
   finally:
     checkpoints.close()
   params = tree.combine(adapter, rest)
+  base = model.path()
   return Finished(base, made.module, params, made.mask, made.method, known.labels, settings)

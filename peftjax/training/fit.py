@@ -50,19 +50,20 @@ def fit(
   more devices, checkpoints and other settings use `experiments.train` and its configs.
 
   Args:
-    model: what `load_pretrained` gave, or any linen module if `data` are arrays.
+    model: the result of `load_pretrained`, or any linen module, or one of NNX as
+      `pj.nnx.split` gives it, if `data` are arrays.
     params: its parameters, dense or quantised; they stay usable. `fit` attaches the method. If they
-      have its adapters already, as those that an earlier `fit` returned, it trains on from these.
-    method: what to train; of an encoder with a new head also `pj.unfreeze("head/.*")`.
-    data: of `pj.texts`, or arrays `(inputs, labels)` of as many rows: `model(inputs)` gives logits
-      for int labels, or one number for float ones.
+      have its adapters already, as those that an earlier `fit` returned, it trains these further.
+    method: the method to train; for an encoder with a new head also `pj.unfreeze("head/.*")`.
+    data: the result of `pj.texts`, or arrays `(inputs, labels)` of as many rows: `model(inputs)`
+      gives logits for int labels, or one number for float ones.
     eval_data: held-out data of the same kind, scored after every epoch. The parameters that are
       best on them are returned; without such data, the last ones.
     epochs: passes over `data`.
     steps: batches; goes before `epochs`.
-    batch_size: rows.
-    learning_rate: after the warm-up.
-    seed: of the order of the batches, of what the method draws, and of dropout.
+    batch_size: rows per batch.
+    learning_rate: rate after the warm-up.
+    seed: seed of the order of the batches, of the method's random arrays, and of dropout.
     workdir: a new folder for `metrics.jsonl`, TensorBoard events and, where Hugging Face PEFT can
       hold the adapter, the directory `peft`.
 
@@ -83,7 +84,7 @@ def fit(
   params = _attached(model, params, method, own, seed)
   mask = method.trainable(params)
   train, frozen = tree.partition(params, mask)
-  # A step takes the memory of what it trains, which may be the caller's.
+  # A step takes the memory of the arrays that it trains, which may be the caller's.
   params = tree.combine(jax.tree.map(jnp.copy, train), jax.tree.map(jnp.asarray, frozen))
   name = " + ".join(type(part).__name__.lower() for part in _parts(method))
   made = settings.Settings(
@@ -140,13 +141,13 @@ def _known(data: Any, what: str) -> Any:
   if isinstance(data, tuple) and len(data) == 2:
     return Arrays.of(*data, what=what)
   raise ValueError(
-    f"{what} is a {type(data).__name__}; give what pj.texts(texts, labels, tokenizer=directory) "
-    "returns, or two arrays (inputs, labels)"
+    f"{what} is a {type(data).__name__}; give the result of pj.texts(texts, labels, "
+    "tokenizer=directory), or two arrays (inputs, labels)"
   )
 
 
 def _check_kinds(model: nn.Module, data: Any, eval_data: Any) -> None:
-  """ValueError unless the model takes such data, and both are of one kind and the same classes."""
+  """Raises ValueError unless the model takes such data, and both are of one kind and classes."""
   config: Any = getattr(model, "config", None) if pretrained.ours(model) else None
   wanted = Arrays if config is None else Plain if hasattr(config, "tied") else Labelled
   if type(data) is not wanted:
@@ -178,7 +179,7 @@ def _parts(method: Method) -> tuple[Method, ...]:
 
 def _attached(model: nn.Module, params: Any, method: Method, data: Any, seed: int) -> Any:
   """`params` with the method's adapters: new ones, or those that they have."""
-  layout = build.layout(model) if pretrained.ours(model) else data.layout(model)
+  layout = build.layout(model) if pretrained.ours(model) else data.layout(model, params)
   if not any(jax.tree.leaves(tree.made_mask(params))):
     return method.attach(build.attach_key(seed), params, layout)
   for part in _parts(method):
@@ -198,7 +199,7 @@ def _check_new(workdir: str | Path | None) -> None:
 
 @contextlib.contextmanager
 def _logs(workdir: str | Path | None) -> Iterator[Logs | Silent]:
-  """Rows into a new folder, if one is named."""
+  """A context that writes rows into a new folder, if one is named."""
   if workdir is None:
     yield Silent()
     return

@@ -1,4 +1,4 @@
-"""Floating-point operations: how many a training step has, and how many a device does at most."""
+"""Floating-point operations: the number in a training step, and a device's most per second."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Work(NamedTuple):
   """Floating-point operations of a step on all devices.
 
   Attributes:
-    model: of the forward and the backward pass: what a share of peak is measured by.
-    done: with what is computed again, under rematerialisation.
+    model: operations of the forward and the backward pass: a share of peak is measured by them.
+    done: the same with operations that are computed again, under rematerialisation.
   """
 
   model: float
@@ -56,10 +56,10 @@ class Work(NamedTuple):
 
 
 class _Part(NamedTuple):
-  """The matrices of the body, of a decoder's head, or of what reads an encoder's first token.
+  """The matrices of the body, of a decoder's head, or of the head on an encoder's first token.
 
   Attributes:
-    tokens: that are multiplied with them.
+    tokens: number of tokens that are multiplied by them.
     entries, trained: N and A of `step_work`.
   """
 
@@ -69,24 +69,24 @@ class _Part(NamedTuple):
 
 
 def step_work(config: Any, train: Any, frozen: Any, rows: int, length: int) -> Work:
-  """Products with matrices and of attention; what scans repeat is counted as often.
+  """Operations of products with matrices and of attention; a scan's count once per iteration.
 
-  With N entries in the matrices that each of n tokens is multiplied with, A of them trained, and s
+  With N entries in the matrices that each of n tokens is multiplied by, A of them trained, and s
   keys that a query sees in each of L layers with heads of D numbers together,
 
     forward 2 n N + 4 n s D L,   backward 2 n (N + A) + 8 n s D L
 
   (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, where all is trained, so that N = A, and
-  s = n: 6 N + 12 L D s a token). Of a causal mask s is what it leaves on average. A frozen matrix
+  s = n: 6 N + 12 L D s per token). For a causal mask s is the average it leaves. A frozen matrix
   has no gradient of its own, and a body without anything trained no backward pass. All tokens
   count, padding and other texts in a packed row as well: the hardware computes them. Norms,
   softmax, lookups, dequantisation and the optimizer do not. XLA's own count (`cost_analysis`)
   takes the body of a scan once.
 
   Args:
-    config: of the model, an encoder or decoder of this library.
+    config: config of the model, an encoder or decoder of this library.
     train, frozen: the two halves of the parameters; shapes will do.
-    rows, length: of the batch's tokens.
+    rows, length: size of the batch's tokens.
   """
   c = config
   whole = tree.combine(train, frozen)
@@ -96,7 +96,7 @@ def step_work(config: Any, train: Any, frozen: Any, rows: int, length: int) -> W
   seen: float = seen_length
   if _decodes(c):
     seen = _seen_in_layers(c, seen_length) / c.layers
-  seen += virtual.length(whole) - prompt  # of a prefix every key is seen
+  seen += virtual.length(whole) - prompt  # every key of a prefix is seen
   width = c.heads * getattr(c, "head_size", c.width // c.heads)
   attention = 4 * body.tokens * seen * width * c.layers
   products = lambda part: 2 * part.tokens * part.entries
@@ -125,13 +125,15 @@ def _decodes(config: Any) -> bool:
 def _parts(
   c: Any, whole: Any, train: Any, rows: int, length: int, seen_length: int
 ) -> tuple[_Part, _Part, _Part]:
-  """The body, the decoder's head, and what reads the first token, or labels every one."""
+  """The body, the decoder's head, and the part on the first token or that labels every one."""
   tied = jax.eval_shape(tree.tie, whole)  # VeRA's factors are shared
   trained = paths.leaves(train)
   sums = {part: [0, 0] for part in ("body", "head", "first")}
   for path, leaf in paths.leaves(tied).items():
     found = _matrices(path, leaf)
     own = _arrays(trained.get(path))
+    if "experts" in path.split("/"):  # of which a token takes a few
+      found = {name: size * c.routed // c.experts for name, size in found.items()}
     part = "head" if path.startswith("lm_head/") else "first" if _of_first(path) else "body"
     sums[part][0] += sum(found.values())
     sums[part][1] += sum(size for name, size in found.items() if name in own)
@@ -139,7 +141,7 @@ def _parts(
   if words and not any(path.startswith("lm_head/kernel") for path in paths.leaves(tied)):
     sums["head"][0] += c.vocab * c.width
     sums["head"][1] += c.vocab * c.width * bool(_arrays(trained.get(c.table)) & {"", "base"})
-  labelled = length if getattr(c, "labels_of", "text") == "token" else 1
+  labelled = length if getattr(c, "labels_of", "text") != "text" else 1
   tokens = {"body": rows * seen_length, "head": rows * length, "first": rows * labelled}
   body, head, first = (_Part(tokens[part], *sums[part]) for part in sums)
   return body, head, first
@@ -156,7 +158,7 @@ def _trains_body(train: Any) -> bool:
 
 
 def _matrices(path: str, leaf: Any) -> dict[str, int]:
-  """Entries of the matrices in a leaf that activations are multiplied with, by child; "" is itself.
+  """Entries of a leaf's matrices that activations are multiplied by, by child; "" is the leaf.
 
   Tables are looked up.
   """

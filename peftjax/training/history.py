@@ -7,20 +7,20 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-# Names of the scores of held-out data begin so.
+# Beginning of the names of held-out scores.
 _HELD_OUT = "validation_"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class History:
-  """What a run measured, in the order of its steps.
+  """The measurements of a run, in the order of its steps.
 
   A notebook shows it as the curves of `plot`.
 
   Attributes:
-    rows: of every step "step", "loss", "grad_norm" and "learning_rate"; after every epoch, if there
+    rows: per step "step", "loss", "grad_norm" and "learning_rate"; after every epoch, if there
       are held-out data, "step", "epoch" and "validation_..." for each of their scores.
-    best_step: whose parameters `fit` returned.
+    best_step: the step whose parameters `fit` returned.
   """
 
   rows: tuple[Mapping[str, Any], ...]
@@ -40,7 +40,7 @@ class History:
 
   @property
   def scores(self) -> dict[str, float]:
-    """Of the held-out data, with the parameters of `best_step`; empty without such data."""
+    """The scores of held-out data with the parameters of `best_step`; empty without such data."""
     held_out = lambda row: {k: x for k, x in row.items() if k.startswith(_HELD_OUT)}
     found = [held_out(row) for row in self.rows if row["step"] == self.best_step]
     return {key.removeprefix(_HELD_OUT): x for scores in found for key, x in scores.items()}
@@ -64,13 +64,13 @@ class History:
     return figure
 
   def _names(self) -> tuple[tuple[str, ...], list[str]]:
-    """The losses, of one panel, and the other scores, of one each."""
+    """The losses, for one panel, and the other scores, for one each."""
     found = dict.fromkeys(k for row in self.rows for k in row if k.startswith(_HELD_OUT))
     losses = ("loss", *(name for name in found if name == f"{_HELD_OUT}loss"))
     return losses, [name for name in found if name not in losses]
 
   def _repr_png_(self) -> bytes:
-    """What a notebook shows."""
+    """The plot, as a notebook shows it."""
     file = io.BytesIO()
     self.plot().savefig(file, format="png", dpi=100)
     return file.getvalue()

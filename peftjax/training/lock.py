@@ -1,7 +1,7 @@
-"""Who writes in a workdir: one process at a time, by the operating system's lock on a file in it.
+"""A lock on a workdir: one process at a time writes, by the system's lock on a file in it.
 
 The lock ends with its process, however that ends, so none is ever stale. It is of the kind that
-network file systems may not have; where one cannot lock at all, a run says so and goes on.
+network file systems may not have; where locking is impossible, a run says so and goes on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Held(ValueError):
 
 
 class Lock:
-  """A workdir that is this process's; unless something is kept there, no trace of it stays."""
+  """A workdir that belongs to this process; unless `kept` is set, no trace of the lock stays."""
 
   def __init__(self) -> None:
     self.kept = False
@@ -128,7 +128,7 @@ def _sign(path: Path, descriptor: int) -> None:
 
 
 def _is(path: Path, descriptor: int) -> bool:
-  """Whether `path` is still the open file."""
+  """Tells whether `path` is still the open file."""
   try:
     return os.path.samestat(os.stat(path), os.fstat(descriptor))
   except FileNotFoundError:

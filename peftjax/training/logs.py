@@ -1,4 +1,4 @@
-"""What a person reads of a run: `metrics.jsonl`, TensorBoard events, a progress bar."""
+"""Logs of a run for people: `metrics.jsonl`, TensorBoard events, a progress bar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIME_FIELDS = (
 
 
 class Logs:
-  """Rows of numbers by step, to `metrics.jsonl` and TensorBoard.
+  """Writes rows of numbers by step to `metrics.jsonl` and TensorBoard.
 
   On resuming at a step, rows after it are cut and the events are written anew from what is left,
   so an interrupted run's logs are those of an uninterrupted one. `dropped` are the rows that were
@@ -46,7 +46,7 @@ class Logs:
     self._directory = workdir / "tensorboard"
 
   def write(self, row: dict[str, Any]) -> None:
-    """One row, with "step"; in the file when this returns."""
+    """Writes one row, with "step"; it is in the file when this returns."""
     line = json.dumps(row) + "\n"
     self._file.write(line)
     self._file.flush()
@@ -55,13 +55,13 @@ class Logs:
     self._emit(self._events, row)
 
   def mark(self) -> dict[str, Any]:
-    """What a checkpoint says of the rows so far (see `workdir.Log`), which are on the disk then."""
+    """A checkpoint's record of the rows so far (see `workdir.Log`), which are on the disk then."""
     os.fsync(self._file.fileno())
     return {"rows": self._rows, "sha256": self._digest.hexdigest()}
 
   @functools.cached_property
   def _events(self) -> Any:
-    """Made at the first row: tensorboardX imports torch if it is there, which takes seconds."""
+    """The events' writer, made at the first row: tensorboardX imports torch if it is there."""
     from tensorboardX import SummaryWriter
 
     workdirs.clear_events(self._directory)
@@ -117,12 +117,12 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Likewise of an object, for people too."""
+  """Writes an object as JSON, likewise, indented for people."""
   write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _is_notebook(console: rich.console.Console) -> bool:
-  """Whether it shows what moves: rich draws in notebooks by ipywidgets, and warns without."""
+  """Tells whether a console can show moving parts: in notebooks rich needs ipywidgets for it."""
   return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
@@ -130,8 +130,8 @@ class Bar:
   """A progress bar with loss, examples/s and time left; plain lines where there is no terminal
   and no notebook.
 
-  A terminal that is closed while the run goes on is no reason to lose the run. Of several processes
-  that share a run one has it `shown`.
+  A terminal that is closed while the run goes on is no reason to lose the run. If several processes
+  share a run, one has it `shown`.
   """
 
   def __init__(self, name: str, start: int, total: int, *, shown: bool = True):

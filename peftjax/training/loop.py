@@ -35,10 +35,10 @@ def train_and_evaluate(
   started: float | None = None,
   traced: int = 0,
 ) -> dict[str, Any]:
-  """Fine-tunes as `config` says and returns what `workdir/result.json` holds.
+  """Fine-tunes as `config` says and returns the contents of `workdir/result.json`.
 
-  Evaluates on the validation split after every epoch, keeps the best (of
-  those from which on the method leaves the model's size), and scores the test split once, with the
+  Evaluates on the validation split after every epoch, keeps the best parameters (among those
+  at the final size that the method leaves), and scores the test split once, with the
   best. Run again with the same arguments it goes on where it was stopped, to the
   same bits, or returns the result if it had finished.
 
@@ -53,9 +53,9 @@ def train_and_evaluate(
     traced: how many steps of this process to profile, once it is warm; see `profile.Trace`.
 
   Raises:
-    ValueError: anything wrong with the config, the data, the model or what is in `workdir`;
+    ValueError: anything wrong with the config, the data, the model or the files in `workdir`;
       raised before `workdir` is touched.
-    lock.Held: another process runs in `workdir`; of one in a bucket, has begun to since.
+    lock.Held: another process runs in `workdir`; for one in a bucket, has begun to since.
     disk.DiskError: something cannot be written, as on a full disk; the last checkpoint stays.
     FloatingPointError: the loss or the gradient is not finite; the last good checkpoint stays.
     Stopped: after SIGTERM, SIGHUP or Ctrl-C, with the state saved.
@@ -88,7 +88,7 @@ def _train(
   peers: Peers,
   traced: int,
 ) -> dict[str, Any]:
-  """`train_and_evaluate` in a workdir that is these processes'."""
+  """`train_and_evaluate` in a workdir that belongs to these processes."""
   workdir = place.folder
   found = peers.told(lambda: _saved(workdir))
   saved = None if found is None else workdirs.Meta.of(found, workdir)
@@ -125,7 +125,7 @@ def _train(
         if not saved:
           scores.start()
         for done in trace.steps():
-          # Once: what is saved below has been fetched and checked.
+          # Once: later checkpoints have been fetched and checked.
           asked = peers.asked(stop.asked, done)
           log = done % every.log_every == 0 or done == run.total
           evaluate = done % run.stream.steps_per_epoch == 0 or done == run.total
@@ -170,7 +170,7 @@ def _train(
 
 
 def _saved(workdir: Path) -> dict[str, Any] | None:
-  """What the latest checkpoint says of itself, for JSON; without one, that the rows can be read."""
+  """The latest checkpoint's record, for JSON; without one, that of readable rows."""
   saved = resume.latest_meta(workdir)
   if saved is not None:
     return dataclasses.asdict(saved)
@@ -183,13 +183,13 @@ def _prepare(place: Here, config: dict[str, Any], *, anew: bool) -> None:
   workdir = place.folder
   workdir.mkdir(parents=True, exist_ok=True)
   write_json(workdir / "config.json", config)
-  if anew:  # a best alone cannot be gone on from, and would stay where a step ties with it
+  if anew:  # a best alone cannot be continued from, and would stay where a step ties with it
     workdirs.clear_checkpoints(workdir / "checkpoints")
 
 
 @contextlib.contextmanager
 def _told(place: Here) -> Iterator[None]:
-  """What ends a run by no fault of the config also says which checkpoint is left."""
+  """A context that adds to errors not due to the config which checkpoint is left."""
   try:
     yield
   except FloatingPointError as error:

@@ -1,12 +1,12 @@
-"""Where a run works: in its workdir or, if that is in a bucket, in a copy of it on this machine.
+"""Workdirs of runs: a local folder or, for a workdir in a bucket, a copy of it on this machine.
 
-A bucket can neither be appended to nor locked, and on most of them what Orbax does by renaming a
-folder is many copies that a kill can part. So nothing of a run knows of buckets: it works in a
-temporary folder, to which all that holds of a workdir applies, and `Mirror` brings the bucket's
-files there before and puts what is new back whenever a checkpoint is whole, and at the end.
+A bucket can neither be appended to nor locked, and on most of them Orbax's renaming of a folder
+is many copies that a kill can part. So no part of a run knows of buckets: it works in a temporary
+folder, to which all that holds of a workdir applies, and `Mirror` brings the bucket's files there
+before and puts new ones back whenever a checkpoint is whole, and at the end.
 
 `contents.json` in the bucket makes many objects one state. It names the `files` that a run goes on
-from and, as `loose`, all else that may be there, which is written before anything else is: so a
+from and, as `loose`, all others that may be there, which it names before they are written: so a
 kill at any moment leaves the state before or the one after, and no object that nobody knows of.
 Files of checkpoints are put under names that the state does not have yet, and removed once it does
 not have them any more. Other files are overwritten: rows of metrics after those of the checkpoint
@@ -14,7 +14,7 @@ are cut when a run goes on, as on this machine.
 
 Its `writer` stands for the lock: a process that starts puts its own name there, and one that finds
 another's there when it saves ends. So the one that was started last goes on, where on this machine
-it is the first; nobody has to clean up after a preempted one. Between that look and what is written
+it is the first; nobody has to clean up after a preempted one. Between that look and the writing
 after it no bucket lets anybody wait: two that save in the same second may leave a damaged
 checkpoint, which its digests tell.
 """
@@ -45,10 +45,10 @@ _ELSEWHERE = "Put it back from a copy, or give another --workdir."
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-  """What `contents.json` holds."""
+  """The contents of `contents.json`."""
 
   writer: lock.Holder
-  token: str  # of that writer: process numbers come again
+  token: str  # a token of that writer: process numbers come again
   files: list[str]
   loose: list[str]
 
@@ -56,7 +56,7 @@ class Contents:
     for name in (*self.files, *self.loose):
       parts = name.split("/")
       if name.startswith("/") or {"", ".", "..", RECORD} & {*parts}:
-        raise ValueError(f"{records.clip(name)} is no name of a file of a run")
+        raise ValueError(f"{records.clip(name)} is not a name of a file of a run")
 
 
 class Here:
@@ -70,17 +70,17 @@ class Here:
     self.folder = folder
 
   def claim(self) -> None:
-    """Before anything is written: `lock` has seen to it."""
+    """Claims the workdir before anything is written: `lock` has seen to it."""
 
   def keep(self, wait: Callable[[], None]) -> None:
-    """After a checkpoint has begun to be saved: it may go on being."""
+    """Keeps a checkpoint that has begun to be saved: it may go on being."""
 
   def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
-    """Those of the run, by whom they are written and read."""
+    """The checkpoints of the run, for their writers and readers."""
     return Checkpoints(self.folder / "checkpoints", read_only=read_only)
 
   def named(self, text: str) -> str:
-    """What is said of the folder, of the workdir as the user gave it."""
+    """`text` about the folder, as text about the workdir that the user gave."""
     return text
 
   def newest(self) -> int | None:
@@ -91,11 +91,11 @@ class Here:
 class Mirror(Here):
   """A workdir in a bucket, with a copy of it in `folder`, which is empty at first.
 
-  Of several processes all make one, and the main one alone has the copy and asks the bucket: their
-  machines may have no file system in common.
+  If there are several processes all make one, and the main one alone has the copy and asks the
+  bucket: their machines may have no file system in common.
 
   Raises:
-    ValueError: what the bucket holds is damaged, or of something else.
+    ValueError: the bucket's contents are damaged, or of something else.
     disk.DiskError: in all methods: the bucket cannot be read or written.
   """
 
@@ -125,7 +125,7 @@ class Mirror(Here):
     return text.replace(str(self.folder), self._bucket.address)
 
   def claim(self) -> None:
-    """Makes this process the one that writes; for the main one.
+    """Makes this process the one that writes; for the main process.
 
     Raises:
       lock.Held: another one has begun to since the bucket was read.
@@ -142,7 +142,7 @@ class Mirror(Here):
     self._write(self._claimed)
 
   def keep(self, wait: Callable[[], None]) -> None:
-    """Puts into the bucket what is new, once it is whole.
+    """Puts new files into the bucket, once the checkpoint is whole.
 
     Raises:
       lock.Held: another process has claimed the workdir.
@@ -151,7 +151,7 @@ class Mirror(Here):
     self._peers.told(self.put)
 
   def put(self) -> None:
-    """`keep`, of what is whole already; nothing if nothing was claimed."""
+    """Puts files into the bucket as `keep`, if they are whole; none if nothing was claimed."""
     if self._claimed is None:
       return
     now = self._stamps()
@@ -171,14 +171,14 @@ class Mirror(Here):
     self._kept = now
 
   def newest(self) -> int | None:
-    """As the bucket has it."""
+    """The step of the newest checkpoint in the bucket."""
     contents = self._claimed or self._there
     names = [PurePosixPath(name).parts for name in contents.files] if contents else []
     steps = [int(x[2]) for x in names if x[:2] == ("checkpoints", "latest") and x[2].isdecimal()]
     return max(steps, default=None)
 
   def _stamps(self) -> dict[str, tuple[int, ...]]:
-    """Every file by name, with what changes when it is written."""
+    """Every file by name, with values that change when it is written."""
     found: dict[str, tuple[int, ...]] = {}
     for path in self.folder.rglob("*"):
       name = path.relative_to(self.folder).as_posix()
@@ -205,7 +205,7 @@ class Mirror(Here):
     self._bucket.write(RECORD, text.encode())
 
   def _read(self) -> Contents | None:
-    """None if there is no workdir.
+    """The contents; None if there is no workdir.
 
     Raises:
       ValueError: the record is damaged, or there is a workdir without one.
@@ -229,9 +229,9 @@ def where(workdir: str | Path) -> Path | str:
 
 @contextlib.contextmanager
 def opened(place: Path | str, peers: Peers) -> Iterator[Here]:
-  """What `where` gave, to train in.
+  """A context with the workdir from `where`, to train in.
 
-  Where the block fails by other than the bucket's fault, what it left is put there still: its rows
+  If the block fails by other than the bucket's fault, its files are put there still: its rows
   of metrics tell why.
 
   Raises:
@@ -253,7 +253,7 @@ def opened(place: Path | str, peers: Peers) -> Iterator[Here]:
 
 @contextlib.contextmanager
 def read(workdir: str | Path) -> Iterator[Path]:
-  """The folder to read a run from.
+  """A context with the folder to read a run from.
 
   Raises:
     ValueError, disk.DiskError: see `Mirror`.
@@ -268,7 +268,7 @@ def read(workdir: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _copied(address: str, peers: Peers) -> Iterator[Mirror]:
-  """A mirror that leaves no folder here; what is refused in it names the bucket."""
+  """A mirror that leaves no folder here; errors about its files name the bucket."""
   with tempfile.TemporaryDirectory(prefix="peftjax-", ignore_cleanup_errors=True) as folder:
     try:
       yield Mirror(address, Path(folder), peers)

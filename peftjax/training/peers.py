@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from peftjax.io import disk
 from peftjax.training import lock, process
 
-# What a user can mend. Anything else that ends the main process ends the others as what it is.
+# Errors that a user can mend. Any other that ends the main process ends the others as it is.
 _TOLD: Mapping[str, Callable[[str], Exception]] = {
   "ValueError": ValueError,
   "Held": lock.Held,
@@ -35,7 +35,7 @@ _SIGN, _GONE = 5.0, 60.0
 
 
 def watch(gone: Callable[[], None]) -> None:
-  """Calls `gone`, in a thread, where one of the processes gives no sign of life for a minute.
+  """Calls `gone`, in a thread, when one of the processes gives no sign of life for a minute.
 
   A collective may wait for it for ever. Each process counts up a number that all can read.
   """
@@ -86,7 +86,7 @@ class Peers:
 
   Attributes:
     count: how many there are.
-    main: whether this one speaks for all: it alone reads and writes the workdir, and prints.
+    main: True if this one speaks for all: it alone reads and writes the workdir, and prints.
   """
 
   def __init__(self) -> None:
@@ -94,10 +94,10 @@ class Peers:
     self.main = jax.process_index() == 0
 
   def told(self, make: Callable[[], Any]) -> Any:
-    """What `make()`, called by the main process alone, returns: something that JSON can say.
+    """The result of `make()`, called by the main process alone: something that JSON can say.
 
     Raises:
-      Exception: what `make` raises, in all processes.
+      Exception: any exception of `make`, in all processes.
     """
     if self.count == 1:
       return make()
@@ -116,10 +116,10 @@ class Peers:
     return heard["value"]
 
   def agree(self, **given: Any) -> None:
-    """ValueError, in all processes, if one was started with something else than the others.
+    """Raises ValueError, in all processes, if one was started with other values than the others.
 
     Args:
-      **given: by a name for the message: for JSON. The code's commit is compared as well.
+      **given: values for JSON, by a name for the message. The code's commit is compared as well.
     """
     if self.count == 1:
       return
@@ -137,7 +137,7 @@ class Peers:
 
   @contextlib.contextmanager
   def hold(self, workdir: Any) -> Iterator[lock.Lock]:
-    """`lock.hold`, by the main process for all."""
+    """Holds the lock `lock.hold`, by the main process for all."""
     with contextlib.ExitStack() as stack:
       held = [lock.Lock()]
 
@@ -148,9 +148,9 @@ class Peers:
       yield held[0]
 
   def asked(self, asked: str, step: int) -> str:
-    """The signal that asks all of them to save and stop after `step`, "" if none does.
+    """The signal that asks all processes to save and stop after `step`, "" if none does.
 
-    Of several processes JAX notices SIGTERM, and names a step that none of them has passed.
+    With several processes JAX notices SIGTERM, and names a step that none of them has passed.
     """
     if self.count == 1:
       return asked

@@ -19,7 +19,7 @@ import jax
 
 
 class Clock:
-  """Seconds since the process started, and how fast its steps come."""
+  """Seconds since the process started, and the rate of its steps."""
 
   def __init__(self, started: float | None):
     self._started = self._last = time.perf_counter() if started is None else started
@@ -30,13 +30,13 @@ class Clock:
     return time.perf_counter() - self._started
 
   def rates(self, done: Mapping[str, float], peak: float | None = None) -> dict[str, float]:
-    """`NAME_per_second` since the last call, of what this process has done in all by name.
+    """`NAME_per_second` since the last call, from this process's totals by name.
 
-    The first are since it started, compilation included.
+    The first rates are since it started, compilation included.
 
     Args:
       done: numbers that grow, such as "tokens".
-      peak: FLOP/s of all devices; of it `done["flops"]` a second are the "share_of_peak".
+      peak: FLOP/s of all devices; "share_of_peak" is `done["flops"]` per second over it.
     """
     now = time.perf_counter()
     seconds = max(now - self._last, 1e-9)
@@ -48,7 +48,7 @@ class Clock:
     return rates
 
   def rest(self) -> None:
-    """Leaves out of the next rates what came since the last: scores, checkpoints."""
+    """Leaves out of the next rates the time since the last: scores, checkpoints."""
     self._last = time.perf_counter()
 
 
@@ -61,14 +61,14 @@ class Again(KeyboardInterrupt):
 
 
 def _hang_up() -> list[signal.Signals]:
-  """The signal of a terminal that is closed, unless it is ignored, as nohup has it."""
+  """The signal of a closed terminal, unless it is ignored, as under nohup."""
   ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
   return [] if ignored else [signal.SIGHUP]
 
 
 @contextmanager
 def stop_signals(*, alone: bool = True) -> Iterator[Stop]:
-  """SIGTERM, SIGHUP and the first Ctrl-C only ask; a second Ctrl-C raises `Again` at once.
+  """A context in which SIGTERM, SIGHUP and the first Ctrl-C only ask; a second raises `Again`.
 
   Where several processes share a run, SIGTERM is JAX's, which tells the others; SIGHUP and the
   first Ctrl-C become one.
@@ -95,7 +95,7 @@ def stop_signals(*, alone: bool = True) -> Iterator[Stop]:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-  """For several runs in turn: SIGTERM and SIGHUP interrupt as Ctrl-C does; whether one came.
+  """A context for several runs in turn: SIGTERM and SIGHUP interrupt as Ctrl-C; tells if one came.
 
   A run has handlers of its own while it trains, and one that is at its last step just finishes.
   The file descriptor gets the number of every signal, whoever handles it.
@@ -124,7 +124,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def commit() -> str | None:
-  """Of this code; "-dirty" if a file has changed since, other than the results that it adds to."""
+  """The commit of this code; "-dirty" if a file other than results has changed since."""
   git = functools.partial(
     subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
   )
@@ -144,7 +144,7 @@ def memory_in_use() -> dict[str, int]:
 
 
 def peak_memory_mb() -> float:
-  """Peak of the device where it counts it, else of this process."""
+  """Peak memory of the device where it counts it, else of this process."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if "peak_bytes_in_use" in stats:
     return stats["peak_bytes_in_use"] / 2**20

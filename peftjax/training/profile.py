@@ -17,7 +17,7 @@ WARM_UP = 2
 
 
 def check(count: int, total: int) -> None:
-  """ValueError unless a run of `total` steps, were it not interrupted, has as many to trace."""
+  """Raises ValueError unless a run of `total` steps, if not interrupted, has as many to trace."""
   if not 0 <= count <= max(0, total - WARM_UP):
     raise ValueError(
       f"--profile={count}: the run has {total} steps, and the first {WARM_UP} of a process, which "
@@ -28,18 +28,18 @@ def check(count: int, total: int) -> None:
 class Trace:
   """A trace of `count` steps of this process, written when they are done or the block is left.
 
-  The steps compute what they do without it. Before the first and after the last one the host waits
-  for the devices, so that whole steps are traced; what the run does between, as well.
+  The steps compute the same as without it. Before the first and after the last one the host waits
+  for the devices, so that whole steps are traced; the run's work between them, as well.
   """
 
   def __init__(self, run: Run, count: int, folder: Path, say: Callable[[str], None]):
     """Makes the folder, and starts nothing yet.
 
     Args:
-      run: whose steps.
-      count: 0 for none. Of a run that goes on with fewer to trace, those; and `say` tells.
-      folder: gets `plugins/profile/TIME/`; of several processes each has a folder in it.
-      say: what a person should know.
+      run: the run whose steps are traced.
+      count: 0 for none. If a run that goes on has fewer left, those; and `say` tells.
+      folder: gets `plugins/profile/TIME/`; if there are several processes each has a folder in it.
+      say: takes messages for a person.
     """
     left = max(0, run.total - run.steps_done - WARM_UP)
     if count > left:
@@ -50,7 +50,7 @@ class Trace:
       self._folder = folder / f"process_{jax.process_index()}"
     self._begun: int | None = None  # the first step traced, while it runs
     if self._count:
-      self._folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told at once
+      self._folder.mkdir(parents=True, exist_ok=True)  # a failure to write is told at once
 
   def steps(self) -> Iterator[int]:
     """`run.steps()`, some of them traced."""
@@ -94,6 +94,6 @@ class Trace:
 
   def __exit__(self, kind: object, error: object, trace: object) -> None:
     if self._begun is not None:
-      # What ended the run is what it ends with, whether or not its trace can be written.
+      # The error that ended the run is raised, whether or not its trace can be written.
       with contextlib.suppress(*((Exception,) if error else ())):
         self._stop()

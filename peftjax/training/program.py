@@ -19,13 +19,13 @@ from peftjax.training.task import Kind
 
 
 class Program:
-  """The step of a run, what evaluation needs of a batch, and the state to begin with.
+  """The step of a run, the outputs that evaluation needs of a batch, and the initial state.
 
   Attributes:
-    schedule, tx: of the optimizer.
+    schedule, tx: parts of the optimizer.
     step: `(state, frozen, batch, key)` to the next state, which takes the memory of the one before,
       and numbers; see `step.train_step`.
-    predict: `(train, frozen, batch)` to what evaluation needs; see `step.eval_step`.
+    predict: `(train, frozen, batch)` to the outputs that evaluation needs; see `step.eval_step`.
   """
 
   def __init__(
@@ -44,11 +44,11 @@ class Program:
     """Compiles nothing yet.
 
     Args:
-      settings: of the optimizer.
-      kind, module, method: of the run.
+      settings: settings of the optimizer.
+      kind, module, method: parts of the run.
       train: the trained arrays, or their shapes, dtypes and, on a mesh, shardings.
-      total: batches.
-      mesh: of all of it, or None for one device.
+      total: number of batches.
+      mesh: the mesh for all of it, or None for one device.
       paged: keep the optimizer's state in host memory.
       rate_in_state: the learning rate is an array in the optimizer's state, so that the step is the
         same program whatever it is.
@@ -61,7 +61,7 @@ class Program:
     everywhere = None if mesh is None else NamedSharding(mesh, P())
     self._places = None
     if mesh is not None:
-      # No shape alone tells what lies in host memory.
+      # No shape alone tells which arrays lie in host memory.
       like = jax.jit(self._init)(train) if paged else jax.eval_shape(self._init, train)
       self._first = like if paged else None
       self._places = _state_shardings(like, train, mesh)
@@ -81,7 +81,7 @@ class Program:
     return jax.jit(self._init, out_shardings=self._places)(train)
 
   def abstract(self, train: Any) -> state.TrainState:
-    """Shapes, dtypes and shardings of it."""
+    """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(self._init, train)
     if self._places is None:
       return shapes

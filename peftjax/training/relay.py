@@ -18,12 +18,12 @@ from peftjax.training.peers import Peers
 class Relayed(Checkpoints):
   """`Checkpoints` in a directory of the main process, to which all give and of which all get.
 
-  Each process calls the same methods in the same order. What is split over them is gathered to be
-  saved, as its digest needs it anyway, and what is read is sent to all, an array at a time. Orbax
+  Each process calls the same methods in the same order. Arrays split over them are gathered to be
+  saved, as their digest needs it anyway, and read arrays are sent to all, one at a time. Orbax
   would have each process write its part, and wants one folder for that.
 
   Raises:
-    What `Checkpoints` raises, in all processes.
+    The errors of `Checkpoints`, in all processes.
   """
 
   def __init__(self, directory: Path, peers: Peers, *, read_only: bool = False):

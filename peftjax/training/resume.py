@@ -1,4 +1,4 @@
-"""What a workdir already holds, and whether this run may go on with it."""
+"""Checks of what a workdir already holds, and whether this run may go on with it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FREE = ("compilation_cache", "train.log_every", "train.save_every", "train.eval_
 
 
 def latest_meta(folder: Path) -> Meta | None:
-  """What the latest checkpoint in the workdir says of itself, without creating anything.
+  """The record of the latest checkpoint in the workdir, without creating anything.
 
   Raises:
-    ValueError: what is there is damaged, or not whole: without its config, its best checkpoint or
-      its rows of metrics.
+    ValueError: the files are damaged, or not whole: without the config, the best checkpoint or
+      the rows of metrics.
   """
   workdir.check_checkpoints(folder / "checkpoints")
   if workdir.newest(folder / "checkpoints") is None:
@@ -48,7 +48,7 @@ def latest_meta(folder: Path) -> Meta | None:
 
 
 def restore(run: Run, place: Here) -> None:
-  """Puts the run where its latest checkpoint is.
+  """Puts the run at the state of its latest checkpoint.
 
   Raises:
     ValueError: its arrays are damaged, do not fit the run, or are those of another step.
@@ -67,7 +67,7 @@ def restore(run: Run, place: Here) -> None:
 
 
 def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-  """The result in the workdir of this config, None if it has none yet.
+  """The result in the workdir for this config, None if it has none yet.
 
   Raises:
     ValueError: its config or its result is of another config, or damaged.

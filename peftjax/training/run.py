@@ -14,7 +14,7 @@ from peftjax.core import paths, tree
 from peftjax.core.params import Params
 from peftjax.models import limits, pretrained
 from peftjax.nn import virtual
-from peftjax.training import build, flops, state
+from peftjax.training import build, factory, flops, state
 from peftjax.training.checkpoint import Checkpoints, digest
 from peftjax.training.logs import Bar
 from peftjax.training.program import Program
@@ -35,8 +35,8 @@ class Run:
   """The compiled functions of a run and the state they pass on.
 
   With `rate_in_state` the learning rate is an array in the optimizer's state, so that the step is
-  the same program whatever it is. Without a mesh text (None, not "") it uses one device. What the
-  settings say of data, model and method is not read where a `task` or a `model` is given.
+  the same program whatever it is. Without a mesh text (None, not "") it uses one device. The data,
+  model and method of the settings are not read where a `task` or a `model` is given.
   """
 
   def __init__(
@@ -58,8 +58,10 @@ class Run:
     model = model or build.attached(settings, self.task.outputs, self.mesh)
     if pretrained.ours(model.module):
       self._check_texts(model)
+    elif settings.model.factory:
+      factory.check(settings.model.factory, model.module, model.params, self.task)
     self.module, self.mask, self.new = model.module, model.mask, model.new
-    self.method = model.method
+    self.method, self._base = model.method, model.base
     self.parameters = tree.count(model.params)
     self.trainable = tree.count(model.params, model.mask)
     train, self.frozen = tree.partition(model.params, model.mask)
@@ -81,7 +83,7 @@ class Run:
       if paged:
         self._use(model, train, paged=True)
     self.steps_done = 0
-    # What this process has done: of the batches' rows, their tokens, and the operations with them.
+    # Work of this process: the batches' rows, their tokens, and the operations with them.
     self.done = {"examples": 0.0, "tokens": 0.0, "flops": 0.0}
     self._shapes: dict[tuple[int, int], flops.Work] = {}
     self._pending: list[tuple[int, tuple[int, int], dict[str, jax.Array]]] = []
@@ -106,6 +108,9 @@ class Run:
   def announce(self, bar: Bar) -> None:
     bar.print(self.task.describe())
     share = 100 * self.trainable / self.parameters
+    if self.settings.model.factory:
+      _, others = factory.example(self.module, self.task.kind.inputs, 1)
+      bar.print(f"{self.settings.model.factory} is given {', '.join(('tokens', *others))}")
     bar.print(f"training {self.trainable:,} of {self.parameters:,} parameters ({share:.2f} %)")
     if self.paging:
       bar.print(f"optimizer state {self.paging}")
@@ -115,7 +120,7 @@ class Run:
       bar.print(f"going on after step {self.steps_done} of {self.total}")
 
   def steps(self) -> Iterator[int]:
-    """Dispatches the steps that are left, one an iteration, and yields how many are done."""
+    """Dispatches the steps that are left, one per iteration, and yields how many are done."""
     for batch in self.stream.iterate(self.steps_done, self.total):
       self.state, out = self._step(self.state, self.frozen, self.place(batch), self.dropout_key)
       self.steps_done += 1
@@ -163,7 +168,7 @@ class Run:
     return one and one * len(devices)
 
   def learning_rate(self, number: int) -> float:
-    """Of a step, counted from 1."""
+    """The learning rate of a step, counted from 1."""
     return float(self.schedule((number - 1) // self.settings.optimizer.accumulate))
 
   def place(self, batch: Any) -> Any:
@@ -185,16 +190,16 @@ class Run:
     return scores
 
   def identity(self) -> dict[str, Any]:
-    """What a continuation or a prediction has to agree with: the base, the data, the labels."""
+    """The data a continuation or a prediction has to agree with: the base, the data, the labels."""
     return {
-      "base": digest(self.settings.model.path()),
+      "base": self._base or digest(self.settings.model.path()),
       "tokenizer": data.tokenizer_digest(self.settings.model.path()),
       "data": self.task.digest(),
       "labels": self.task.summary().get("labels", []),
     }
 
   def adapter(self) -> dict[str, Any]:
-    """Every array that did not come from the pretrained files as it is."""
+    """Every array that differs from the pretrained files."""
     params = tree.combine(self.state.train, self.frozen)
     keep = tree.adapter_mask(params, self.mask)
     return {"adapter": tree.partition(params, keep)[0]}
@@ -205,7 +210,7 @@ class Run:
     return {**self.adapter(), "opt_state": self.state.opt_state, "step": self.state.step}
 
   def check_finite(self) -> None:
-    """FloatingPointError if a trained array is not finite, though its loss and gradient were."""
+    """Raises FloatingPointError if a trained array is not finite, though loss and gradient were."""
     if not _all_finite(self.state.train):
       raise FloatingPointError(self._diverged(f"step {self.steps_done}: parameters"))
 
@@ -214,7 +219,7 @@ class Run:
     return tree.combine(checkpoints.arrays("best", self.adapter())["adapter"], self.frozen)
 
   def on_host(self, params: Params) -> Any:
-    """`params` with every array that is not of the pretrained files as NumPy's, whole."""
+    """`params` with every array that is not from the pretrained files as NumPy's, whole."""
     adapter, base = tree.partition(params, tree.adapter_mask(params, self.mask))
     return tree.combine(jax.tree.map(sharding.gathered, adapter), base)
 
@@ -226,7 +231,7 @@ class Run:
     self.steps_done = int(saved["step"])
 
   def _diverged(self, what: str) -> str:
-    """Why, as far as it is known, and what is left."""
+    """The reason of a divergence, as far as it is known, and what is left."""
     for path, leaf in paths.leaves(self.frozen).items():
       floats = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
       if not all(bool(jnp.isfinite(x).all()) for x in floats):
@@ -242,7 +247,7 @@ class Run:
       )
 
   def _check_texts(self, model: build.Attached) -> None:
-    """ValueError unless the model has places and rows in its tables for all texts."""
+    """Raises ValueError unless the model has places and rows in its tables for all texts."""
     positions, extra = model.module.config.max_length, virtual.length(model.params)
     if self.task.lengths[-1] + extra > positions:
       room = f"{positions} positions" + (f", {extra} of them for virtual tokens" if extra else "")

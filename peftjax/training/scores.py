@@ -1,4 +1,4 @@
-"""`Scores`: how a run does on its held-out parts, and the best of it."""
+"""`Scores`: the scores of a run on its held-out parts, and the best of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peftjax.training.run import Run
 
 
 class Scores:
-  """What a run scores on its held-out parts, and where it did best.
+  """The scores of a run on its held-out parts, and the step of the best.
 
   Attributes:
     untrained: the scores of each part that is also scored before training.
@@ -28,29 +28,29 @@ class Scores:
     """Begins anew, or goes on.
 
     Args:
-      run: whose parameters, as they are at the time, are scored.
+      run: the run whose current parameters are scored.
       write: takes a row of numbers.
       show: takes a name and its scores, for people.
-      untrained, best: of a run that goes on.
+      untrained, best: the attributes of a run that goes on.
     """
     self._run, self._write, self._show = run, write, show
     self.untrained, self.best = dict(untrained or {}), dict(best or {})
 
   def start(self) -> None:
-    """Scores what there is before the first step."""
+    """Scores the parameters before the first step."""
     for part in self._run.task.before:
       self.untrained[part] = scores = self._run.evaluate(part)
       self._show(f"{part}, before", scores)
       self._write({"step": 0, **_named(part, scores)})
 
   def take(self, done: int) -> bool:
-    """Scores the validation part after that many steps; whether it is the best so far."""
+    """Scores the validation part after `done` steps; True if it is the best so far."""
     scores = self._run.evaluate("validation")
     epoch = done / self._run.stream.steps_per_epoch
     self._write({"step": done, "epoch": epoch, **_named("validation", scores)})
     self._show(f"epoch {epoch:.4g}", scores)
     value = self._run.task.criterion(scores)
-    # One that is larger than the method leaves it in the end is no candidate.
+    # Parameters that are larger than the method leaves them in the end are no candidates.
     if done < self._run.settled or self.best and value <= self.best["value"]:
       return False
     self.best = {"step": done, "value": value, "metrics": scores}

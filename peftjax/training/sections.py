@@ -1,6 +1,6 @@
 """A dataclass as a section of a config, and the section as arguments of the dataclass.
 
-A config has a flag for every field, so its values are what flags can say: a mapping is a tuple of
+A config has a flag for every field, so its values are those of flags: a mapping is a tuple of
 "PATTERN=NUMBER", a dtype its name, targets a tuple of texts, and None a placeholder of the type
 that the field has otherwise.
 """
@@ -11,7 +11,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 from ml_collections.config_dict import placeholder
@@ -24,16 +24,25 @@ T = TypeVar("T")
 DTYPES = ("float32", "bfloat16")
 
 
+class Section:
+  """Fields of a config that are checked against their annotations: see `core.ranges`."""
+
+  section: ClassVar[str]
+
+  def __post_init__(self) -> None:
+    ranges.check(type(self), vars(self), f"--config.{self.section}.")
+
+
 def section(cls: Any, without: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
   """The fields of a dataclass with their defaults, as a section of a config.
 
   Args:
     cls: a dataclass.
-    without: fields that are no flags.
+    without: fields that are not flags.
     **changes: other values than the defaults, in either form.
 
   Raises:
-    ValueError: a field without a default is not among the changes, or a change is of no field.
+    ValueError: a field without a default is not among the changes, or a change names no field.
   """
   hints = typing.get_type_hints(cls, include_extras=True)
   fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in without}
@@ -44,15 +53,15 @@ def section(cls: Any, without: Sequence[str] = (), **changes: Any) -> dict[str, 
 
 
 def arguments(cls: Any, fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """What a section says, as arguments of the dataclass; unknown fields stay as they are.
+  """The values of a section as arguments of the dataclass; unknown fields stay as they are.
 
   Args:
     cls: a dataclass.
-    fields: of a config.
+    fields: fields of a config.
     where: the section, such as "method".
 
   Raises:
-    ValueError: a pattern without its number, or a dtype that is none of `DTYPES`.
+    ValueError: a pattern without its number, or a dtype that is not in `DTYPES`.
   """
   hints = typing.get_type_hints(cls, include_extras=True)
   return {key: _argument(f"{where}.{key}", x, hints.get(key)) for key, x in fields.items()}

@@ -1,4 +1,4 @@
-"""From a `ConfigDict` into frozen dataclasses, once; an unknown key is an error."""
+"""Reads a `ConfigDict` into frozen dataclasses, once; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -17,6 +17,7 @@ from peftjax import optim, sharding
 from peftjax.core import ranges
 from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, RowLength, Size
 from peftjax.data import samples
+from peftjax.data.corpora import FROM_FILES
 from peftjax.io.records import clip
 from peftjax.methods.base import Method, chain
 from peftjax.methods.registry import METHODS
@@ -24,43 +25,38 @@ from peftjax.methods.unfreeze import unfreeze
 from peftjax.models import stack
 from peftjax.quant.formats import FORMATS, Format
 from peftjax.training import sections
+from peftjax.training.official import Answers, Tags
+from peftjax.training.sections import Section
 
 T = TypeVar("T")
 
-# The name of an optimizer in a config, and what builds it.
+# Names of optimizers in a config, and the functions that build them.
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
   "adamw": optim.adamw,
   "adamw8bit": optim.adamw8bit,
 }
 
 
-class Section:
-  """Fields of a config that are held against their annotations: see `core.ranges`."""
-
-  section: ClassVar[str]
-
-  def __post_init__(self) -> None:
-    ranges.check(type(self), vars(self), f"--config.{self.section}.")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model(Section):
-  """Which pretrained model, and how it computes."""
+  """The pretrained model, and how it computes."""
 
   section = "model"
 
   name: str = ""  # a sample model, of `data.samples.MODELS`
   directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
+  # package.module:function that returns a model of one's own; the tokenizer is still of the above.
+  factory: str | None = None
   scan_layers: bool = False
-  # Gradient checkpointing, of decoders: none, or what is kept of each layer (`models.stack.REMAT`).
+  # Gradient checkpointing, for decoders: none, or what each layer keeps (`models.stack.REMAT`).
   remat: bool | str = "none"
   dtype: str = "float32"  # of activations: float32 or bfloat16
 
   def options(self) -> dict[str, Any]:
-    """For `pretrained.load`."""
+    """The options for `pretrained.load`."""
     ranges.one_of("model.dtype", self.dtype, sections.DTYPES)
     options = dict(scan_layers=self.scan_layers, dtype=jnp.dtype(self.dtype))
-    # A flag's text: before there were names, it was true or false.
+    # The flag's text: before there were names, it was true or false.
     remat = {"true": "layer", "false": "none"}.get(str(self.remat).lower(), self.remat)
     ranges.one_of("model.remat", remat, ("none", *stack.REMAT))
     return options if remat == "none" else {**options, "remat": remat}
@@ -71,7 +67,7 @@ class Model(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quant(Section):
-  """Whether and how the frozen base is quantised."""
+  """The quantisation of the frozen base, if any."""
 
   section = "quant"
 
@@ -94,7 +90,7 @@ class Quant(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section):
-  """Which texts; see `peftjax.data.load`."""
+  """The texts of a classifier; see `peftjax.data.load`."""
 
   section = "data"
 
@@ -108,9 +104,9 @@ class Data(Section):
   label_column: str = "label"
   regression: bool = False
   glue_dir: str | None = None
-  split_seed: Count | None = None  # of splits and subsets, by default the run's
+  split_seed: Count | None = None  # for splits and subsets, by default the run's
   train_examples: Size | None = None  # a random subset of at most this many
-  eval_examples: Size | None = None  # likewise of validation and of test
+  eval_examples: Size | None = None  # likewise for validation and for test
 
   def corpus_arguments(self) -> dict[str, Any]:
     fields = dataclasses.asdict(self)
@@ -121,17 +117,18 @@ class Data(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text(Section):
-  """Which texts a language model is trained on; see `peftjax.data.load`."""
+  """The texts that a language model is trained on; see `peftjax.data.load`."""
 
   section = "data"
 
   name: str = "bbc"
-  max_length: RowLength = 256  # tokens of a row
+  max_length: RowLength = 256  # tokens per row
   train_file: str | None = None
   validation_file: str | None = None
   test_file: str | None = None
   text_column: str = "text"
   pair_column: str | None = None  # the completion, if text_column is a prompt
+  between: str = ""  # behind each prompt, as "\nTL;DR:"
   loss: str = "all"  # tokens, or those of "completions"
   other: str = "sentiment"  # another corpus, to see what is forgotten; "" for none
   eval_rows: Size | None = None  # of each held-out part, at most
@@ -144,7 +141,8 @@ class Text(Section):
     fields = dataclasses.asdict(self)
     for name in ("max_length", "loss", "other", "eval_rows"):
       del fields[name]
-    return {**fields, "label_column": None} if self.name == "files" else fields
+    bare = self.name in FROM_FILES
+    return {**fields, "label_column": None} if bare else fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +163,7 @@ class Optimizer(Section):
   b2: Fraction = 0.999
   eps: optim.Epsilon = 1e-8
   clip_norm: Positive | None = 1.0
-  accumulate: Size = 1  # batches to an update
+  accumulate: Size = 1  # batches per update
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -173,11 +171,11 @@ class Optimizer(Section):
     ranges.one_of("optimizer.paged", self.paged, ("never", "always", "auto"))
 
   def updates(self, batches: int) -> int:
-    """The last one may be of fewer batches than the others."""
+    """The number of updates; the last one may be of fewer batches than the others."""
     return -(-batches // self.accumulate)
 
   def warmup_steps(self, updates: int) -> int:
-    """Fewer than all.
+    """The number of warm-up steps, fewer than all.
 
     Raises:
       ValueError: if there is no update after it.
@@ -193,7 +191,7 @@ class Optimizer(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Section):
-  """How long, in what batches, and what is written when."""
+  """The length of training, its batches, and when files are written."""
 
   section = "train"
 
@@ -202,13 +200,13 @@ class Train(Section):
   steps: Size | None = None  # batches; goes before `epochs`
   eval_batch_size: Length = 64
   log_every: Size = 10  # steps
-  save_every: Size | None = None  # steps; besides once an epoch
+  save_every: Size | None = None  # steps; besides once per epoch
 
   def total_steps(self, steps_per_epoch: int) -> int:
     """Batches in all.
 
     Raises:
-      ValueError: if `epochs` are none, or more than are counted.
+      ValueError: if there are none, or more than can be counted.
     """
     total = self.steps if self.steps is not None else round(self.epochs * steps_per_epoch)
     if not 1 <= total < 2**31:
@@ -222,18 +220,18 @@ class Train(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """All of a run."""
+  """All settings of a run."""
 
   seed: Count
-  task: str = "classify"  # or causal_lm
+  task: str = "classify"  # or another of `DATA`
   model: Model
   quant: Quant
-  data: Any  # Data or Text
+  data: Any  # of the class that `DATA` has for the task
   method: Mapping[str, Any]
   optimizer: Optimizer
   train: Train
   compilation_cache: str
-  rules: Sequence[str] = ()  # of sharding, before `sharding.RULES`: see `sharding.rules`
+  rules: Sequence[str] = ()  # sharding rules before `sharding.RULES`: see `sharding.rules`
 
   def __post_init__(self) -> None:
     ranges.check(type(self), vars(self), "--config.")
@@ -269,7 +267,7 @@ SECTIONS: Mapping[str, Any] = {
   "optimizer": Optimizer,
   "train": Train,
 }
-DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text}
+DATA: Mapping[str, Any] = {"classify": Data, "causal_lm": Text, "tag": Tags, "answer": Answers}
 
 
 def from_config(config: ConfigDict) -> Settings:

@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint has to hold to go on."""
+"""The state of a run: the contents of a checkpoint to go on from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TrainState(flax.struct.PyTreeNode):
   Attributes:
     step: int32 `[]`, batches consumed; with the seed it gives the data position and every key.
     train: the trained arrays, `None` elsewhere.
-    opt_state: of the optimizer on `train`.
+    opt_state: state of the optimizer on `train`.
   """
 
   step: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from peftjax import losses, optim
 from peftjax.core import tree
 from peftjax.core.params import Params
 from peftjax.linen import apply
+from peftjax.nnx.pure import Pure
 from peftjax.training.state import TrainState
 from peftjax.training.task import Batch, Kind
 
@@ -33,13 +35,13 @@ def train_step(
       this batch counts; one that counts none is a step with a gradient of 0.
     state: donated by the caller's jit.
     frozen: the other half of the parameters, as an argument and not a closure.
-    batch: what `kind` reads.
-    key: of the run; the step folds its number in.
+    batch: the arrays that `kind` reads.
+    key: key of the run; the step folds its number in.
 
   Returns:
-    The next state and float32 scalars: "loss", the mean over this batch; "grad_norm", of the mean
-    gradient before clipping, with accumulation of that of all batches since the last update, this
-    one included; and what the method's optimizer says of its update (`optim.metrics`).
+    The next state and float32 scalars: "loss", the mean over this batch; "grad_norm", norm of the
+    mean gradient before clipping, with accumulation over all batches since the last update, this
+    one included; and the metrics of the method's optimizer for its update (`optim.metrics`).
 
   Raises:
     ValueError: weights that only their method's optimizer may train have another one, or gradients
@@ -66,7 +68,7 @@ def train_step(
 
 
 def eval_step(model: nn.Module, kind: Kind, train: Any, frozen: Any, batch: Batch) -> Any:
-  """`outputs` of the two halves of the parameters."""
+  """The `outputs` for the two halves of the parameters."""
   return outputs(model, kind, tree.combine(train, frozen), batch)
 
 
@@ -79,8 +81,22 @@ def outputs(model: nn.Module, kind: Kind, params: Params, batch: Batch) -> Any:
 def _forward(
   model: nn.Module, kind: Kind, params: Any, batch: Batch, **how: Any
 ) -> tuple[Any, bool]:
-  """What the module gives, and whether that is the sums of the loss already, and no logits."""
+  """The module's result, and whether it is already the sums of the loss instead of logits."""
   more = kind.summed(batch) if kind.summed else {}
-  summed = bool(more) and more.keys() <= inspect.signature(type(model).__call__).parameters.keys()
+  summed = bool(more) and more.keys() <= takes(model)
   how |= more if summed else {}
-  return apply(model, params, *kind.inputs(batch), **how), summed
+  first, rest = arguments(model, kind.inputs(batch))
+  return apply(model, params, first, **rest, **how), summed
+
+
+def arguments(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """A task's arguments for a model: the first, and by name those others that the model takes."""
+  (_, first), *rest = inputs.items()
+  names = takes(model)
+  return first, {name: x for name, x in rest if name in names}
+
+
+def takes(model: Any) -> set[str]:
+  """The names of the arguments of a module's call."""
+  cls = model.cls if isinstance(model, Pure) else type(model)
+  return set(inspect.signature(cls.__call__).parameters)

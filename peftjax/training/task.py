@@ -1,4 +1,4 @@
-"""What a run needs to know of what it trains for."""
+"""The parts of a task that a run needs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ class Kind(NamedTuple):
   """The pure part of a task: plain functions, so that it is static under jit.
 
   Attributes:
-    inputs: a batch to the positional arguments of the module.
-    loss: logits and a batch to a sum and what it counts: float32 scalars, of which a step makes
+    inputs: a batch to the arguments of the module: the first by position, the others by name, as
+      far as it takes them.
+    loss: logits and a batch to a sum and its count: float32 scalars, of which a step makes
       the mean, and accumulation and devices the mean over all batches.
-    output: logits and a batch to what evaluation needs of them.
+    output: logits and a batch to the values that evaluation needs.
     summed: a batch to keyword arguments, or None. A module that takes all of them gives, in place
-      of logits, what `loss` makes of these: there `loss` and `output` are this result.
+      of logits, the result of `loss` on these: `loss` and `output` then take this result.
   """
 
-  inputs: Callable[[Batch], tuple[Any, ...]]
+  inputs: Callable[[Batch], dict[str, Any]]
   loss: Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
   output: Callable[[jax.Array, Batch], Any]
   summed: Callable[[Batch], Mapping[str, jax.Array]] | None = None
@@ -41,11 +42,11 @@ class Task(Protocol):
 
   Attributes:
     kind: the pure part.
-    outputs: of a new head, or None.
-    lengths: tokens of a row, ascending: each a program of its own.
+    outputs: number of outputs of a new head, or None.
+    lengths: tokens per row, ascending: each a program of its own.
     before: parts that are also scored before training.
     final: parts that are scored once, with the best parameters.
-    peft_type: what Hugging Face PEFT calls the task.
+    peft_type: the task's name in Hugging Face PEFT.
   """
 
   kind: Kind
@@ -56,7 +57,7 @@ class Task(Protocol):
   peft_type: str
 
   def ids(self) -> Mapping[str, tuple[Any, ...]]:
-    """All token ids of each part and, of an encoder's, their types."""
+    """All token ids of each part and, for an encoder, their types."""
     ...
 
   def stream(self, batch_size: int, seed: int) -> Stream:
@@ -66,11 +67,11 @@ class Task(Protocol):
   def evaluate(
     self, predict: Callable[[Any], Any], part: str, batch_size: int
   ) -> dict[str, float] | None:
-    """Metrics of a part; None if what `predict` gave is not finite."""
+    """Metrics of a part; None if a result of `predict` is not finite."""
     ...
 
   def criterion(self, scores: Mapping[str, float]) -> float:
-    """What the best parameters have most of, of the scores of the validation part."""
+    """The score of the validation part by which parameters are compared; more is better."""
     ...
 
   def describe(self) -> str:
@@ -78,7 +79,7 @@ class Task(Protocol):
     ...
 
   def summary(self) -> dict[str, Any]:
-    """What `result.json` says of the data."""
+    """The entries about the data in `result.json`."""
     ...
 
   def digest(self) -> str:

@@ -30,8 +30,8 @@ class Labelled:
     examples: the texts and their labels.
     tokens: their ids.
     label_names: the classes by index; empty for numbers.
-    max_length: that no text is longer than.
-    pad_id: of the model.
+    max_length: the limit on the length of texts.
+    pad_id: padding id of the model.
     source: the directory of the tokenizer.
   """
 
@@ -52,7 +52,7 @@ class Labelled:
     return f"<{len(self)} texts with {what}, up to {self.tokens.lengths.max()} tokens>"
 
   def task(self, held_out: Labelled | None, seed: int) -> Classification:
-    """As a run trains on it; `held_out` is its validation part."""
+    """The data as a run trains on it; `held_out` is its validation part."""
     parts = {"train": self} if held_out is None else {"train": self, "validation": held_out}
     metrics = CLASSIFICATION_METRICS if self.label_names else REGRESSION_METRICS
     splits = {part: one.examples for part, one in parts.items()}
@@ -66,12 +66,12 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plain:
-  """N texts, or prompts with completions, of a language model.
+  """N texts, or prompts with completions, for a language model.
 
   Attributes:
-    documents: ids of each text, that of the end of a text included.
+    documents: ids of each text, including those that end the text.
     prompts: how many first ids of each are not to be predicted.
-    max_length: of the rows that they are packed into.
+    max_length: length of the rows that they are packed into.
     source: the directory of the tokenizer.
   """
 
@@ -91,7 +91,7 @@ class Plain:
     return f"<{len(self)} texts of {tokens:,} tokens, for rows of {self.max_length}>"
 
   def task(self, held_out: Plain | None, seed: int) -> LanguageModelling:
-    """As a run trains on it; `held_out` is its validation part."""
+    """The data as a run trains on it; `held_out` is its validation part."""
     parts = {"train": self} if held_out is None else {"train": self, "validation": held_out}
     rows = {
       part: pack(one.documents, self.max_length, one.prompts, seed) for part, one in parts.items()
@@ -111,16 +111,16 @@ def texts(
 ) -> Labelled | Plain:
   """Texts as token ids, for `pj.fit`: to be classified or rated, or to be continued.
 
-  With labels an encoder learns to give them. Without, a decoder learns to write the texts or, of
+  With labels an encoder learns to give them. Without, a decoder learns to write the texts or, for
   pairs `(prompt, completion)`, the completions alone.
 
   Args:
     texts: N texts, or N pairs of texts.
     labels: N of one kind: texts or whole numbers are classes, other numbers are regressed on.
-    tokenizer: the model's: its directory or hub name, or what `peftjax.data.load_tokenizer` gave.
-    max_length: tokens of a text, which is cut there (default 128), or, without labels, of the rows
+    tokenizer: the model's: its directory or hub name, or `peftjax.data.load_tokenizer`'s result.
+    max_length: tokens per text, which is cut there (default 128), or, without labels, per row
       that texts are packed into (default 256).
-    label_names: the classes, in the order of the outputs. By default those in `labels`, sorted; of
+    label_names: the classes, in the order of the outputs. By default those in `labels`, sorted; for
       held-out texts give those of the training texts: `label_names=train.label_names`.
 
   Raises:
@@ -148,7 +148,7 @@ def texts(
 
 
 def _columns(texts: Any) -> tuple[list[str], list[str] | None]:
-  """The texts or, of pairs, the first and the second ones."""
+  """The texts or, for pairs, the first and the second ones."""
   if isinstance(texts, str | bytes) or not hasattr(texts, "__iter__"):
     raise ValueError(f"texts is {clip(texts)}; give a list: texts=[...]")
   rows = list(texts)
@@ -177,7 +177,7 @@ def _labels(
   kinds = {type(x) for x in values}
   if float in kinds and kinds <= {int, float} and given is None:
     if odd := [x for x in values if not math.isfinite(x)]:
-      raise ValueError(f"the label {odd[0]} is no finite number; leave its text out")
+      raise ValueError(f"the label {odd[0]} is not a finite number; leave its text out")
     return (), np.asarray(values, np.float32)
   if len(kinds) > 1 or not kinds <= {str, int}:
     shown = ", ".join(sorted(kind.__name__ for kind in kinds))

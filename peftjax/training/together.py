@@ -33,7 +33,7 @@ VARIES = ("seed", "optimizer.learning_rate")
 
 
 def free(config: Mapping[str, Any]) -> set[str]:
-  """Fields in which what is trained together with a config may differ from it."""
+  """The fields in which a config may differ from others it is trained together with."""
   settings = from_config(ConfigDict(config))
   varies = {f"method.{name}" for name in settings.own_method().varies()}
   if settings.optimizer.name == "adamw8bit":  # which moments take a byte, and in what blocks
@@ -42,7 +42,7 @@ def free(config: Mapping[str, Any]) -> set[str]:
 
 
 def group_of(config: Mapping[str, Any]) -> str:
-  """What two configs have to have in common to be trained together."""
+  """The values that two configs must have in common to be trained together."""
   apart = {*resume.FREE, *free(config)}
   own = {key: x for key, x in resume.flat(dict(config)).items() if key not in apart}
   return json.dumps(own, sort_keys=True)
@@ -54,7 +54,7 @@ class Together:
   Attributes:
     runs: each with its own data and keys.
     base: the pretrained arrays that they share.
-    states: of all, stacked along a first axis.
+    states: the states of all, stacked along a first axis.
     chunk: how many are computed at once, by `vmap`; the chunks follow one another.
   """
 
@@ -110,7 +110,7 @@ class Together:
     self._step = jax.jit(functools.partial(_all, model, self._lengths, chunk), donate_argnums=0)
 
   def steps(self) -> Any:
-    """Dispatches the steps, one an iteration, and yields its number and what each run returned."""
+    """Dispatches the steps, one per iteration, and yields its number and each run's result."""
     streams = [run.stream.iterate(0, self.total) for run in self.runs]
     for number, batches in enumerate(zip(*streams, strict=True), 1):
       which = [self._lengths.index(batch["tokens"].shape[1]) for batch in batches]
@@ -155,7 +155,7 @@ def _all(
 
 
 def _cut(batch: Mapping[str, jax.Array], length: int) -> dict[str, jax.Array]:
-  """The first columns of what has a row of tokens."""
+  """The first columns of each array with rows of tokens."""
   return {name: x[:, :length] if x.ndim > 1 else x for name, x in batch.items()}
 
 
@@ -165,14 +165,14 @@ def _pad(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def _own(run: Run, params: Any) -> Any:
-  """True on what one run does not share: arrays that were made, trained, or new in the model."""
+  """True on arrays that a run does not share: those made, trained, or new in the model."""
   mask = tree.adapter_mask(params, run.mask)
   new = set(run.new)
   return paths.map_leaves(lambda path, on: jax.tree.map(lambda x: x or path in new, on), mask)
 
 
 def _split(run: Run) -> tuple[Any, Any]:
-  """What is the run's own, and the pretrained arrays; the run lets go of both."""
+  """The run's own arrays, and the pretrained ones; the run lets go of both."""
   params = tree.combine(run.state.train, run.frozen)
   run.state = run.frozen = None
   return tree.partition(params, _own(run, params))
@@ -193,7 +193,7 @@ def train_together(
   and TensorBoard's events; its result says `together`, the number of runs.
 
   Args:
-    configs: that agree in all that `group_of` says.
+    configs: configs that agree in all fields that `group_of` gives.
     folders: a workdir for each.
 
   Returns:
@@ -227,7 +227,7 @@ class _Member:
     self._best: Any = None
 
   def score(self, number: int) -> None:
-    """Of the state that the run has; keeps the adapter if it is the best so far."""
+    """Scores the state that the run has; keeps the adapter if it is the best so far."""
     if self.scores.take(number):
       self._best = jax.device_get(self.run.adapter()["adapter"])
 
@@ -249,14 +249,14 @@ class _Member:
 def _train(
   configs: Sequence[ConfigDict], folders: Sequence[Path], held: Sequence[lock.Lock]
 ) -> list[dict[str, Any] | FloatingPointError]:
-  """`train_together` in folders that are this process's."""
+  """`train_together` in folders that belong to this process."""
   clock = Clock(None)
   group = Together(configs)
   as_json = [json.loads(config.to_json()) for config in configs]
   members = [_Member(run, folder) for run, folder in zip(group.runs, folders, strict=True)]
   for member, config, own in zip(members, as_json, held, strict=True):
     own.kept = True
-    workdirs.clear_checkpoints(member.folder / "checkpoints")  # of a group that was interrupted
+    workdirs.clear_checkpoints(member.folder / "checkpoints")  # from a group that was interrupted
     write_json(member.folder / "config.json", config)
   every = group.runs[0].settings.train
   with Bar(f"{len(members)} together", 0, group.total) as bar:

@@ -17,18 +17,18 @@ from peftjax import data
 from peftjax.core.ranges import Count
 from peftjax.io import disk, records
 from peftjax.training.checkpoint import digest
-from peftjax.training.settings import Settings, from_config
+from peftjax.training.settings import Model, Settings, from_config
 
 CHECKPOINTS = ("latest", "best")
 _RESTORE = "Put it back from a copy, or start anew in another --workdir."
 _AGAIN = "Put it back from a copy, or remove it: the same command makes it from the checkpoint."
-_INSIDE = {"arrays", "meta", "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a checkpoint
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of one that is being written
+_INSIDE = {"arrays", "meta", "_CHECKPOINT_METADATA", "commit_success.txt"}  # in a checkpoint
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What `config.json` has at least."""
+  """The fields that `config.json` has at least."""
 
   seed: int
   model: dict[str, Any]
@@ -43,7 +43,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What every `result.json` has."""
+  """The fields of every `result.json`."""
 
   config: dict[str, Any]
   method: str
@@ -74,7 +74,7 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """How many rows `metrics.jsonl` had when a checkpoint was saved, and their digest."""
+  """The number of rows in `metrics.jsonl` when a checkpoint was saved, and their digest."""
 
   rows: Count
   sha256: str
@@ -82,7 +82,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-  """What a checkpoint says of itself; from `best` on, of the latest one alone."""
+  """A checkpoint's record of itself; fields from `best` on are the latest one's alone."""
 
   base: str
   data: str
@@ -99,19 +99,29 @@ class Meta:
     return _typed(fields, cls, where, _RESTORE)
 
 
-def check_model(meta: Meta, model: Path, folder: Path) -> None:
-  """ValueError if a run was trained on other weights than `model` has, or on other tokens."""
-  if meta.base != digest(model):
-    raise ValueError(f"{model} is not the model {folder} was trained on")
-  if meta.tokenizer and meta.tokenizer != data.tokenizer_digest(model):
+def check_model(meta: Meta, model: Model, folder: Path) -> None:
+  """Raises ValueError if a run was trained on other weights than `model` has, or on other tokens.
+
+  The weights of a factory's model are known once it was called; see `check_base`.
+  """
+  path = model.path()
+  if not model.factory:
+    check_base(meta, digest(path), path, folder)
+  if meta.tokenizer and meta.tokenizer != data.tokenizer_digest(path):
     raise ValueError(
-      f"{model} has another tokenizer than {folder} was trained with, so texts would become other "
+      f"{path} has another tokenizer than {folder} was trained with, so texts would become other "
       "tokens. Put its files back."
     )
 
 
+def check_base(meta: Meta, found: str, named: Any, folder: Path) -> None:
+  """Raises ValueError if `found` is not the digest of the model that a run was trained on."""
+  if meta.base != found:
+    raise ValueError(f"{named} is not the model {folder} was trained on")
+
+
 def as_json(config: ConfigDict) -> dict[str, Any]:
-  """A config as `config.json` has it; ValueError if it lacks a section, or is not for JSON."""
+  """A config in the form of `config.json`; ValueError if it lacks a section, or is not for JSON."""
   try:
     made = json.loads(config.to_json())
   except (TypeError, ValueError) as error:
@@ -121,7 +131,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def config(path: Path) -> dict[str, Any] | None:
-  """What `config.json` holds; None if there is none."""
+  """The contents of `config.json`; None if there is none."""
   return record(path, Config, _RESTORE)
 
 
@@ -142,14 +152,14 @@ def settings(workdir: Path) -> Settings:
 
 
 def result(path: Path) -> dict[str, Any] | None:
-  """What `result.json` holds; None if there is none."""
+  """The contents of `result.json`; None if there is none."""
   return record(path, Result, _AGAIN)
 
 
 def lines(path: Path) -> list[str]:
   """The whole lines of a JSON lines file, with their ends; none if there is no file.
 
-  A last line without an end is what a kill cut short: it is left out, unless only the end is
+  A last line without an end was cut short by a kill: it is left out, unless only the end is
   missing.
   """
   if not _there(path):
@@ -166,7 +176,7 @@ def lines(path: Path) -> list[str]:
 
 
 def rows(path: Path, advice: str = _RESTORE) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The objects of a JSON lines file, each with where it is for messages."""
+  """The objects of a JSON lines file, each with its place, for messages."""
   for number, line in enumerate(lines(path), 1):
     where = f"{path} line {number}"
     yield where, records.parse_object(line, where, advice)
@@ -207,7 +217,7 @@ def log_of(lines: list[str]) -> Log:
 
 
 def check_log(path: Path, log: Log | None, step: int) -> None:
-  """Compares `metrics.jsonl` with what the checkpoint of a step knows of it.
+  """Compares `metrics.jsonl` with the record of it in the checkpoint of a step.
 
   Raises:
     ValueError: if rows up to that step are damaged or gone. (If there is no file, that is for the
@@ -226,20 +236,20 @@ def check_log(path: Path, log: Log | None, step: int) -> None:
 
 
 def passing(name: str) -> bool:
-  """Whether a file of that name is there only while a process writes."""
+  """Tells whether a file of that name is there only while a process writes."""
   last = name.rpartition("/")[2]
   return last == "run.lock" or _UNFINISHED in name or (last[0] == "." and last.endswith(".tmp"))
 
 
 def check_checkpoints(folder: Path) -> None:
-  """ValueError for what is in the place of a checkpoint and is none."""
+  """Raises ValueError for anything in the place of a checkpoint that is not one."""
   for path in (folder, *(folder / name for name in CHECKPOINTS)):
     if _there(path) and not path.is_dir():
-      raise ValueError(f"{path} is no folder of checkpoints. Move it away, or {_other()}")
+      raise ValueError(f"{path} is not a folder of checkpoints. Move it away, or {_other()}")
   for name in CHECKPOINTS:
     for path in _children(folder / name):
       if path.name.isdecimal() and not _is_checkpoint(path):
-        raise ValueError(f"{path} is no checkpoint of peftjax. Move it away, or {_other()}")
+        raise ValueError(f"{path} is not a checkpoint of peftjax. Move it away, or {_other()}")
 
 
 def newest(folder: Path, name: str = "latest") -> int | None:
@@ -278,7 +288,7 @@ def clear_events(folder: Path) -> None:
 
 
 def record(path: Path, schema: type, advice: str) -> dict[str, Any] | None:
-  """The JSON object of a file, as the dataclass `schema` has it; None if there is no file."""
+  """The JSON object of a file, typed by the dataclass `schema`; None if there is no file."""
   if not _there(path):
     return None
   value = records.read_object(path, advice)
@@ -298,7 +308,7 @@ def _other() -> str:
 
 
 def _there(path: Path) -> bool:
-  """Whether anything has that name, also a link that leads nowhere."""
+  """Tells whether anything has that name, even a link that leads nowhere."""
   return path.is_symlink() or path.exists()
 
 

@@ -23,11 +23,11 @@ class Writer:
   """The best checkpoint of a `causal_lm` run in `workdir`, ready to continue texts.
 
   Args:
-    workdir: of the run.
+    workdir: workdir of the run.
     adapted: False for the model as it was before training.
 
   Attributes:
-    path: of the pretrained model.
+    path: path of the pretrained model.
     model, params: with the trained adapter.
 
   Raises:
@@ -35,14 +35,34 @@ class Writer:
   """
 
   def __init__(self, workdir: str | Path, *, adapted: bool = True):
-    run = finished.load(workdir, "causal_lm", adapted=adapted)
-    self.path, self.model, self.params = run.base, run.model, run.params
+    run = finished.load(
+      workdir,
+      "causal_lm",
+      ours="which keeps no cache of keys and values to write with; this writes with models of this "
+      "library",
+      adapted=adapted,
+    )
+    self.settings, self.path = run.settings, run.base
+    self.model, self.params = run.model, run.params
     self._read_tokenizer()
 
   def _read_tokenizer(self) -> None:
     self._tokenizer = data.load_tokenizer(self.path)
     self._end = pretrained.end_ids(self.path)
     self._stop = _stop_ids(self.path) or self._end
+
+  def prompts(self, part: str) -> list[str]:
+    """Those of a part of the data that the run was made on, each once, in their order.
+
+    Raises:
+      ValueError: its texts are no prompts with completions.
+    """
+    wanted = self.settings.data
+    corpus = data.load(seed=self.settings.seed, **wanted.corpus_arguments())
+    examples = corpus.splits[part]
+    if examples.pairs is None:
+      raise ValueError(f"the run was made on whole texts of {wanted.name}, which have no prompts")
+    return list(dict.fromkeys(examples.texts))
 
   def write(
     self,
@@ -54,9 +74,9 @@ class Writer:
     seed: int = 0,
     as_chat: bool = False,
   ) -> list[str]:
-    """What follows each prompt; with `as_chat`, the answer to it as a user's message.
+    """The continuation of each prompt; with `as_chat`, the answer to it as a user's message.
 
-    A prompt and what is written after it are together the text of all ids.
+    A prompt and its continuation are together the text of all ids.
 
     Raises:
       ValueError: if a prompt has no ids, or the model has no chat template for it.
@@ -70,7 +90,7 @@ class Writer:
       raise ValueError(
         f"the prompt {prompts[ids.index([])]!r} has no tokens of {self.path}: write some text"
       )
-    # A length of its own would be a program of its own.
+    # Each length of its own would be a program of its own.
     length = -(-max(map(len, ids)) // 16) * 16
     tokens = np.full((len(ids), length), self._end[0], np.int32)
     mask = np.zeros((len(ids), length), bool)
@@ -94,13 +114,13 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-  """Of `generation_config.json`."""
+  """The fields that are read of `generation_config.json`."""
 
   eos_token_id: Count | list[Count] | None = None
 
 
 def _stop_ids(path: Path) -> tuple[int, ...]:
-  """What `generation_config.json` says ends a text: of chat models, more than `config.json`."""
+  """The ids that end a text, by `generation_config.json`: chat models have more than one."""
   where = path / "generation_config.json"
   if path.suffix == ".gguf" or not where.exists():
     return ()

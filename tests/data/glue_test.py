@@ -50,6 +50,64 @@ def test_mnli_reads_the_matched_validation_and_labels_by_name(write):
   assert (train.texts[1], train.pairs[1], train.labels[1]) == ('"p 1', "h 1", 1)
 
 
+def test_mnli_s_other_genres_and_the_diagnostic_set_are_scored_besides(write, tmp_path):
+  """Whole, and by Matthews' correlation; they leave the other splits as they were."""
+  header, names = "index\tsentence1\tsentence2\tgold_label", glue.TASKS["mnli"].label_names
+  rows = [f"{i}\tp {i}\th {i}\t{names[i % 3]}" for i in range(12)]
+  glue_dir = write(
+    "MNLI", [header, *rows], [header, *(r.replace("p", "q") for r in rows)], "dev_matched"
+  )
+  before = data.load("glue/mnli", seed=0, glue_dir=glue_dir)
+  (tmp_path / "MNLI" / "dev_mismatched.tsv").write_text("\n".join([header, *rows[:4]]))
+  (tmp_path / "diagnostic").mkdir()
+  full = ["Logic\tDomain\tPremise\tHypothesis\tLabel", "Negation\tNews\tp\th\tneutral"]
+  (tmp_path / "diagnostic" / "diagnostic-full.tsv").write_text("\n".join(full))
+  corpus = data.load("glue/mnli", seed=0, glue_dir=glue_dir)
+  assert corpus.further == {"mismatched": ("accuracy",), "diagnostic": ("matthews",)}
+  assert [len(x) for x in corpus.splits.values()] == [12, 6, 6, 4, 1]
+  for part, examples in before.splits.items():
+    assert corpus.splits[part].texts == examples.texts
+  assert corpus.splits["diagnostic"].labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", glue.TASKS)
+def test_every_task_reads_its_official_columns(name, write):
+  """With a column more before each, as the files have, and both ways of writing a class."""
+  task = glue.TASKS[name]
+  header = list(task.header) or ["index", *task.columns]
+  place = {column: header.index(column) for column in task.columns}
+
+  def row(part, i):
+    count = max(len(task.label_names), 1)
+    label = task.label_names[i % count] if name in ("mnli", "qnli", "rte") else str(i % count)
+    cells = [f"x{i}"] * len(header)
+    for column in task.columns[:-1]:
+      cells[place[column]] = f"{part} {column} {i}"
+    cells[place[task.columns[-1]]] = label
+    return "\t".join(cells)
+
+  files = [[row(part, i) for i in range(12)] for part in ("train", "dev")]
+  head = [] if task.header else ["\t".join(header)]
+  glue_dir = write(task.folder, *([*head, *rows] for rows in files), task.validation[0])
+  corpus = data.load(f"glue/{name}", seed=0, glue_dir=glue_dir)
+  train = corpus.splits["train"]
+  assert len(train) == 12 and train.texts[3] == f"train {task.columns[0]} 3"
+  assert (train.pairs is None) == (len(task.columns) == 2)
+  assert train.labels.tolist() == [i % max(len(task.label_names), 1) for i in range(12)]
+
+
+OFFICIAL = {
+  **dict.fromkeys(("sst2", "mnli", "qnli", "rte", "wnli"), ("accuracy",)),
+  **dict.fromkeys(("mrpc", "qqp"), ("accuracy", "f1")),
+  "cola": ("matthews",),
+  "stsb": ("pearson", "spearman"),
+}
+
+
+def test_metrics_are_the_official_ones():
+  assert {name: task.metrics for name, task in glue.TASKS.items()} == OFFICIAL
+
+
 def test_stsb_is_regression(write):
   header = "index\tsentence1\tsentence2\tscore"
   rows = [f"{i}\ta {i}\tb {i}\t{i / 2}" for i in range(10)]
@@ -132,7 +190,8 @@ def test_the_datasets_library_is_asked_for_the_same_splits(monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", library)
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: library)
   corpus = data.load("glue/mnli", seed=0)
-  assert [split for _, _, split in asked] == ["train", "validation_matched"]
+  stored = ["train", "validation_matched", "validation_mismatched"]
+  assert [split for _, _, split in asked] == stored
   assert len(corpus.splits["train"]) == 12 and corpus.splits["train"].pairs[5] == "h 5"
   assert len(corpus.splits["validation"]) == len(corpus.splits["test"]) == 6
 

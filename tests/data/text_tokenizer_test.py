@@ -131,7 +131,7 @@ def test_memory_is_bounded_by_texts_and_characters(load, monkeypatch):
 
 def test_what_cannot_be_encoded_is_one_sentence(load):
   """Half a surrogate pair, as Python has it for bytes that are no UTF-8."""
-  with pytest.raises(ValueError, match="text .* is no Unicode at character 0: half a surrogate"):
+  with pytest.raises(ValueError, match="text .* is not Unicode at character 0: half a surrogate"):
     load("llama3").prompts(["\udce9t\udce9"])
 
 

@@ -64,7 +64,7 @@ DAMAGED = {
   "no model": ("llama3", {"tokenizer.json": {}}, "tokenizer.json cannot be read"),
   "a model of nothing": ("qwen2", {"tokenizer.json": {"model": 7}}, "cannot be read"),
   "added": ("llama3", {"tokenizer.json": {"added_tokens": 7}}, "added_tokens is 7; .* a list"),
-  "added id": ("llama3", {"tokenizer.json": {"added_tokens": [{"id": "x"}]}}, "'x' is no id of a"),
+  "added id": ("llama3", {"tokenizer.json": {"added_tokens": [{"id": "x"}]}}, "'x' is not a token"),
   "class": ("gpt2", {"tokenizer_config.json": {"tokenizer_class": 7}}, "tokenizer_class is 7"),
   "rebuilt": (
     "llama3",
@@ -85,7 +85,7 @@ DAMAGED = {
   "no content": ("gpt2", {"tokenizer_config.json": {"bos_token": {}}}, "lacks the field content"),
   "side": ("gpt2", {"tokenizer_config.json": {"truncation_side": "up"}}, "truncation_side is 'up'"),
   "decoder": ("gpt2", {"tokenizer_config.json": {"added_tokens_decoder": []}}, "must be an object"),
-  "id": ("gpt2", {"tokenizer_config.json": {"added_tokens_decoder": {"-1": {}}}}, "'-1' is no id"),
+  "id": ("gpt2", {"tokenizer_config.json": {"added_tokens_decoder": {"-1": {}}}}, "'-1' is not a"),
   "another id": ("bert", {"added_tokens.json": {"<ent>": 900}}, "the id 900, but .* at 700"),
   "map": ("bert", {"special_tokens_map.json": []}, "must hold a JSON object"),
   "no [UNK]": ("bert", {"vocab.txt": "[PAD]\n[CLS]\n[SEP]\na\n"}, "encode every text: .*UNK"),
@@ -103,7 +103,7 @@ DAMAGED = {
   "other class": (
     "roberta",
     {"tokenizer_config.json": {"tokenizer_class": "BertweetTokenizer"}},
-    "has a 'BertweetTokenizer', of which a tokenizer.json is read",
+    "has a 'BertweetTokenizer', which is read from a tokenizer.json",
   ),
   "model type": ("roberta", {"config.json": {"model_type": ["a"]}}, "model_type is"),
 }

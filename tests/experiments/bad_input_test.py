@@ -160,6 +160,7 @@ def test_class_that_only_another_file_has(fails, config, workdir, tmp_path):
   assert "line 2" in message and "'weather'" in message
 
 
+@pytest.mark.fast_for("unknown field|unknown flag")
 @pytest.mark.parametrize(
   ("arguments", "named"),
   [
@@ -179,6 +180,7 @@ def test_flags_of_the_command_itself(workdir, arguments, named):
   assert "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) <= 24
 
 
+@pytest.mark.fast_for("classify-methd.*")
 @pytest.mark.parametrize(
   ("name", "argument", "message"),
   [

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from configs.classify import get_config
 from experiments.benchmarks import batch, report
 from peftjax.data import tokenizer_digest
+from peftjax.training import predict
 from peftjax.training.predict import Predictor
 from tests.experiments.conftest import load
 
@@ -44,6 +46,21 @@ def test_predict_labels_texts_of_flag_and_file(trained, command, capsys, tmp_pat
   predictor = Predictor(trained[0])
   alone = np.concatenate([predictor.logits([text]) for text in texts])
   np.testing.assert_allclose(predictor.logits(texts), alone, atol=1e-5)
+
+
+def test_predict_tags_words(command, capsys, monkeypatch, tmp_path):
+  """A word and its tag a line, as in the files that it was trained on."""
+  run = types.SimpleNamespace(
+    settings=types.SimpleNamespace(task="tag"),
+    columns=["text"],
+    tags=lambda texts: [["B-PER" if word.istitle() else "O" for word in t.split()] for t in texts],
+  )
+  monkeypatch.setattr(predict, "Predictor", lambda workdir, factory: run)
+  given = dict(workdir="run", text=["Peter left", "ok"], pair=[], file=None)
+  command("predict", **given, output=str(tmp_path / "out.jsonl"))
+  assert capsys.readouterr().out == "Peter\tB-PER\nleft\tO\n\nok\tO\n\n"
+  rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  assert rows[0] == {"words": ["Peter", "left"], "tags": ["B-PER", "O"]}
 
 
 def test_predict_refuses_another_base(trained, fails, model_dir, monkeypatch):
@@ -108,8 +125,9 @@ class Single:
   """Stands for a predictor of a run on single texts."""
 
   labels, columns = ["no", "yes"], ["text"]
+  settings = types.SimpleNamespace(task="classify")
 
-  def __init__(self, workdir):
+  def __init__(self, workdir, factory=None):
     pass
 
   def logits(self, texts, pairs):

@@ -48,6 +48,8 @@ def command():
       patch.setattr(runtime, "set_up", lambda cache: None)
       if hasattr(main, "DISTRIBUTED"):
         values.setdefault("distributed", "off")
+      if hasattr(main, "FACTORY"):
+        values.setdefault("factory", None)
       if hasattr(main, "PROFILE"):
         values.setdefault("profile", 0)
       if hasattr(main, "EXECUTOR"):

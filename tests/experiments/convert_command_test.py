@@ -109,11 +109,11 @@ def test_a_gguf_base_becomes_a_gguf_file(command, tmp_path):
 _REFUSED = {
   "nothing": ({}, "write one of --workdir=DIR"),
   "both": ({"workdir": "a", "base": "b"}, "write one of --workdir=DIR"),
-  "adapter of a run": ({"workdir": "a", "adapter": "b"}, "--adapter is of a --base"),
+  "adapter of a run": ({"workdir": "a", "adapter": "b"}, "--adapter belongs to a --base"),
   "no adapter": ({"base": "b", "format": "peft"}, "--format=peft writes an adapter"),
   "no rank": ({"workdir": "a", "format": "lora"}, "--rank=R goes with --format=lora"),
   "rank": ({"workdir": "a", "rank": 3}, "--rank=R goes with --format=lora"),
-  "dtype": ({"workdir": "a", "format": "peft", "dtype": "float16"}, "--dtype is of a whole model"),
+  "dtype": ({"workdir": "a", "format": "peft", "dtype": "float16"}, "--dtype is for a whole model"),
   "size": ({"base": "b", "shard_size": "big"}, "shard_size is 'big'"),
   "no gguf file": ({"base": "b.gguf", "format": "gguf"}, "name one that ends in .gguf"),
   "gguf of a directory": (

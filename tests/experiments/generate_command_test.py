@@ -1,5 +1,6 @@
 """The command that lets a fine-tuned language model write."""
 
+import json
 import shutil
 
 import pytest
@@ -15,6 +16,9 @@ FLAGS = dict(
   seed=0,
   chat=False,
   base=False,
+  part=None,
+  output=None,
+  batch=32,
 )
 
 
@@ -54,6 +58,20 @@ def test_drawn_tokens_depend_on_the_seed_alone(written, command, capsys):
 
   capsys.readouterr()
   assert draw(1) == draw(1) != draw(2)
+
+
+def test_the_prompts_of_a_part_are_written_to_a_file(written, command, fails, tmp_path):
+  """Each once and in their order, in batches that change nothing."""
+  path = tmp_path / "written.jsonl"
+  flags = {**FLAGS, "prompt": [], "part": "test", "output": str(path), "batch": 3}
+  command("generate", workdir=str(written), **flags)
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  writer = Writer(written)
+  prompts = writer.prompts("test")
+  assert [row["prompt"] for row in rows] == prompts and len(set(prompts)) == len(prompts) > 3
+  assert rows[0]["text"] == writer.write(prompts[:1], max_new_tokens=6)[0].strip()
+  message = fails("generate", workdir=str(written), **{**flags, "part": None})
+  assert "no prompt; write --prompt" in message
 
 
 def test_a_chat_needs_a_template(written, fails):

@@ -63,6 +63,7 @@ def test_every_row_has_a_cell_of_its_own(tmp_path):
   assert {*KNOWN, *MISPRINTS} <= names
 
 
+@pytest.mark.fast_for("GPT-2 L|LLaMA-7B|DeBERTaV3-base|BART-large")
 @pytest.mark.parametrize("name", SIZES)
 def test_abstract_model_has_the_size_of_the_release(name):
   params = abstract_models.shapes_of(name).params

@@ -90,7 +90,7 @@ def test_a_plan_by_the_command(make, command, capsys, monkeypatch, tmp_path):
   row, again = map(json.loads, out.read_text().splitlines())
   assert row == again and len(list(tmp_path.glob("plan-*.json"))) == 1
   assert row["devices"] == 2 and row["sent_bytes"]["all-gather"] > 0
-  assert "TFLOP a step" in capsys.readouterr().out and drawn.stat().st_size > 1000
+  assert "TFLOP per step" in capsys.readouterr().out and drawn.stat().st_size > 1000
 
 
 def test_what_cannot_fit_is_refused_before_it_is_compiled(settings):
@@ -179,7 +179,7 @@ def test_what_no_step_can_be_is_refused(change, told, settings):
 
 def test_an_encoder_is_no_language_model(settings, tmp_path):
   given = settings(model__directory=str(tiny.model_dir(tmp_path / "bert")))
-  with pytest.raises(ValueError, match="is of a bert, which is no language model; .* takes llama"):
+  with pytest.raises(ValueError, match="is of a bert, which is not a language model; .* llama"):
     planned(given, "", "float32", 8, 24, sharding.make_mesh("data:8"))
 
 

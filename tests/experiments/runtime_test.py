@@ -159,7 +159,7 @@ def test_what_cannot_be_written_in_the_end_is_told_at_once(path, told):
 
 def test_a_config_that_is_no_file(tmp_path):
   for path in (tmp_path, tmp_path / "none.py"):
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
       runtime.load_config(str(path))
 
 

@@ -58,6 +58,7 @@ _GEMMA = {
   "query_pre_attn_scalar": 5,
   "final_logit_softcapping": 3.0,
 }
+_EXPERTS = {"head_dim": 10, "moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 CASES = {
@@ -97,6 +98,11 @@ CASES = {
     },
   ),
   "phi3_tiny": ("phi3", {**_LLAMA, **_PHI3}),
+  "qwen3_moe_tiny": ("qwen3_moe", {**_LLAMA, **_EXPERTS}),
+  "mixtral_tiny": (
+    "mixtral",
+    {**_LLAMA, "intermediate_size": 24, "num_local_experts": 3, "sliding_window": 4},
+  ),
 }
 
 

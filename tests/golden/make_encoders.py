@@ -4,9 +4,9 @@ Run:   python -m tests.golden.make_encoders
 With:  torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6
 
 Each directory `encoder_*` is as `save_pretrained` writes it, and holds `expected.safetensors`
-besides: `tokens`, `mask`, `types` int32 [4, 9]; `logits` float32 [4, 3], or [4, 9, 3] of a head
-that labels tokens; `hidden` float32 [4, 9, 16], the last hidden state, in evaluation mode with
-eager attention.
+besides: `tokens`, `mask`, `types` int32 [4, 9]; `logits` float32 [4, 3], [4, 9, 3] of a head that
+labels tokens, or [4, 9, 2] of one that finds answers; `hidden` float32 [4, 9, 16], the last hidden
+state, in evaluation mode with eager attention.
 
 Every weight is drawn, biases and norms too, so that a dropped or swapped one shows.
 """
@@ -19,12 +19,17 @@ import torch
 from safetensors.numpy import save_file
 from transformers import (
   AutoConfig,
+  AutoModelForQuestionAnswering,
   AutoModelForSequenceClassification,
   AutoModelForTokenClassification,
 )
 
 GOLDEN = Path(__file__).parent
-CLASSES = {"text": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
+CLASSES = {
+  "text": AutoModelForSequenceClassification,
+  "token": AutoModelForTokenClassification,
+  "span": AutoModelForQuestionAnswering,
+}
 _LENGTHS = (9, 4, 1, 6)  # real tokens of each row; the rest is padding
 _BERT = {
   "vocab_size": 60,
@@ -64,6 +69,7 @@ CASES = {
   "encoder_electra": ("electra", "text", {**_BERT, "embedding_size": 10}),
   "encoder_distilbert": ("distilbert", "text", _DISTIL),
   "encoder_deberta": ("deberta-v2", "text", {**_BERT, **DEBERTA}),
+  "encoder_bert_span": ("bert", "span", {**_BERT, "num_labels": 2}),
 }
 
 
@@ -97,7 +103,8 @@ def run(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> dict[str, np.n
     names.pop("types")
   with torch.no_grad():
     out = model.eval()(**{b: given[a] for a, b in names.items()}, output_hidden_states=True)
-  return {**inputs, "logits": out.logits.numpy(), "hidden": out.hidden_states[-1].numpy()}
+  logits = out.logits if "logits" in out else torch.stack([out.start_logits, out.end_logits], -1)
+  return {**inputs, "logits": logits.numpy(), "hidden": out.hidden_states[-1].numpy()}
 
 
 def make(kind: str, labels_of: str, fields: dict, seed: int) -> torch.nn.Module:

@@ -166,6 +166,7 @@ _NO_VALUE = [
   ("task_type", "SEQ"),
   ("peft_type", ["LORA"]),
   ("peft_type", "lora"),
+  *(("peft_type", kind) for kind in ("OFT", "BOFT", "FOURIERFT", "P_TUNING")),
   ("init_lora_weights", "lora_ga"),
   ("enable_lora", [True, False]),
   ("megatron_config", {"a": 1}),

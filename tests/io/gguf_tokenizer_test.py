@@ -237,8 +237,8 @@ BAD = {
   "lacks tokenizer.ggml.model": dict(model=None),
   "model is 7; it must be a text": dict(model=7),
   r"model is \[1, 2\]; it must be a text": dict(model=[1, 2]),
-  "of kind 'bert'; read are 'gpt2'.*'llama'": dict(model="bert"),
-  "split as 'gemma4'.*read are gpt-2.*llama-bpe": dict(pre="gemma4"),
+  "of kind 'bert'; only 'gpt2'.*'llama'": dict(model="bert"),
+  "split as 'gemma4'.*those read are gpt-2.*llama-bpe": dict(pre="gemma4"),
   "pre is 3; it must be a text": dict(pre=3),
   "tokens must be a list of texts, not None": dict(tokens=None),
   "tokens must be a list of texts, not 'a'": dict(tokens="a"),
@@ -266,7 +266,7 @@ BAD = {
   "wants BOS": dict(pre="llama-bpe"),
   "scores must be a list of numbers, not None": dict(model="llama"),
   "scores has 2 entries for a vocabulary of 257": dict(model="llama", scores=[0.5, 1.5]),
-  "scores has entries that are no finite": dict(model="llama", scores=[float("nan")] * 257),
+  "scores has entries that are not finite": dict(model="llama", scores=[float("nan")] * 257),
   "space_prefix is 0; it must be true or false": dict(model="llama", add_space_prefix=0),
   "up to 20000 characters: too long": dict(
     model="llama", tokens=["a" * 20000, "b"], scores=[0.5, 0.5], token_type=None

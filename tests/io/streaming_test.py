@@ -132,7 +132,7 @@ def test_a_quantised_load_holds_the_model_and_two_tensors(name, layers, request)
 @pytest.mark.parametrize(
   ("name", "times"),
   [
-    ("bfloat16", 1.5),
+    pytest.param("bfloat16", 1.5, marks=_SLOW),
     pytest.param("float32", 3, marks=_SLOW),
     pytest.param("gguf", 1.4, marks=_SLOW),
   ],

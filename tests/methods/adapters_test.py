@@ -104,6 +104,7 @@ def _at(tree, path):
   return tree
 
 
+@pytest.mark.fast_for("houlsby-llama|pfeiffer-gpt2")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_decoders_scanned_and_unrolled_agree(family, placement):
@@ -257,6 +258,7 @@ def test_a_third_partys_module_called_adapter_is_its_own():
     pj.adapters(4, targets="block").attach(KEY, params, pj.linen.layout(outer, X))
 
 
+@pytest.mark.fast_for("parallel")
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
 def test_gradients_are_the_same_where_activations_are_computed_again(placement):
   """In a scan, as configs/causal_lm.py trains."""

@@ -403,7 +403,7 @@ def test_attaching_twice_raises():
 
 
 def test_a_vector_is_no_target():
-  with pytest.raises(ValueError, match=r"query/bias \(8,\) is no matrix"):
+  with pytest.raises(ValueError, match=r"query/bias \(8,\) is not a matrix"):
     attach(pj.lora(2, targets="query/bias"))
 
 

@@ -60,6 +60,7 @@ _ia3 = lambda: [pj.ia3(["key", "value"], _FFN)] * 3
 _embed = lambda: [pj.lora(rank, 8, _TABLES) for rank in (2, 3, 4)]
 
 
+@pytest.mark.fast_for("<lambda>-bert.*")
 @pytest.mark.parametrize(
   "methods, name, scan, fmt",
   [

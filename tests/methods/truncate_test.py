@@ -37,6 +37,7 @@ def _delta(params):
   return np.asarray(merged - jnp.asarray(getattr(leaf.base, "materialize", lambda: leaf.base)()))
 
 
+@pytest.mark.fast_for(".*-stack")
 @pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
 @pytest.mark.parametrize("name", _METHODS)
 def test_the_error_is_that_of_the_nearest_matrix_of_the_rank(name, stack):

@@ -37,6 +37,7 @@ def logits(model, params, *args, **kwargs):
   return jit(lambda p: pj.apply(model, p, *args, **kwargs))(params)
 
 
+@pytest.mark.fast_for("prefix-llama_tiny|prompt-gpt2_tiny")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_scanned_and_unrolled_decoders_agree(name, family):
@@ -64,6 +65,7 @@ def test_a_prompt_of_words_is_these_words_before_the_text(family):
   np.testing.assert_allclose(logits(model, attached, TOKENS), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fast_for("gpt2_tiny")
 @pytest.mark.parametrize("family", ["llama_tiny", "gpt2_tiny"])  # no window slides past a prefix
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(family):
   """The caches of words, put in as a prefix, do what the words did."""
@@ -125,6 +127,7 @@ def test_a_window_does_not_count_padding_between_prompt_and_text():
     np.testing.assert_allclose(got[:, 2:], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fast_for(".*-True")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_generation_goes_on_as_the_whole_text_would(name, scan):
@@ -166,6 +169,7 @@ def test_virtual_tokens_count_against_the_positions(name):
     pj.generate(model, attached, row[:, :-2], max_new_tokens=2)
 
 
+@pytest.mark.fast_for("prefix")
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_the_same_where_activations_are_computed_again(name):
   """In a scan, as configs/causal_lm.py trains."""

@@ -201,7 +201,7 @@ def _dense():
     (lambda p: pj.quantize(p, pj.quant.nf4(), "embed_tokens"), "embed_tokens/embedding is a table"),
     (
       lambda p: pj.quantize(p, pj.quant.nf4(128)),
-      r"layers_0/mlp/down_proj/kernel \(192, 128\) has 192 inputs, no multiple .* 128",
+      r"layers_0/mlp/down_proj/kernel \(192, 128\) has 192 inputs, not a multiple .* 128",
     ),
     (
       lambda p: pj.quantize(pj.quantize(p, pj.quant.nf4(), "q_proj"), pj.quant.nf4(32), "k_proj"),

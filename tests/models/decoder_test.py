@@ -19,7 +19,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name.endswith("_tiny"))
 NAMES = [name for name in NAMES if not name.startswith(("bert", "roberta"))]
 RARE = pytest.mark.slow(reason="the same law for more models")
-SOME = [pytest.param(n, marks=RARE if n in ("qwen3_tiny", "phi3_tiny") else []) for n in NAMES]
+LATER = ("qwen3_tiny", "phi3_tiny", "mixtral_tiny", "qwen3_moe_tiny")
+SOME = [pytest.param(n, marks=RARE if n in LATER else []) for n in NAMES]
 
 
 def load(name, **how):
@@ -33,6 +34,7 @@ def real(expected, logits):
   return np.asarray(logits)[expected["mask"] > 0]
 
 
+@pytest.mark.fast_for(".*-scanned|(bnb|gpt2|llama3)_tiny-unrolled")
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_transformers(name, scan):
@@ -42,6 +44,7 @@ def test_logits_equal_transformers(name, scan):
   np.testing.assert_allclose(real(expected, got), real(expected, expected["logits"]), atol=1e-4)
 
 
+@pytest.mark.fast_for("gpt2_tiny-unrolled|(llama3|gemma3)_tiny-scanned")
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", SOME)
 def test_a_cache_gives_the_logits_of_all_at_once(name, scan):
@@ -58,6 +61,7 @@ def test_a_cache_gives_the_logits_of_all_at_once(name, scan):
   assert cache.index == 14
 
 
+@pytest.mark.fast_for("gpt2_tiny")
 @pytest.mark.parametrize("name", ["llama3_tiny", "gpt2_tiny"])
 def test_documents_in_one_row_do_not_see_each_other(name):
   """Two texts packed into one row have the logits they have alone."""

@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.glob("encoder_*"))
 
 
+@pytest.mark.fast_for(".*-scanned")
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_transformers(name, scan):
@@ -35,11 +36,12 @@ def test_outputs_are_those_of_transformers(name, scan):
 
   logits, hidden = run(params, want["tokens"], want["mask"], want["types"])
   real = want["mask"] > 0
-  of = real if name.endswith("token") else ...
+  kind = next((kind for kind in ("token", "span") if name.endswith(kind)), "text")
+  of = ... if kind == "text" else real
   np.testing.assert_allclose(logits[of], want["logits"][of], atol=2e-5)
   np.testing.assert_allclose(hidden[real], want["hidden"][real], atol=2e-5)
   assert logits.dtype == jnp.float32 and not new
-  assert model.config.labels_of == ("token" if name.endswith("token") else "text")
+  assert model.config.labels_of == kind
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,9 +98,9 @@ def change(tmp_path):
 
 def test_heads_of_tokens_and_of_texts_are_not_taken_for_each_other():
   token, text = GOLDEN / "encoder_bert_token", GOLDEN / "encoder_distilbert"
-  with pytest.raises(ValueError, match="BertForTokenClassification, whose head is none for whole"):
+  with pytest.raises(ValueError, match="BertForTokenClassification, whose head is not for whole"):
     load(token, labels_of="text")
-  with pytest.raises(ValueError, match="ForSequenceClassification, whose head is none for each"):
+  with pytest.raises(ValueError, match="ForSequenceClassification, whose head is not for each"):
     load(text, labels_of="token")
   made = load(token, num_labels=3, labels_of="text")
   assert {p for p in paths.leaves(made.params) if "head/" in p or "pooler" in p} == set(made.new)
@@ -155,6 +157,24 @@ def test_a_peft_directory_says_what_its_head_labels(tmp_path):
     ValueError, match="TOKEN_CLS', whose head labels each token, and .* each text"
   ):
     hf_peft.load(tmp_path, text.params, text.model)
+
+
+def test_a_peft_directory_of_a_head_for_answers(tmp_path):
+  """The head is saved as peft's QUESTION_ANS has it, and read again."""
+  model, params = pj.load_pretrained(GOLDEN / "encoder_bert_span")
+  assert params["head"].keys() == {"qa_outputs"}
+  attached = pj.lora(2, 4).attach(jax.random.key(0), params)
+  hf_peft.save(tmp_path, attached, model)
+  said = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert said["task_type"] == "QUESTION_ANS" and said["modules_to_save"] == ["qa_outputs"]
+  loaded, _ = hf_peft.load(tmp_path, params, model)
+  jax.tree.map(np.testing.assert_array_equal, loaded, attached)
+  whole = pj.merge(attached)
+  pj.save_pretrained(tmp_path / "whole", whole, of=GOLDEN / "encoder_bert_span")
+  config = json.loads((tmp_path / "whole" / "config.json").read_text())
+  assert config["architectures"] == ["BertForQuestionAnswering"]
+  with pytest.raises(ValueError, match="BertForQuestionAnswering, whose head is not for each tok"):
+    load(GOLDEN / "encoder_bert_span", labels_of="token")
 
 
 def test_discriminators_and_bodies_get_a_new_head(change):

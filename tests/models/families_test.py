@@ -103,7 +103,7 @@ def test_a_decoder_that_classifies_is_no_language_model(tmp_path):
   said = json.loads((GOLDEN / "llama3_tiny" / "config.json").read_text())
   said["architectures"] = ["LlamaForSequenceClassification"]
   (tmp_path / "config.json").write_text(json.dumps(said))
-  with pytest.raises(ValueError, match="LlamaForSequenceClassification, which is no language mod"):
+  with pytest.raises(ValueError, match="LlamaForSequenceClassification, which is not a lang"):
     check_decoder(tmp_path)
   assert LlamaConfig.from_hf(said).labels == 2
 

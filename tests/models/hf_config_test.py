@@ -13,7 +13,7 @@ DEFAULTS = json.loads((GOLDEN / "hf_defaults.json").read_text())
 # What transformers works out and we have under another name.
 RESOLVED = {
   "num_key_value_heads": lambda said: said.kv_heads,
-  "head_dim": lambda said: said.head_size,
+  "head_dim": lambda said: None if said.model_type == "mixtral" else said.head_size,
   "sliding_window": lambda said: said.window,
   "rope_parameters": lambda said: rotary(said),
   "rope_scaling": lambda said: rotary(said),
@@ -44,14 +44,15 @@ def config(name):
 
 DAMAGE = ["64", -1, None, True, [1], {"a": 1}, 2**31, 10**400, 1.5, float("nan"), float("inf"), ""]
 OPTIONAL = """architectures classifier_dropout eos_token_id id2label pad_token_id head_dim
-layer_types num_key_value_heads rope_parameters sliding_window n_inner attention_dropout
-attn_logit_softcapping final_logit_softcapping use_bidirectional_attention""".split()
+layer_types mlp_only_layers num_key_value_heads rope_parameters sliding_window n_inner
+attention_dropout attn_logit_softcapping final_logit_softcapping
+use_bidirectional_attention""".split()
 
 
 @pytest.mark.parametrize(
   "name",
   """bert_tiny roberta_tiny llama3_tiny mistral_tiny qwen2_tiny qwen3_tiny gemma2_tiny gemma3_tiny
-  phi3_tiny gpt2_tiny""".split(),
+  phi3_tiny qwen3_moe_tiny mixtral_tiny gpt2_tiny""".split(),
 )
 def test_damage_is_one_sentence_with_file_field_and_value(name):
   """Every field that is read, with values of every wrong kind; what is left is harmless."""
@@ -95,7 +96,7 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
     ("bert_tiny", {"id2label": None, "num_labels": 2**30}, "num_labels is 1073741824; it must be"),
     ("bert_tiny", {"hidden_act": "mish"}, "hidden_act is 'mish'; it must be one of gelu"),
     ("bert_tiny", {"add_cross_attention": True}, "add_cross_attention is True; only encoders"),
-    ("roberta_tiny", {"pad_token_id": None}, "pad_token_id is None; positions start behind it"),
+    ("roberta_tiny", {"pad_token_id": None}, "pad_token_id is None; positions start after it"),
     ("roberta_tiny", {"max_position_embeddings": 2}, "pad_token_id is 1; .* from 0 to 0"),
     ("llama_tiny", {"num_key_value_heads": 4}, "num_key_value_heads is 4; it must divide num_atte"),
     ("llama_tiny", {"head_dim": 7}, "head_size is 7; .* even"),
@@ -117,6 +118,14 @@ def test_damage_is_one_sentence_with_file_field_and_value(name):
      "use_sliding_window is False; layers of sliding_attention need it"),
     ("qwen3_tiny", {"layer_types": ["full_attention", "chunked_attention"]},
      "layer_types is .*only full_attention and sliding_attention"),
+    ("qwen3_moe_tiny", {"mlp_only_layers": [0]}, "mlp_only_layers is .*; layers with experts"),
+    ("qwen3_moe_tiny", {"decoder_sparse_step": 2}, "step is 2; layers with .* only 1 is supported"),
+    ("qwen3_moe_tiny", {"num_experts_per_tok": 6}, "per_tok is 6; .* at most .* experts, 5"),
+    ("qwen3_moe_tiny", {"num_experts": 4}, "num_experts is 4; num_local_experts, .* is 5"),
+    ("mixtral_tiny", {"output_router_logits": True}, "logits is True; no loss that balances"),
+    ("mixtral_tiny", {"router_jitter_noise": 0.1}, "noise is 0.1; training adds no noise"),
+    ("mixtral_tiny", {"sliding_window": 0}, "sliding_window is 0; it must be"),
+    ("mistral_tiny", {"num_local_experts": 8}, "experts is 8; models of type mistral are computed"),
     ("gemma2_tiny", {"hidden_activation": "gelu"}, "must be 'gelu_pytorch_tanh'"),
     ("gemma2_tiny", {"use_bidirectional_attention": True}, "attention is True; only decoders"),
     ("gemma2_tiny", {"sliding_window": None}, "sliding_window is None; layers of sliding_att"),

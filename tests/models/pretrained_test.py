@@ -20,6 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 KEY_BIAS = "encoder.layer.{}.attention.self.key.bias"
 
 
+@pytest.mark.fast_for(".*-scanned|bert_tiny-unrolled")
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(
   "name",

@@ -72,6 +72,7 @@ def small_pieces(monkeypatch):
   monkeypatch.setattr(stream, "PIECE", 4000)
 
 
+@pytest.mark.fast_for("llama-bfloat16-scanned|gpt2-float32-(un)?(scanned|rolled)")
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])

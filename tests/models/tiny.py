@@ -28,6 +28,10 @@ def config(**overrides):
   return BertConfig(**{**shape, **rest, **rates, **overrides})
 
 
+def model(**overrides):
+  return BertClassifier(config(**overrides))
+
+
 def dropout_config(**overrides):
   """The same with a dropout of 0.1 wherever the model has one."""
   return config(dropout=0.1, attention_dropout=0.1, head_dropout=0.1, **overrides)
@@ -50,8 +54,12 @@ def params():
 @functools.cache
 def scanned_params():
   """The same parameters for the scanned model."""
-  tree = dict(params())
-  body = dict(tree["bert"])
-  layers = [body["encoder"][f"layers_{i}"] for i in range(config().layers)]
-  body["encoder"] = {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
-  return {**tree, "bert": body}
+  body = dict(params()["bert"])
+  return {**params(), "bert": {**body, "encoder": stacked(body["encoder"])}}
+
+
+def stacked(tree):
+  """A tree in which `layers_0`, `layers_1`, ... are one `layers`."""
+  rest = {name: x for name, x in tree.items() if not name.startswith("layers_")}
+  layers = [tree[f"layers_{i}"] for i in range(len(tree) - len(rest))]
+  return {**rest, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}

@@ -71,6 +71,7 @@ def _train(tx):
   return params, state, loss
 
 
+@pytest.mark.fast_for("adamw-bare|adamw8bit-mean|labelled-clip|calls-mean")
 @pytest.mark.parametrize("around", [(None, 1), (0.3, 1), (0.3, 2)], ids=["bare", "clip", "mean"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_trajectory_is_the_same_bit_for_bit(name, around):

@@ -29,6 +29,12 @@ def _shape(width, heads, kv_heads, head_dim, ffn, layers=4, **fields):
 
 
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
+
+
+def _experts(width, count, routed):
+  return {"moe_intermediate_size": width, "num_experts": count, "num_experts_per_tok": routed}
+
+
 _TIED = {"tie_word_embeddings": True}
 _GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 7, "final_logit_softcapping": 4.0}
 _THETAS = {"rope_theta": 900.0, "rope_local_base_freq": 40.0}
@@ -72,6 +78,17 @@ CASES = {
   "gemma3 no windows": (
     "gemma3_text",
     _shape(24, 4, 2, 8, 40, **_THETAS, layer_types=["full_attention"] * 4),
+  ),
+  "qwen3_moe": ("qwen3_moe", _shape(40, 6, 2, 10, 72, **_experts(24, 8, 3), norm_topk_prob=True)),
+  "qwen3_moe unnormalised": (
+    "qwen3_moe",
+    _shape(24, 4, 1, 12, 40, 5, **_experts(40, 5, 2), attention_bias=True, **_TIED),
+  ),
+  "qwen3_moe windows": ("qwen3_moe", _shape(24, 4, 2, 4, 40, **_experts(20, 3, 3), **_WINDOWS)),
+  "mixtral": ("mixtral", _shape(40, 4, 2, None, 72, num_local_experts=8)),
+  "mixtral windows": (
+    "mixtral",
+    _shape(24, 4, 1, 10, 40, 5, num_local_experts=3, num_experts_per_tok=1, sliding_window=4),
   ),
   "qwen2 windows": ("qwen2", _shape(24, 4, 2, 6, 40, 5, **_WINDOWS, max_window_layers=3)),
 }

@@ -25,6 +25,7 @@ _ENCODERS = {
   "roberta_tiny": inputs(120, pad=1, types=1),
 }
 _DECODERS = ("llama", "llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "gpt2")
+_DECODERS = (*_DECODERS, "qwen3_moe", "mixtral")
 _BASES = [*_ENCODERS, *(f"{name}_tiny" for name in _DECODERS)]
 _METHODS = {
   "none": None,

@@ -93,6 +93,7 @@ def test_every_value_is_within_half_a_step(kind, name, block_size):
     assert (np.abs(got.reshape(blocks.shape) - blocks) <= best + 1e-6 * want_absmax[:, None]).all()
 
 
+@pytest.mark.fast_for("100-.*")
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("size", [96, 100])
 def test_a_short_last_block_has_its_own_scale(name, size):
@@ -189,6 +190,7 @@ def test_unknown_formats_are_refused():
     pj.quant.fp4(layout="e1m2")
 
 
+@pytest.mark.fast_for("float32")
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_both_ways_to_look_codes_up_give_the_table(dtype, monkeypatch):
   """The gather of CPUs and the selects of other devices, which are run here in its place."""

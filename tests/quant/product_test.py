@@ -29,6 +29,7 @@ def on_tpu(*args, default, tpu=None, cpu=None):
   return (tpu or default)(*args)
 
 
+@pytest.mark.fast_for("kernel.*nf4.*|table.*int4.*")
 @pytest.mark.parametrize(
   "fmt", [pj.quant.nf4(), pj.quant.int4(32, double_quant=False), pj.quant.int8()], ids=str
 )

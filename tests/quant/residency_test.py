@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import peftjax as pj
-from peftjax.core.einsum import einsum
+from peftjax.core.einsum import einsum, ragged_dot
 from peftjax.methods import dora_weight
 from peftjax.quant import product
 from peftjax.quant.weight import Quantized
@@ -17,11 +17,18 @@ from tests.core.programs import fused
 
 D, RANK = 1024, 8
 DENSE = 4 * D * D  # bytes
+WIDTH = {0: D, 4: D // 2}  # by the number of experts
 
 
-def layers(count, stacked, dora=False):
-  """Abstract quantised weights and factors; of DoRA the weight around it, to have them put in."""
-  make = lambda key: pj.quant.nf4().quantize(jax.random.normal(key, (D, D)))
+def layers(count, stacked, dora=False, experts=0):
+  """Abstract quantised weights and factors; of DoRA the weight around it, to have them put in.
+
+  Four experts have half of D.
+  """
+  D = WIDTH[experts]
+  make = lambda key: pj.quant.nf4().quantize(
+    jax.random.normal(key, (experts, D, D) if experts else (D, D))
+  )
   codes, scales = jax.eval_shape(make, jax.random.key(0))
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
   weight = Quantized(codes=codes, scales=scales, fmt=pj.quant.nf4())
@@ -39,6 +46,9 @@ def block(x, layer):
   weight, a, b = layer
   if isinstance(weight, dora_weight.DoRA):
     return jnp.tanh(einsum("ti,io->to", x, weight.replace(a=a, b=b)))
+  if weight.ndim == 3:
+    y = ragged_dot(x, weight, jnp.full(len(weight.codes), len(x) // len(weight.codes)))
+    return jnp.tanh(y + (x @ a.T) @ b.T)
   return jnp.tanh(einsum("ti,io->to", x, weight) + (x @ a.T) @ b.T)
 
 
@@ -101,6 +111,8 @@ PROGRAMS = {
   # The norm of DoRA depends on no activation.
   "DoRA, unrolled": (gradient(unrolled), False, 64),
   "DoRA, decode": (decode, False, 1),
+  "experts, unrolled": (gradient(unrolled), False, 64),
+  "experts, scan": (gradient(scanned), True, 64),
 }
 
 
@@ -109,8 +121,9 @@ def grows(name, sharding=None):
   program, stacked, rows = PROGRAMS[name]
 
   def temporaries(count):
-    made = layers(count, stacked, dora=name.startswith("DoRA"))
-    arguments = made, jax.ShapeDtypeStruct((rows, D), jnp.float32)
+    experts = 4 * name.startswith("experts")
+    made = layers(count, stacked, name.startswith("DoRA"), experts)
+    arguments = made, jax.ShapeDtypeStruct((rows, WIDTH[experts]), jnp.float32)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     run = fused(lambda q, x: program(q, x))  # a new function: nothing is cached
     compiled = run.lower(*jax.tree.map(place, arguments)).compile()
@@ -119,13 +132,17 @@ def grows(name, sharding=None):
   return (temporaries(8) - temporaries(2)) / 6
 
 
+@pytest.mark.fast_for("traced|scan and remat|DoRA, decode")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_dense_weight_stays(name):
   """Less than half a dense weight a layer."""
   assert grows(name) < DENSE / 2
 
 
-@pytest.mark.parametrize("name", ["unrolled", "decode", "accumulation", "DoRA, decode"])
+@pytest.mark.fast_for("decode|accumulation")
+@pytest.mark.parametrize(
+  "name", ["unrolled", "decode", "accumulation", "DoRA, decode", "experts, unrolled"]
+)
 def test_without_the_data_dependence_they_stay(name, monkeypatch):
   """What the test above would miss if it could not fail."""
   where = dora_weight if name.startswith("DoRA") else product

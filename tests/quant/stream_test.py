@@ -71,7 +71,7 @@ def test_a_stack_is_filled_in_place():
   layers = [
     stream.quantize_array("k/kernel", _weights((64, 8)) * i, pj.quant.nf4()) for i in (1, 2, 3)
   ]
-  whole = stream.stack("layers/k/kernel", layers, 3)
+  whole = stream.stack("layers/k/kernel", layers, (3,))
   for i, layer in enumerate(layers):
     np.testing.assert_array_equal(whole.codes[i], layer.codes)
     np.testing.assert_array_equal(whole.scales.group[i], layer.scales.group)
@@ -86,7 +86,7 @@ def test_a_stack_is_filled_in_place():
       yield array
       del array
 
-  np.testing.assert_array_equal(stream.stack("layers/k", made(), 5)[:, 0, 0], np.arange(5))
+  np.testing.assert_array_equal(stream.stack("layers/k", made(), (5,))[:, 0, 0], np.arange(5))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_layers_that_differ_make_no_stack(second):
   with pytest.raises(
     ValueError, match="layer 1 of layers/k/kernel has another .*scan_layers=False"
   ):
-    stream.stack("layers/k/kernel", [first, second], 2)
+    stream.stack("layers/k/kernel", [first, second], (2,))
 
 
 def test_aligned_arrays_are_taken_as_they_are():

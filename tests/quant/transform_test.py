@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite_are_refused(bad, fmt):
   "where, message",
   [
     ("odd", "odd contraction size 63.*int8"),
-    ("offset", "is no matrix"),
+    ("offset", "is not a matrix"),
     ("nothing", "matches no parameter"),
   ],
 )

@@ -87,7 +87,7 @@ def attached(name):
   """The module and its two halves, each array that will be trained with a gradient."""
   kind, outputs = KINDS[name]
   model, method = Reader(outputs, name != "causal_lm"), method_of(name)
-  example = kind.inputs(rows_of(name, 0))
+  example = tuple(kind.inputs(rows_of(name, 0)).values())
   layout = pj.linen.layout(model, *example)
 
   @jit
@@ -123,6 +123,7 @@ def whole(name):
   return two_updates(name, (ROWS,))
 
 
+@pytest.mark.fast_for("causal_lm-sizes1.*|classes.*")
 @pytest.mark.parametrize(
   ("name", "sizes", "devices"),
   [

@@ -95,6 +95,7 @@ HEAD_TOO = pj.lora(2, 4, ["all-linear", "lm_head/kernel"], dropout=0.2)
 _SLOW = pytest.mark.slow(reason="the same law for more models; three seconds each")
 
 
+@pytest.mark.slow(reason="whole steps; chunked_loss_test has the equality")
 @pytest.mark.parametrize(
   ("family", "method", "how", "mesh"),
   [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import peftjax as pj
 from peftjax import data
@@ -41,6 +42,7 @@ def encoder(model_dir):
   return pj.load_pretrained(model_dir, num_labels=3, key=jax.random.fold_in(KEY, 0))
 
 
+@pytest.mark.slow(reason="a run of its own, several seconds")
 def test_the_numbers_are_those_of_a_run(finished, splits, corpus, model_dir, encoder, tmp_path):
   """Losses, rates, scores and the choice of the best, to the bit; the workdir has them too."""
   names = ["business", "sport", "tech"]
@@ -152,6 +154,25 @@ def test_a_module_of_ones_own_takes_arrays(number):
   assert (scores[-1] < scores[0]) if number else (scores[-1] > 0.6)
 
 
+def test_a_module_of_nnx_takes_arrays():
+  x = jax.random.normal(KEY, (30, 8))
+
+  class Own(nnx.Module):
+    def __init__(self, rngs):
+      self.hidden, self.out = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.out(nnx.relu(self.hidden(x)))
+
+  model, params = pj.nnx.split(Own(nnx.Rngs(0)))
+  method, given = pj.lora(rank=2, targets=["hidden", "out"]), (x, (x[:, 0] > 0).astype(int))
+  params, history = pj.fit(
+    model, params, method, given, epochs=6, batch_size=10, learning_rate=3e-2
+  )
+  losses = history.series("loss")[1]
+  assert losses[-1] < losses[0] and pj.apply(model, params, x).shape == (30, 2)
+
+
 def test_a_history_draws_itself():
   rows = [{"step": i, "loss": 1 / i, "grad_norm": 1.0, "learning_rate": 0.1} for i in (1, 2, 3)]
   rows.insert(2, {"step": 2, "epoch": 1.0, "validation_loss": 0.4, "validation_accuracy": 0.5})
@@ -180,7 +201,7 @@ def test_a_history_draws_itself():
     (["a", "b"], ["x", "x"], {}, r"the classes are \['x'\].*two"),
     (["a", "b"], ["x", "z"], {"label_names": ["x", "y"]}, "label 'z' is none of the classes"),
     (["a"], None, {"label_names": ["x"]}, "label_names without labels"),
-    (["a", "b"], [0.5, float("nan")], {}, "nan is no finite number"),
+    (["a", "b"], [0.5, float("nan")], {}, "nan is not a finite number"),
     (["a", "b"], [0, 1], {"max_length": 0}, "max_length=0: write a whole number"),
     (["a", "b"], [0, 1], {"tokenizer": "no/model"}, "no folder no/model"),
   ],
@@ -205,7 +226,7 @@ def test_data_of_another_model_are_refused(encoder, few, decoder):
   plain = pj.texts(["1 2"], tokenizer=decoder)
   with pytest.raises(ValueError, match="BertClassifier takes texts with labels"):
     pj.fit(model, params, METHOD, plain)
-  with pytest.raises(ValueError, match=r"data is a list; give what pj\.texts"):
+  with pytest.raises(ValueError, match=r"data is a list; give the result of pj\.texts"):
     pj.fit(model, params, METHOD, ["a text"])
   with pytest.raises(ValueError, match="give two of a kind"):
     pj.fit(model, params, METHOD, few, eval_data=plain)

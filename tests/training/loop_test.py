@@ -150,9 +150,9 @@ def renamed(workdir):
 @pytest.mark.parametrize(
   ("harm", "named"),
   [
-    (lambda w: in_place_of(w / "checkpoints"), "checkpoints is no folder"),
-    (lambda w: in_place_of(w / "checkpoints" / "latest"), "latest is no folder"),
-    (lambda w: in_place_of(w / "checkpoints" / "latest" / "8"), "latest/8 is no checkpoint"),
+    (lambda w: in_place_of(w / "checkpoints"), "checkpoints is not a folder"),
+    (lambda w: in_place_of(w / "checkpoints" / "latest"), "latest is not a folder"),
+    (lambda w: in_place_of(w / "checkpoints" / "latest" / "8"), "latest/8 is not a checkpoint"),
     (lambda w: shutil.rmtree(w / "checkpoints" / "best"), "best has no checkpoint"),
     (lambda w: (w / "config.json").unlink(), "config.json is not there"),
     (lambda w: (w / "config.json").write_text("null"), "config.json must hold"),
@@ -293,6 +293,7 @@ def test_regression_is_scored_by_correlations(config, run_once, tmp_path):
   assert all(-1 <= value <= 1 for value in result["metrics"]["validation"].values())
 
 
+@pytest.mark.slow(reason="a run of its own; collectives_test and the contract have the meshes")
 def test_mesh_of_eight_devices_trains_to_the_same_numbers(finished, config, run_once, tmp_path):
   """data:2, fsdp:2, tensor:2 changes where arrays lie and nothing else."""
   run_once(config(), tmp_path / "run", mesh="data:2,fsdp:2,tensor:2")
@@ -313,6 +314,7 @@ def test_run_goes_on_under_another_mesh(finished, config, run_once, monkeypatch,
   np.testing.assert_allclose(last["loss"], want["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow(reason="a run of its own; bert_test has the equality")
 def test_scanned_layers_train_to_the_same_numbers(finished, config, run_once, tmp_path):
   """scan_layers draws the same factors and dropout masks, so the losses are the same."""
   run_once(config(model__scan_layers=True), tmp_path / "run")

@@ -251,7 +251,7 @@ def test_what_is_not_installed_is_named(scheme, config, no_folder_stays):
         f"{URL}/{mirror.RECORD}",
         fake.cat(f"{URL}/{mirror.RECORD}").replace(b'"config.json"', b'"../config.json"'),
       ),
-      "is no name of a file of a run",
+      "is not a name of a file of a run",
     ),
     (lambda fake: fake.pipe(f"{URL}/result.json", b"[]"), f"{URL}/result.json must hold"),
   ],

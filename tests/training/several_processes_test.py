@@ -54,7 +54,7 @@ def check(configs, cases):
 
 def test_two_processes_train_as_one(configs):
   """This mesh does not split a batch: each process needs all of its rows."""
-  check(configs, [(("causal_lm", "nf4"), "tensor:4")])
+  check(configs, [(("classify", "none"), "tensor:4")])
 
 
 @pytest.mark.slow(reason="every mesh with every kind of run and base")

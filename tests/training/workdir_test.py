@@ -171,7 +171,7 @@ def test_only_what_a_run_writes_is_removed(tmp_path):
 def test_a_file_in_place_of_checkpoints_is_named(tmp_path, place):
   (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
   (tmp_path / place).write_text("x")
-  with pytest.raises(ValueError, match=f"{place} is no .*Move it away"):
+  with pytest.raises(ValueError, match=f"{place} is not a .*Move it away"):
     workdir.check_checkpoints(tmp_path / "checkpoints")
 
 
