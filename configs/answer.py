@@ -30,5 +30,6 @@ def get_config(arg: str = "") -> ConfigDict:
     method,
     classify.CHANGES.get(method, {}),
     head=True,
+    model=dict(name="minilm"),
     optimizer={} if rate is None else {"learning_rate": rate},
   )

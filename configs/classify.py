@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     method,
     CHANGES.get(method, {}),
     head=True,
+    model=dict(name="minilm"),
     data=dict(name=given["data"]),
     optimizer={"learning_rate": LEARNING_RATES[method]} if method in LEARNING_RATES else {},
   )

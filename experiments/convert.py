@@ -45,17 +45,20 @@ DTYPE = flags.DEFINE_enum(
 SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "Largest size of a file, with hf.")
 RANK = flags.DEFINE_integer("rank", None, "Rank of the adapter, with lora.", lower_bound=1)
 
+# The reason why a run has a model of this library.
+OURS = (
+  "and other formats are of families that this library knows; its adapter is in checkpoints/best"
+)
+
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   check_given()
   runtime.set_up("~/.cache/peftjax")
   from peftjax.training import finished
 
   given = (
-    finished.load(WORKDIR.value)
+    finished.load(WORKDIR.value, ours=OURS)
     if WORKDIR.value
     else of_files(Path(BASE.value or ""), ADAPTER.value)
   )
@@ -113,7 +116,7 @@ def of_files(base: Path, adapter: str | None) -> Finished:
   mask = jax.tree.map(lambda _: False, params)
   if adapter:
     params, mask = pj.load_peft(adapter, params, model)
-  return Finished(base, model, params, mask, None, False)
+  return Finished(base, model, params, mask, pj.chain(), [])
 
 
 def outputs_of(adapter: str) -> int | None:
@@ -131,7 +134,7 @@ def write_model(given: Finished, output: str) -> None:
   from peftjax.io import new_directory, shards
   from peftjax.models import saved
 
-  plan = saved.plan(given.params, given.base, DTYPE.value, given.labels)
+  plan = saved.plan(given.params, given.base, DTYPE.value, given.labels or None)
   with new_directory.writing(output) as folder, shown(plan.tensors) as tensors:
     size = shards.bytes_of(SHARD_SIZE.value)
     saved.write(folder, plan._replace(tensors=tensors), given.base, size)
@@ -160,7 +163,7 @@ def write_adapter(given: Finished, output: str) -> None:
       given.model,
       base_model=str(given.base),
       trained=given.mask,
-      rslora=given.rslora,
+      **given.method.peft_options(),
     )
 
 

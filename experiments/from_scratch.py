@@ -153,8 +153,6 @@ def _rows(texts: Any, length: int) -> np.ndarray:
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
   runtime.set_up("~/.cache/peftjax")
   result = train(flags.FLAGS.config)
   print(json.dumps(result, indent=2))

@@ -44,8 +44,6 @@ BASE = flags.DEFINE_bool("base", False, "Also show the model's continuation befo
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments {argv[1:]}; quote a prompt: --prompt="..."')
   if not PROMPT.value and not PART.value:
     raise ValueError('no prompt; write --prompt="...", or --part=test for those of the run')
   runtime.check_output("--output", OUTPUT.value)

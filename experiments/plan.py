@@ -48,8 +48,6 @@ PICTURE = flags.DEFINE_string(
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
   check_given()
   chips.prepare(TOPOLOGY.value)
   runtime.set_up(CONFIG.value.get("compilation_cache"))

@@ -46,8 +46,6 @@ class Texts(NamedTuple):
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments {argv[1:]}; quote a text: --text="..."')
   check_given(TEXT.value, PAIR.value, FILE.value, OUTPUT.value)
   runtime.set_up("~/.cache/peftjax")
   from peftjax.training.logs import write_atomic

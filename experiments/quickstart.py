@@ -24,8 +24,6 @@ METHODS = ("lora", "head", "full")
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   from configs.classify import get_config
 
   configs = {name: get_config(f"method={name},data=bbc") for name in METHODS}

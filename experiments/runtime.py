@@ -135,8 +135,13 @@ def _end(error: BaseException) -> int | None:
 
 
 @readable_errors()
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags for `app.run(flags_parser=...)`: wrong flags give a message and not a trace."""
+def parse_flags(argv: list[str], *, names: bool = False) -> list[str]:
+  """Parses flags for `app.run(flags_parser=...)`: wrong flags give a message and not a trace.
+
+  Args:
+    argv: arguments of the command.
+    names: True if it takes words beside flags; otherwise they are refused.
+  """
   from absl import flags
 
   given = _given(argv)
@@ -145,12 +150,18 @@ def parse_flags(argv: list[str]) -> list[str]:
     path, colon, argument = given["config"].partition(":")
     config = load_config(path, *([argument] if colon else []))
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError) as error:
     for field in given:
       if config is not None and field.startswith("config."):
         check_field(config, field.removeprefix("config."))
     raise ValueError(f"{_in_words(str(error))}\nPass --helpshort to see all flags.") from error
+  if rest[1:] and not names:
+    raise ValueError(
+      f"unknown arguments {rest[1:]}: write a flag as --NAME=VALUE, a field of the config as "
+      '--config.FIELD=VALUE, and quotes around a value with spaces, --NAME="..."'
+    )
+  return rest
 
 
 def _in_words(told: str) -> str:

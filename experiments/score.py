@@ -27,8 +27,6 @@ TARGET = flags.DEFINE_string("target", "summary", "The column of the reference."
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   print(json.dumps(score(PREDICTIONS.value, REFERENCES.value), indent=2))
 
 

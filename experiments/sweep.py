@@ -60,8 +60,6 @@ RESOURCES = flags.DEFINE_string(
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
   from experiments.sweeping import driver, executor, plan, summary
   from experiments.sweeping.folder import Folder
   from experiments.sweeping.remote import Job

@@ -39,6 +39,11 @@ def seconds(
   return taken
 
 
+def least(calls: Sequence[Callable[[], Any]], turns: int, **given: int) -> list[float]:
+  """The least milliseconds of each call, as others may use the machine; `given` as of `seconds`."""
+  return [1e3 * min(own) for own in seconds(calls, turns, **given)]
+
+
 def medians(calls: Sequence[Callable[[], Any]], turns: int = 41, **given: int) -> list[float]:
   """Median milliseconds of each call; `given` as in `seconds`."""
   return [1e3 * statistics.median(own) for own in seconds(calls, turns, **given)]

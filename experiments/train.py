@@ -42,8 +42,6 @@ PROFILE = flags.DEFINE_integer(
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; fields are given as --config.FIELD=VALUE")
   runtime.quiet()
   processes.join(DISTRIBUTED.value)
   runtime.set_up(CONFIG.value.get("compilation_cache"))

@@ -12,12 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from peftjax.core import given, paths, tree
+from peftjax.core import given, paths, tracing, tree
 from peftjax.core.adapted import bare
+from peftjax.core.params import Mask, Params
 from peftjax.core.view import Uses
 from peftjax.core.weight import is_weight
-from peftjax.linen import apply, noting
-from peftjax.nn.attention import kernels_used
+from peftjax.linen import apply
 
 
 class Leaf(NamedTuple):
@@ -58,8 +58,8 @@ class Description(tuple[Leaf, ...]):
 
 
 def describe(
-  params: Any,
-  trainable: Any | None = None,
+  params: Params,
+  trainable: Mask | None = None,
   *,
   model: Any | None = None,
   example: Sequence[Any] = (),
@@ -77,7 +77,8 @@ def describe(
   flags = trainable if trainable is not None else jax.tree.map(lambda _: False, params)
   chosen = tree.restore_ranks(tree.partition(params, flags)[0], params)
   counts = {p: _count(bare(leaf)) for p, leaf in paths.leaves(chosen).items()}
-  with kernels_used() as kernels:
+  kernels: set[str] = set()
+  with tracing.within(kernels=kernels):
     computed = _trace(model, params, example) if model is not None else {}
   flat = {path: bare(leaf) for path, leaf in paths.leaves(params).items()}
   heads = [
@@ -156,7 +157,7 @@ class _Probe:
 
 def _trace(model: Any, params: Any, example: Iterable[Any]) -> dict[str, str]:
   probe, uses = _Probe(), Uses()
-  with noting(uses):
+  with tracing.within(uses=uses):
     jax.eval_shape(
       lambda p, *a: apply(model, p, *a), paths.map_leaves(probe.wrap, params), *example
     )

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import flax.errors
@@ -14,14 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peftjax.core import given, paths, per_row, probe, shared, tree
+from peftjax.core import given, paths, per_row, probe, shared, tracing, tree
 from peftjax.core.adapted import bare
 from peftjax.core.attachment import Attachment
 from peftjax.core.einsum import einsum, linear, shift, split_subscripts, take
 from peftjax.core.factored import traced
 from peftjax.core.layout import Layout, Site
+from peftjax.core.params import Params
 from peftjax.core.view import Uses
-from peftjax.core.weight import Unboxed, Weight, materialize, unboxing
+from peftjax.core.weight import Unboxed, Weight, materialize
 from peftjax.nn import virtual
 
 # The number of bytes of parameters from which holding them as constants is a mistake.
@@ -30,7 +30,7 @@ BAKED = 2**24
 
 def apply(
   model: nn.Module,
-  params: Any,
+  params: Params,
   *args: Any,
   train: bool = False,
   rngs: dict[str, jax.Array] | None = None,
@@ -68,8 +68,6 @@ def apply(
   params = tree.tie(params, spread=False)
   if train:
     params = tree.with_dropout_keys(params, (rngs or {}).get("dropout"))
-  # Another method may well read only a part.
-  read = {} if kwargs.get("method") else params
   method = kwargs.get("method") or type(model).__call__
   if isinstance(method, str):
     method = getattr(type(model), method)
@@ -79,9 +77,9 @@ def apply(
   def call(params: Any, variables: Any, rngs: Any, args: Any, kwargs: Any) -> Any:
     return model.apply({"params": params, **variables}, *args, rngs=rngs, **kwargs)
 
-  with bridge(), shared.lending(params), virtual.all_read(read):
+  with bridge(), tracing.within(lent=shared.nodes(params), read=set()) as seen:
     try:
-      return _factored(call, (params, variables or {}, rngs, args, kwargs))
+      result = _factored(call, (params, variables or {}, rngs, args, kwargs))
     except flax.errors.InvalidRngError as error:
       if not train or "dropout" in (rngs or {}):
         raise
@@ -89,28 +87,16 @@ def apply(
         f'{type(model).__name__} draws at random with train=True, so it needs rngs={{"dropout": '
         "key}; for evaluation leave train=False"
       ) from error
+  if not kwargs.get("method"):  # another method may well read only a part
+    virtual.check_read(params, seen.read or ())
+  return result
 
 
 def _factored(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
   """Calls `call(*inputs)`; traces it if a module unknown to the bridge reads a weight."""
-  token = unboxing.set("refuse")
-  try:
+  with contextlib.suppress(Unboxed), tracing.within(unboxing="refuse"):
     return call(*inputs)
-  except Unboxed:
-    pass
-  finally:
-    unboxing.reset(token)
-  return traced(call, _uses.get() or Uses(), *inputs)
-
-
-@contextlib.contextmanager
-def noting(uses: Uses) -> Iterator[None]:
-  """A context in which `apply` tells `uses` the fate of weights that the bridge does not know."""
-  token = _uses.set(uses)
-  try:
-    yield
-  finally:
-    _uses.reset(token)
+  return traced(call, tracing.current().uses or Uses(), *inputs)
 
 
 def _check_given(params: Any, args: Any, kwargs: Any) -> None:
@@ -156,7 +142,7 @@ def bridge() -> Iterator[None]:
   def plain(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
     maps = isinstance(module, nn.WeightNorm | nn.SpectralNorm) or "map_variables(" in _scope(module)
-    if maps and unboxing.get() == "refuse":
+    if maps and tracing.current().unboxing == "refuse":
       raise Unboxed  # it would map over the children of a weight
     if (type(module), context.method_name) in _HANDLERS and _is_plain(module):
       name, handler = _HANDLERS[type(module), context.method_name]
@@ -165,12 +151,8 @@ def bridge() -> Iterator[None]:
         return handler(module, weight, *args, **kwargs)
     return next_fn(*args, **kwargs)
 
-  token = unboxing.set("bridge")
-  try:
-    with nn.intercept_methods(intercept):
-      yield
-  finally:
-    unboxing.reset(token)
+  with tracing.within(unboxing="bridge"), nn.intercept_methods(intercept):
+    yield
 
 
 def layout(model: nn.Module, *args: Any, **kwargs: Any) -> Layout:
@@ -324,9 +306,6 @@ _OWN = ("dot_general", "dot_general_cls", "precision", "promote_dtype", "preferr
 
 # A name that no parameter has.
 _MARK = "<site>"
-
-# The fate of weights that the bridge does not know, for `describe`.
-_uses: ContextVar[Uses | None] = ContextVar("uses", default=None)
 
 # The handler by which each module computes with a `Weight`.
 _HANDLERS: dict[Any, tuple[str, Callable[..., Any]]] = {

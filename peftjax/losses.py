@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-Sums = tuple[jax.Array, jax.Array]  # Σ w·v and Σ w, float32 scalars
+Sums = tuple[Float[Array, ""], Float[Array, ""]]  # Σ w·v and Σ w, float32 scalars
 
 
-def mean(total: jax.Array, count: jax.Array) -> jax.Array:
+def mean(total: Float[Array, ""], count: Float[Array, ""]) -> Float[Array, ""]:
   """total / count, and 0 where nothing counts."""
   return total / jnp.where(count > 0, count, 1.0)
 
@@ -49,19 +49,21 @@ def next_token_sums(logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.A
 
 def classification(
   logits: Float[Array, "B K"], labels: Int[Array, " B"], weights: Float[Array, " B"]
-) -> jax.Array:
+) -> Float[Array, ""]:
   """Mean cross entropy −log softmax(logits)[label] of the rows with weight 1, in nats."""
   return mean(*classification_sums(logits, labels, weights))
 
 
 def regression(
   logits: Float[Array, "B 1"], labels: Float[Array, " B"], weights: Float[Array, " B"]
-) -> jax.Array:
+) -> Float[Array, ""]:
   """Mean squared error of the rows with weight 1."""
   return mean(*regression_sums(logits, labels, weights))
 
 
-def next_token(logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.Array]) -> jax.Array:
+def next_token(
+  logits_BTV: Float[Array, "B T V"], batch: Mapping[str, jax.Array]
+) -> Float[Array, ""]:
   """Mean −log p(token t | tokens before t) of the tokens with weight 1, in nats.
 
   Args:

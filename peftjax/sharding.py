@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from peftjax.core import paths
 from peftjax.core.adapted import axis_names
 from peftjax.core.mesh import DATA, SEQUENCE, divisible, group, ways
+from peftjax.core.params import Params
 from peftjax.core.weight import Weight, children
 from peftjax.quant.weight import Quantized
 
@@ -145,7 +146,7 @@ def arranged(text: str, sizes: Mapping[str, int], devices: Sequence[Any]) -> np.
   return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
-def specs(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def specs(params: Params, mesh: Mesh, rules: Rules = RULES) -> Any:
   """A `PartitionSpec` for every array of `params`.
 
   The first rule that matches a leaf's path gives the spec of its dense array; the children of a
@@ -171,7 +172,7 @@ def specs(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   return paths.map_leaves(of, params)
 
 
-def shardings(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def shardings(params: Params, mesh: Mesh, rules: Rules = RULES) -> Any:
   """`specs` as `NamedSharding`: for `jax.device_put` or the `out_shardings` of an init."""
   return jax.tree.map(
     lambda spec: NamedSharding(mesh, spec),
@@ -180,7 +181,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   )
 
 
-def named(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def named(params: Params, mesh: Mesh, rules: Rules = RULES) -> Any:
   """`params` in which each quantised matrix knows how `specs` splits it; arrays stay."""
 
   def name(leaf: Any, spec: Any) -> Any:
@@ -209,7 +210,7 @@ class Place(NamedTuple):
   bytes: int
 
 
-def places(params: Any, mesh: Mesh, rules: Rules = RULES) -> list[Place]:
+def places(params: Params, mesh: Mesh, rules: Rules = RULES) -> list[Place]:
   """Every array of `params`, the largest on a device first; shapes will do."""
   lies, made = paths.leaves(specs(params, mesh, rules)), []
   for leaf, weight in paths.leaves(params).items():
@@ -223,7 +224,7 @@ def places(params: Any, mesh: Mesh, rules: Rules = RULES) -> list[Place]:
   return sorted(made, key=lambda place: -place.bytes)
 
 
-def check_split(params: Any, mesh: Mesh, rules: Rules = RULES) -> None:
+def check_split(params: Params, mesh: Mesh, rules: Rules = RULES) -> None:
   """Raises ValueError if a large array lies whole on devices that should split it between them.
 
   It may where a rule before `RULES` matches its path. Each such rule has to match one, and arrays

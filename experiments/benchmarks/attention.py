@@ -5,22 +5,22 @@
 Value and gradients in q, k and v, at the heads of SmolLM2-135M and causal, or at those of BERT-base
 and not; float32, one row. For every length:
 
-  time    milliseconds, compiled; the least of several turns, the kernels taking turns
+  time    milliseconds, compiled; the least of several turns of five calls, the kernels taking turns
   memory  MiB of the compiled program's temporaries
 
 The length from which `peftjax.nn.attention` takes the blocks comes from here. About two minutes on
 two cores that nothing else uses.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments import runtime
+from experiments import runtime, timing
 from experiments.benchmarks import report
 from peftjax.nn.attention import KERNELS, kernel_name
 from peftjax.nn.mask import AttentionMask
@@ -36,8 +36,6 @@ SHAPES = {"causal": (9, 3, 64, True), "whole": (12, 12, 64, False)}
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   if wrong := [text for text in LENGTHS.value if not text.isdecimal() or int(text) < 1]:
     raise app.UsageError(f"--lengths has {wrong[0]!r}; write numbers of tokens, e.g. 512,1024")
   runtime.set_up(None)
@@ -61,30 +59,14 @@ def compare(shape: str, length: int) -> list[report.Row]:
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*args, mask).compile()
 
   programs = {name: program(KERNELS[name]) for name in ("blockwise", "dense")}
-  seconds = times(programs, *args, mask)
+  calls = [partial(run, *args, mask) for run in programs.values()]
+  times = timing.least(calls, TURNS.value, steps=5, uncounted=1)
   memory = {name: p.memory_analysis().temp_size_in_bytes / MIB for name, p in programs.items()}
   note = f"used: {kernel_name(mask, length)}"
   return [
-    report.Row.of(f"{shape}_{length}_time", [1e3 * s for s in seconds.values()], "ms", note),
+    report.Row.of(f"{shape}_{length}_time", times, "ms", note),
     report.Row.of(f"{shape}_{length}_memory", list(memory.values()), "MiB", note),
   ]
-
-
-def times(programs: Mapping[str, Callable[..., Any]], *args: Any) -> dict[str, float]:
-  """Seconds of each program: the least of its turns, each some 50 ms long."""
-  least = dict.fromkeys(programs, float("inf"))
-  repeats = dict.fromkeys(programs, 1)
-  for turn in range(1 + TURNS.value):
-    for name, run in programs.items():
-      begun = time.perf_counter()
-      for _ in range(repeats[name]):
-        jax.block_until_ready(run(*args))
-      taken = (time.perf_counter() - begun) / repeats[name]
-      if turn:
-        least[name] = min(least[name], taken)
-      else:
-        repeats[name] = max(1, round(0.05 / taken))
-  return least
 
 
 if __name__ == "__main__":

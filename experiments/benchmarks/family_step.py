@@ -36,8 +36,8 @@ OURS, PEER = "experiments.benchmarks.family_ours", "experiments.benchmarks.famil
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1 or set(FAMILIES.value) - {*SHAPES}:
-    raise app.UsageError(f"--families takes {', '.join(SHAPES)}; nothing else is an argument")
+  if set(FAMILIES.value) - {*SHAPES}:
+    raise app.UsageError(f"--families takes {', '.join(SHAPES)}")
   with tempfile.TemporaryDirectory() as folder:
     for family in FAMILIES.value:
       rows, length = SHAPES[family]
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
 def directory(family: str, folder: Path) -> str:
   """The model of a family: the sample, or one with random weights that transformers saves."""
   if family not in RANDOM:
-    from peftjax.training.settings import Model
+    from peftjax.data import samples
 
-    return str(Model(name="smollm2").path())
+    return str(samples.model("smollm2"))
   import transformers
 
   transformers.set_seed(0)

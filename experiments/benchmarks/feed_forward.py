@@ -20,11 +20,10 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
 from experiments import runtime, timing
 from experiments.benchmarks import report
+from experiments.tables import report as tables
 from peftjax.nn.feed_forward import VARIANTS, FeedForward, feed_forward, gated_width
 from peftjax.nn.ffn import activate
 
@@ -49,8 +48,6 @@ Block = Callable[[Any, jax.Array], jax.Array]  # takes parameters and x
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up(None)
   if unknown := set(NAMES.value) - set(VARIANTS):
     raise app.UsageError(f"unknown variants {sorted(unknown)}; there are {', '.join(VARIANTS)}")
@@ -143,18 +140,15 @@ def times(blocks: Mapping[str, Block], of: tuple[int, ...], *args: Any) -> dict[
 
 def show(title: str, rows: list[report.Row]) -> None:
   """A line for each variant and cost: ours, and the ratio to ours of each other way."""
-  table = Table(title=title)
-  others = ("activation", "autodiff", "checkpoint")
-  for column in ("variant", "cost", "unit", "by hand", *others):
-    table.add_column(column, justify="left" if column in ("variant", "cost", "unit") else "right")
+  others, lines = ("activation", "autodiff", "checkpoint"), []
   for first in range(0, len(rows), len(others)):
     line = rows[first : first + len(others)]
     name, what, _ = line[0].case.rsplit("_", 2)
     ratios = (f"{row.ratio:.2f}" for row in line)
-    table.add_row(name, what, line[0].unit, f"{line[0].ours:.1f}", *ratios)
-  console = Console()
-  console.print(table)
-  console.print("Ratios: their cost over that by hand; above 1 we are ahead.", highlight=False)
+    lines.append((name, what, line[0].unit, f"{line[0].ours:.1f}", *ratios))
+  columns = ("variant", "cost", "unit", "by hand", *others)
+  told = "Ratios: their cost over that by hand; above 1 we are ahead."
+  tables.write(tables.Report(title, columns, lines, (told,)), "terminal")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,6 @@ METHODS: Mapping[str, Any] = {
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up(None)
   if unknown := set(HEADS.value) - set(METHODS):
     raise app.UsageError(f"unknown heads {sorted(unknown)}; there are {', '.join(METHODS)}")
@@ -94,7 +92,9 @@ def compare(name: str, length: int, halves: tuple[Any, Any]) -> list[report.Row]
   note = f"T = {length}, chunks of {size} tokens"
   case = f"{name}_{length}"
   return [
-    report.Row.of(f"{case}_time", times(programs, args), "ms", note),
+    report.Row.of(
+      f"{case}_time", timing.least([partial(p, *args) for p in programs], TURNS.value), "ms", note
+    ),
     report.Row.of(f"{case}_memory", [temporaries(p) for p in programs], "MiB", note),
   ]
 
@@ -111,12 +111,6 @@ def compiled(sums: Callable[..., losses.Sums], args: tuple[Any, ...]) -> Any:
 
 def temporaries(program: Any) -> float:
   return program.memory_analysis().temp_size_in_bytes / MIB
-
-
-def times(programs: list[Any], args: tuple[Any, ...]) -> list[float]:
-  """Milliseconds of each, the least of all turns: others may use the machine too."""
-  calls = [partial(program, *args) for program in programs]
-  return [1e3 * min(own) for own in timing.seconds(calls, TURNS.value)]
 
 
 if __name__ == "__main__":

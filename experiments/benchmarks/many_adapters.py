@@ -45,8 +45,6 @@ SIDES = ("rows", "one", "calls")
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   given = [LAYERS, RANK, ADAPTERS, EACH, LENGTH, NEW]
   numbers = [str(flag.value) for flag in given]
   rows = []

@@ -10,19 +10,18 @@ nothing else uses.
 """
 
 from collections.abc import Callable
+from typing import Any
 
-import jax
-import optax
 from absl import app, flags
 
 import peftjax as pj
 from experiments import runtime, timing
 from experiments.benchmarks import report
 from experiments.benchmarks.batch import example
+from experiments.benchmarks.stepping import stepping
+from peftjax.data import samples
 from peftjax.methods.base import Method
-from peftjax.training import state, step
 from peftjax.training.classification import CLASSES
-from peftjax.training.settings import Model
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 NAMES = flags.DEFINE_list("methods", None, "Methods to measure; by default all.")
@@ -37,8 +36,6 @@ PEER = "lora"
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up(None)
   methods = made(RANK.value)
   chosen = NAMES.value or [name for name in methods if name != PEER]
@@ -66,25 +63,13 @@ def made(rank: int) -> dict[str, Method]:
   }
 
 
-def steps_of(method: Method) -> Callable[[], None]:
-  """A function that takes one step and waits for it."""
-  model, params = pj.load_pretrained(Model().path(), num_labels=2)
-  batch, key = example(BATCH.value, LENGTH.value), jax.random.key(2)
+def steps_of(method: Method) -> Callable[[], Any]:
+  """A function that takes one step and returns its numbers."""
+  model, params = pj.load_pretrained(samples.model("minilm"), num_labels=2)
   method = pj.chain(method, pj.unfreeze("head/.*"))
-  params = method.attach(jax.random.key(1), params, pj.linen.layout(model, batch["tokens"]))
-  train, frozen = pj.partition(params, method.trainable(params))
   total = 1 + (1 + TURNS.value) * (STEPS.value + 1)
-  tx = method.optimizer(optax.adamw(1e-3, weight_decay=0.01), total_steps=total)
-  current = jax.jit(lambda t: state.init(tx, t))(train)
-  run = jax.jit(
-    lambda s, f, b, k: step.train_step(model, tx, CLASSES, s, f, b, k), donate_argnums=0
-  )
-
-  def once() -> None:
-    nonlocal current
-    current, out = run(current, frozen, batch, key)
-    jax.block_until_ready(out)
-
+  batch = example(BATCH.value, LENGTH.value)
+  once = stepping(model, params, method, CLASSES, batch, total=total)
   once()  # compiles
   return once
 

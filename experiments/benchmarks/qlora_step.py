@@ -32,8 +32,6 @@ ALONE = flags.DEFINE_bool("alone", False, "Our side only, where the peer's packa
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   models = MODEL.value or (shapes.MODELS if report.gpu() else shapes.MODELS[:1])
   if strange := set(models) - set(shapes.MODELS):
     raise app.UsageError(f"--model={','.join(sorted(strange))}: not of {', '.join(shapes.MODELS)}")

@@ -11,12 +11,12 @@ import optax
 import peftjax as pj
 from experiments.benchmarks import shapes, turns
 from experiments.benchmarks.batch import packed
+from experiments.benchmarks.stepping import stepping
 from peftjax.core import paths
+from peftjax.data import samples
 from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
 from peftjax.quant import transform
-from peftjax.training import state, step
 from peftjax.training.causal_lm import KIND
-from peftjax.training.settings import Model
 
 TOKENS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 
@@ -30,21 +30,13 @@ def main(name: str, batch_size: int, length: int, device: str) -> None:
     model = LlamaForCausalLM(LlamaConfig.from_hf(shapes.RANDOM[name], **options))
     params = random_params(model, dtype)
   else:
-    model, params = pj.load_pretrained(Model(name=name).path(), quant=pj.quant.nf4(), **options)
+    model, params = pj.load_pretrained(samples.model(name), quant=pj.quant.nf4(), **options)
   method = pj.lora(16, 16, "all-linear")
-  params = method.attach(jax.random.key(1), params, pj.linen.layout(model, TOKENS))
-  train, frozen = pj.partition(params, method.trainable(params))
-  tx = method.optimizer(optax.adamw(1e-4), total_steps=1_000)
-  current = jax.jit(lambda t: state.init(tx, t))(train)
-  run = jax.jit(lambda s, f, b, k: step.train_step(model, tx, KIND, s, f, b, k), donate_argnums=0)
-  batch, key = packed(batch_size, length, shapes.config(name)["vocab_size"]), jax.random.key(2)
-
-  def once() -> float:
-    nonlocal current
-    current, out = run(current, frozen, batch, key)
-    return float(out["loss"])
-
-  turns.serve(once, peak_allocated if device == "cuda" else turns.peak_resident)
+  batch = packed(batch_size, length, shapes.config(name)["vocab_size"])
+  once = stepping(model, params, method, KIND, batch, total=1_000, tx=optax.adamw(1e-4))
+  turns.serve(
+    lambda: float(once()["loss"]), peak_allocated if device == "cuda" else turns.peak_resident
+  )
 
 
 def random_params(model: nn.Module, dtype: Any) -> Any:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.benchmarks import shapes, turns
 from experiments.benchmarks.batch import packed
-from peftjax.training.settings import Model
+from peftjax.data import samples
 
 
 def main(name: str, batch_size: int, length: int, device: str) -> None:
@@ -48,7 +48,7 @@ def base(name: str, device: str) -> Any:
       config = AutoConfig.for_model(**shapes.RANDOM[name])
       model = AutoModelForCausalLM.from_config(config, dtype=dtype)
   else:
-    path = Model(name=name).path()
+    path = samples.model(name)
     model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
   for at, module in list(model.named_modules()):
     if isinstance(module, torch.nn.Linear) and at != "lm_head":

@@ -26,8 +26,6 @@ DTYPES = ("float32", "bfloat16")
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   rows = [compare(operation, dtype) for operation in OPERATIONS for dtype in DTYPES]
   report.end(f"NF4 with double quantisation, {SIZE.value}²", rows, OUT.value)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peftjax.data import samples
 from peftjax.models import pretrained
 from peftjax.models.llama import LlamaConfig
-from peftjax.training.settings import Model
 
 
 def llama(
@@ -44,7 +44,7 @@ MODELS = ("smollm2", *RANDOM)
 
 def config(model: str) -> Mapping[str, Any]:
   """The Hugging Face configuration of one of `MODELS`."""
-  return RANDOM.get(model) or pretrained.config_of(Model(name=model).path())
+  return RANDOM.get(model) or pretrained.config_of(samples.model(model))
 
 
 def step_flops(config: Mapping[str, Any], batch: int, length: int) -> float:

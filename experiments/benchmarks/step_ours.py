@@ -3,15 +3,12 @@
 import os
 import sys
 
-import jax
-import optax
-
 import peftjax as pj
 from experiments import runtime
 from experiments.benchmarks.batch import example
+from experiments.benchmarks.stepping import stepping
 from experiments.benchmarks.turns import serve
 from peftjax.methods.base import Method
-from peftjax.training import state, step
 from peftjax.training.classification import CLASSES
 
 
@@ -24,22 +21,9 @@ def main(case: str, directory: str, batch_size: int, length: int) -> None:
     method = pj.unfreeze(".*")
   else:
     method = pj.chain(pj.lora(rank=8, alpha=16, targets=targets[case]), pj.unfreeze("head/.*"))
-  params = method.attach(jax.random.key(1), params)
-  train, frozen = pj.partition(params, method.trainable(params))
-  tx = method.optimizer(optax.adamw(1e-3, weight_decay=0.01), total_steps=1_000)
-  current = jax.jit(lambda t: state.init(tx, t))(train)
-  run = jax.jit(
-    lambda s, f, b, k: step.train_step(model, tx, CLASSES, s, f, b, k),
-    donate_argnums=0,
-  )
-  batch, key = example(batch_size, length), jax.random.key(2)
-
-  def once() -> float:
-    nonlocal current
-    current, out = run(current, frozen, batch, key)
-    return float(out["loss"])
-
-  serve(once)
+  batch = example(batch_size, length)
+  once = stepping(model, params, method, CLASSES, batch, total=1_000)
+  serve(lambda: float(once()["loss"]))
 
 
 if __name__ == "__main__":

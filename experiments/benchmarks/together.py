@@ -18,7 +18,6 @@ length: texts of --length=16 are.
 import itertools
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from configs import classify
-from experiments import runtime
+from experiments import runtime, timing
 from experiments.benchmarks import report
 from peftjax.training.run import Run
 from peftjax.training.settings import from_config
@@ -57,8 +56,6 @@ DATA = {
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   rows = []
   with tempfile.TemporaryDirectory() as cache:
     runtime.set_up(cache)
@@ -86,7 +83,7 @@ def aim(method: str, rank: int) -> dict[str, float]:
 
 def config(method: str, trial: dict[str, float | int]) -> ConfigDict:
   made = classify.get_config(f"method={method},data=sentiment")
-  steps = 1 + TURNS.value * (STEPS.value + 1)
+  steps = (1 + TURNS.value) * (STEPS.value + 1)
   made.update_from_flattened_dict({**budget(), "train.steps": max(steps, 100), **trial})
   return made
 
@@ -108,18 +105,7 @@ def steps(method: str) -> report.Row:
       next(stream)
       run.fetch(all_of_them=True)
 
-  sides = (together, one_by_one)
-  seconds: tuple[list[float], list[float]] = ([], [])
-  for turn, (side, taken) in itertools.product(
-    range(TURNS.value), zip(sides, seconds, strict=True)
-  ):
-    side()  # compiles, and fills the caches
-    for _ in range(STEPS.value):
-      begun = time.perf_counter()
-      side()
-      if turn:
-        taken.append(time.perf_counter() - begun)
-  costs = [1e3 * statistics.median(taken) for taken in seconds]
+  costs = timing.medians((together, one_by_one), TURNS.value, steps=STEPS.value, uncounted=1)
   told = f"{len(configs)} trials of {BATCH.value} x {LENGTH.value}, {made.chunk} at once"
   return report.Row.of(f"steps_{method}", costs, "ms", told)
 

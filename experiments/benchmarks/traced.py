@@ -24,7 +24,7 @@ from absl import app, flags
 import peftjax as pj
 from experiments import runtime, timing
 from experiments.benchmarks import report
-from peftjax.training.settings import Model
+from peftjax.data import samples
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 TURNS = flags.DEFINE_integer("turns", 21, "Number of turns that each way takes.")
@@ -42,13 +42,11 @@ class MLP(nn.Module):
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up(None)
   x = jax.random.normal(jax.random.key(0), (256, 512))
   mlp = MLP()
   rows = compare("mlp", mlp, mlp.init(jax.random.key(1), x)["params"], x)
-  bert, params = pj.load_pretrained(Model(name="minilm").path(), num_labels=5)
+  bert, params = pj.load_pretrained(samples.model("minilm"), num_labels=5)
   tokens = jax.random.randint(jax.random.key(0), (16, 64), 1000, 2000, jnp.int32)
   rows += compare("bert", bert, params, tokens)
   if OUT.value:
@@ -84,4 +82,4 @@ def retraced(way: Callable[..., jax.Array], train: Any, frozen: Any, x: jax.Arra
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=runtime.parse_flags)

@@ -28,11 +28,9 @@ OURS, PEER = "experiments.benchmarks.step_ours", "experiments.benchmarks.step_pe
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
-  from peftjax.training.settings import Model
+  from peftjax.data import samples
 
-  directory = str(Model(directory=MODEL.value).path())
+  directory = str(MODEL.value or samples.model("minilm"))
   rows = []
   with tempfile.TemporaryDirectory() as cache:
     for case in CASES.value:

@@ -22,7 +22,7 @@ from absl import app, flags
 from experiments import runtime
 from experiments.benchmarks import report
 from peftjax import data
-from peftjax.training.settings import Model
+from peftjax.data import samples
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 LINES = flags.DEFINE_integer("lines", 6_000, "Lines of the sentiment corpus to train on.")
@@ -31,8 +31,6 @@ EPOCHS = flags.DEFINE_integer("epochs", 3, "Epochs.")
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   with tempfile.TemporaryDirectory() as folder:
     root = Path(folder)
     files = write_files(root, LINES.value)
@@ -82,7 +80,7 @@ def our_flags(files: dict[str, str], root: Path, name: str) -> list[str]:
 
 def peer_flags(files: dict[str, str]) -> list[str]:
   return [
-    str(Model().path()),
+    str(samples.model("minilm")),
     files["train"],
     files["validation"],
     files["test"],

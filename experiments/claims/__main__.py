@@ -30,8 +30,6 @@ RESULTS = flags.DEFINE_string("results", "", "Write the rows to this file, JSON 
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   runtime.set_up("~/.cache/peftjax")
   rows = measure(chosen(ONLY.value))
   if RESULTS.value:

@@ -206,16 +206,13 @@ def relu_mean() -> Finding:
   return found(share, holds=share["relu"] > 0.1)
 
 
-@claim(
+gelu_formula = by_test(
+  "activations.gelu_formula",
   says="GELU(x) = x Φ(x) with Φ(x) = (1 + erf(x/√2))/2, the normal distribution function.",
-  measured_by="peftjax.nn.ffn.gelu against SciPy's Φ in float64, 200,001 points of [-10, 10]",
-  holds_if="they differ by less than 1e-5",
-  expected=HOLDS,
+  tests=(
+    "tests/nn/layers_test.py::test_gelu_and_its_derivative_in_float32_and_tightly_in_float64",
+  ),
 )
-def gelu_formula() -> Finding:
-  x = np.linspace(-10, 10, 200_001)
-  off = np.abs(np.asarray(ffn.gelu(jnp.asarray(x, jnp.float32))) - x * ndtr(x)).max()
-  return found({"largest difference": off}, holds=bool(off < 1e-5))
 
 
 @claim(

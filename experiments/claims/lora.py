@@ -13,7 +13,6 @@ import peftjax as pj
 from experiments import timing
 from experiments.claims import runs, sample_models
 from experiments.claims.claim import CORRECTED, HOLDS, Finding, by_test, claim, found
-from experiments.claims.products import products_like
 from peftjax.core import paths
 
 
@@ -135,36 +134,14 @@ def low_rank_change() -> Finding:
   )
 
 
-@claim(
+frozen_base = by_test(
+  "lora.frozen_base",
   says="LoRA computes gradients for A and B alone: the frozen weights have none.",
-  measured_by="MiniLM's program of the gradient: products of the shape of one of the 37 matrices,"
-  " LoRA on all of them and full fine-tuning; and entries of the base that differ after 80 steps",
-  holds_if="none for LoRA, at least 37 for full fine-tuning, and no entry",
-  expected=HOLDS,
+  tests=(
+    "tests/method_contract_test.py::test_law_4_exactly_what_is_trained_has_a_gradient",
+    "tests/method_contract_test.py::test_law_5_combine_undoes_partition_and_a_step_keeps_the_structure",
+  ),
 )
-def frozen_base() -> Finding:
-  run, params, rows = runs.minilm("lora"), sample_models.minilm()[1], sample_models.batch(0)
-  leaves = paths.leaves(params)
-  weights = [leaves[path] for path in pj.tree.select(params, "all-linear")]
-  halves = {
-    "LoRA": pj.partition(run.start, run.mask),
-    "full": pj.partition(params, jax.tree.map(lambda _: True, params)),
-  }
-  formed = {
-    name: products_like(weights, jax.grad(runs.loss), *half, rows) for name, half in halves.items()
-  }
-  frozen = lambda params: jax.tree.leaves(pj.partition(params, run.mask)[1])
-  changed = sum(
-    int((np.asarray(a) != np.asarray(b)).sum())
-    for a, b in zip(frozen(run.start), frozen(run.params), strict=True)
-  )
-  return found(
-    {
-      **{f"weight gradients, {name}": count for name, count in formed.items()},
-      "changed frozen entries": changed,
-    },
-    holds=formed["LoRA"] == 0 and formed["full"] >= len(weights) and changed == 0,
-  )
 
 
 @claim(

@@ -13,7 +13,7 @@ import optax
 
 import peftjax as pj
 from peftjax import data
-from peftjax.training.settings import Model
+from peftjax.data import samples
 
 LENGTH = 32  # tokens per text, for MiniLM
 BATCH = 16
@@ -30,14 +30,14 @@ class Classes(NamedTuple):
 @functools.cache
 def minilm() -> tuple[nn.Module, Any]:
   """MiniLM, 22.7 M true float32 parameters, with a new head for the five classes of the news."""
-  return pj.load_pretrained(Model(name="minilm").path(), num_labels=5)
+  return pj.load_pretrained(samples.model("minilm"), num_labels=5)
 
 
 @functools.cache
 def news(part: str) -> Classes:
   """BBC news, the first tokens of each article."""
   corpus = data.load("bbc", seed=0)
-  tokenizer = data.load_tokenizer(str(Model(name="minilm").path()))
+  tokenizer = data.load_tokenizer(str(samples.model("minilm")))
   tokens = data.encode(tokenizer, corpus.splits[part], LENGTH)
   ids = np.zeros((len(tokens), LENGTH), np.int32)
   mask = np.arange(LENGTH) < tokens.lengths[:, None]
@@ -62,14 +62,14 @@ def class_loss(params: Any, rows: Classes) -> jax.Array:
 @functools.cache
 def smollm2() -> tuple[nn.Module, Any]:
   """SmolLM2-135M, its layers scanned; its weights come from a 4-bit file, widened to float32."""
-  return pj.load_pretrained(Model(name="smollm2").path(), scan_layers=True)
+  return pj.load_pretrained(samples.model("smollm2"), scan_layers=True)
 
 
 @functools.cache
 def prose() -> jax.Array:
   """Held-out news for SmolLM2, int32 `[4, 128]`."""
   texts = data.load("bbc", seed=0).splits["test"].texts[:8]
-  tokenizer = data.load_tokenizer(str(Model(name="smollm2").path()))
+  tokenizer = data.load_tokenizer(str(samples.model("smollm2")))
   rows = [tokenizer.encode(text).ids for text in texts]
   return jnp.asarray([row[:128] for row in rows if len(row) >= 128][:4], jnp.int32)
 

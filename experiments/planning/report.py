@@ -66,8 +66,6 @@ def table(rows: list[Mapping[str, Any]]) -> str:
 
 @runtime.readable_errors()
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
   from matplotlib.figure import Figure
 
   lines = Path(PLANS.value).read_text(encoding="utf-8").splitlines()

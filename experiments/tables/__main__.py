@@ -28,6 +28,7 @@ run; without it they are made as a sweep in --workdir, from models below --model
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -130,4 +131,4 @@ def rows(module: Any, file: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=runtime.parse_flags)
+  app.run(main, flags_parser=functools.partial(runtime.parse_flags, names=True))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peftjax.core import paths, shared, tree
+from peftjax.core import paths, shared, tracing, tree
 from peftjax.core.adapted import lender
 from peftjax.core.attachment import attachments
 from peftjax.core.evaluate import evaluate
@@ -44,7 +44,7 @@ def factored(fn: Callable[..., Any], *, dropout_key: jax.Array | None = None) ->
         "pj.apply(model, params, ...)"
       )
     args, kwargs = _prepared((args, kwargs), dropout_key)
-    with shared.lending(_shared(args, kwargs)):
+    with tracing.within(lent=shared.nodes(_shared(args, kwargs))):
       return traced(fn, Uses(), *args, **kwargs)
 
   return wrapped

@@ -10,11 +10,12 @@ import numpy as np
 
 from peftjax.core.adapted import Adapted, bare
 from peftjax.core.attachment import is_attachment
+from peftjax.core.params import Params
 from peftjax.core.shared import is_shared
 from peftjax.core.weight import Weight
 
 
-def check_params(params: Any) -> None:
+def check_params(params: Params) -> None:
   """Raises ValueError if `params` are a module's variables, or hold torch tensors or objects."""
   if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
     raise ValueError(
@@ -40,7 +41,7 @@ def check_array(what: str, array: Any) -> None:
     )
 
 
-def first_hole(params: Any) -> str | None:
+def first_hole(params: Params) -> str | None:
   """The path of a leaf that `partition` has left out; None if the tree is whole."""
   for path, leaf in _leaves(params):
     if leaf is None:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from peftjax.core import paths
 from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import attend, split_subscripts
+from peftjax.core.params import Params
 
 
 class PerRow(Adapted):
@@ -160,7 +161,7 @@ class PerRow(Adapted):
     return jax.vmap(lambda own, x: fn(own.replace(base=self.base), x), out_axes=at)(own, x)
 
 
-def checked(params: Any, rows: Any) -> jax.Array:
+def checked(params: Params, rows: Any) -> jax.Array:
   """`rows`, the number of each batch row's adapter in `params`, as int32.
 
   Raises:
@@ -188,7 +189,7 @@ def checked(params: Any, rows: Any) -> jax.Array:
   return jnp.asarray(given, jnp.int32)
 
 
-def pick(params: Any, rows: Any) -> Any:
+def pick(params: Params, rows: Any) -> Any:
   """`params` with adapter `rows[i]` for row i of a batch; see `checked` for what it raises."""
   index = checked(params, rows)
   take = lambda _, leaf: leaf.taken(index) if isinstance(leaf, PerRow) else leaf

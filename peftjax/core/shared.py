@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 
 # The top-level entry of a parameter tree that holds them, by name; linen modules ignore it.
 GROUP = "shared"
-
-# Nodes by path, during the call of a model inside `lending`.
-_lent: ContextVar[Mapping[str, Shared]] = ContextVar("_lent")
 
 
 class Shared(flax.struct.PyTreeNode):
@@ -33,24 +28,6 @@ def nodes(params: Any) -> dict[str, Shared]:
   group = params.get(GROUP) if isinstance(params, Mapping) else None
   group = group if isinstance(group, Mapping) else {}
   return {f"{GROUP}/{name}": node for name, node in group.items() if is_shared(node)}
-
-
-@contextlib.contextmanager
-def lending(params: Any) -> Iterator[None]:
-  """A context within which `lent` finds the shared nodes of `params`.
-
-  Scanned layers thus use them from outside the scan, as constants of all its steps. In a
-  stacked weight there would be as many copies as layers.
-  """
-  token = _lent.set(nodes(params))
-  try:
-    yield
-  finally:
-    _lent.reset(token)
-
-
-def lent(path: str) -> Shared | None:
-  return _lent.get({}).get(path)
 
 
 def add(params: Any, found: Mapping[str, Shared]) -> Any:

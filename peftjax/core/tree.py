@@ -10,11 +10,12 @@ import jax
 from peftjax.core import paths, shared, tied
 from peftjax.core.adapted import Adapted, lender
 from peftjax.core.attachment import Attachment, attachments, is_attachment
+from peftjax.core.params import Mask, Params
 from peftjax.core.tied import Tied, is_tied
 from peftjax.core.weight import Weight, children, materialize
 
 
-def partition(params: Any, mask: Any) -> tuple[Any, Any]:
+def partition(params: Params, mask: Mask) -> tuple[Params, Params]:
   """Two trees with `None` holes: the leaves where `mask` is true, and the rest.
 
   Differentiate, optimise, donate, checkpoint and `vmap` the first; pass the second to jit as an
@@ -26,7 +27,7 @@ def partition(params: Any, mask: Any) -> tuple[Any, Any]:
   return chosen, rest
 
 
-def combine(*trees: Any) -> Any:
+def combine(*trees: Params) -> Params:
   """One tree from trees whose `None` holes complement each other; the first non-`None` wins."""
   return jax.tree.map(
     lambda *leaves: next((leaf for leaf in leaves if leaf is not None), None),
@@ -35,7 +36,7 @@ def combine(*trees: Any) -> Any:
   )
 
 
-def tie(params: Any, *, spread: bool = True) -> Any:
+def tie(params: Params, *, spread: bool = True) -> Params:
   """`params` in which every weight that borrows arrays, of a leaf or a shared node, holds them.
 
   Such a weight names the lender in `of`, and its own children are None, so that an array that
@@ -44,7 +45,7 @@ def tie(params: Any, *, spread: bool = True) -> Any:
   Args:
     params: a tree of arrays and weights.
     spread: give a stack of layers the arrays of a shared node too, once for each; if not, they
-      have to be found by `shared.lending`.
+      have to be lent by the call (`core.tracing`).
 
   Raises:
     ValueError: if a lender is not in `params`.
@@ -63,7 +64,7 @@ def tie(params: Any, *, spread: bool = True) -> Any:
   return paths.map_leaves(give, params)
 
 
-def merge(params: Any, *, dense: bool = False) -> Any:
+def merge(params: Params, *, dense: bool = False) -> Params:
   """Ordinary arrays: every `Weight` replaced by the dense array it stands for.
 
   Arrays that weights shared (VeRA's projections) are left out. A head that is tied to an adapted
@@ -101,7 +102,7 @@ def merge(params: Any, *, dense: bool = False) -> Any:
   return replace_tied(head_of, paths.map_leaves(of, shared.without(tie(params))))
 
 
-def untie(params: Any) -> Any:
+def untie(params: Params) -> Params:
   """`params` with an array of its own, `[D, V]`, for every head that was tied to a table `[V, D]`.
 
   It is a copy of the table (of an adapted one, of its base), so outputs stay; both can then be
@@ -120,13 +121,13 @@ def untie(params: Any) -> Any:
   return replace_tied(of, params)
 
 
-def replace_tied(fn: Callable[[str, Tied], Any], params: Any) -> Any:
+def replace_tied(fn: Callable[[str, Tied], Any], params: Params) -> Params:
   """`params` with `fn(path, head)` in place of every tied head."""
   give = lambda path, node: fn(paths.name(path), node) if is_tied(node) else node
   return jax.tree_util.tree_map_with_path(give, params, is_leaf=is_tied)
 
 
-def made_mask(params: Any) -> Any:
+def made_mask(params: Params) -> Mask:
   """True on every array that `attach` made, False on every array the model came with."""
 
   def of(leaf: Any) -> Any:
@@ -143,7 +144,7 @@ def made_mask(params: Any) -> Any:
   return jax.tree.map(of, params, is_leaf=lambda node: paths.is_leaf(node) or is_made(node))
 
 
-def adapter_mask(params: Any, trainable: Any) -> Any:
+def adapter_mask(params: Params, trainable: Mask) -> Mask:
   """True on every array that differs from the pretrained files: made or trained arrays.
 
   `partition(params, adapter_mask(...))` splits a model into the arrays to save, or to swap
@@ -153,7 +154,7 @@ def adapter_mask(params: Any, trainable: Any) -> Any:
 
 
 def value_and_grad(
-  fn: Callable[..., Any], mask: Any, *, has_aux: bool = False
+  fn: Callable[..., Any], mask: Mask, *, has_aux: bool = False
 ) -> Callable[..., Any]:
   """`jax.value_and_grad(fn)` with respect to the leaves of its first argument where `mask` holds.
 
@@ -169,7 +170,7 @@ def value_and_grad(
   return wrapped
 
 
-def with_dropout_keys(params: Any, key: jax.Array | None) -> Any:
+def with_dropout_keys(params: Params, key: jax.Array | None) -> Params:
   """`params` with a key in every weight that has dropout.
 
   The key of a slice depends on its path alone (`paths.layer_paths`), so a scanned stack and its
@@ -192,7 +193,7 @@ def with_dropout_keys(params: Any, key: jax.Array | None) -> Any:
   return paths.map_leaves(give, params)
 
 
-def count(params: Any, mask: Any | None = None) -> int:
+def count(params: Params, mask: Mask | None = None) -> int:
   """Number of parameters (where `mask` holds); padding rows of a stack are not counted.
 
   Counts what a model owner would: the arrays of the model and the factors a method trains, not
@@ -204,7 +205,7 @@ def count(params: Any, mask: Any | None = None) -> int:
   return sum(map(_true_size, found))
 
 
-def restore_ranks(chosen: Any, params: Any) -> Any:
+def restore_ranks(chosen: Params, params: Params) -> Params:
   """Puts each weight's recorded rank back into a tree that `partition` has taken it from."""
   fill = lambda c, p: p.with_ranks(c) if isinstance(p, Adapted) else c
   return jax.tree.map(fill, chosen, params, is_leaf=lambda n: n is None or paths.is_leaf(n))

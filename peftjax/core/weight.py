@@ -6,7 +6,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import flax.struct
@@ -15,11 +14,8 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import ragged
+from peftjax.core import ragged, tracing
 
-# Ways in which a module may read a weight as an array: with a warning ("warn"), inside
-# `linen.bridge` ("bridge"), or never if it is a matrix ("refuse"), as `core.factored` does better.
-unboxing: ContextVar[str] = ContextVar("unboxing", default="warn")
 # Kinds of weights that were read without the bridge.
 _told: set[str] = set()
 
@@ -154,7 +150,7 @@ class Weight(flax.struct.PyTreeNode, meta.AxisMetadata):
   # The Flax box protocol. A slice of a stack needs no bookkeeping: shapes are computed.
 
   def unbox(self) -> jax.Array:
-    if unboxing.get() == "refuse" and self.ndim >= 2:
+    if tracing.current().unboxing == "refuse" and self.ndim >= 2:
       raise Unboxed
     warn_unbridged(self, f"of shape {self.shape}")
     if self.quantised:
@@ -197,7 +193,7 @@ def children(weight: Weight) -> dict[str, Any]:
 def warn_unbridged(weight: Weight, where: str) -> None:
   """Warns, once per kind of weight, if a module reads it outside of `pj.apply`."""
   kind = type(weight).__name__
-  if unboxing.get() == "warn" and kind not in _told:
+  if tracing.current().unboxing == "warn" and kind not in _told:
     _told.add(kind)
     warnings.warn(
       f"a {kind} {where} was read without pj.apply, by model.apply or nn.unbox: most modules then "

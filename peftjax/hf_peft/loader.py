@@ -12,6 +12,7 @@ import numpy as np
 
 from peftjax.core import paths, shared, tree
 from peftjax.core.attachment import attachments
+from peftjax.core.params import Mask, Params
 from peftjax.core.weight import Weight, children
 from peftjax.hf_peft import virtual
 from peftjax.hf_peft.codecs import codec_of
@@ -23,7 +24,7 @@ from peftjax.methods.codec import Source
 from peftjax.models.pretrained import family_of, stack_of
 
 
-def load(directory: str | os.PathLike, params: Any, model: Any) -> tuple[Any, Any]:
+def load(directory: str | os.PathLike, params: Params, model: Any) -> tuple[Params, Mask]:
   """`params` with a PEFT directory's adapters attached and its saved modules put in.
 
   A scanned stack is padded to its largest rank; a layer without an adapter has rank 0, scale 0.
@@ -99,7 +100,7 @@ class Reader:
   def __init__(
     self,
     directory: str | os.PathLike,
-    params: Any,
+    params: Params,
     family: Any,
     virtual: Callable[..., tuple[int, int]],
   ):
@@ -110,7 +111,7 @@ class Reader:
     self.attached: set[str] = set()
     self.rebased: set[str] = set()
 
-  def base(self, params: Any) -> Any:
+  def base(self, params: Params) -> Params:
     """`params` as the base of the directory's adapter: its tables and heads, untied where they are.
 
     peft loads a table (or head) that lies beside its adapter over the model's own; a tied one is

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.core import paths
+from peftjax.core.params import Params
 from peftjax.hf_peft.build import suffixes
 from peftjax.hf_peft.fields import NORMS, Norms
 from peftjax.hf_peft.whole import Whole
@@ -23,7 +24,7 @@ NOTHING = (
 )
 
 
-def modules_of(params: Any, family: Any) -> set[str]:
+def modules_of(params: Params, family: Any) -> set[str]:
   """The torch modules of all norms."""
   return {
     module_name(family, layer).rpartition(".")[0]

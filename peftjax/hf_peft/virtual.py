@@ -18,13 +18,14 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.core.attachment import attachments
 from peftjax.core.layout import Axes
+from peftjax.core.params import Params
 from peftjax.hf_peft.fields import Virtual
 from peftjax.methods.prefix import prefix
 from peftjax.methods.prompt import prompt
 from peftjax.nn.virtual import Prefix, Prompt
 
 
-def found(params: Any) -> bool:
+def found(params: Params) -> bool:
   """Tells whether there is a prefix or a prompt among the parameters."""
   return any(isinstance(node, Prefix | Prompt) for node in attachments(params))
 
@@ -37,7 +38,12 @@ def without(tree: Any) -> Any:
 
 
 def build(
-  params: Any, model: Any, *, modules_to_save: Sequence[str], task_type: str | None, base_model: str
+  params: Params,
+  model: Any,
+  *,
+  modules_to_save: Sequence[str],
+  task_type: str | None,
+  base_model: str,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """`adapter_config.json` and the tensor, from parameters with attachments of one kind.
 
@@ -102,7 +108,7 @@ def shape_of(config: Virtual, model: Any, where: str) -> tuple[int, int]:
   return config.num_virtual_tokens, width if is_prompt else 2 * model.layers * width
 
 
-def load(config: Virtual, rows: np.ndarray, params: Any) -> tuple[Any, set[str]]:
+def load(config: Virtual, rows: np.ndarray, params: Params) -> tuple[Any, set[str]]:
   """`params` with the prefix or prompt that a tensor holds, and the paths of its arrays."""
   length = config.num_virtual_tokens
   is_prompt = config.peft_type == "PROMPT_TUNING"

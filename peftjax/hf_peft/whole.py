@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from peftjax.core import paths
+from peftjax.core.params import Params
 from peftjax.core.weight import Weight
 from peftjax.hf_peft.plan import BASES, HEAD
 from peftjax.models.match import layers_of
@@ -44,7 +45,7 @@ class Whole(NamedTuple):
 
 
 def collect(
-  params: Any, trained: Any | None, family: Any, task_type: str | None, adapted: Collection[str]
+  params: Params, trained: Any | None, family: Any, task_type: str | None, adapted: Collection[str]
 ) -> Whole:
   """All arrays of each module that has a trained one, and the head of a classifier.
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from peftjax.core import paths, shared, tree
 from peftjax.core.attachment import attachments
+from peftjax.core.params import Params
 from peftjax.core.weight import Weight
 from peftjax.hf_peft import build, norms, virtual, whole
 from peftjax.hf_peft.codecs import codec_of, codecs
@@ -38,14 +39,14 @@ from peftjax.models.names import module_name
 from peftjax.models.pretrained import family_of, stack_of
 
 
-def has_adapter(params: Any) -> bool:
+def has_adapter(params: Params) -> bool:
   """Tells whether there is an adapter that `save` could write."""
   return virtual.found(params) or any(map(codec_of, paths.leaves(params).values()))
 
 
 def save(
   directory: str | os.PathLike,
-  params: Any,
+  params: Params,
   model: Any,
   *,
   base_model: str = "",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peftjax.core import paths, ranges
 from peftjax.core.layout import Layout
+from peftjax.core.params import Params
 from peftjax.core.ranges import Count, Fraction, NotNegative, Size
 from peftjax.methods import adalora_ranks, budget
 from peftjax.methods.adalora_weight import SVDLoRA
@@ -100,7 +101,7 @@ class AdaLoRAMethod(LowRank):
         "rank (1.5 times the target is usual) or lower target_rank"
       )
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """Puts an `SVDLoRA` around every targeted weight, with λ = 0, so outputs stay.
 
     Raises:
@@ -137,7 +138,7 @@ class AdaLoRAMethod(LowRank):
     own = set() if self.target_rank is None else {"target_rank"}
     return super().varies() - ({"rank"} if self.regrow == "random" else set()) | own
 
-  def summary(self, params: Any) -> dict[str, Any]:
+  def summary(self, params: Params) -> dict[str, Any]:
     return {"ranks": adalora_ranks.ranks(params)}
 
   def _schedule(self, total_steps: int) -> budget.Schedule:

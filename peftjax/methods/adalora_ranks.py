@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.core import paths
+from peftjax.core.params import Params
 from peftjax.methods.adalora_weight import SVDLoRA
 from peftjax.methods.lora_weight import LoRA
 
@@ -19,7 +20,7 @@ def kept(weight: SVDLoRA) -> np.ndarray:
   return (np.asarray(weight.a) != 0).any(-1) & (np.asarray(weight.b) != 0).any(-2)
 
 
-def ranks(params: Any) -> dict[str, int]:
+def ranks(params: Params) -> dict[str, int]:
   """The remaining rank of each AdaLoRA matrix by path, layers of a stack one by one."""
   found: dict[str, int] = {}
   for path, leaf in paths.leaves(params).items():
@@ -30,7 +31,7 @@ def ranks(params: Any) -> dict[str, int]:
   return found
 
 
-def to_lora(params: Any) -> Any:
+def to_lora(params: Params) -> Any:
   """`params` with plain `LoRA` in place of AdaLoRA: the same ΔW, from the remaining triplets.
 
   A = Q, B = P diag(λ), at the same scale. A matrix without any triplet is its base again. Shapes

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import given, paths, ranges
 from peftjax.core.attachment import is_attachment
 from peftjax.core.layout import Layout, Site
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import DType, Length, Positive
 from peftjax.methods.base import Method
 from peftjax.methods.bottleneck import Bottleneck
@@ -126,13 +127,13 @@ class AdaptersMethod(Method):
       if (given := getattr(self, name)) is not None:
         ranges.one_of(name, given, allowed)
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     own = _bottlenecks(params)
     norms = self._paper.norms if self.norms is None else self.norms
     claimed = lambda p: _module(p) in own or (norms and re.fullmatch(_NORMS, p))
     return [p for p in paths.leaves(params) if claimed(p)]
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """`params` with a `Bottleneck` as the parameter `adapter` of every module it is placed at.
 
     Args:
@@ -161,7 +162,7 @@ class AdaptersMethod(Method):
       params = put(params, [*path.split("/"), "adapter"], node)
     return params
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     """True on the bottlenecks but not their scale, and on normalisations where they train."""
     claimed, own = set(self.claims(params)), _bottlenecks(params)
     on = lambda p: p in claimed and not (_module(p) in own and p.endswith("/scale"))

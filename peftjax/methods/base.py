@@ -13,6 +13,7 @@ from peftjax import optim
 from peftjax.core import given, paths, ranges
 from peftjax.core.adapted import Adapted
 from peftjax.core.layout import Layout
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import Positive, Size, checked
 from peftjax.methods.codec import Codec
 
@@ -45,7 +46,7 @@ class Method:
         copy = tuple(value) if isinstance(value, list) else dict(value)
         object.__setattr__(self, name, copy)
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     """Paths of the leaves this method changes or trains; raises if its rules match nothing.
 
     Args:
@@ -54,11 +55,11 @@ class Method:
     """
     raise NotImplementedError
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """`params` with the claimed leaves replaced; the model's outputs stay as they were."""
     raise NotImplementedError
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     """A tree of booleans over the arrays of attached `params`."""
     raise NotImplementedError
 
@@ -76,8 +77,12 @@ class Method:
     """
     return frozenset()
 
-  def summary(self, params: Any) -> dict[str, Any]:
+  def summary(self, params: Params) -> dict[str, Any]:
     """A report on trained `params` for a run's result, for JSON."""
+    return {}
+
+  def peft_options(self) -> dict[str, Any]:
+    """Arguments of `hf_peft.save` that leaves do not tell."""
     return {}
 
   @checked
@@ -143,7 +148,7 @@ class Chain(Method):
 
   methods: tuple[Method, ...]
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     owner: dict[str, Method] = {}
     for method in self.methods:
       for path in method.claims(params, layout):
@@ -155,13 +160,13 @@ class Chain(Method):
         owner[path] = method
     return list(owner)
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     self.claims(params, layout)
     for method in self.methods:
       params = method.attach(key, params, layout)
     return params
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     masks = [method.trainable(params) for method in self.methods]
     return jax.tree.map(lambda *ms: any(ms), *masks)
 
@@ -179,8 +184,11 @@ class Chain(Method):
   def settled(self, total_steps: int) -> int:
     return max((method.settled(total_steps) for method in self.methods), default=0)
 
-  def summary(self, params: Any) -> dict[str, Any]:
+  def summary(self, params: Params) -> dict[str, Any]:
     return {k: v for method in self.methods for k, v in method.summary(params).items()}
+
+  def peft_options(self) -> dict[str, Any]:
+    return {k: v for method in self.methods for k, v in method.peft_options().items()}
 
 
 def chain(*methods: Method) -> Chain:
@@ -192,13 +200,13 @@ def chain(*methods: Method) -> Chain:
   return Chain(methods)
 
 
-def claimed_mask(method: Method, params: Any) -> Any:
+def claimed_mask(method: Method, params: Params) -> Mask:
   """True on the arrays of the leaves that a method claims."""
   claimed = set(method.claims(params))
   return paths.map_leaves(lambda path, leaf: jax.tree.map(lambda _: path in claimed, leaf), params)
 
 
-def trainable_mask(params: Any, claimed: set[str], frozen: frozenset[str] = frozenset()) -> Any:
+def trainable_mask(params: Params, claimed: set[str], frozen: frozenset[str] = frozenset()) -> Mask:
   """True on the children that are `trained`, and not `frozen`, of the claimed weights."""
 
   def of(path: str, leaf: Any) -> Any:

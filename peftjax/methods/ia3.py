@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import DType
 from peftjax.core.stacks import of_stacks
 from peftjax.methods.base import Method, trainable_mask
@@ -50,14 +51,14 @@ class IA3Method(Method):
         'ia3 scales nothing; write e.g. pj.ia3(["key", "value"], [r".*/output/dense/kernel"])'
       )
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     flat, (outs, ins) = paths.leaves(params), self._kernels(params, layout)
     if both := set(outs) & set(ins):
       raise ValueError(f"{sorted(both)[0]} is named by outputs and by inputs: choose one")
     biases = [bias for path in outs if (bias := _bias(path)) in flat]
     return [*outs, *ins, *biases]
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """Puts an `IA3` around every named kernel, with l = 1, so outputs stay.
 
     A bias beside a kernel whose outputs are scaled is scaled with them.
@@ -94,7 +95,7 @@ class IA3Method(Method):
 
     return paths.map_leaves(wrap, params)
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     return trainable_mask(params, set(self.claims(params)))
 
   def _kernels(self, params: Any, layout: Layout | None) -> tuple[list[str], list[str]]:

@@ -9,6 +9,7 @@ import jax
 
 from peftjax.core import paths, ranges
 from peftjax.core.layout import Axes, Layout
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import Positive
 from peftjax.core.weight import Weight
 from peftjax.methods import lora_init
@@ -46,7 +47,7 @@ class LoRAMethod(RankStabilized):
     super().__post_init__()
     ranges.one_of("init", self.init, lora_init.INITS)
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """See `LowRank.attach`.
 
     Raises:
@@ -60,7 +61,7 @@ class LoRAMethod(RankStabilized):
       )
     return super().attach(key, params, layout)
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     frozen = frozenset("a") if self.freeze_a else frozenset()
     return trainable_mask(params, set(self.claims(params)), frozen)
 

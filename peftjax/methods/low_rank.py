@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import DType, Fraction, Positive, Size
 from peftjax.core.stacks import of_stacks
 from peftjax.methods import lora_init
@@ -49,10 +50,10 @@ class LowRank(Method):
   divide_rank: bool = False
   dtype: DType = jnp.float32
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     return paths.select(params, self.targets, layout=layout)
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """Puts a `leaf` around every targeted weight; the branch is 0, so outputs stay.
 
     Args:
@@ -85,7 +86,7 @@ class LowRank(Method):
 
     return paths.map_leaves(wrap, params)
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     return trainable_mask(params, set(self.claims(params)))
 
   def varies(self) -> frozenset[str]:
@@ -172,3 +173,6 @@ class RankStabilized(LowRank):
 
   def _scale(self, alpha: float, rank: int) -> float:
     return alpha / math.sqrt(rank) if self.rslora else super()._scale(alpha, rank)
+
+  def peft_options(self) -> dict[str, Any]:
+    return {"rslora": self.rslora}

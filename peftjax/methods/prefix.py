@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peftjax.core import given, paths
 from peftjax.core.layout import Layout, axes_of
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import DType, Length, NotNegative
 from peftjax.core.stacks import of_stacks
 from peftjax.methods.adapters import put
@@ -47,10 +47,10 @@ class PrefixMethod(Method):
   deviation: NotNegative = 0.02
   dtype: DType = jnp.float32
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     return [p for p in paths.leaves(params) if re.fullmatch(r".*/prefix/(keys|values)", p)]
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """`params` with the parameter `prefix` in every attention module.
 
     Args:
@@ -85,7 +85,7 @@ class PrefixMethod(Method):
       )
     return params
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     return claimed_mask(self, params)
 
   def _make(self, key: jax.Array, module: str, stack: tuple[int, ...], width: int) -> Prefix:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from peftjax.core import given, paths, ranges
 from peftjax.core.einsum import take
 from peftjax.core.layout import Layout
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import DType, Length
 from peftjax.methods.adapters import put
 from peftjax.methods.base import Method, claimed_mask
@@ -51,10 +52,10 @@ class PromptMethod(Method):
     super().__post_init__()
     ranges.one_of("init", self.init, INITS)
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     return [p for p in paths.leaves(params) if p.endswith("/prompt/embeddings")]
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """`params` with the parameter `prompt` in the body of the model.
 
     Args:
@@ -81,7 +82,7 @@ class PromptMethod(Method):
     node = jax.eval_shape(self._make, key, table) if abstract else self._make(key, table)
     return put(params, [path.split("/")[0], "prompt"], node)
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     return claimed_mask(self, params)
 
   def _make(self, key: jax.Array, table: Any) -> Prompt:

@@ -12,6 +12,7 @@ import numpy as np
 from peftjax.core import paths
 from peftjax.core.adapted import Adapted, lender
 from peftjax.core.attachment import attachments
+from peftjax.core.params import Params
 from peftjax.core.per_row import PerRow
 from peftjax.methods.ia3_weight import IA3
 from peftjax.methods.lora_weight import LoRA
@@ -21,7 +22,7 @@ from peftjax.methods.vera_weight import VeRA
 KINDS = (LoRA, VeRA, IA3)  # and the kinds derived from LoRA: DoRA, AdaLoRA
 
 
-def stack_adapters(adapters: Sequence[Any]) -> Any:
+def stack_adapters(adapters: Sequence[Params]) -> Params:
   """One tree of N adapters on one base, in which each row of a batch has its own.
 
       stacked = pj.stack_adapters([params_1, params_2, params_3])
@@ -55,7 +56,7 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
   return jax.tree_util.tree_map_with_path(join, first, *others, is_leaf=paths.is_leaf)
 
 
-def unstack_adapters(params: Any) -> list[Any]:
+def unstack_adapters(params: Params) -> list[Any]:
   """Undoes `stack_adapters`: a tree for each adapter, around the one base."""
   counts = [x.count for x in paths.leaves(params).values() if _is_joined(x) and not lender(x)]
   if not counts:

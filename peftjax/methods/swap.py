@@ -8,10 +8,11 @@ import jax
 
 from peftjax.core import paths, shared, tree
 from peftjax.core.adapted import Adapted
+from peftjax.core.params import Params
 from peftjax.core.tied import is_tied
 
 
-def align_ranks(*adapters: Any) -> tuple[Any, ...]:
+def align_ranks(*adapters: Params) -> tuple[Params, ...]:
   """The same adapters, padded with zero rows to one rank at each weight.
 
   Rank and alpha are array children, so adapters of one base can then be swapped in a compiled
@@ -96,14 +97,14 @@ def _shown(leaf: Any) -> str:
   return f"{type(leaf).__name__} of {arrays}, dropout {rate}"
 
 
-def cut_ranks(adapter: Any) -> Any:
+def cut_ranks(adapter: Params) -> Params:
   """Undoes `align_ranks`: every weight with no more rows than its largest rank."""
 
   cut = lambda leaf: leaf.of_width(int(leaf.rank.max())) if _is_ranked(leaf) else leaf
   return jax.tree.map(cut, adapter, is_leaf=_is_node)
 
 
-def unmerge(merged: Any, params: Any) -> Any:
+def unmerge(merged: Params, params: Params) -> Params:
   """Undoes `merge`: `params`' adapters around base = merged − s·(b a)ᵀ, equal up to rounding.
 
   Args:

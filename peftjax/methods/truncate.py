@@ -12,12 +12,13 @@ from peftjax.core import paths, shared, tree
 from peftjax.core.adapted import Adapted
 from peftjax.core.attachment import attachments
 from peftjax.core.layout import Axes
+from peftjax.core.params import Params
 from peftjax.core.weight import materialize
 from peftjax.methods.adalora_ranks import to_lora
 from peftjax.methods.lora_weight import LoRA
 
 
-def convert_to_lora(params: Any, rank: int) -> tuple[Any, dict[str, float]]:
+def convert_to_lora(params: Params, rank: int) -> tuple[Params, dict[str, float]]:
   """`params` with plain `LoRA` of at most `rank` in place of every adapter.
 
   B A = U_r S_r V_rᵀ of ΔW = U S Vᵀ, the nearest matrix of rank r (Eckart and Young 1936), halves

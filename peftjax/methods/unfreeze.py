@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from peftjax.core import paths
 from peftjax.core.adapted import bare
 from peftjax.core.layout import Layout
+from peftjax.core.params import Mask, Params
 from peftjax.methods.base import Method, claimed_mask
 
 
@@ -28,10 +29,10 @@ class UnfreezeMethod(Method):
 
   targets: str | Sequence[str]
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     return paths.select(params, self.targets, arrays=True, layout=layout)
 
-  def attach(self, key: jax.Array, params: Any, layout: Any = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Any = None) -> Params:
     flat = paths.leaves(params)
     for path in self.claims(params):
       leaf = bare(flat[path])  # a box stays: its names say where the array lies
@@ -42,7 +43,7 @@ class UnfreezeMethod(Method):
         )
     return params
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     return claimed_mask(self, params)
 
 

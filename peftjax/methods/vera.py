@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from peftjax.core import paths, shared
 from peftjax.core.adapted import axis_names, bare, check_bare
 from peftjax.core.layout import Axes, Layout, axes_of
+from peftjax.core.params import Mask, Params
 from peftjax.core.ranges import Count, DType, Finite, Fraction, Length
 from peftjax.core.stacks import of_stacks
 from peftjax.methods.base import Method, trainable_mask
@@ -56,10 +57,10 @@ class VeRAMethod(Method):
         "d_initial 0 leaves d and b both zero, which have no gradient then; write 0.1"
       )
 
-  def claims(self, params: Any, layout: Layout | None = None) -> list[str]:
+  def claims(self, params: Params, layout: Layout | None = None) -> list[str]:
     return paths.select(params, self.targets, layout=layout)
 
-  def attach(self, key: jax.Array, params: Any, layout: Layout | None = None) -> Any:
+  def attach(self, key: jax.Array, params: Params, layout: Layout | None = None) -> Params:
     """Puts a `VeRA` around every targeted kernel; b = 0, so outputs stay.
 
     Args:
@@ -109,7 +110,7 @@ class VeRAMethod(Method):
     pair = create(lambda: self._pair(*map(max, zip(*sizes.values(), strict=True))))
     return shared.add(paths.map_leaves(wrap, params), {PAIR: pair})
 
-  def trainable(self, params: Any) -> Any:
+  def trainable(self, params: Params) -> Mask:
     return trainable_mask(params, set(self.claims(params)))
 
   def _pair(self, n_in: int, n_out: int) -> Projections:

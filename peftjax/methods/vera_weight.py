@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peftjax.core import mesh
+from peftjax.core import mesh, tracing
 from peftjax.core.einsum import einsum, split_subscripts
 from peftjax.core.layout import Axes
-from peftjax.core.shared import GROUP, Shared, lent
+from peftjax.core.shared import GROUP, Shared
 from peftjax.methods.lora_weight import AsLoRA, LoRA
 
 # The path of the pair: there is one in a tree, as there is one in a PEFT directory.
@@ -36,7 +36,8 @@ class VeRA(AsLoRA):
   """W = base + (Λ_b B Λ_d A)ᵀ (Kopiczko et al. 2023, eq. 2), for a kernel `[*stack, in, out]`.
 
   A and B are the first columns and the first rows of the shared pair. A leaf has them only between
-  `tree.tie` and its use; otherwise both are None, and a use inside `shared.lending` finds them.
+  `tree.tie` and its use; otherwise both are None, and a use in a call of a model finds what
+  it lends (`core.tracing`).
 
   Attributes:
     d: `[*stack, R]`, the diagonal of Λ_d.
@@ -126,7 +127,7 @@ class VeRA(AsLoRA):
     """This weight with A and B."""
     if self.a is not None:
       return self
-    pair: Any = lent(self.of)
+    pair: Any = tracing.current().lent.get(self.of)
     if pair is None:
       raise ValueError(
         f"a VeRA weight has no A and B of its own; use pj.apply or pj.merge on the whole tree, "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from peftjax.core import per_row
+from peftjax.core.params import Params
 from peftjax.linen import apply
 from peftjax.models import limits
 from peftjax.models.cache import Cache
@@ -21,7 +22,7 @@ from peftjax.nn import virtual
 
 def generate(
   model: nn.Module,
-  params: Any,
+  params: Params,
   tokens: Int[Array, "B T"],
   mask: Bool[Array, "B T"] | None = None,
   *,

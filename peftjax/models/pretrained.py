@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import paths
+from peftjax.core.params import Params
 from peftjax.io import bnb_reader, hub, quantization
 from peftjax.io.gguf import GGUFFile
 from peftjax.io.records import clip
@@ -114,7 +115,7 @@ def load_pretrained(
   mesh: Mesh | None = None,
   rules: sharding.Rules = sharding.RULES,
   key: jax.Array | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[nn.Module, Params]:
   """A pretrained encoder (of texts or images) or decoder with a head, or a language model.
 
   Args:
@@ -244,7 +245,7 @@ def _init(model: nn.Module, key: jax.Array) -> Any:
 
 
 @functools.lru_cache(maxsize=16)  # a sweep loads one model many times
-def abstract_params(model: nn.Module) -> Any:
+def abstract_params(model: nn.Module) -> Params:
   """Shapes and dtypes of a module's parameters; only to be read."""
   return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from peftjax.core import paths, shared, tied, tree
 from peftjax.core.adapted import Adapted, bare
+from peftjax.core.params import Params
 from peftjax.core.weight import materialize
 from peftjax.io import gguf, new_directory, records, shards
 from peftjax.io.shards import Tensor
@@ -36,7 +37,7 @@ BESIDE = (
 
 def save_pretrained(
   directory: str | Path,
-  params: Any,
+  params: Params,
   *,
   of: str | Path,
   dtype: Any = None,
@@ -80,7 +81,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-  params: Any, of: str | Path, dtype: Any = None, labels: Sequence[str] | None = None
+  params: Params, of: str | Path, dtype: Any = None, labels: Sequence[str] | None = None
 ) -> Plan:
   """The files that `save_pretrained` writes. Everything it raises is checked, nothing computed."""
   source, want = config_of(of), _dtype(dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from peftjax.core import tracing
 from peftjax.core.dropout import keep_level
 from peftjax.nn import cudnn, splash
 from peftjax.nn.blockwise import blockwise_attention
@@ -26,19 +25,6 @@ KERNELS: dict[str, Any] = {
   "cudnn": cudnn.cudnn_attention,
   "splash": splash.splash_attention,
 }
-
-# The kernels that calls inside `kernels_used` have taken so far.
-_used: ContextVar[set[str]] = ContextVar("_used")
-
-
-@contextlib.contextmanager
-def kernels_used() -> Iterator[set[str]]:
-  """A context that collects the keys of `KERNELS` that `attention` takes inside."""
-  token = _used.set(set())
-  try:
-    yield _used.get()
-  finally:
-    _used.reset(token)
 
 
 def kernel_name(
@@ -83,9 +69,9 @@ def _on_tpu() -> bool:
 
 
 def attention(
-  q_BTD: jax.Array,
-  k_BSD: jax.Array,
-  v_BSD: jax.Array,
+  q_BTD: Float[Array, "B T D"],
+  k_BSD: Float[Array, "B S KH"],
+  v_BSD: Float[Array, "B S KH"],
   mask: AttentionMask,
   num_heads: int,
   num_kv_heads: int | None = None,
@@ -93,8 +79,8 @@ def attention(
   key: jax.Array | None = None,
   rate: float = 0.0,
   cap: float | None = None,
-  bias_NTS: jax.Array | None = None,
-) -> jax.Array:
+  bias_NTS: Float[Array, "N T S"] | None = None,
+) -> Float[Array, "B T D"]:
   """dropout(softmax(q kᵀ/√H + bias, where `mask` allows)) v per head, `[B, T, D]`.
 
   Source: Vaswani et al. 2017, eq. 1. Scores and softmax are float32; the result has the dtype of
@@ -116,7 +102,7 @@ def attention(
   biased = bias_NTS is not None
   how: dict[str, Any] = dict(size=size, dropout=key is not None, capped=cap is not None)
   name = kernel_name(mask, q_BTD.shape[1], dtype=q_BTD.dtype, biased=biased, **how)
-  if (used := _used.get(None)) is not None:
+  if (used := tracing.current().kernels) is not None:
     used.add(name)
   heads = num_heads, num_kv_heads or num_heads
   more: dict[str, Any] = {} if cap is None else dict(cap=cap)

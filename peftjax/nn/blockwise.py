@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from peftjax.core.dropout import drop, random_bytes
 from peftjax.core.fence import fence
@@ -42,9 +43,9 @@ class _Layout(NamedTuple):
 
 
 def blockwise_attention(
-  q_BTD: jax.Array,
-  k_BSD: jax.Array,
-  v_BSD: jax.Array,
+  q_BTD: Float[Array, "B T D"],
+  k_BSD: Float[Array, "B S KH"],
+  v_BSD: Float[Array, "B S KH"],
   mask: AttentionMask,
   num_heads: int,
   kv_heads: int,
@@ -54,7 +55,7 @@ def blockwise_attention(
   *,
   rows: int | None = None,
   columns: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T D"]:
   """`attention` with a running softmax over blocks of keys, and a backward pass that recomputes.
 
   For a row of scores s in blocks j, m = max_j max(s_j), l = Σ_j exp(s_j - m), and the result is

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from peftjax.nn.mask import AttentionMask
 
@@ -33,9 +34,9 @@ def fits(mask: AttentionMask, length: int, *, size: int, dtype: Any, dropout: bo
 
 
 def cudnn_attention(
-  q_BTD: jax.Array,
-  k_BSD: jax.Array,
-  v_BSD: jax.Array,
+  q_BTD: Float[Array, "B T D"],
+  k_BSD: Float[Array, "B S KH"],
+  v_BSD: Float[Array, "B S KH"],
   mask: AttentionMask,
   num_heads: int,
   kv_heads: int,
@@ -43,7 +44,7 @@ def cudnn_attention(
   rate: float = 0.0,
   *,
   implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> jax.Array:
+) -> Float[Array, "B T D"]:
   """`attention` for masks that `fits` allows, in blocks in fast memory (Dao et al. 2022, arXiv
   2205.14135).
 

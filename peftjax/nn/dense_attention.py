@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from peftjax.core.dropout import drop, random_bytes
 from peftjax.core.fence import fence
@@ -15,17 +16,17 @@ from peftjax.nn.soft_cap import soft_cap, soft_cap_slope
 
 
 def dense_attention(
-  q_BTD: jax.Array,
-  k_BSD: jax.Array,
-  v_BSD: jax.Array,
+  q_BTD: Float[Array, "B T D"],
+  k_BSD: Float[Array, "B S KH"],
+  v_BSD: Float[Array, "B S KH"],
   mask: AttentionMask,
   num_heads: int,
   kv_heads: int,
   key: jax.Array | None,
   rate: float,
   cap: float | None = None,
-  bias_NTS: jax.Array | None = None,
-) -> jax.Array:
+  bias_NTS: Float[Array, "N T S"] | None = None,
+) -> Float[Array, "B T D"]:
   """`attention`; a query that sees no key attends to all evenly, as in the reference."""
   batch, length, source = *q_BTD.shape[:2], k_BSD.shape[1]
   random = None

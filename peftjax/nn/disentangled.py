@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from peftjax.core.dropout import dropout
 
@@ -35,17 +36,17 @@ def relative_rows(length: int, buckets: int, farthest: int) -> np.ndarray:
 
 
 def disentangled_attention(
-  q_BTD: jax.Array,
-  k_BTD: jax.Array,
-  v_BTD: jax.Array,
+  q_BTD: Float[Array, "B T D"],
+  k_BTD: Float[Array, "B T D"],
+  v_BTD: Float[Array, "B T D"],
   positions: tuple[jax.Array | None, jax.Array | None],
   rows_TT: Any,
-  valid_BT: jax.Array,
+  valid_BT: Bool[Array, "B T"],
   num_heads: int,
   *,
   key: jax.Array | None = None,
   rate: float = 0.0,
-) -> jax.Array:
+) -> Float[Array, "B T D"]:
   """dropout(softmax(A, where both tokens are valid)) v per head, `[B, T, D]`.
 
     A[t, s] = (q[t]·k[s] + q[t]·kʳ[δ(t, s)] + k[s]·qʳ[δ(t, s)]) / √(terms · H)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from peftjax.core.fence import fence
 from peftjax.core.weight import is_weight
@@ -47,17 +48,17 @@ def gated_width(ffn: int) -> int:
 
 
 def feed_forward(
-  x: jax.Array,
-  w1: jax.Array,
-  b1: jax.Array | None,
-  w2: jax.Array,
-  b2: jax.Array | None,
+  x: Float[Array, "... D"],
+  w1: Float[Array, "D F"],
+  b1: Float[Array, " F"] | None,
+  w2: Float[Array, "F D"],
+  b2: Float[Array, " D"] | None,
   *,
-  w_gate: jax.Array | None = None,
-  b_gate: jax.Array | None = None,
+  w_gate: Float[Array, "D F"] | None = None,
+  b_gate: Float[Array, " F"] | None = None,
   activation: str = "gelu",
   beta: jax.Array | float | None = None,
-) -> jax.Array:
+) -> Float[Array, "... D"]:
   """f(x W₁ + b₁) W₂ + b₂ or, gated, (f(x W_g + b_g) ⊙ (x W₁ + b₁)) W₂ + b₂, in the dtype of x.
 
   With z₁ = x W₁ + b₁, h = f(z₁) and z₂ = h W₂ + b₂ the backward pass is

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from peftjax.core.adapted import Adapted
 from peftjax.core.einsum import attend, linear, shift, take
@@ -84,7 +85,13 @@ class Head(nn.Module):
     kernel = weight(self, "kernel", init, (x.shape[-1], self.vocab))
     return self._capped(attend(table, x) if isinstance(kernel, Tied) else linear(x, kernel))
 
-  def sums(self, x_BTD: jax.Array, table: Any, tokens: jax.Array, weights: jax.Array) -> Sums:
+  def sums(
+    self,
+    x_BTD: Float[Array, "B T D"],
+    table: Any,
+    tokens: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+  ) -> Sums:
     """`losses.next_token_sums` of the logits, a chunk of which exists at a time.
 
     Raises:

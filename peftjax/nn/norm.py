@@ -8,12 +8,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from peftjax.core.fence import computed_once, fence
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(
+  x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
   """(x − mean) / √(var + eps) · scale + bias over the last axis (Ba et al. 2016).
 
   Statistics are float32, the result has the dtype of `x`. Keeps `x`, the mean and the reciprocal
@@ -69,7 +72,9 @@ class LayerNorm(nn.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+  x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
   """x / √(mean(x²) + eps) · scale over the last axis (Zhang & Sennrich 2019, eq. 4).
 
   Statistics are float32, the result has the dtype of `x`. Keeps `x` and the reciprocal root.

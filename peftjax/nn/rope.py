@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 
 def frequencies(
@@ -84,14 +85,16 @@ def _yarn(
 
 
 def angles(
-  positions_BT: jax.Array, omega: np.ndarray, factor: float, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
+  positions_BT: Int[Array, "B T"], omega: np.ndarray, factor: float, dtype: Any
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
   """Cosines and sines, `[B, T, 1, H/2]` in `dtype`, computed in float32."""
   phase = positions_BT[:, :, None, None].astype(jnp.float32) * omega.reshape(1, 1, 1, -1)
   return (jnp.cos(phase) * factor).astype(dtype), (jnp.sin(phase) * factor).astype(dtype)
 
 
-def rotate(x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], num_heads: int) -> jax.Array:
+def rotate(
+  x_BTD: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], num_heads: int
+) -> Float[Array, "B T D"]:
   """Turns the pair (i, i + R/2) of every head by its position's angle, as Hugging Face lays them.
 
   Args:

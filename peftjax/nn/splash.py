@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from peftjax.nn.mask import AttentionMask
 
@@ -28,9 +29,9 @@ def fits(mask: AttentionMask, length: int, *, dropout: bool = False) -> bool:
 
 
 def splash_attention(
-  q_BTD: jax.Array,
-  k_BSD: jax.Array,
-  v_BSD: jax.Array,
+  q_BTD: Float[Array, "B T D"],
+  k_BSD: Float[Array, "B S KH"],
+  v_BSD: Float[Array, "B S KH"],
   mask: AttentionMask,
   num_heads: int,
   kv_heads: int,
@@ -38,7 +39,7 @@ def splash_attention(
   rate: float = 0.0,
   *,
   interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B T D"]:
   """`attention` for masks that `fits` allows, in blocks in fast memory (Dao et al. 2022, arXiv
   2205.14135).
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from peftjax.core import paths
+from peftjax.core import paths, tracing
 from peftjax.core.attachment import Attachment, is_attachment
+from peftjax.core.params import Params
 from peftjax.nn.mask import AttentionMask
-
-# Paths of the nodes that have been read so far in a model's call inside `all_read`.
-_read: ContextVar[set[str]] = ContextVar("_read")
 
 
 class Prefix(Attachment):
@@ -47,27 +44,20 @@ class Prompt(Attachment):
   def length(self) -> int:
     return self.embeddings.shape[-2]
 
-  def put_before(self, x_BTD: jax.Array) -> jax.Array:
+  def put_before(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B PT D"]:
     """The embeddings of a text, `[B, P + T, D]`, after these."""
     return _before(self.embeddings, x_BTD)
 
 
-@contextlib.contextmanager
-def all_read(params: Any) -> Iterator[None]:
-  """A context around the call of a model.
+def check_read(params: Params, read: Collection[str]) -> None:
+  """Raises ValueError if no module has read one of the prefixes and prompts in `params`.
 
-  Raises:
-    ValueError: on leaving, if no module has read one of the prefixes and prompts in `params`.
+  Args:
+    read: the paths that were read; see `core.tracing`.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_attachment)
   there = [paths.name(path) for path, node in flat if isinstance(node, Prefix | Prompt)]
-  token = _read.set(set())
-  try:
-    yield
-    unread = [path for path in there if path not in _read.get()]
-  finally:
-    _read.reset(token)
-  if unread:
+  if unread := [path for path in there if path not in read]:
     raise ValueError(
       f"no module of this model reads {unread[0]}, so it changes nothing and would not be trained. "
       "Prefixes and prompts need the encoders and decoders of this library; adapt other models by "
@@ -77,14 +67,14 @@ def all_read(params: Any) -> Iterator[None]:
 
 def _own(module: nn.Module, name: str) -> Any:
   """The module's own parameter of that name, or None; it counts as read."""
-  if (read := _read.get(None)) is not None:
+  if (read := tracing.current().read) is not None:
     read.add("/".join((*module.path, name)))
   return module.get_variable("params", name, None)
 
 
 def with_prefix(
-  module: nn.Module, k_BSD: jax.Array, v_BSD: jax.Array, mask: AttentionMask
-) -> tuple[jax.Array, jax.Array, AttentionMask]:
+  module: nn.Module, k_BSD: Float[Array, "B S D"], v_BSD: Float[Array, "B S D"], mask: AttentionMask
+) -> tuple[Float[Array, "B PS D"], Float[Array, "B PS D"], AttentionMask]:
   """Keys, values and mask with the module's prefix, if it has one, before them.
 
   Every token of a text attends to it: from any document in a packed row, however far behind.
@@ -107,13 +97,15 @@ def prompt_of(module: nn.Module) -> tuple[Prompt | None, int]:
   return (prompt, prompt.length) if isinstance(prompt, Prompt) else (None, 0)
 
 
-def with_prompt(module: nn.Module, x_BTD: jax.Array, positions: jax.Array) -> jax.Array:
+def with_prompt(
+  module: nn.Module, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B PT"]
+) -> Float[Array, "B PT D"]:
   """Embeddings after the module's prompt, where there are positions for it: not in mid-text."""
   prompt = _own(module, "prompt")
   return x_BTD if positions.shape[1] == x_BTD.shape[1] else prompt.put_before(x_BTD)
 
 
-def length(params: Any) -> int:
+def length(params: Params) -> int:
   """The number of virtual tokens, in prompts and prefixes, among the parameters of a model."""
   found = jax.tree.leaves(params, is_leaf=is_attachment)
   return sum(
@@ -121,7 +113,7 @@ def length(params: Any) -> int:
   )
 
 
-def prompt_length(params: Any) -> int:
+def prompt_length(params: Params) -> int:
   """P of the prompt among the parameters of a model, or inside a module; 0 if there is none."""
   return _longest(_params(params) if isinstance(params, nn.Module) else params, Prompt)
 

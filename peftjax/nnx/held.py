@@ -13,6 +13,7 @@ from flax import nnx
 
 from peftjax.core import paths
 from peftjax.core.adapted import Adapted
+from peftjax.core.params import Mask
 from peftjax.core.weight import Weight
 
 # A parameter `kernel` has it at `kernel_adapter`; the shared node "shared/vera" is the model's
@@ -85,7 +86,7 @@ class Held(nnx.Module):
     self,
     path: str,
     node: Any,
-    mask: Any,
+    mask: Mask,
     key: jax.Array | None = None,
     lender: Held | None = None,
   ):

@@ -8,6 +8,7 @@ import jax
 from flax import nnx, traverse_util
 
 from peftjax.core import shared, tree
+from peftjax.core.params import Mask
 from peftjax.core.paths import leaves
 from peftjax.nnx.adapted import restore
 from peftjax.nnx.held import SUFFIX, Held, Trained
@@ -37,7 +38,7 @@ def params(model: nnx.Module) -> Any:
   return shared.add(traverse_util.unflatten_dict(flat), common)
 
 
-def trainable(model: nnx.Module) -> Any:
+def trainable(model: nnx.Module) -> Mask:
   """A tree of booleans over the arrays of `params(model)`: True if a variable is `Trained`."""
   check_model(model)
   flat = {path: isinstance(x, Trained) for path, x in plain(model).items()}

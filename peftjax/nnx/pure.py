@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 
 from peftjax.core import probe, shared
 from peftjax.core.layout import Layout
+from peftjax.core.params import Params
 from peftjax.nnx.parameters import check_model, held_in, params, plain
 
 
@@ -32,7 +33,7 @@ class Pure:
     self._given = set(own)
 
   def __call__(
-    self, params: Any, *args: Any, train: bool = False, rngs: Any = None, **kwargs: Any
+    self, params: Params, *args: Any, train: bool = False, rngs: Any = None, **kwargs: Any
   ) -> Any:
     """The result of the model after `model.train()` or `model.eval()`; its own state stays.
 
@@ -72,12 +73,12 @@ class Pure:
     """As `apply` of a linen module."""
     return self(variables["params"], *args, **kwargs)
 
-  def layout(self, params: Any, *args: Any, **kwargs: Any) -> Layout:
+  def layout(self, params: Params, *args: Any, **kwargs: Any) -> Layout:
     """Axes of every array that it multiplies with or looks up; see `pj.nnx.layout`."""
     return probe.layout(self, params, *args, **kwargs)
 
 
-def split(model: nnx.Module) -> tuple[Pure, Any]:
+def split(model: nnx.Module) -> tuple[Pure, Params]:
   """`(pure, params)`: `pj.apply(pure, params, x)` is `model(x)`, and any array may be a `Weight`.
 
   `params` is a plain dict of dicts of the model's `nnx.Param`s, as `pj.nnx.params` gives it: attach

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from peftjax.core import paths
 from peftjax.core.adapted import Adapted
+from peftjax.core.params import Mask
 from peftjax.core.ranges import Fraction, NotNegative, Positive, Size, check_one, checked
 from peftjax.core.weight import Weight
 from peftjax.optim.accumulate import AccumulatedState, accumulated
@@ -253,7 +254,7 @@ def nodes(state: Any, kind: Any) -> list[Any]:
   return [node for node in jax.tree.leaves(state, is_leaf=found) if found(node)]
 
 
-def freeze(tx: optax.GradientTransformation, mask: Any) -> optax.GradientTransformationExtraArgs:
+def freeze(tx: optax.GradientTransformation, mask: Mask) -> optax.GradientTransformationExtraArgs:
   """`tx` on the leaves where `mask` holds, and no update nor state for the rest.
 
   `tx` sees a tree of the trained leaves alone, so global-norm clipping and weight decay cannot

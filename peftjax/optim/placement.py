@@ -9,9 +9,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peftjax.core import paths
+from peftjax.core.params import Params
 
 
-def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, params: Params, mesh: Mesh) -> Any:
   """A sharding for every array of `state`, the optimizer state of `params`.
 
   An array that is kept under a parameter's path and has its shape (a moment, the codes of one, an

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from peftjax.quant import codebooks
 
@@ -19,7 +20,9 @@ from peftjax.quant import codebooks
 TINY = np.finfo(np.float32).tiny
 
 
-def quantize(w: jax.Array, fmt: str, block_size: int, axis: int) -> tuple[jax.Array, jax.Array]:
+def quantize(
+  w: Float[Array, "..."], fmt: str, block_size: int, axis: int
+) -> tuple[UInt8[Array, "..."], Float[Array, "..."]]:
   """codes = nearest(w / absmax), absmax = max |w| per block (QLoRA, section 2).
 
   Args:
@@ -40,16 +43,26 @@ def quantize(w: jax.Array, fmt: str, block_size: int, axis: int) -> tuple[jax.Ar
 
 
 def dequantize(
-  codes: jax.Array, absmax: jax.Array, fmt: str, block_size: int, axis: int, dtype: Any
-) -> jax.Array:
+  codes: UInt8[Array, "..."],
+  absmax: Float[Array, "..."],
+  fmt: str,
+  block_size: int,
+  axis: int,
+  dtype: Any,
+) -> Float[Array, "..."]:
   """value(code) · absmax, multiplied in float32 and rounded once, to `dtype`."""
   values = _decode(codes if fmt == "int8" else unpack(codes, axis), fmt)
   return _scaled(values, absmax, block_size, axis, dtype)
 
 
 def halves(
-  codes: jax.Array, absmax: jax.Array, fmt: str, block_size: int, axis: int, dtype: Any
-) -> jax.Array:
+  codes: UInt8[Array, "..."],
+  absmax: Float[Array, "..."],
+  fmt: str,
+  block_size: int,
+  axis: int,
+  dtype: Any,
+) -> Float[Array, "2 ..."]:
   """`dequantize` for a four-bit format by even and odd entries along `axis`: `[2, ..., n/2, ...]`.
 
   No entry moves away from its byte, which on TPUs takes copies of the whole array.
@@ -69,14 +82,14 @@ def _scaled(
   return (blocks * jnp.expand_dims(absmax, axis)).astype(dtype).reshape(values.shape)
 
 
-def pack(codes: jax.Array, axis: int) -> jax.Array:
+def pack(codes: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
   """Packs four-bit codes `[..., n, ...]` into bytes `[..., n/2, ...]`."""
   pairs = codes.reshape(_split(codes.shape, 2, axis))
   high, low = (jax.lax.index_in_dim(pairs, i, axis, keepdims=False) for i in (0, 1))
   return (high << 4) | low
 
 
-def unpack(packed: jax.Array, axis: int) -> jax.Array:
+def unpack(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
   """Unpacks bytes `[..., n/2, ...]` into four-bit codes `[..., n, ...]`."""
   both = jnp.stack([packed >> 4, packed & 15], axis=axis)
   shape = list(packed.shape)

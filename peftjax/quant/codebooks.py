@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from jaxtyping import Float
 
 # NormalFloat: bitsandbytes' `create_normal_map`. Equation (4) of the QLoRA paper (Dettmers et al.
 # 2023, arXiv 2305.14314) is infinite at its ends; these are the constants its authors publish.
@@ -86,7 +87,7 @@ FOUR_BITS: Mapping[str, Callable[[], np.ndarray]] = {
 
 
 @functools.cache
-def four_bits(name: str) -> np.ndarray:
+def four_bits(name: str) -> Float[np.ndarray, " 16"]:
   """float32 [16]: the value of each code, in the order of the codes."""
   return _frozen(FOUR_BITS[name]())
 
@@ -106,7 +107,7 @@ def thresholds(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def dynamic_map(signed: bool = True) -> np.ndarray:
+def dynamic_map(signed: bool = True) -> Float[np.ndarray, " 256"]:
   """float32 [256], ascending: bitsandbytes' dynamic 8-bit map.
 
   Seven decades, 10⁻⁶ to 1, the i-th with 2^i midpoints of equal steps on [0.1, 1] for either sign

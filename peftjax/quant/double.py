@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from peftjax.core.fence import zero
 from peftjax.quant import blockwise, codebooks
@@ -51,7 +52,7 @@ class DoubleScales(flax.struct.PyTreeNode):
     return DoubleScales(spec, P(*stack, None), P(*stack))
 
 
-def quantize(absmax: jax.Array, axis: int) -> DoubleScales:
+def quantize(absmax: Float[Array, "... n m"], axis: int) -> DoubleScales:
   """`DoubleScales` of float32 `[*stack, blocks, out]` (axis -2) or `[*stack, V, blocks]` (-1)."""
   flat = _flatten(absmax, axis)
   offset = flat.mean(-1)

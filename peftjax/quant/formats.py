@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float, UInt8
 
 from peftjax.core.fence import computed_once
 from peftjax.core.ranges import check
@@ -37,25 +38,29 @@ class Format:
   def bits(self) -> int:
     return 8 if self.name == "int8" else 4
 
-  def quantize(self, w: jax.Array, axis: int = -2) -> tuple[jax.Array, Any]:
+  def quantize(self, w: Float[Array, "..."], axis: int = -2) -> tuple[UInt8[Array, "..."], Any]:
     """Codes, uint8, and scales, float32 or `DoubleScales`, of `[*stack, in, out]`."""
     codes, absmax = blockwise.quantize(w, self.name, self.block_size, axis)
     return codes, double.quantize(absmax, axis) if self.double_quant else absmax
 
   @jax.named_scope("dequantise")
-  def dequantize(self, codes: jax.Array, scales: Any, axis: int, dtype: Any) -> jax.Array:
+  def dequantize(
+    self, codes: UInt8[Array, "..."], scales: Any, axis: int, dtype: Any
+  ) -> Float[Array, "..."]:
     """The dense array, in `dtype`."""
     absmax = absmax_of(scales, axis)
     return blockwise.dequantize(codes, absmax, self.name, self.block_size, axis, dtype)
 
   @jax.named_scope("dequantise")
-  def halves(self, codes: jax.Array, scales: Any, axis: int, dtype: Any) -> jax.Array:
+  def halves(
+    self, codes: UInt8[Array, "..."], scales: Any, axis: int, dtype: Any
+  ) -> Float[Array, "2 ..."]:
     """See `blockwise.halves`."""
     absmax = absmax_of(scales, axis)
     return blockwise.halves(codes, absmax, self.name, self.block_size, axis, dtype)
 
 
-def absmax_of(scales: Any, axis: int) -> jax.Array:
+def absmax_of(scales: Any, axis: int) -> Float[Array, "..."]:
   """The float32 scales, dequantised if they have to be: once, and not again for every weight."""
   return computed_once(scales.dequantize(axis)) if isinstance(scales, DoubleScales) else scales
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from peftjax.core import paths, shared, tied, tree
 from peftjax.core.adapted import Adapted, bare, lender
 from peftjax.core.layout import Axes, ConvAxes, Layout, TableAxes, axes_of
+from peftjax.core.params import Params
 from peftjax.core.stacks import of_stacks
 from peftjax.core.weight import Weight
 from peftjax.quant import blockwise, double, folded
@@ -22,11 +24,11 @@ from peftjax.quant.weight import Quantized
 
 
 def quantize(
-  params: Any,
+  params: Params,
   fmt: Format,
   where: str | Sequence[str] = "all-linear",
   layout: Layout | None = None,
-) -> Any:
+) -> Params:
   """`params` with the matrices that `where` selects in four or eight bits.
 
   Quantise first, then attach an adapter: a LoRA around a quantised base is QLoRA.
@@ -52,7 +54,7 @@ def quantize(
   return paths.map_leaves(make, params)
 
 
-def requantize(params: Any) -> tuple[Any, dict[str, float]]:
+def requantize(params: Params) -> tuple[Params, dict[str, float]]:
   """Folds adapters into the quantised weights around which they lie, in these weights' format.
 
   The sum W + ΔW falls between the codes again, so the outputs change, by more than an adapter's
@@ -86,7 +88,7 @@ def requantize(params: Any) -> tuple[Any, dict[str, float]]:
 
 
 @jax.jit
-def relative_error(weight: Weight, dense: jax.Array) -> jax.Array:
+def relative_error(weight: Weight, dense: Float[Array, "..."]) -> Float[Array, ""]:
   """‖W_q − W‖ / ‖W‖ (Frobenius), float32."""
   dense = dense.astype(jnp.float32)
   off = weight.materialize().astype(jnp.float32) - dense

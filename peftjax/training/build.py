@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from peftjax import linen, sharding
 from peftjax.core.layout import Layout
+from peftjax.core.params import Mask, Params
 from peftjax.io import bucket
 from peftjax.methods.base import Method
 from peftjax.models import pretrained
@@ -38,8 +39,8 @@ class Attached(NamedTuple):
   """
 
   module: nn.Module
-  params: Any
-  mask: Any
+  params: Params
+  mask: Mask
   method: Method
   new: tuple[str, ...]
   base: str | None = None

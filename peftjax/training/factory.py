@@ -19,6 +19,7 @@ from peftjax import linen, sharding
 from peftjax import nnx as pj_nnx
 from peftjax.core import given, paths, probe
 from peftjax.core.layout import Layout
+from peftjax.core.params import Params
 from peftjax.data import TextTokenizer
 from peftjax.models import pretrained
 from peftjax.nnx.pure import Pure
@@ -42,7 +43,7 @@ class Made(NamedTuple):
   """
 
   module: Any
-  params: Any
+  params: Params
   layout: Layout
   digest: str
 
@@ -79,7 +80,7 @@ def load(settings: Settings, inputs: Inputs, mesh: Mesh | None) -> Made:
   return Made(module, params, layout, digest)
 
 
-def call(name: str) -> tuple[Any, Any]:
+def call(name: str) -> tuple[Any, Params]:
   """The module and parameters of the factory `package.module:function`.
 
   Raises:
@@ -114,7 +115,7 @@ def example(module: Any, inputs: Inputs, length: int) -> tuple[Any, dict[str, An
   return step.arguments(module, inputs({**dict.fromkeys(names, ones), "mask": ones > 0}))
 
 
-def layout_of(module: Any, params: Any, *args: Any, **kwargs: Any) -> Layout:
+def layout_of(module: Any, params: Params, *args: Any, **kwargs: Any) -> Layout:
   """Axes of the kernels of a module called with these arguments: `example`'s, or others."""
   if isinstance(module, Pure):
     return module.layout(params, *args, **kwargs)
@@ -123,7 +124,7 @@ def layout_of(module: Any, params: Any, *args: Any, **kwargs: Any) -> Layout:
   return linen.layout(module, *args, **kwargs, **train)
 
 
-def check(name: str, module: Any, params: Any, task: Task) -> None:
+def check(name: str, module: Any, params: Params, task: Task) -> None:
   """ValueError unless the model's outputs are those of the task."""
   first, rest = example(module, task.kind.inputs, task.lengths[-1])
   shape: Any = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,22 @@ from typing import Any
 import jax
 
 from peftjax import hf_peft
+from peftjax.core.params import Params
 from peftjax.io import disk
 from peftjax.training import process
-from peftjax.training.logs import Bar, write_atomic
+from peftjax.training.logs import Bar, write_json
 from peftjax.training.peers import Peers
 from peftjax.training.run import Run
+from peftjax.training.scores import Scores
 
 
 def finish(
   run: Run,
-  params: Any,
+  params: Params,
   workdir: Path,
   bar: Bar,
   config: Mapping[str, Any],
-  best: Mapping[str, Any],
-  untrained: Mapping[str, Any],
+  scores: Scores,
   peers: Peers,
   **measured: Any,
 ) -> dict[str, Any]:
@@ -36,14 +36,13 @@ def finish(
     workdir: workdir of the run.
     bar: prints the scores.
     config: the config as JSON.
-    best: "step" and validation "metrics" of `params`.
-    untrained: scores before training.
+    scores: scores of the validation part, whose best are those of `params`, and before training.
     peers: processes of which the main one writes.
     **measured: seconds, and whatever else is to be written.
   """
   final = {part: run.evaluate(part, params) for part in run.task.final}
-  for part, scores in final.items():
-    bar.scores(part, scores)
+  for part, found in final.items():
+    bar.scores(part, found)
   if peers.count > 1:
     params = run.on_host(params)
 
@@ -54,10 +53,10 @@ def finish(
       "method": run.settings.method["name"],
       "trainable_params": run.trainable,
       "total_params": run.parameters,
-      "metrics": {"validation": best["metrics"], **final},
-      **({"before": dict(untrained)} if untrained else {}),
+      "metrics": {"validation": scores.best["metrics"], **final},
+      **({"before": scores.untrained} if scores.untrained else {}),
       **run.method.summary(params),
-      "best_step": best["step"],
+      "best_step": scores.best["step"],
       "steps": run.total,
       **run.task.summary(),
       "seed": run.settings.seed,
@@ -66,13 +65,13 @@ def finish(
       **measured,
       "peak_memory_mb": process.peak_memory_mb(),
     }
-    write_atomic(workdir / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+    write_json(workdir / "result.json", result)
     return result
 
   return peers.told(write)
 
 
-def export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
+def export(run: Run, params: Params, workdir: Path, bar: Bar) -> None:
   """Writes the adapter for Hugging Face PEFT too, where that format can say it."""
   if not hf_peft.has_adapter(params):
     return
@@ -86,7 +85,7 @@ def export(run: Run, params: Any, workdir: Path, bar: Bar) -> None:
         base_model=base,
         trained=run.mask,
         task_type=run.task.peft_type,
-        rslora=bool(run.settings.method.get("rslora")),
+        **run.method.peft_options(),
       )
   except ValueError as error:
     bar.print(f"no Hugging Face PEFT directory: {error}")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.core import ranges, tree
+from peftjax.core.params import Params
 from peftjax.core.ranges import Count, Length, Positive, Size
 from peftjax.methods.base import Chain, Method
 from peftjax.models import pretrained
@@ -22,6 +23,7 @@ from peftjax.training.history import History
 from peftjax.training.logs import Bar, Logs, Silent
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
+from peftjax.training.scores import Scores
 from peftjax.training.texts import Labelled, Plain
 
 Data = Labelled | Plain | tuple[Any, Any]
@@ -30,7 +32,7 @@ Data = Labelled | Plain | tuple[Any, Any]
 @ranges.checked
 def fit(
   model: nn.Module,
-  params: Any,
+  params: Params,
   method: Method,
   data: Data,
   *,
@@ -41,7 +43,7 @@ def fit(
   learning_rate: Positive = settings.Optimizer.learning_rate,
   seed: Count = 0,
   workdir: str | Path | None = None,
-) -> tuple[Any, History]:
+) -> tuple[Params, History]:
   """Fine-tunes a model in memory, by the steps, batches and scores of `experiments.train`.
 
   AdamW with clipping at 1, a warm-up over 6 % of the updates and linear decay, on one device. For
@@ -90,7 +92,7 @@ def fit(
     model=settings.Model(directory=own.source),
     quant=settings.Quant(),
     data=settings.Data(max_length=task.lengths[-1]),
-    method={"name": name, "rslora": any(getattr(m, "rslora", False) for m in _parts(method))},
+    method={"name": name},
     optimizer=settings.Optimizer(learning_rate=learning_rate),
     train=settings.Train(batch_size=batch_size, epochs=epochs, steps=steps),
     compilation_cache="",
@@ -116,25 +118,20 @@ def _train(
     rows.append(row)
     write(row)
 
+  scores = Scores(run, keep, bar.scores)
   for done in run.steps():
     ends = done % run.stream.steps_per_epoch == 0 or done == run.total
     for row in run.fetch(all_of_them=ends):
       keep({**row, "learning_rate": run.learning_rate(row["step"])})
       bar.update(row["step"], row["loss"], clock.rates(run.done, run.peak)["examples_per_second"])
     if ends and scored:
-      scores = run.evaluate("validation")
-      epoch = done / run.stream.steps_per_epoch
-      keep({"step": done, "epoch": epoch, **{f"validation_{k}": x for k, x in scores.items()}})
-      bar.scores(f"epoch {epoch:.4g}", scores)
+      if scores.take(done):
+        best = jax.tree.map(jnp.copy, run.state.train)
       clock.rest()
-      value = run.task.criterion(scores)
-      # Parameters that are larger than the method leaves them in the end are no candidates.
-      if done >= run.settled and (best is None or value > best[0]):
-        best = value, done, jax.tree.map(jnp.copy, run.state.train)
   run.check_finite()
   if best is None:
     return History(tuple(rows), run.total), run.state.train
-  return History(tuple(rows), best[1]), best[2]
+  return History(tuple(rows), scores.best["step"]), best
 
 
 def _known(data: Any, what: str) -> Any:

@@ -116,6 +116,11 @@ def write_atomic(path: Path, text: str) -> None:
     raise disk.refusal(error, path) from None
 
 
+def write_json(path: Path, value: Any) -> None:
+  """Writes an object as JSON, likewise, indented for people."""
+  write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
 def _is_notebook(console: rich.console.Console) -> bool:
   """Tells whether a console can show moving parts: in notebooks rich needs ipywidgets for it."""
   return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None

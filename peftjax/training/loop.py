@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from peftjax.io import disk
 from peftjax.training import lock, mirror, process, profile, resume
 from peftjax.training import workdir as workdirs
 from peftjax.training.finish import finish
-from peftjax.training.logs import Bar, Logs, Silent, write_atomic
+from peftjax.training.logs import Bar, Logs, Silent, write_json
 from peftjax.training.mirror import Here
 from peftjax.training.peers import Peers
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
+from peftjax.training.scores import Scores
 from peftjax.training.settings import Settings, from_config
 
 
@@ -105,11 +105,13 @@ def _train(
   lost = saved and saved.log and saved.log.rows and not (workdir / "metrics.jsonl").exists()
   logs = Logs(workdir, run.steps_done if saved else -1) if peers.main else Silent()
   best = dataclasses.asdict(saved.best) if saved and saved.best else {}
-  untrained: dict[str, Any] = saved.before if saved else {}
   before = saved.seconds if saved else 0.0
   every = settings.train
   try:
     with Bar(settings.method["name"], run.steps_done, run.total, shown=peers.main) as bar:
+      scores = Scores(
+        run, logs.write, bar.scores, untrained=saved.before if saved else {}, best=best
+      )
       told = lambda text: bar.print(place.named(text))
       with (
         process.stop_signals(alone=peers.count == 1) as stop,
@@ -121,10 +123,7 @@ def _train(
         if logs.dropped and saved is None:
           bar.print(f"no checkpoint to go on from: {logs.dropped} rows of metrics are made again")
         if not saved:
-          untrained = {part: run.evaluate(part) for part in run.task.before}
-          for part, scores in untrained.items():
-            bar.scores(f"{part}, before", scores)
-            logs.write({"step": 0, **{f"{part}_{key}": x for key, x in scores.items()}})
+          scores.start()
         for done in trace.steps():
           # Once: later checkpoints have been fetched and checked.
           asked = peers.asked(stop.asked, done)
@@ -139,21 +138,12 @@ def _train(
           if log:
             row["learning_rate"] = run.learning_rate(done)
             logs.write({**row, **rates, **process.memory_in_use()})
-          if evaluate:
-            scores = run.evaluate("validation")
-            epoch = done / run.stream.steps_per_epoch
-            named = {f"validation_{key}": value for key, value in scores.items()}
-            logs.write({"step": done, "epoch": epoch, **named})
-            bar.scores(f"epoch {epoch:.4g}", scores)
-            value = run.task.criterion(scores)
-            # Parameters that are larger than the method leaves them in the end are no candidates.
-            if done >= run.settled and (not best or value > best["value"]):
-              best = {"step": done, "value": value, "metrics": scores}
-              checkpoints.save("best", done, run.adapter(), meta)
-              checkpoints.wait("best")  # the latest must never name a best that is not there
+          if evaluate and scores.take(done):
+            checkpoints.save("best", done, run.adapter(), meta)
+            checkpoints.wait("best")  # the latest must never name a best that is not there
           if save or asked:
-            extra = {"best": best, "before": untrained, "seconds": before + clock.seconds()}
-            extra["log"] = logs.mark()
+            extra: dict[str, Any] = {"best": scores.best, "before": scores.untrained}
+            extra |= {"seconds": before + clock.seconds(), "log": logs.mark()}
             checkpoints.save("latest", done, run.everything(), {**meta, **extra})
             place.keep(checkpoints.wait)
           if asked and done < run.total:
@@ -169,8 +159,7 @@ def _train(
         workdir,
         bar,
         settings_json,
-        best,
-        untrained,
+        scores,
         peers,
         seconds_to_first_step=clock.first_step,
         seconds=before + clock.seconds(),
@@ -193,7 +182,7 @@ def _prepare(place: Here, config: dict[str, Any], *, anew: bool) -> None:
   place.claim()
   workdir = place.folder
   workdir.mkdir(parents=True, exist_ok=True)
-  write_atomic(workdir / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+  write_json(workdir / "config.json", config)
   if anew:  # a best alone cannot be continued from, and would stay where a step ties with it
     workdirs.clear_checkpoints(workdir / "checkpoints")
 

@@ -11,13 +11,12 @@ import jax
 import numpy as np
 
 from peftjax import data
-from peftjax.core import tree
+from peftjax.core.params import Params
 from peftjax.data import conll
 from peftjax.data.corpora import text_columns
 from peftjax.models import limits, pretrained
-from peftjax.training import build, evaluate, factory, mirror, step, tagging
-from peftjax.training import workdir as workdirs
-from peftjax.training.checkpoint import Checkpoints
+from peftjax.training import evaluate, finished, step, tagging
+from peftjax.training import factory as factories
 from peftjax.training.classification import CLASSES
 
 
@@ -33,61 +32,25 @@ class Predictor:
     labels: names of the classes; empty for a regression.
     columns: names of the text column or, for a run on pairs of texts, of both.
     model, params: with the trained adapter.
-    mask: true on the trained arrays.
 
   Raises:
-    ValueError: if `workdir` holds no trained run, or a damaged one, or one of a language model, or
-      the pretrained model is another one now; or if it has the model of another factory than given.
+    ValueError: see `finished.load`.
   """
 
   def __init__(self, workdir: str | Path, factory: str | None = None):
-    with mirror.read(workdir) as folder:
-      self._load(folder, factory)
-
-  def _load(self, workdir: Path, trusted: str | None) -> None:
-    untrained = ValueError(
-      f"{workdir} holds no evaluated run; train first:\n  python -m experiments.train "
-      f"--config=configs/classify.py --workdir={workdir}"
-    )
-    workdirs.check_checkpoints(workdir / "checkpoints")
-    if not (workdir / "checkpoints" / "best").is_dir():
-      raise untrained
-    self.settings = workdirs.settings(workdir)
-    if build.TASKS[self.settings.task].LABELS_OF is None:
-      raise ValueError(
-        f"{workdir} holds a language model, which gives no labels; it continues texts:\n"
-        f'  python -m experiments.generate --workdir={workdir} --prompt="..."'
-      )
-    factory.check_trusted(self.settings.model, trusted, workdir)
+    run = finished.load(workdir, "classify", "tag", factory=factory)
+    self.settings, self.labels = run.settings, run.labels
+    self.model, self.params = run.model, run.params
     wanted = self.settings.data
     self.columns = ["text"]
     if self.settings.task == "classify":
       self.columns = text_columns(wanted.name, wanted.text_column, wanted.pair_column)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-      meta = checkpoints.meta("best")
-      if meta is None:
-        raise untrained
-      known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
-      workdirs.check_model(known, self.settings.model, workdir)
-      self.labels: list[str] = known.labels
-      model = build.attached(self.settings, len(self.labels) or 1)
-      if model.base:
-        workdirs.check_base(known, model.base, self.settings.model.factory, workdir)
-      keep = tree.adapter_mask(model.params, model.mask)
-      adapter, base = tree.partition(model.params, keep)
-      adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]
-    finally:
-      checkpoints.close()
-    # An adapter from a checkpoint wins over what `attach` has just drawn.
-    self.params = tree.combine(adapter, base)
-    self.model, self.mask = model.module, model.mask
-    self._predict = jax.jit(functools.partial(step.outputs, model.module, CLASSES))
-    self._tokenizer = data.load_tokenizer(str(self.settings.model.path()))
-    self._pad_id = factory.pad_id(self.settings.model, self._tokenizer)
+    self._predict = jax.jit(functools.partial(step.outputs, run.model, CLASSES))
+    self._tokenizer = data.load_tokenizer(str(run.base))
+    self._pad_id = factories.pad_id(self.settings.model, self._tokenizer)
 
   def logits(
-    self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Any = None
+    self, texts: Sequence[str], pairs: Sequence[str] | None = None, params: Params = None
   ) -> np.ndarray:
     """Logits `[N, K]` float32, in the order of `texts`; with other parameters, if given.
 

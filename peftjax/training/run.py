@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
+from peftjax.core.params import Params
 from peftjax.models import limits, pretrained
 from peftjax.nn import virtual
 from peftjax.training import build, factory, flops, state
@@ -101,7 +102,7 @@ class Run:
       rate_in_state=self.rate_in_state,
     )
     self.schedule, self.tx = program.schedule, program.tx
-    self._step, self._predict = program.step, program.predict
+    self._step, self.predict = program.step, program.predict
     self.state: Any = program.start(train)
 
   def announce(self, bar: Bar) -> None:
@@ -135,13 +136,17 @@ class Run:
     rows = []
     while len(self._pending) > (0 if all_of_them else 1):
       number, shape, out = self._pending.pop(0)
-      values = {name: float(value) for name, value in jax.device_get(out).items()}
-      if not all(map(math.isfinite, values.values())):
-        shown = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-        raise FloatingPointError(self._diverged(f"step {number}: {shown}"))
-      rows.append({"step": number, **values})
+      rows.append(self.row(number, jax.device_get(out)))
       self._count(*shape)
     return rows
+
+  def row(self, number: int, out: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of a step as they are logged; FloatingPointError unless all are finite."""
+    values = {name: float(value) for name, value in out.items()}
+    if not all(map(math.isfinite, values.values())):
+      shown = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+      raise FloatingPointError(self._diverged(f"step {number}: {shown}"))
+    return {"step": number, **values}
 
   def _count(self, rows: int, *lengths: int) -> None:
     """Adds a batch to `done`: all of its tokens, padding included, as devices compute them."""
@@ -173,12 +178,12 @@ class Run:
     batch = dict(batch)
     return sharding.put(batch, sharding.batch_shardings(batch, self.mesh))
 
-  def evaluate(self, part: str, params: Any = None) -> dict[str, float]:
+  def evaluate(self, part: str, params: Params = None) -> dict[str, float]:
     """Metrics of a split, with the current parameters or others."""
     train, frozen = self.state.train, self.frozen
     if params is not None:
       train, frozen = tree.partition(params, self.mask)
-    predict = lambda batch: self._predict(train, frozen, self.place(batch))
+    predict = lambda batch: self.predict(train, frozen, self.place(batch))
     scores = self.task.evaluate(predict, part, self.settings.train.eval_batch_size)
     if scores is None:
       raise FloatingPointError(self._diverged(f"step {self.steps_done}: {part} logits"))
@@ -213,7 +218,7 @@ class Run:
     """The parameters of the best checkpoint."""
     return tree.combine(checkpoints.arrays("best", self.adapter())["adapter"], self.frozen)
 
-  def on_host(self, params: Any) -> Any:
+  def on_host(self, params: Params) -> Any:
     """`params` with every array that is not from the pretrained files as NumPy's, whole."""
     adapter, base = tree.partition(params, tree.adapter_mask(params, self.mask))
     return tree.combine(jax.tree.map(sharding.gathered, adapter), base)

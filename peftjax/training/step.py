@@ -12,6 +12,7 @@ import optax
 
 from peftjax import losses, optim
 from peftjax.core import tree
+from peftjax.core.params import Params
 from peftjax.linen import apply
 from peftjax.nnx.pure import Pure
 from peftjax.training.state import TrainState
@@ -71,7 +72,7 @@ def eval_step(model: nn.Module, kind: Kind, train: Any, frozen: Any, batch: Batc
   return outputs(model, kind, tree.combine(train, frozen), batch)
 
 
-def outputs(model: nn.Module, kind: Kind, params: Any, batch: Batch) -> Any:
+def outputs(model: nn.Module, kind: Kind, params: Params, batch: Batch) -> Any:
   """`kind.output` of the logits, without dropout."""
   result, summed = _forward(model, kind, params, batch)
   return result if summed else kind.output(result, batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from peftjax.training import lock, resume, state, step
 from peftjax.training import workdir as workdirs
 from peftjax.training.checkpoint import Checkpoints
 from peftjax.training.finish import finish
-from peftjax.training.logs import Bar, Logs, write_atomic
+from peftjax.training.logs import Bar, Logs, write_json
 from peftjax.training.peers import Peers
 from peftjax.training.process import Clock
 from peftjax.training.run import Run
+from peftjax.training.scores import Scores
 from peftjax.training.settings import from_config
 
 # Fields in which runs of one group may differ, beside those of `Method.varies`: arrays in the
@@ -52,7 +52,8 @@ class Together:
   """The stacked adapters of several runs, and the step that trains them all.
 
   Attributes:
-    runs: each with its own data and keys; their base is the first one's.
+    runs: each with its own data and keys.
+    base: the pretrained arrays that they share.
     states: the states of all, stacked along a first axis.
     chunk: how many are computed at once, by `vmap`; the chunks follow one another.
   """
@@ -76,7 +77,7 @@ class Together:
       run = Run(from_config(config), None, rate_in_state=True)
       adapter, base = _split(run)
       if not self.runs:
-        self._base = base  # and of the others it is let go at once
+        self.base = base  # and of the others it is let go at once
       self.runs.append(run)
       adapters.append(adapter)
     first = self.runs[0]
@@ -90,7 +91,7 @@ class Together:
         )
     made, states = [], []
     for run, adapter in zip(self.runs, align_ranks(*adapters), strict=True):
-      params = tree.combine(adapter, self._base)
+      params = tree.combine(adapter, self.base)
       train, run.frozen = tree.partition(params, run.mask)
       own = jax.tree.map(lambda on, trained: on and not trained, _own(run, params), run.mask)
       made.append(tree.partition(params, own)[0])
@@ -98,7 +99,8 @@ class Together:
     self._made = _stack(made)
     self.states = _stack(states)
     self._keys = jnp.stack([run.dropout_key for run in self.runs])
-    self._predict = first._predict
+    for run in self.runs:
+      run.predict = first.predict  # one program for all
     self._lengths = first.task.lengths
     if chunk is None:
       at_once = len(self._lengths) == 1 and jax.default_backend() != "cpu"
@@ -117,14 +119,15 @@ class Together:
       rows = [_pad(batch, self._widths) for batch in batches]
       stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
       self.states, out = self._step(
-        self.states, self._base, self._made, stacked, jnp.asarray(which, jnp.int32), self._keys
+        self.states, self.base, self._made, stacked, jnp.asarray(which, jnp.int32), self._keys
       )
       yield number, out
 
   def take(self, i: int) -> None:
     """Puts the state of run i where its `evaluate` and `adapter` look for it."""
-    self.runs[i].state = jax.tree.map(lambda x: x[i], self.states)
-    self.runs[i]._predict = self._predict  # one program for all
+    run = self.runs[i]
+    run.state = jax.tree.map(lambda x: x[i], self.states)
+    run.steps_done = int(run.state.step)
 
 
 def _all(
@@ -225,77 +228,76 @@ def train_together(
     return _train(configs, paths, held)
 
 
+class _Member:
+  """One run of a group in its folder; `result` is its error once it has diverged."""
+
+  def __init__(self, run: Run, folder: Path):
+    self.run, self.folder = run, folder
+    self.logs = Logs(folder, -1)
+    self.scores = Scores(run, self.logs.write)
+    self.result: Any = None
+    self._best: Any = None
+
+  def score(self, number: int) -> None:
+    """Scores the state that the run has; keeps the adapter if it is the best so far."""
+    if self.scores.take(number):
+      self._best = jax.device_get(self.run.adapter()["adapter"])
+
+  def finish(self, base: Any, bar: Bar, config: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Writes what is left in the folder of a single run."""
+    adapter = cut_ranks(self._best)
+    checkpoints = Checkpoints(self.folder / "checkpoints")
+    step = self.scores.best["step"]
+    checkpoints.save("best", step, {"adapter": adapter}, self.run.identity())
+    checkpoints.close()
+    params = tree.combine(jax.tree.map(jnp.asarray, adapter), base)
+    known: Any = config, self.scores, Peers()
+    try:
+      self.result = finish(self.run, params, self.folder, bar, *known, **measured)
+    except FloatingPointError as error:
+      self.result = error
+
+
 def _train(
   configs: Sequence[ConfigDict], folders: Sequence[Path], held: Sequence[lock.Lock]
 ) -> list[dict[str, Any] | FloatingPointError]:
   """`train_together` in folders that belong to this process."""
   clock = Clock(None)
   group = Together(configs)
-  runs = group.runs
   as_json = [json.loads(config.to_json()) for config in configs]
-  logs, failed = [], {}
-  best: list[dict[str, Any]] = [{} for _ in runs]
-  untrained: list[dict[str, Any]] = [{} for _ in runs]
-  kept: list[Any] = [None for _ in runs]
-  for folder, config, own in zip(folders, as_json, held, strict=True):
+  members = [_Member(run, folder) for run, folder in zip(group.runs, folders, strict=True)]
+  for member, config, own in zip(members, as_json, held, strict=True):
     own.kept = True
-    workdirs.clear_checkpoints(folder / "checkpoints")  # from a group that was interrupted
-    write_atomic(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    logs.append(Logs(folder, -1))
-  every = runs[0].settings.train
-  with Bar(f"{len(runs)} together", 0, group.total) as bar:
-    for i, run in enumerate(runs):
-      if run.task.before:
+    workdirs.clear_checkpoints(member.folder / "checkpoints")  # from a group that was interrupted
+    write_json(member.folder / "config.json", config)
+  every = group.runs[0].settings.train
+  with Bar(f"{len(members)} together", 0, group.total) as bar:
+    for i, member in enumerate(members):
+      if member.run.task.before:
         group.take(i)
-        untrained[i] = {part: run.evaluate(part) for part in run.task.before}
+        member.scores.start()
     for number, out in group.steps():
-      evaluate = number % runs[0].stream.steps_per_epoch == 0 or number == group.total
-      if not (evaluate or number % every.log_every == 0):
+      ends = number % group.runs[0].stream.steps_per_epoch == 0 or number == group.total
+      if not (ends or number % every.log_every == 0):
         continue
       values = {name: np.asarray(x, np.float64) for name, x in jax.device_get(out).items()}
       rate = clock.rates({"examples": number * every.batch_size})["examples_per_second"]
       bar.update(number, float(np.nanmean(values["loss"])), rate)
-      for i, run in enumerate(runs):
-        if i in failed:
+      for i, member in enumerate(members):
+        if member.result is not None:
           continue
-        row = {name: float(x[i]) for name, x in values.items()}
-        if not all(map(math.isfinite, row.values())):
-          failed[i] = FloatingPointError(f"step {number}: loss {row['loss']} not finite")
-          continue
-        logs[i].write({"step": number, **row, "learning_rate": run.learning_rate(number)})
-        if evaluate and number >= run.settled:
-          group.take(i)
-          run.steps_done = number
-          try:
-            scores = run.evaluate("validation")
-          except FloatingPointError as error:
-            failed[i] = error
-            continue
-          named = {f"validation_{key}": value for key, value in scores.items()}
-          logs[i].write({"step": number, **named})
-          value = run.task.criterion(scores)
-          if not best[i] or value > best[i]["value"]:
-            best[i] = {"step": number, "value": value, "metrics": scores}
-            kept[i] = jax.device_get(run.adapter()["adapter"])
-    results: list[Any] = []
+        try:
+          row = member.run.row(number, {name: x[i] for name, x in values.items()})
+          member.logs.write({**row, "learning_rate": member.run.learning_rate(number)})
+          if ends:
+            group.take(i)
+            member.score(number)
+        except FloatingPointError as error:
+          member.result = error
     seconds = clock.seconds()
-    for i, run in enumerate(runs):
-      logs[i].close()
-      if i in failed:
-        results.append(failed[i])
-        continue
-      adapter = cut_ranks(kept[i])
-      checkpoints = Checkpoints(folders[i] / "checkpoints")
-      meta = run.identity()
-      checkpoints.save("best", best[i]["step"], {"adapter": adapter}, meta)
-      checkpoints.close()
-      measured: dict[str, Any] = dict(
-        together=len(runs), seconds=seconds / len(runs), seconds_of_all=seconds
-      )
-      params = tree.combine(jax.tree.map(jnp.asarray, adapter), group._base)
-      known = best[i], untrained[i], Peers()
-      try:
-        results.append(finish(run, params, folders[i], bar, as_json[i], *known, **measured))
-      except FloatingPointError as error:
-        results.append(error)
-  return results
+    measured = dict(together=len(members), seconds=seconds / len(members), seconds_of_all=seconds)
+    for member, config in zip(members, as_json, strict=True):
+      member.logs.close()
+      if member.result is None:
+        member.finish(group.base, bar, config, measured)
+  return [member.result for member in members]

@@ -11,15 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import data
-from peftjax.core import tree
 from peftjax.core.ranges import Count
 from peftjax.data import chat
 from peftjax.io import records
 from peftjax.models import pretrained
 from peftjax.models.generate import generate
-from peftjax.training import build, mirror
-from peftjax.training import workdir as workdirs
-from peftjax.training.checkpoint import Checkpoints
+from peftjax.training import finished
 
 
 class Writer:
@@ -32,49 +29,23 @@ class Writer:
   Attributes:
     path: path of the pretrained model.
     model, params: with the trained adapter.
-    mask: true on the trained arrays.
     answers: True if the model reads a prompt, and does not go on from it.
 
   Raises:
-    ValueError: if `workdir` holds no trained language model, or the pretrained one has changed.
+    ValueError: see `finished.load`.
   """
 
   def __init__(self, workdir: str | Path, *, adapted: bool = True):
-    with mirror.read(workdir) as folder:
-      self._load(folder, adapted)
-
-  def _load(self, workdir: Path, adapted: bool) -> None:
-    untrained = ValueError(
-      f"{workdir} holds no evaluated run of a language model; train first:\n"
-      f"  python -m experiments.train --config=configs/causal_lm.py --workdir={workdir}"
+    run = finished.load(
+      workdir,
+      "causal_lm",
+      "seq2seq",
+      ours="which keeps no cache of keys and values to write with; this writes with models of this "
+      "library",
+      adapted=adapted,
     )
-    workdirs.check_checkpoints(workdir / "checkpoints")
-    if not (workdir / "checkpoints" / "best").is_dir():
-      raise untrained
-    self.settings = settings = workdirs.settings(workdir)
-    if settings.task not in ("causal_lm", "seq2seq"):
-      raise untrained
-    if settings.model.factory:
-      raise ValueError(
-        f"{workdir} has the model of {settings.model.factory}, which keeps no cache of keys and "
-        "values to write with; this writes with models of this library"
-      )
-    self.path = settings.model.path()
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-      meta = checkpoints.meta("best")
-      if meta is None:
-        raise untrained
-      known = workdirs.Meta.of(meta, workdir / "checkpoints" / "best")
-      workdirs.check_model(known, settings.model, workdir)
-      made = build.attached(settings, None)
-      adapter, base = tree.partition(made.params, tree.adapter_mask(made.params, made.mask))
-      if adapted:  # an adapter as `attach` makes it changes nothing
-        adapter = checkpoints.arrays("best", {"adapter": adapter})["adapter"]
-    finally:
-      checkpoints.close()
-    self.model, self.params = made.module, tree.combine(adapter, base)
-    self.mask = made.mask
+    self.settings, self.path = run.settings, run.base
+    self.model, self.params = run.model, run.params
     self._read_tokenizer()
 
   def _read_tokenizer(self) -> None:
@@ -84,10 +55,10 @@ class Writer:
     self.answers = pretrained.reads_source(self.path)
 
   def prompts(self, part: str) -> list[str]:
-    """Those of a part of the data that the run was made on, each once, in their order.
+    """The prompts of a part of the data that the run was made on, each once, in their order.
 
     Raises:
-      ValueError: its texts are no prompts with completions.
+      ValueError: its texts are not prompts with completions.
     """
     wanted = self.settings.data
     corpus = data.load(seed=self.settings.seed, **wanted.corpus_arguments())

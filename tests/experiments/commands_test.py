@@ -55,7 +55,7 @@ def test_predict_tags_words(command, capsys, monkeypatch, tmp_path):
     columns=["text"],
     tags=lambda texts: [["B-PER" if word.istitle() else "O" for word in t.split()] for t in texts],
   )
-  monkeypatch.setattr(predict, "Predictor", lambda workdir: run)
+  monkeypatch.setattr(predict, "Predictor", lambda workdir, factory: run)
   given = dict(workdir="run", text=["Peter left", "ok"], pair=[], file=None)
   command("predict", **given, output=str(tmp_path / "out.jsonl"))
   assert capsys.readouterr().out == "Peter\tB-PER\nleft\tO\n\nok\tO\n\n"
@@ -125,6 +125,7 @@ class Single:
   """Stands for a predictor of a run on single texts."""
 
   labels, columns = ["no", "yes"], ["text"]
+  settings = types.SimpleNamespace(task="classify")
 
   def __init__(self, workdir, factory=None):
     pass

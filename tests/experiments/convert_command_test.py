@@ -120,7 +120,7 @@ _REFUSED = {
     {"base": "b", "format": "gguf", "output": "c.gguf"},
     "convert_hf_to_gguf.py",
   ),
-  "no run": ({"workdir": "not/there"}, "not/there holds no run of experiments.train"),
+  "no run": ({"workdir": "not/there"}, "not/there holds no evaluated run"),
   "no base": ({"base": "not/there"}, "not/there"),
 }
 

@@ -83,7 +83,7 @@ def test_a_chat_needs_a_template(written, fails):
 def test_without_a_run(fails, tmp_path):
   """A folder that is not there is named, with the command that makes it; it is not created."""
   message = fails("generate", workdir=str(tmp_path / "none"), **FLAGS)
-  assert f"{tmp_path / 'none'} holds no evaluated run of a language model" in message
+  assert f"{tmp_path / 'none'} holds no evaluated run of task=causal_lm" in message
   assert "experiments.train --config=configs/causal_lm.py" in message
   assert not (tmp_path / "none").exists()
 
@@ -94,10 +94,10 @@ def test_before_the_first_evaluation(name, written, fails, tmp_path):
   (tmp_path / "checkpoints" / name).mkdir(parents=True)
   shutil.copy(written / "config.json", tmp_path)
   message = fails("generate", workdir=str(tmp_path), **FLAGS)
-  assert "no evaluated run of a language model" in message
+  assert "no evaluated run of task=causal_lm" in message
 
 
 def test_a_run_of_a_classifier(trained, fails):
   """It is finished, and no language model."""
   message = fails("generate", workdir=str(trained[0]), **FLAGS)
-  assert f"{trained[0]} holds no evaluated run of a language model" in message
+  assert f"{trained[0]} holds a run of task=classify, and not of task=causal_lm" in message

@@ -124,10 +124,11 @@ def test_a_config_file_is_refused_by_file_and_line(tmp_path, capsys, name):
     ("--share=", "--share= cannot be: write a number"),
     ("--dry=perhaps", "--dry=perhaps cannot be: write true or false"),
     ("--where=here", "value should be one of <local|ray>"),
+    ("here", "unknown arguments ['here']: write a flag as --NAME=VALUE"),
   ],
 )
 def test_a_flag_that_is_no_number(capsys, given, told):
-  """What came, and what to write, in place of Python's words."""
+  """What came, and what to write, in place of Python's words; likewise of a word without a flag."""
   values = flags.FlagValues()
   flags.DEFINE_integer("count", 1, "", lower_bound=1, flag_values=values)
   flags.DEFINE_float("share", 1.0, "", flag_values=values)

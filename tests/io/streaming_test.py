@@ -90,9 +90,9 @@ def bfloat16(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gguf():
   """A real model, its table in Q8_0 and its matrices in Q4_1: read, both are float32."""
-  from peftjax.training.settings import Model  # here, as the measured process imports this file too
+  from peftjax.data import samples  # here, as the measured process imports this file too
 
-  return Source(Model(name="smollm2").path(), 134_515_008, 4 * 49152 * 576, 0.17e9)
+  return Source(samples.model("smollm2"), 134_515_008, 4 * 49152 * 576, 0.17e9)
 
 
 def _measured(source, *how):

@@ -270,6 +270,8 @@ def test_attach_inside_jit_is_attach():
 def test_the_scale_is_alpha_over_the_rank_or_its_root(rslora, scale):
   weight = pj.lora(4, 16, "query", rslora=rslora).attach(KEY, TREE)["query"]["kernel"]
   assert weight.scale == scale and weight.scale.dtype == jnp.float32
+  chained = pj.chain(pj.unfreeze(".*"), pj.lora(4, 16, "query", rslora=rslora))
+  assert chained.peft_options() == {"rslora": rslora}
 
 
 def test_patterns_set_rank_and_alpha_per_module_and_the_first_match_wins():

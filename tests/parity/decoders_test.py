@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peftjax as pj
 from peftjax import data
-from peftjax.training.settings import Model
+from peftjax.data import samples
 from tests.golden.make_decoders import CASES, batch, make, run
 
 pytestmark = pytest.mark.parity
@@ -61,7 +61,7 @@ def test_generation(tmp_path):
 
 @pytest.fixture(scope="module")
 def path():
-  return Model(name="smollm2").path()
+  return samples.model("smollm2")
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from peftjax import data
 from peftjax.core import paths
 from peftjax.core.layout import Axes
 from peftjax.core.weight import Weight
+from peftjax.data import samples
 from peftjax.io import gguf_writer
 from peftjax.models import saved
-from peftjax.training.settings import Model
 from tests import gguf_files, tiny
 from tests.parity.reference import GOLDEN, classifier, compute, decoder, inputs
 
@@ -137,7 +137,7 @@ def test_dtypes(dtype, tmp_path):
 
 def test_a_gguf_file_becomes_a_directory(tmp_path):
   """SmolLM2, its tokenizer too."""
-  path = Model(name="smollm2").path()
+  path = samples.model("smollm2")
   model, params = pj.load_pretrained(path, scan_layers=True)
   pj.save_pretrained(tmp_path / "made", params, of=path, dtype="float32", shard_size="200MB")
   tokens = np.random.default_rng(0).integers(0, model.config.vocab, (1, 8), dtype=np.int32)

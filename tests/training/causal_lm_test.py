@@ -167,7 +167,7 @@ def _codes(params):
 def test_a_run_without_evaluation_or_of_another_task_is_no_language_model(
   finished, tmp_path, lm_config
 ):
-  with pytest.raises(ValueError, match="no evaluated run of a language model"):
+  with pytest.raises(ValueError, match="no evaluated run of task=causal_lm"):
     Writer(tmp_path)
   shutil.copytree(finished[0], tmp_path / "copy")
   config = json.loads((tmp_path / "copy" / "config.json").read_text())

@@ -69,7 +69,7 @@ def interrupted(run_once, monkeypatch):
 def first(run):
   """The first batch, and what the untrained run makes of it."""
   batch = next(iter(run.stream.iterate(0, 1)))
-  return batch, run._predict(run.state.train, run.frozen, batch)
+  return batch, run.predict(run.state.train, run.frozen, batch)
 
 
 @pytest.mark.parametrize("name", ["classifier", "nnx_classifier"])
@@ -177,8 +177,8 @@ def test_train_resume_and_predict(name, own, run_once, interrupted, tmp_path):
   for other in (None, f"{HERE}:another_seed"):
     with pytest.raises(ValueError, match=f"to read it is to run that code.*--factory={given}"):
       Predictor(whole, other)
-  with pytest.raises(ValueError, match="other formats are of families"):
-    finished.load(whole)
+  with pytest.raises(ValueError, match="and other formats are not"):
+    finished.load(whole, factory=given, ours="and other formats are not for it")
 
 
 @SLOW

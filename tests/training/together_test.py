@@ -103,7 +103,7 @@ def test_parameters_are_those_of_single_runs(name, count, chunk, length, accumul
   for _ in group.steps():
     pass
   assert group._step._cache_size() == 1
-  shared = {id(x) for x in jax.tree.leaves(group._base)}
+  shared = {id(x) for x in jax.tree.leaves(group.base)}
   for run in group.runs:  # one base in memory
     assert shared <= {id(x) for x in jax.tree.leaves(run.frozen)}
   for i, (want, moved) in enumerate(alone(name, count, length, accumulate)):
@@ -114,7 +114,7 @@ def test_parameters_are_those_of_single_runs(name, count, chunk, length, accumul
       np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
     assert moved > 1e-2 / (1 if accumulate == 1 else 2)  # three updates instead of ten
     if name == "adalora":
-      ranks = [pj.tree.ranks(tree.combine(part, group._base)) for part in (got, want)]
+      ranks = [pj.tree.ranks(tree.combine(part, group.base)) for part in (got, want)]
       assert ranks[0] == ranks[1]
 
 
