@@ -4,15 +4,14 @@ import os
 import sys
 from typing import Any
 
-import jax
 import numpy as np
-import optax
 
 import peftjax as pj
 from experiments import runtime
 from experiments.benchmarks import batch
+from experiments.benchmarks.stepping import stepping
 from experiments.benchmarks.turns import serve
-from peftjax.training import causal_lm, seq2seq, state, step
+from peftjax.training import causal_lm, seq2seq
 from peftjax.training.classification import CLASSES
 
 # What is asked of images: the loss of classes, the logits by pixels alone.
@@ -26,19 +25,8 @@ def main(family: str, directory: str, rows: int, length: int) -> None:
   kind, given = {"decoder": decoder, "t5": t5, "vit": vit}[family](model.config, rows, length)
   targets: Any = ["query", "value"] if family == "vit" else "all-linear"
   method = pj.lora(rank=8, alpha=16, targets=targets)
-  params = method.attach(jax.random.key(1), params)
-  train, frozen = pj.partition(params, method.trainable(params))
-  tx = method.optimizer(optax.adamw(1e-4, weight_decay=0.01), total_steps=1_000)
-  current = jax.jit(lambda t: state.init(tx, t))(train)
-  run = jax.jit(lambda s, f, b, k: step.train_step(model, tx, kind, s, f, b, k), donate_argnums=0)
-  key = jax.random.key(2)
-
-  def once() -> float:
-    nonlocal current
-    current, out = run(current, frozen, given, key)
-    return float(out["loss"])
-
-  serve(once)
+  once = stepping(model, params, method, kind, given, total=1_000)
+  serve(lambda: float(once()["loss"]))
 
 
 def decoder(config: Any, rows: int, length: int) -> Any:

@@ -24,7 +24,7 @@ def main(family: str, directory: str, rows: int, length: int) -> None:
   model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
   model.train()
   trained = [p for p in model.parameters() if p.requires_grad]
-  optimizer = torch.optim.AdamW(trained, lr=1e-4)
+  optimizer = torch.optim.AdamW(trained, lr=1e-3)
 
   def once() -> float:
     loss = model(**inputs).loss

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftjax.data import samples
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.models.llama import LlamaConfig
 
 
@@ -44,7 +44,7 @@ MODELS = ("smollm2", *RANDOM)
 
 def config(model: str) -> Mapping[str, Any]:
   """The Hugging Face configuration of one of `MODELS`."""
-  return RANDOM.get(model) or pretrained.config_of(samples.model(model))
+  return RANDOM.get(model) or configuration.config_of(samples.model(model))
 
 
 def step_flops(config: Mapping[str, Any], batch: int, length: int) -> float:

@@ -31,7 +31,8 @@ def stepping(
     params: parameters without adapters, which the method attaches.
     tx: the optimizer, by default AdamW at 1e-3.
   """
-  params = method.attach(jax.random.key(1), params, pj.linen.layout(model, batch["tokens"]))
+  layout = pj.linen.layout(model, next(iter(kind.inputs(batch).values())))
+  params = method.attach(jax.random.key(1), params, layout)
   train, frozen = pj.partition(params, method.trainable(params))
   tx = method.optimizer(tx or optax.adamw(1e-3, weight_decay=0.01), total_steps=total)
   current = jax.jit(lambda t: state.init(tx, t))(train)

@@ -19,7 +19,7 @@ from experiments.claims.activations import test_rows
 from experiments.claims.claim import CORRECTED, FAILS, HOLDS, Finding, by_test, claim, found
 from experiments.claims.float64 import error
 from peftjax.data import samples
-from peftjax.models import llama, pretrained
+from peftjax.models import configuration, llama
 from peftjax.nn import feed_forward, ffn
 
 SEEDS = (0, 1, 2, 3)
@@ -33,7 +33,7 @@ SEEDS = (0, 1, 2, 3)
   expected=HOLDS,
 )
 def no_relu_today() -> Finding:
-  named = pretrained.config_of(samples.model("minilm"))["hidden_act"]
+  named = configuration.config_of(samples.model("minilm"))["hidden_act"]
   acts = {"Swish": jax.nn.silu, "GELU": ffn.gelu, "ReLU": jax.nn.relu}
   perplexity = {name: _perplexity_with(act) for name, act in acts.items()}
   return found(

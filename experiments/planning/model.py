@@ -15,7 +15,7 @@ import peftjax as pj
 from peftjax import linen, sharding
 from peftjax.core import ranges, tree
 from peftjax.methods.base import Method
-from peftjax.models import hf_config, pretrained
+from peftjax.models import configuration, families, hf_config
 from peftjax.training import causal_lm, seq2seq
 from peftjax.training.program import Program
 from peftjax.training.settings import Settings
@@ -137,9 +137,9 @@ def _module(settings: Settings, name: str, length: int) -> Any:
       )
     path = settings.model.path()
     PLANNED[settings.task].check(path)
-    config, where = pretrained.config_of(path), str(path)
+    config, where = configuration.config_of(path), str(path)
   fields = hf_config.read(config, where)
-  family = pretrained.FAMILIES[fields.model_type]
+  family = families.FAMILIES[fields.model_type]
   module = family.MODEL(family.CONFIG.from_hf(config, where, **settings.model.options()))
   if length > module.config.max_length:
     raise ValueError(f"{where} has {module.config.max_length} positions, fewer than {length}")

@@ -21,7 +21,8 @@ from peftjax.hf_peft.plan import EMBEDDINGS, HEAD, STEM, Plan, Site
 from peftjax.hf_peft.whole import LABELS_OF
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.methods.codec import Source
-from peftjax.models.pretrained import family_of, stack_of
+from peftjax.models.families import family_of
+from peftjax.models.match import stack_of
 
 
 def load(directory: str | os.PathLike, params: Params, model: Any) -> tuple[Params, Mask]:

@@ -15,8 +15,8 @@ from peftjax.core.params import Params
 from peftjax.hf_peft.build import suffixes
 from peftjax.hf_peft.fields import NORMS, Norms
 from peftjax.hf_peft.whole import Whole
+from peftjax.models.match import stack_of
 from peftjax.models.names import module_name
-from peftjax.models.pretrained import stack_of
 
 NOTHING = (
   "params has no adapter that PEFT knows, nor a trained norm: attach pj.lora(...) first, or save "

@@ -21,7 +21,7 @@ from peftjax.io.records import clip
 from peftjax.io.safetensors_dir import TensorDir
 from peftjax.methods.codec import Module, Targeted, Want
 from peftjax.models import names
-from peftjax.models.pretrained import stack_of
+from peftjax.models.match import stack_of
 
 STEM = "adapter_model"
 EMBEDDINGS = "prompt_embeddings"  # the tensor of a prefix or a prompt

@@ -35,8 +35,9 @@ from peftjax.hf_peft.fields import Virtual
 from peftjax.hf_peft.plan import EMBEDDINGS, STEM, check_copied
 from peftjax.io import safetensors_dir
 from peftjax.methods.codec import Adapter, Codec, Common
+from peftjax.models.families import family_of
+from peftjax.models.match import stack_of
 from peftjax.models.names import module_name
-from peftjax.models.pretrained import family_of, stack_of
 
 
 def has_adapter(params: Params) -> bool:

@@ -15,9 +15,9 @@ from peftjax.core import paths
 from peftjax.core.weight import Weight
 from peftjax.io import new_directory, safetensors_dir
 from peftjax.io.bnb_reader import STATE, TYPES
+from peftjax.models.families import FAMILIES
 from peftjax.models.match import layers_of
 from peftjax.models.names import turned
-from peftjax.models.pretrained import FAMILIES
 from peftjax.quant import codebooks
 from peftjax.quant.double import GROUP
 from peftjax.quant.formats import Format

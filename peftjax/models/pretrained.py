@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,23 +18,12 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import paths
 from peftjax.core.params import Params
-from peftjax.io import bnb_reader, hub, quantization
+from peftjax.io import bnb_reader, hub
 from peftjax.io.gguf import GGUFFile
-from peftjax.io.records import clip
-from peftjax.io.safetensors_dir import TensorDir, file_of, read_config
-from peftjax.models import (
-  bert,
-  deberta,
-  distilbert,
-  gpt2,
-  heads,
-  hf_config,
-  llama,
-  mixtral,
-  t5,
-  vit,
-)
-from peftjax.models.config_fields import classifies
+from peftjax.io.safetensors_dir import TensorDir, file_of
+from peftjax.models import heads, hf_config
+from peftjax.models.configuration import config_file, config_of
+from peftjax.models.families import FAMILIES
 from peftjax.models.match import Tensors, body_of, check_sizes, find, match, packed, stack_of
 from peftjax.models.names import turned
 from peftjax.quant import stream, transform
@@ -44,54 +33,6 @@ from peftjax.quant.weight import Quantized
 _log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"  # of a decoder
-
-# Hugging Face model_type to the file of its family: `CONFIG`, `MODEL`, `hf_name`, and the tensors
-# that a checkpoint may lack or have too many of.
-FAMILIES: Mapping[str, Any] = {
-  "bert": bert,
-  "roberta": bert,
-  "xlm-roberta": bert,
-  "camembert": bert,
-  "electra": bert,
-  "distilbert": distilbert,
-  "deberta-v2": deberta,
-  "vit": vit,
-  "llama": llama,
-  "mistral": llama,
-  "qwen2": llama,
-  "qwen3": llama,
-  "gemma2": llama,
-  "gemma3_text": llama,
-  "phi3": llama,
-  "qwen3_moe": llama,
-  "mixtral": mixtral,
-  "gpt2": gpt2,
-  "t5": t5,
-  "mt5": t5,
-}
-
-
-# Model types of an encoder and a decoder that reads it.
-READERS = tuple(name for name, family in FAMILIES.items() if hasattr(family.CONFIG, "decoder"))
-
-
-def ours(model: Any) -> bool:
-  """Tells whether a module is of one of these families, with a `config`, and reads texts."""
-  return _of_families(model) and hasattr(type(model.config), "max_length")
-
-
-def family_of(model: Any) -> Any:
-  """The file of a module's family; ValueError if it is of none of ours."""
-  if not _of_families(model):
-    raise ValueError(
-      f"{type(model).__name__} is not a model of this library, and adapters of Hugging Face PEFT "
-      "have the names of its families there; save pj.partition(params, mask)[0], e.g. with Orbax"
-    )
-  return FAMILIES[model.config.family]
-
-
-def _of_families(model: Any) -> bool:
-  return type(model).__module__ in {family.__name__ for family in FAMILIES.values()}
 
 
 class Pretrained(NamedTuple):
@@ -177,7 +118,7 @@ def load(
   **options: Any,
 ) -> Pretrained:
   """`load_pretrained` that also says which parameters are new; `options` go to the family."""
-  said = _config_file(directory)
+  said = config_file(directory)
   tensors, config = open_model(directory)
   fields = hf_config.read(config, said)
   family = FAMILIES[fields.model_type]
@@ -338,107 +279,3 @@ def open_model(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
     return file, file.config
   config = config_of(path)
   return bnb_reader.open_dir(TensorDir(path)), config
-
-
-def config_of(path: str | Path) -> dict[str, Any]:
-  """The configuration alone, as the file has it, once `hf_config` has found nothing wrong with it.
-
-  Raises:
-    ValueError: on a field of the wrong type or out of range; on quantised weights of a kind that is
-      not read.
-  """
-  if Path(path).suffix == ".gguf":
-    return GGUFFile(path).config
-  config = read_config(path)
-  quantization.check(config, _config_file(path))
-  hf_config.read(config, _config_file(path))
-  return config
-
-
-def check_decoder(directory: str | Path) -> None:
-  """Raises ValueError unless the model is a language model, going by its configuration alone."""
-  config, said = config_of(directory), _config_file(directory)
-  fields = hf_config.read(config, said)
-  _check_texts(fields, said)
-  kind = fields.model_type
-  decoders = [
-    name for name, x in FAMILIES.items() if hasattr(x.CONFIG, "remat") and name not in READERS
-  ]
-  if kind not in decoders:
-    raise ValueError(
-      f"{said} is of a {kind}, which is not a language model; task=causal_lm takes "
-      f"{', '.join(decoders)}, configs/seq2seq.py {', '.join(READERS)}, and configs/classify.py "
-      "the others"
-    )
-  if classifies(fields.architectures):
-    raise ValueError(
-      f"{said}: architectures is {' and '.join(fields.architectures)}, which is not a language "
-      "model; configs/classify.py takes it"
-    )
-
-
-def check_encoder_decoder(directory: str | Path) -> None:
-  """Raises ValueError unless the model has a decoder that reads the output of an encoder."""
-  kind = config_of(directory)["model_type"]
-  if kind not in READERS:
-    raise ValueError(
-      f"{_config_file(directory)} is of a {kind}, and task=seq2seq takes {', '.join(READERS)}: "
-      "name one of these, --config.model.directory=DIR, or take configs/causal_lm.py for a decoder"
-    )
-
-
-def reads_source(path: str | Path) -> bool:
-  """Tells whether the model is an encoder-decoder, which answers a text and does not go on."""
-  return config_of(path)["model_type"] in READERS
-
-
-def start_id(path: str | Path) -> int:
-  """The token id that a decoder which reads a source begins with."""
-  return hf_config.read(config_of(path), _config_file(path)).start_id
-
-
-def end_ids(path: str | Path) -> tuple[int, ...]:
-  """The token ids that end a text; if the file leaves them out, its model type's default.
-
-  Raises:
-    ValueError: if the configuration names none, or one beyond the vocabulary.
-  """
-  fields = _text_fields(path)
-  if not fields.end_ids:
-    raise ValueError(f"{_config_file(path)} names no eos_token_id: add it")
-  if strange := [i for i in fields.end_ids if not 0 <= i < fields.vocab_size]:
-    raise ValueError(
-      f"{_config_file(path)}: eos_token_id names {clip(strange[0])}, and the model has the tokens "
-      f"0 to {fields.vocab_size - 1}."
-    )
-  return fields.end_ids
-
-
-def pad_id(path: str | Path) -> int:
-  """The token id that pads a batch for this model."""
-  return _text_fields(path).padding
-
-
-def check_texts(path: str | Path) -> None:
-  """Raises ValueError unless the model reads texts, going by its configuration alone."""
-  _text_fields(path)
-
-
-def _text_fields(path: str | Path) -> Any:
-  """The typed configuration of a model that reads texts."""
-  fields = hf_config.read(config_of(path), _config_file(path))
-  _check_texts(fields, _config_file(path))
-  return fields
-
-
-def _check_texts(fields: Any, where: str) -> None:
-  if "image" in fields.labels_of:
-    raise ValueError(
-      f"{where} is of a {fields.model_type}, which reads images: tasks and pj.texts take models of "
-      "texts. Train it with pj.fit on arrays (images, labels), or in a loop of your own."
-    )
-
-
-def _config_file(path: str | Path) -> str:
-  """The configuration's file, for messages."""
-  return str(path) if Path(path).suffix == ".gguf" else str(Path(path) / "config.json")

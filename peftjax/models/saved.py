@@ -21,9 +21,11 @@ from peftjax.core.weight import materialize
 from peftjax.io import gguf, new_directory, records, shards
 from peftjax.io.shards import Tensor
 from peftjax.models import heads, hf_config
+from peftjax.models.configuration import config_of
+from peftjax.models.families import FAMILIES
 from peftjax.models.match import layers_of
 from peftjax.models.names import turned
-from peftjax.models.pretrained import FAMILIES, abstract_params, config_of
+from peftjax.models.pretrained import abstract_params
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Files beside the weights that say how texts or images go in and come out.

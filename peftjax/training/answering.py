@@ -15,7 +15,7 @@ from peftjax import data, losses
 from peftjax.data import squad
 from peftjax.data.examples import subset
 from peftjax.data.squad import END, START, Question, Windows
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.training import evaluate
 from peftjax.training.classification import CLASSES, Classification
 from peftjax.training.settings import Settings
@@ -109,7 +109,7 @@ def load(settings: Settings) -> Answering:
   tokens = {part: windows.tokens for part, windows in made.items()}
   lengths = np.concatenate([t.lengths for t in tokens.values()])
   buckets = data.buckets(lengths, max_length=wanted.max_length)
-  pad_id = pretrained.pad_id(settings.model.path())
+  pad_id = configuration.pad_id(settings.model.path())
   some_have_none = any(not question.answers for question in questions["train"])
   threshold = wanted.no_answer_threshold if some_have_none else None
   return Answering(corpus, tokens, buckets, pad_id, questions, made, wanted.max_answer, threshold)

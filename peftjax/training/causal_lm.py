@@ -12,7 +12,7 @@ import numpy as np
 
 from peftjax import data, losses
 from peftjax.data.pack import Rows, RowStream, pack
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.training import evaluate, factory
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
@@ -33,7 +33,7 @@ KIND = Kind(inputs, losses.next_token_sums, losses.next_token_sums, summed)
 
 
 # Raises ValueError on a model that is not of this task.
-check = pretrained.check_decoder
+check = configuration.check_decoder
 
 
 def shapes(wanted: Any, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import data, losses
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.training import evaluate, factory, metrics
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
@@ -120,7 +120,7 @@ class Classification:
 def load(settings: Settings) -> Classification:
   """Reads and tokenises the corpus; one set of length buckets for all of its splits."""
   if not settings.model.factory:
-    pretrained.check_texts(settings.model.path())
+    configuration.check_texts(settings.model.path())
   wanted = settings.data
   seed = settings.seed if wanted.split_seed is None else wanted.split_seed
   corpus = data.load(seed=seed, **wanted.corpus_arguments())

@@ -21,7 +21,7 @@ from peftjax.core import given, paths, probe
 from peftjax.core.layout import Layout
 from peftjax.core.params import Params
 from peftjax.data import TextTokenizer
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.nnx.pure import Pure
 from peftjax.quant import transform
 from peftjax.training import step
@@ -160,15 +160,15 @@ def check_trusted(model: Model, trusted: str | None, workdir: Any) -> None:
 def pad_id(model: Model, tokenizer: TextTokenizer) -> int:
   """The id that pads a batch: as the model's files say, of a factory's as the tokenizer does."""
   if not model.factory:
-    return pretrained.pad_id(model.path())
+    return configuration.pad_id(model.path())
   return tokenizer.id("pad_token") or 0
 
 
 def end_ids(model: Model, tokenizer: TextTokenizer) -> tuple[int, ...]:
   """The ids that end a text, likewise; ValueError if the model is no language model."""
   if not model.factory:
-    pretrained.check_decoder(model.path())
-    return pretrained.end_ids(model.path())
+    configuration.check_decoder(model.path())
+    return configuration.end_ids(model.path())
   if (end := tokenizer.id("eos_token")) is None:
     raise ValueError(f"{tokenizer.source} has no eos_token to end a text with: name one")
   return (end,)

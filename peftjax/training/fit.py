@@ -15,7 +15,7 @@ from peftjax.core import ranges, tree
 from peftjax.core.params import Params
 from peftjax.core.ranges import Count, Length, Positive, Size
 from peftjax.methods.base import Chain, Method
-from peftjax.models import pretrained
+from peftjax.models import families
 from peftjax.training import build, settings
 from peftjax.training.arrays import Arrays
 from peftjax.training.finish import export
@@ -148,7 +148,7 @@ def _known(data: Any, what: str) -> Any:
 
 def _check_kinds(model: nn.Module, data: Any, eval_data: Any) -> None:
   """Raises ValueError unless the model takes such data, and both are of one kind and classes."""
-  config: Any = getattr(model, "config", None) if pretrained.ours(model) else None
+  config: Any = getattr(model, "config", None) if families.ours(model) else None
   if hasattr(config, "decoder"):
     raise ValueError(
       f"pj.fit has no data for a {type(model).__name__}, which makes texts of texts: write two "
@@ -184,7 +184,7 @@ def _parts(method: Method) -> tuple[Method, ...]:
 
 def _attached(model: nn.Module, params: Any, method: Method, data: Any, seed: int) -> Any:
   """`params` with the method's adapters: new ones, or those that they have."""
-  layout = build.layout(model) if pretrained.ours(model) else data.layout(model, params)
+  layout = build.layout(model) if families.ours(model) else data.layout(model, params)
   if not any(jax.tree.leaves(tree.made_mask(params))):
     return method.attach(build.attach_key(seed), params, layout)
   for part in _parts(method):

@@ -14,7 +14,7 @@ from peftjax import data
 from peftjax.core.params import Params
 from peftjax.data import conll
 from peftjax.data.corpora import text_columns
-from peftjax.models import limits, pretrained
+from peftjax.models import families, limits
 from peftjax.training import evaluate, finished, step, tagging
 from peftjax.training import factory as factories
 from peftjax.training.classification import CLASSES
@@ -86,7 +86,7 @@ class Predictor:
   def _rows(self, tokens: data.Tokens, params: Any) -> list[np.ndarray]:
     """The logits of each text."""
     params = self.params if params is None else params
-    if pretrained.ours(self.model):
+    if families.ours(self.model):
       limits.check(self.model.config, tokens.ids, tokens.types)
     buckets = data.buckets(tokens.lengths, max_length=self.settings.data.max_length)
     size = min(self.settings.train.eval_batch_size, len(tokens))

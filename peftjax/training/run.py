@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from peftjax import data, optim, sharding
 from peftjax.core import paths, tree
 from peftjax.core.params import Params
-from peftjax.models import limits, pretrained
+from peftjax.models import families, limits
 from peftjax.nn import virtual
 from peftjax.training import build, factory, flops, state
 from peftjax.training.checkpoint import Checkpoints, digest
@@ -56,7 +56,7 @@ class Run:
     self.task = build.task(settings) if task is None else task
     self._check_lengths()
     model = model or build.attached(settings, self.task.outputs, self.mesh)
-    if pretrained.ours(model.module):
+    if families.ours(model.module):
       self._check_texts(model)
     elif settings.model.factory:
       factory.check(settings.model.factory, model.module, model.params, self.task)
@@ -151,7 +151,7 @@ class Run:
   def _count(self, rows: int, *lengths: int) -> None:
     """Adds a batch to `done`: all of its tokens, padding included, as devices compute them."""
     self.done["examples"] += rows
-    if not pretrained.ours(self.module):
+    if not families.ours(self.module):
       return
     shape = (rows, *lengths)
     if shape not in self._shapes:

@@ -13,7 +13,7 @@ import numpy as np
 from peftjax import data, losses
 from peftjax.data.pairs import Pairs, PairStream, columns, widths
 from peftjax.io.records import clip
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.training import evaluate
 from peftjax.training.settings import Settings
 from peftjax.training.task import Batch, Kind, Stream
@@ -36,7 +36,7 @@ KIND = Kind(inputs, sums, sums, summed)
 
 
 # What a model must be.
-check = pretrained.check_encoder_decoder
+check = configuration.check_encoder_decoder
 
 
 def shapes(wanted: Any, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -128,7 +128,10 @@ def load(settings: Settings) -> SequenceToSequence:
   wanted, path = settings.data, settings.model.path()
   check(path)
   tokenizer = data.load_tokenizer(str(path))
-  ends, marks = pretrained.end_ids(path), (pretrained.pad_id(path), pretrained.start_id(path))
+  ends, marks = (
+    configuration.end_ids(path),
+    (configuration.pad_id(path), configuration.start_id(path)),
+  )
   corpus = data.load(seed=settings.seed, **wanted.corpus_arguments())
   parts = {}
   for part, examples in corpus.splits.items():

@@ -15,7 +15,7 @@ from peftjax import data, losses
 from peftjax.data import conll
 from peftjax.data.conll import NO_LABEL, Sentence
 from peftjax.data.examples import subset
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.training import evaluate
 from peftjax.training.classification import CLASSES, Classification
 from peftjax.training.settings import Settings
@@ -138,5 +138,5 @@ def load(settings: Settings) -> Tagging:
   corpus = data.Corpus("conll", names, ("f1",), splits, {})
   lengths = np.concatenate([t.lengths for t in tokens.values()])
   buckets = data.buckets(lengths, max_length=wanted.max_length)
-  pad_id = pretrained.pad_id(settings.model.path())
+  pad_id = configuration.pad_id(settings.model.path())
   return Tagging(corpus, tokens, buckets, pad_id, sentences, firsts)

@@ -17,7 +17,7 @@ from peftjax.data.examples import CLASSIFICATION_METRICS, REGRESSION_METRICS, Co
 from peftjax.data.pack import pack
 from peftjax.io import hub
 from peftjax.io.records import clip
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.training.causal_lm import LanguageModelling, trainable_rows
 from peftjax.training.classification import Classification
 
@@ -134,7 +134,7 @@ def texts(
     if label_names is not None:
       raise ValueError("label_names without labels: give the label of every text, labels=[...]")
     examples = Examples(left, right, np.zeros(len(left), np.float32))
-    ends = pretrained.end_ids(tokenizer.source)
+    ends = configuration.end_ids(tokenizer.source)
     found = data.documents(tokenizer, examples, ends, completions=right is not None)
     length = 256 if max_length is None else max_length
     ranges.check_one("max_length", length, ranges.RowLength)
@@ -143,7 +143,7 @@ def texts(
   examples = Examples(left, right, values)
   length = 128 if max_length is None else max_length
   tokens = data.encode(tokenizer, examples, length)
-  pad_id = pretrained.pad_id(tokenizer.source)
+  pad_id = configuration.pad_id(tokenizer.source)
   return Labelled(examples, tokens, names, length, pad_id, tokenizer.source)
 
 

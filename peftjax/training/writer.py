@@ -14,7 +14,7 @@ from peftjax import data
 from peftjax.core.ranges import Count
 from peftjax.data import chat
 from peftjax.io import records
-from peftjax.models import pretrained
+from peftjax.models import configuration
 from peftjax.models.generate import generate
 from peftjax.training import finished
 
@@ -50,9 +50,9 @@ class Writer:
 
   def _read_tokenizer(self) -> None:
     self._tokenizer = data.load_tokenizer(self.path)
-    self._end = pretrained.end_ids(self.path)
+    self._end = configuration.end_ids(self.path)
     self._stop = _stop_ids(self.path) or self._end
-    self.answers = pretrained.reads_source(self.path)
+    self.answers = configuration.reads_source(self.path)
 
   def prompts(self, part: str) -> list[str]:
     """The prompts of a part of the data that the run was made on, each once, in their order.

@@ -9,7 +9,7 @@ import pytest
 import peftjax as pj
 from peftjax.core.layout import Axes, axes_of
 from peftjax.core.stacks import of_stacks
-from peftjax.models import pretrained
+from peftjax.models import families
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 KEY = jax.random.key(0)
@@ -40,7 +40,7 @@ def test_a_prefix_of_a_scanned_model_needs_none():
   params = pj.prefix(length=2).attach(KEY, params)
   read = lambda p: pj.apply(model, p, jnp.ones((1, 4), jnp.int32))
   assert jax.eval_shape(read, params).shape[:2] == (1, 4)
-  assert pretrained.ours(model)
+  assert families.ours(model)
 
 
 KERNEL = jnp.zeros((4, 8, 6))

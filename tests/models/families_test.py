@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 import peftjax as pj
 from peftjax import sharding
+from peftjax.models.configuration import check_decoder
 from peftjax.models.llama import LlamaConfig, LlamaForCausalLM
-from peftjax.models.pretrained import check_decoder
 from peftjax.models.pretrained import load as load_all
 from peftjax.training import build, loop
 from tests import tiny, tiny_lm

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftjax.models import hf_config, pretrained
+from peftjax.models import configuration, families, hf_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEFAULTS = json.loads((GOLDEN / "hf_defaults.json").read_text())
@@ -234,7 +234,7 @@ def test_aliases_and_labels():
 )
 def test_special_ids_of_a_directory(kind, fields, ends, pad, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **fields}))
-  assert pretrained.end_ids(tmp_path) == ends and pretrained.pad_id(tmp_path) == pad
+  assert configuration.end_ids(tmp_path) == ends and configuration.pad_id(tmp_path) == pad
 
 
 def test_a_text_needs_an_end(tmp_path):
@@ -250,10 +250,10 @@ def test_a_text_needs_an_end(tmp_path):
   ):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **fields}))
     with pytest.raises(ValueError, match=message):
-      pretrained.end_ids(tmp_path)
+      configuration.end_ids(tmp_path)
 
 
 def test_mistrals_window_and_heads_are_its_own():
-  made = pretrained.FAMILIES["mistral"].CONFIG.from_hf({"model_type": "mistral"})
+  made = families.FAMILIES["mistral"].CONFIG.from_hf({"model_type": "mistral"})
   assert (made.window, made.kv_heads, made.heads, made.ffn) == (4096, 8, 32, 14336)
   assert np.isclose(made.frequencies()[0][0], 1.0)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import peftjax as pj
 from peftjax import hf_peft, losses, sharding
 from peftjax.core import paths
-from peftjax.models import hf_config, pretrained
+from peftjax.models import configuration, hf_config, pretrained
 from peftjax.models.generate import generate
 from peftjax.nn.relative_bias import distances, relative_buckets, spread
 from peftjax.quant.weight import Quantized
@@ -231,9 +231,9 @@ def test_what_is_not_computed_is_refused_before_a_weight_is_read(fields, message
 
 def test_what_takes_other_models_says_so():
   with pytest.raises(ValueError, match=r"which is not a language model; .*seq2seq.py t5"):
-    pretrained.check_decoder(T5)
+    configuration.check_decoder(T5)
   with pytest.raises(ValueError, match="is of a llama, and task=seq2seq takes t5, mt5: name one"):
-    pretrained.check_encoder_decoder(GOLDEN / "llama_tiny")
+    configuration.check_encoder_decoder(GOLDEN / "llama_tiny")
   with pytest.raises(ValueError, match="a model of type t5 has no labels"):
     pretrained.load(T5, 3)
   model, params = pj.load_pretrained(T5)

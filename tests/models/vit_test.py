@@ -17,7 +17,7 @@ import peftjax as pj
 from peftjax import sharding
 from peftjax.core import paths
 from peftjax.core.layout import ConvAxes
-from peftjax.models import pretrained, vit
+from peftjax.models import configuration, families, vit
 from peftjax.models.pretrained import load
 from peftjax.nn import encoder
 from peftjax.quant.weight import Quantized
@@ -109,7 +109,7 @@ def test_a_scanned_base_in_four_bits_trains_on_images_and_is_saved(want, tmp_pat
 @pytest.mark.slow(reason="a run")
 def test_fit_takes_arrays_of_images(want):
   model, params = pj.load_pretrained(VIT, num_labels=2)
-  assert "classifier" in params["head"] and not pretrained.ours(model)
+  assert "classifier" in params["head"] and not families.ours(model)
   data = want["pixels"], np.arange(4) % 2
   _, history = pj.fit(model, params, pj.unfreeze("head/.*"), data, steps=2, batch_size=2)
   assert np.isfinite(history.rows[-1]["loss"])
@@ -185,6 +185,6 @@ def test_what_peft_has_no_place_for_is_refused(want, tmp_path):
 
 
 def test_commands_that_read_texts_refuse_it():
-  for refuse in (pretrained.pad_id, pretrained.end_ids, pretrained.check_decoder):
+  for refuse in (configuration.pad_id, configuration.end_ids, configuration.check_decoder):
     with pytest.raises(ValueError, match="is of a vit, which reads images: .* pj.fit"):
       refuse(VIT)

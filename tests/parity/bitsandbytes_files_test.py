@@ -11,8 +11,8 @@ import peftjax as pj
 from peftjax.core import paths
 from peftjax.io.safetensors_dir import read_config
 from peftjax.models import bnb as ours
+from peftjax.models.families import FAMILIES
 from peftjax.models.match import stack_of
-from peftjax.models.pretrained import FAMILIES
 from peftjax.quant.weight import Quantized
 from tests.golden.make_bnb import CONFIG, bnb_model
 from tests.golden.make_decoders import batch, make

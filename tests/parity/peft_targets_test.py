@@ -15,7 +15,7 @@ import peftjax as pj
 from peftjax.hf_peft import codecs, plan, targets
 from peftjax.hf_peft import config as configs
 from peftjax.methods.codec import TaskType
-from peftjax.models.pretrained import FAMILIES
+from peftjax.models.families import FAMILIES
 from tests.parity.reference import GOLDEN, classifier, decoder
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

@@ -10,7 +10,7 @@ import pytest
 
 from peftjax.core import paths
 from peftjax.io import safetensors_dir
-from peftjax.models import pretrained
+from peftjax.models import families
 from tests import tiny
 
 _DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
@@ -37,7 +37,7 @@ def made_dir(source, folder, kind, fields):
   if kind == "distilbert":
     config = {k: v for k, v in config.items() if "hidden_size" not in k and "num_" not in k}
   (folder / "config.json").write_text(json.dumps(config))
-  family = pretrained.FAMILIES[kind]
+  family = families.FAMILIES[kind]
   model = family.MODEL(family.CONFIG.from_hf(config))
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
   rng, tensors = np.random.default_rng(0), {}
