@@ -21,7 +21,8 @@ from tests.docs_test import BLOCK, PYTHON
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "write_a_method.md"
-FIELDS = {"rank", "alpha", "targets", "dropout", "rank_pattern", "alpha_pattern", "dtype", "gain"}
+FIELDS = {"rank", "alpha", "targets", "dropout", "rank_pattern", "alpha_pattern", "divide_rank"}
+FIELDS |= {"dtype", "gain"}
 
 
 @pytest.fixture
