@@ -45,7 +45,7 @@ def t5(config: Any, rows: int, length: int) -> Any:
 
 
 def vit(config: Any, rows: int, length: int) -> Any:
-  images, labels = batch.images(rows, config.image)
+  images, labels = batch.images(rows, config.image[0])
   return IMAGES, {
     "pixel_values": images,
     "labels": labels,

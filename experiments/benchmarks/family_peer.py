@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,13 +38,13 @@ def main(family: str, directory: str, rows: int, length: int) -> None:
 
 
 def decoder(directory: str, rows: int, length: int) -> Any:
-  from pathlib import Path
-
   path = Path(directory)
-  model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+  model = AutoModelForCausalLM.from_pretrained(
+    str(path.parent), gguf_file=path.name, dtype=torch.float32
+  )
   tokens = batch.packed(rows, length, model.config.vocab_size)["tokens"]
   tokens = torch.from_numpy(tokens).long()
-  return model.float(), {"input_ids": tokens, "labels": tokens, "use_cache": False}
+  return model, {"input_ids": tokens, "labels": tokens, "use_cache": False}
 
 
 def t5(directory: str, rows: int, length: int) -> Any:

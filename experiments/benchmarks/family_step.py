@@ -22,15 +22,23 @@ from experiments.benchmarks.turns import Worker, medians
 
 # Hugging Face configurations of models with random weights; batch and tokens of a row by family.
 RANDOM: Mapping[str, Mapping[str, Any]] = {
-  "t5": dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, vocab_size=32128),
+  "t5": dict(
+    d_model=512,
+    d_kv=64,
+    d_ff=2048,
+    num_layers=6,
+    num_heads=8,
+    vocab_size=32128,
+    decoder_start_token_id=0,
+  ),
   "vit": dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768),
 }
 SHAPES = {"decoder": (4, 256), "t5": (8, 128), "vit": (16, 224)}
 
 OUT = flags.DEFINE_string("out", None, "Append the rows to this file as JSON lines.")
 FAMILIES = flags.DEFINE_list("families", [*SHAPES], f"Of {', '.join(SHAPES)}.")
-TURNS = flags.DEFINE_integer("turns", 6, "How often the sides change.")
-STEPS = flags.DEFINE_integer("steps", 3, "Steps of a turn.")
+TURNS = flags.DEFINE_integer("turns", 4, "How often the sides change.")
+STEPS = flags.DEFINE_integer("steps", 2, "Steps of a turn.")
 OURS, PEER = "experiments.benchmarks.family_ours", "experiments.benchmarks.family_peer"
 
 
