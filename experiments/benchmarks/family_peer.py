@@ -21,7 +21,7 @@ def main(family: str, directory: str, rows: int, length: int) -> None:
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   model, inputs = {"decoder": decoder, "t5": t5, "vit": vit}[family](directory, rows, length)
   # Its "all-linear" takes a classifier too where the task is not named.
-  targets = {"decoder": "all-linear", "t5": "all-linear", "vit": ["query", "value"]}[family]
+  targets = {"decoder": "all-linear", "t5": "all-linear", "vit": ["q_proj", "v_proj"]}[family]
   model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
   model.train()
   trained = [p for p in model.parameters() if p.requires_grad]
