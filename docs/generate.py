@@ -18,8 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 BENCHMARKS = (
-  *("attention", "feed_forward", "methods", "processes", "qlora_long", "qlora_step"),
-  *("quantization", "together", "train_step", "whole_run"),
+  *("attention", "family_step", "feed_forward", "many_adapters", "methods", "processes"),
+  *("qlora_long", "qlora_step", "quantization", "together", "traced", "train_step", "whole_run"),
 )
 # Modules whose public names are in the reference beside those of `peftjax` itself.
 MODULES = (
