@@ -18,6 +18,7 @@ RESOLVED = {
   "rope_parameters": lambda said: rotary(said),
   "rope_scaling": lambda said: rotary(said),
   "layer_types": lambda said: said.types,
+  "mlp_only_layers": lambda said: said.mlp_only_layers or [],
   "pooler_hidden_size": lambda said: said.pooler_hidden_size or said.hidden_size,
   "num_decoder_layers": lambda said: said.num_decoder_layers or said.num_layers,
   "dense_act_fn": lambda said: said.activation,
